@@ -133,11 +133,11 @@ class TaskConfig:
     hub: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str | None] = field(default_factory=dict)
     generated: GeneratedConfig | None = None
     train_split: str = "train"
     eval_split: str = "validation"
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | None] = field(default_factory=dict)
     group_by: str | None = None
     prompt: str = "question: {question} context: {context}"
     labels: list[str] = field(default_factory=list)
@@ -307,7 +307,14 @@ def check_run(run: Run) -> None:
     for label, train in (("train", run.train), ("source_train", run.source_train)):
         if train is None:
             continue
-        for key in ("steps", "batch_sequences", "micro_batch_tokens", "eval_every", "save_every", "log_every"):
+        for key in (
+            "steps",
+            "batch_sequences",
+            "micro_batch_tokens",
+            "eval_every",
+            "save_every",
+            "log_every",
+        ):
             need(getattr(train, key) > 0, f"{label}.{key}={getattr(train, key)} must be at least 1.")
         need(train.learning_rate > 0, f"{label}.learning_rate={train.learning_rate} must be above 0.")
         need(

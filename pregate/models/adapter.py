@@ -1,0 +1,81 @@
+"""What the rest of the project may ask of any MoE family: where its blocks and gates are.
+
+A family (`switch.py`) supplies modules with these attributes; conversion, engine and measurement use only
+what is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from pregate.models.routing import Routing
+
+STACKS = ("encoder", "decoder")
+
+RouteListener = Callable[[str, int, Routing], None]
+"""Told (stack, block, routing) at the moment the route of that block is committed."""
+
+
+@dataclass(frozen=True)
+class PreGating:
+    """How far ahead the gates of a model decide; the `pregate` section of its config."""
+
+    lookahead: int = 0
+    stacks: tuple[str, ...] = STACKS
+    entry: str = "own"
+    init: str = "source"
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any] | None) -> PreGating:
+        section = dict(section or {})
+        unknown = set(section) - {"lookahead", "stacks", "entry", "init"}
+        if unknown:
+            raise ValueError(f"the pregate section of config.json has unknown keys {sorted(unknown)}")
+        gating = cls(**{**section, "stacks": tuple(section.get("stacks", STACKS))})
+        if gating.lookahead < 0 or not set(gating.stacks) <= set(STACKS) or gating.entry not in ("own", "embedding"):
+            raise ValueError(f"the pregate section of config.json cannot be used: {section}")
+        return gating
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "stacks": list(self.stacks)}
+
+    def lookahead_of(self, stack: str) -> int:
+        return self.lookahead if stack in self.stacks else 0
+
+    def gates_at(self, stack: str, block: int, num_blocks: int) -> GateSeats:
+        """Which gates sit in MoE block `block` of `stack` (DESIGN: G_i lives in block i - N)."""
+        ahead = self.lookahead_of(stack)
+        own = block < ahead and self.entry == "own" if ahead else True
+        target = block + ahead if ahead and block + ahead < num_blocks else None
+        return GateSeats(own, target)
+
+    def embedding_entries(self, stack: str, num_blocks: int) -> range:
+        """The blocks whose route is decided from the stack's input embeddings."""
+        ahead = self.lookahead_of(stack) if self.entry == "embedding" else 0
+        return range(min(ahead, num_blocks))
+
+
+class GateSeats(NamedTuple):
+    """own: the block decides its own route. target: the later block it decides for, or None."""
+
+    own: bool
+    target: int | None
+
+
+@dataclass(frozen=True)
+class MoEBlock:
+    """One sparse feed-forward layer of a loaded model."""
+
+    stack: str
+    index: int
+    layer: int
+    module: Any = field(repr=False)
+    """Has `experts` (called with hidden_TD, expert_ids_TK, weights_TK) and `listener`."""
+    layer_module: Any = field(repr=False)
+
+
+def moe_blocks(model: Any) -> Iterator[MoEBlock]:
+    """All MoE blocks of a model, stack by stack, in the order of execution."""
+    yield from model.moe_blocks()

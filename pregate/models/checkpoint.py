@@ -1,0 +1,224 @@
+"""Reading a Hugging Face model directory tensor by tensor, whatever its weight files look like.
+
+Knows directories, the hub and the two weight formats (safetensors, `.bin`), single or sharded; knows nothing about
+model families. Everything is memory-mapped: opening reads headers only, and no whole model is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pregate.config import UsageError
+
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SIDE_FILES = ("generation_config.json", *TOKENIZER_FILES)
+# in transformers' own order of preference: what it would load is what is read
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is, without its data."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """An opened checkpoint: its config, its weight files, and what tensors they hold."""
+
+    directory: Path
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def num_bytes(self, name: str) -> int:
+        return self.tensors[name].num_bytes
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, contiguous, on the CPU and mapped from their files.
+
+        Pages that are touched count as resident memory until the last tensor of the returned dictionary is
+        dropped, so read a part of the model, use it, and drop it before reading the next. Treat them as read-only.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        read: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            mapped = _mapped(file)
+            # a view into a larger storage would keep, and let writers save, the whole of that storage
+            read.update({n: t if _fills_storage(t := mapped[n]) else t.clone().contiguous() for n in wanted})
+        return read
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a directory or hub id; of a hub id, nothing else is downloaded.
+
+    Raises `UsageError` where there is no such directory or id, or no readable config in it.
+    """
+    return _read_json(_directory(source, revision, [CONFIG]) / CONFIG, source)
+
+
+def side_files(source: str, revision: str | None = None, names: tuple[str, ...] = SIDE_FILES) -> list[Path]:
+    """The small files beside the weights (tokenizer, generation config) that `source` has. Raises `UsageError`."""
+    directory = _directory(source, revision, list(names))
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
+def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoint:
+    """Open a model directory or hub id and check every weight file in it; no tensor data is read.
+
+    Raises `UsageError` for an unknown source, missing or unreadable files, and shards that lack a tensor that
+    their index promises.
+    """
+    config = read_config(source, revision)
+    directory, found = _locate_weights(source, revision)
+    promised: dict[str, str] = {}
+    if found.suffix == ".json":
+        promised = _read_json(found, source).get("weight_map", {})
+        if not promised:
+            raise UsageError(f"{found} has no weight_map: fetch the checkpoint again.")
+        files = tuple(directory / name for name in sorted(set(promised.values())))
+    else:
+        files = (found,)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{directory} lacks {file.name}, which {found.name} lists: fetch that shard again.")
+        for name, tensor in _mapped(file).items():
+            if promised.get(name, file.name) == file.name:
+                tensors[name] = TensorInfo(file, tuple(tensor.shape), tensor.dtype)
+    lost = sorted(set(promised) - set(tensors))
+    if lost:
+        raise UsageError(
+            f"{directory / promised[lost[0]]} lacks {lost[0]} (and {len(lost) - 1} more), which {found.name} promises: "
+            "fetch that shard and its index again."
+        )
+    return SourceCheckpoint(directory, config, files, tensors)
+
+
+def _locate_weights(source: str, revision: str | None) -> tuple[Path, Path]:
+    """The directory, and the weight file or index that transformers would choose; of a hub id, only that is fetched."""
+    directory = Path()
+    for name in WEIGHT_FILES:
+        directory = _directory(source, revision, [name])
+        if (directory / name).is_file():
+            if name.endswith(".index.json"):
+                shards = set(_read_json(directory / name, source).get("weight_map", {}).values())
+                directory = _directory(source, revision, sorted(shards))
+            return directory, directory / name
+    raise UsageError(
+        f"{source} holds no weights: give a directory or hub id with one of {', '.join(WEIGHT_FILES)} in it."
+    )
+
+
+def _directory(source: str, revision: str | None, names: list[str]) -> Path:
+    """`source` itself if it is a directory, else the local snapshot of the hub id with the files `names` fetched."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UsageError(f"{source} is a file: give the directory that holds config.json and the weights.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    where = f"hub id {source!r}" + (f" at revision {revision!r}" if revision else "")
+    advice = "give the path of a directory with config.json and weights, or an id such as google/switch-base-8."
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+    except HFValidationError as error:
+        raise UsageError(f"There is no directory {source!r} and it cannot be a hub id either: {advice}") from error
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"There is no directory {source!r}, the local cache lacks such a {where}, and the hub cannot be reached: "
+            f"{advice}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UsageError(f"There is no directory {source!r} and the hub denies access to {where}: {advice}") from error
+
+
+def _read_json(path: Path, source: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"{source} holds no {path.name}: give a directory or hub id of a Hugging Face model.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: fetch it again.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} does not hold a JSON object: fetch it again.")
+    return content
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """All tensors of one weight file, mapped and not yet read. Raises `UsageError` if it cannot be opened whole."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no iteration)
+        state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    # a damaged file can make an unpickler raise nearly anything, and none of it tells the user what to do
+    except Exception as error:
+        raise UsageError(_unreadable(file)) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(
+            f"{file} holds more than a plain state dict: save the model with save_pretrained and use that."
+        )
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _unreadable(file: Path) -> str:
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{file} is a git-lfs pointer, not weights: run `git lfs pull` in {file.parent}."
+    if file.suffix != ".safetensors" and zipfile.is_zipfile(file):
+        return f"{file} is damaged or holds more than tensors: fetch it again, or save the model with save_pretrained."
+    if file.suffix != ".safetensors" and start.startswith(b"\x80"):
+        return f"{file} has the format of torch before 1.6: load it once, save it with save_pretrained and use that."
+    return f"{file} is truncated or damaged ({file.stat().st_size:,} bytes): fetch it again and compare its size."

@@ -1,0 +1,102 @@
+"""Routing as pure functions: from router logits to expert ids and combine weights, and the losses on them.
+
+Training, evaluation and the offloading engine all call these; that is what makes their routes identical.
+Knows nothing about modules, devices or where an expert's weights live.
+
+Letters: B batch, T tokens of a sequence, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DROPPED = -1
+"""Expert id of a token that its expert had no capacity left for."""
+
+
+class Routing(NamedTuple):
+    """Which experts serve which token.
+
+    expert_ids_BTK: int64, `DROPPED` where capacity ran out. weights_BTK: combine weights in the dtype of the
+    hidden states. logits_BTE: raw router logits in the router's dtype, for losses and analysis.
+    """
+
+    expert_ids_BTK: Tensor
+    weights_BTK: Tensor
+    logits_BTE: Tensor
+
+
+def router_logits(hidden_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Expert logits (B, T, E) computed in `dtype` whatever autocast says ("selective precision",
+    Switch Transformers, section 2.4)."""
+    with torch.autocast(hidden_BTD.device.type, enabled=False):
+        bias = None if bias_E is None else bias_E.to(dtype)
+        return torch.nn.functional.linear(hidden_BTD.to(dtype), weight_ED.to(dtype), bias)
+
+
+def jitter(hidden_BTD: Tensor, noise: float) -> Tensor:
+    """Multiply by uniform noise in [1 - noise, 1 + noise] (the Switch exploration policy)."""
+    return hidden_BTD * torch.empty_like(hidden_BTD).uniform_(1.0 - noise, 1.0 + noise)
+
+
+def choose_experts(probabilities_BTE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` most probable experts: (expert_ids_BTK, weights_BTK), most probable first."""
+    if top_k == 1:
+        # argmax and max, not topk: on equal probabilities the first expert wins, as in the Switch family
+        return probabilities_BTE.argmax(-1, keepdim=True), probabilities_BTE.max(-1, keepdim=True).values
+    chosen = probabilities_BTE.topk(top_k, dim=-1)
+    return chosen.indices, chosen.values
+
+
+def apply_capacity(expert_ids_BTK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """Mark with `DROPPED` every choice beyond the first `capacity` that a sequence makes of one expert.
+
+    Capacity counts per sequence and in token order, as Switch does.
+    """
+    B, T, K = expert_ids_BTK.shape
+    if capacity >= T * K:
+        return expert_ids_BTK
+    ids = expert_ids_BTK.reshape(B, T * K)
+    position = torch.nn.functional.one_hot(ids, num_experts).cumsum(dim=1).gather(2, ids[..., None])[..., 0]
+    return ids.masked_fill(position > capacity, DROPPED).view(B, T, K)
+
+
+def route(logits_BTE: Tensor, *, top_k: int, capacity: int | None, dtype: torch.dtype) -> Routing:
+    """The whole rule: softmax in the logits' dtype, cast to `dtype` (that of the hidden states), top-k, capacity."""
+    probabilities_BTE = torch.softmax(logits_BTE, dim=-1).to(dtype)
+    expert_ids_BTK, weights_BTK = choose_experts(probabilities_BTE, top_k)
+    if capacity is not None:
+        expert_ids_BTK = apply_capacity(expert_ids_BTK, logits_BTE.shape[-1], capacity)
+    return Routing(expert_ids_BTK, weights_BTK, logits_BTE)
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits_TE = logits.reshape(-1, logits.shape[-1]).float()
+    if mask is None:
+        return logits_TE, logits_TE.new_ones(logits_TE.shape[0])
+    return logits_TE, mask.reshape(-1).to(logits_TE.dtype)
+
+
+def balance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Load-balancing loss of one block: E * sum_e f_e P_e over the tokens where `mask` is true.
+
+    f_e is the share of tokens whose first choice is e, P_e the mean router probability of e (Switch
+    Transformers, equation 4). It is 1 when both are uniform. `logits` (..., E), `mask` (...): padding never counts.
+    """
+    logits_TE, mask_T = _masked(logits, mask)
+    num_experts = logits_TE.shape[-1]
+    count = mask_T.sum().clamp_min(1.0)
+    probabilities_TE = logits_TE.softmax(-1)
+    first_TE = torch.nn.functional.one_hot(logits_TE.argmax(-1), num_experts).to(logits_TE.dtype)
+    share_E = (first_TE * mask_T[:, None]).sum(0) / count
+    mean_E = (probabilities_TE * mask_T[:, None]).sum(0) / count
+    return num_experts * (share_E * mean_E).sum()
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Router z-loss of one block: mean over unmasked tokens of logsumexp(logits)^2 (ST-MoE, equation 5)."""
+    logits_TE, mask_T = _masked(logits, mask)
+    return (logits_TE.logsumexp(-1).square() * mask_T).sum() / mask_T.sum().clamp_min(1.0)

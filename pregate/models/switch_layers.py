@@ -1,0 +1,235 @@
+"""The layers of a Switch model whose routes are handed from block to block: gates, experts, blocks.
+
+A route enters a layer as an argument and leaves it as a return value of the forward call, so two models in one
+process, re-entrant calls and gradient checkpointing cannot mix routes up. Attention, norms and dense layers are
+upstream's. Knows nothing about stacks, generation or where experts are stored.
+
+Letters: B batch, T tokens of a sequence, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import SwitchTransformersConfig
+from transformers.models.switch_transformers import modeling_switch_transformers as upstream
+
+from pregate.models.adapter import PreGating, RouteListener
+from pregate.models.moe import grouped_experts, reference_experts
+from pregate.models.routing import Routing, jitter, route, router_logits
+
+
+def is_sparse_layer(layer: int, sparse_step: int) -> bool:
+    """Upstream's rule for which layers hold experts."""
+    return sparse_step > 0 and (sparse_step == 1 or layer % sparse_step == 1)
+
+
+@strict
+class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
+    """`SwitchTransformersConfig` and a `pregate` section: lookahead, stacks, entry, init (see `PreGating`)."""
+
+    model_type = "pregated_switch_transformers"
+    pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.pregate = self.pregating.to_dict()
+        for stack in self.pregating.stacks if self.pregating.lookahead else ():
+            num_blocks = len(self.moe_layers(stack))
+            if self.pregating.lookahead >= num_blocks:
+                raise ValueError(
+                    f"lookahead {self.pregating.lookahead} needs more than {self.pregating.lookahead} MoE blocks in "
+                    f"the {stack}, which has {num_blocks}: choose a smaller lookahead or other stacks."
+                )
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Upstream's, with the decoder's own depth, so that `generate` sizes its cache for a deeper decoder."""
+        config = super().get_text_config(decoder=decoder, encoder=encoder)
+        if decoder and config is not self:
+            config.num_layers = self.num_decoder_layers or self.num_layers
+        return config
+
+    @property
+    def pregating(self) -> PreGating:
+        return PreGating.from_dict(self.pregate)
+
+    def moe_layers(self, stack: str) -> list[int]:
+        """The layer numbers of the MoE blocks of `stack`, in order."""
+        depth = self.num_layers if stack == "encoder" else (self.num_decoder_layers or self.num_layers)
+        step = self.encoder_sparse_step if stack == "encoder" else self.decoder_sparse_step
+        return [layer for layer in range(depth) if is_sparse_layer(layer, step)]
+
+
+class SwitchGate(nn.Module):
+    """One router: the linear map from hidden states to expert logits, with the family's top-1 and capacity rule."""
+
+    def __init__(self, config: SwitchTransformersConfig) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
+        self.capacity = config.expert_capacity
+        self.noise = float(config.router_jitter_noise)
+        self.dtype = getattr(torch, config.router_dtype)
+
+    def perturb(self, hidden_BTD: Tensor) -> Tensor:
+        """In training, the jittered input; in evaluation the input itself. In the router's dtype."""
+        hidden_BTD = hidden_BTD.to(self.dtype)
+        return jitter(hidden_BTD, self.noise) if self.training and self.noise > 0 else hidden_BTD
+
+    def decide(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
+        """Route by hidden states that `perturb` has seen; combine weights come out in `dtype`."""
+        logits_BTE = router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype)
+        return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
+
+    def forward(self, hidden_BTD: Tensor) -> Routing:
+        return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)
+
+
+class EmbeddingGate(SwitchGate):
+    """An entry gate that reads the stack's input embeddings, normalised like the input of its own block."""
+
+    def __init__(self, config: SwitchTransformersConfig) -> None:
+        super().__init__(config)
+        self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+
+    def forward(self, hidden_BTD: Tensor) -> Routing:
+        return super().forward(self.layer_norm(hidden_BTD))
+
+
+class SwitchExperts(nn.ModuleDict):
+    """The resident experts of one block. `path` chooses the reference order of operations or the grouped one."""
+
+    def __init__(self, config: SwitchTransformersConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.path = "grouped"
+        for expert in range(config.num_experts):
+            self[f"expert_{expert}"] = upstream.SwitchTransformersDenseActDense(config)
+
+    def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        run = reference_experts if self.path == "reference" else grouped_experts
+        return run(hidden_TD, expert_ids_TK, weights_TK, self.num_experts, lambda e, x: self[f"expert_{e}"](x))
+
+
+class PreGatedSparseMLP(nn.Module):
+    """An MoE block's router side: its entry gate if it has one, the pre-gate of a later block, and the experts."""
+
+    def __init__(self, config: PreGatedSwitchTransformersConfig, stack: str, index: int, num_blocks: int) -> None:
+        super().__init__()
+        gating = config.pregating
+        seats = gating.gates_at(stack, index, num_blocks)
+        self.stack, self.index, self.target = stack, index, seats.target
+        self.conventional = gating.lookahead_of(stack) == 0
+        self.router = SwitchGate(config) if seats.own else None
+        self.pre_gate = SwitchGate(config) if seats.target is not None else None
+        self.experts = SwitchExperts(config)
+        self.listener: RouteListener | None = None
+
+    def forward(self, hidden_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor, Routing | None]:
+        """Apply the experts by `routing`, or by the block's own gate if it is None.
+
+        Returns the output (B, T, D), the logits (B, T, E) behind the route used here, and the route decided for
+        block `target` (None if this block holds no pre-gate).
+        """
+        decided = None
+        if self.pre_gate is not None:
+            decided = self.pre_gate(hidden_BTD)
+            self._announce(self.target, decided)
+        if routing is None:
+            assert self.router is not None, "a block without an entry gate was given no route"
+            seen_BTD = self.router.perturb(hidden_BTD)
+            routing = self.router.decide(seen_BTD, hidden_BTD.dtype)
+            if self.conventional and seen_BTD.dtype == hidden_BTD.dtype:
+                # upstream jitters in place, so in the router's own dtype the experts read the jittered states too;
+                # lookahead 0 keeps that, because it promises to be the source model
+                hidden_BTD = seen_BTD
+            self._announce(self.index, routing)
+        output_TD = self.experts(
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            routing.expert_ids_BTK.flatten(0, 1),
+            routing.weights_BTK.flatten(0, 1),
+        )
+        return output_TD.view(hidden_BTD.shape), routing.logits_BTE, decided
+
+    def _announce(self, block: int | None, routing: Routing) -> None:
+        if self.listener is not None and block is not None:
+            self.listener(self.stack, block, routing)
+
+
+class PreGatedLayerFF(nn.Module):
+    """Norm, dense or sparse feed-forward, residual; hands routes in and out of a sparse one."""
+
+    def __init__(self, config: PreGatedSwitchTransformersConfig, mlp: nn.Module) -> None:
+        super().__init__()
+        self.is_sparse = isinstance(mlp, PreGatedSparseMLP)
+        self.mlp = mlp
+        self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_BTD: Tensor, routing: Routing | None = None) -> tuple[Tensor, Routing | None]:
+        normed_BTD = self.layer_norm(hidden_BTD)
+        decided = None
+        if self.is_sparse:
+            output_BTD, _, decided = self.mlp(normed_BTD, routing)
+        else:
+            output_BTD = self.mlp(normed_BTD)
+        return hidden_BTD + self.dropout(output_BTD), decided
+
+
+def _finite(hidden_BTD: Tensor) -> Tensor:
+    """Keep fp16 activations finite, as upstream does; other dtypes pass untouched."""
+    if hidden_BTD.dtype != torch.float16:
+        return hidden_BTD
+    most = torch.finfo(torch.float16).max
+    bound = torch.where(torch.isinf(hidden_BTD).any(), most - 1000, most)
+    return torch.clamp(hidden_BTD, min=-bound, max=bound)
+
+
+class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
+    """One transformer layer. Takes the route of its own MoE block and returns the route it decided for a later one."""
+
+    def __init__(self, config: PreGatedSwitchTransformersConfig, layer: int, mlp: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.is_decoder = config.is_decoder
+        self.is_sparse = isinstance(mlp, PreGatedSparseMLP)
+        self.layer = nn.ModuleList([upstream.SwitchTransformersLayerSelfAttention(config, layer == 0, layer_idx=layer)])
+        if self.is_decoder:
+            self.layer.append(upstream.SwitchTransformersLayerCrossAttention(config, layer_idx=layer))
+        self.layer.append(PreGatedLayerFF(config, mlp))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_decoder_position_bias: Tensor | None = None,
+        routing: Routing | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Routing | None]:
+        hidden_states, self_bias, _ = self.layer[0](
+            hidden_states,
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = _finite(hidden_states)
+        cross_bias = None
+        if self.is_decoder and encoder_hidden_states is not None:
+            hidden_states, cross_bias, _ = self.layer[1](
+                hidden_states,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                position_bias=encoder_decoder_position_bias,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = _finite(hidden_states)
+        hidden_states, decided = self.layer[-1](hidden_states, routing)
+        return _finite(hidden_states), self_bias, cross_bias, decided
