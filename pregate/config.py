@@ -71,6 +71,7 @@ class Policy(StrEnum):
 
 
 class Tier(StrEnum):
+    auto = "auto"
     dram = "dram"
     disk = "disk"
 
@@ -180,14 +181,19 @@ class TrainConfig:
 
 @dataclass
 class EngineConfig:
-    """How the offloaded engine serves. `device_budget` is bytes ("4GB"), a share of all experts ("25%") or null."""
+    """How the offloaded engine serves. `device_budget` is bytes ("4GB"), a share of all experts ("25%") or null.
+
+    `tier: auto` is page-locked host memory for a GPU, and the disk where the compute device is host memory itself.
+    `cache`: leave used experts in their slots, least recently used first out; off, as in the paper.
+    """
 
     policy: Policy = Policy.pre_gated
     policies: list[Policy] = field(default_factory=lambda: list(Policy))
-    tier: Tier = Tier.dram
+    tier: Tier = Tier.auto
     device: Device = Device.auto
     device_budget: str | None = None
     pack_dir: str | None = None
+    cache: bool = False
     io_threads: int = 2
     bench_prompts: int = 4
     bench_new_tokens: int = 16

@@ -6,9 +6,11 @@ what is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from pregate.models.routing import Routing
 
@@ -74,6 +76,45 @@ class MoEBlock:
     module: Any = field(repr=False)
     """Has `experts` (called with hidden_TD, expert_ids_TK, weights_TK) and `listener`."""
     layer_module: Any = field(repr=False)
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one MoE block of one stack."""
+
+    stack: str
+    block: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class ExpertFamily:
+    """How the experts of a checkpoint are stored and applied, known from its config alone.
+
+    matrices: name and shape of each matrix of one expert. layers: the layer numbers of each stack's MoE blocks.
+    tensor_name: (stack, layer, expert, matrix) to the checkpoint's tensor name. apply: (matrices, hidden_ND) to
+    hidden_ND, the same arithmetic as the resident expert in evaluation.
+    """
+
+    num_experts: int
+    top_k: int
+    lookahead: int
+    matrices: dict[str, tuple[int, ...]]
+    layers: dict[str, list[int]]
+    tensor_name: Callable[[str, int, int, str], str]
+    apply: Callable[[Sequence[Tensor], Tensor], Tensor]
+
+    def keys(self) -> list[ExpertKey]:
+        """All experts, in the order of execution."""
+        return [
+            ExpertKey(stack, block, expert)
+            for stack, layers in self.layers.items()
+            for block in range(len(layers))
+            for expert in range(self.num_experts)
+        ]
+
+    def tensor_names(self, key: ExpertKey) -> list[str]:
+        layer = self.layers[key.stack][key.block]
+        return [self.tensor_name(key.stack, layer, key.expert, matrix) for matrix in self.matrices]
 
 
 def moe_blocks(model: Any) -> Iterator[MoEBlock]:

@@ -9,13 +9,15 @@ Letters: B batch, S source length, T target length or tokens, D model width, E e
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, SwitchTransformersConfig
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -24,7 +26,9 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from pregate.models.adapter import STACKS, MoEBlock, RouteListener
+from pregate.config import UsageError
+from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
+from pregate.models.checkpoint import read_config
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
@@ -319,6 +323,37 @@ class PreGatedSwitchTransformersForConditionalGeneration(
             f"{stack}_aux_loss": torch.stack([balance_loss(block, mask) for block in logits]).mean(),
             f"{stack}_z_loss": torch.stack([z_loss(block, mask) for block in logits]).mean(),
         }
+
+
+def load_resident(directory: str | Path, **options: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
+    """The whole model in memory, from a pre-gated or a conventional Switch directory, in evaluation mode.
+
+    `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` for any other directory.
+    """
+    config = read_config(str(directory))
+    known = (SwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig.model_type)
+    if config.get("model_type") not in known:
+        raise UsageError(
+            f"{directory} holds a {config.get('model_type')!r} model: give a directory of type {' or '.join(known)}."
+        )
+    model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(
+        directory, config=PreGatedSwitchTransformersConfig.of_checkpoint(config), **options
+    )
+    return model.eval()
+
+
+def mark_conventional(directory: Path) -> None:
+    """Rewrite the config of a saved lookahead-0 model so that it is an ordinary upstream Switch checkpoint.
+
+    The tensors have upstream's names already. Raises `ValueError` if the model routes ahead.
+    """
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    if PreGating.from_dict(config.pop("pregate", None)).lookahead:
+        raise ValueError(f"{directory} holds a pre-gated model, which no conventional class can open.")
+    config["model_type"] = SwitchTransformersConfig.model_type
+    config["architectures"] = ["SwitchTransformersForConditionalGeneration"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 AutoConfig.register(PreGatedSwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig)

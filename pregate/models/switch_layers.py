@@ -9,6 +9,7 @@ Letters: B batch, T tokens of a sequence, D model width, E experts, K experts pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
+from transformers.activations import ACT2FN
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
-from pregate.models.adapter import PreGating, RouteListener
+from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListener
 from pregate.models.moe import grouped_experts, reference_experts
 from pregate.models.routing import Routing, jitter, route, router_logits
 
@@ -52,6 +54,14 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
         if decoder and config is not self:
             config.num_layers = self.num_decoder_layers or self.num_layers
         return config
+
+    @classmethod
+    def of_checkpoint(cls, config: dict[str, Any]) -> PreGatedSwitchTransformersConfig:
+        """From the `config.json` of a pre-gated or a conventional Switch checkpoint (which is lookahead 0)."""
+        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+        if config.get("model_type") == SwitchTransformersConfig.model_type:
+            settings["pregate"] = PreGating().to_dict()
+        return cls(**settings)
 
     @property
     def pregating(self) -> PreGating:
@@ -112,6 +122,29 @@ class SwitchExperts(nn.ModuleDict):
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         run = reference_experts if self.path == "reference" else grouped_experts
         return run(hidden_TD, expert_ids_TK, weights_TK, self.num_experts, lambda e, x: self[f"expert_{e}"](x))
+
+
+def switch_expert_family(config: PreGatedSwitchTransformersConfig) -> ExpertFamily:
+    """Where a Switch checkpoint keeps its experts, and what one expert computes."""
+    activation = ACT2FN[config.dense_act_fn]
+    feed_forward = {"encoder": 1, "decoder": 2}
+
+    def tensor_name(stack: str, layer: int, expert: int, matrix: str) -> str:
+        return f"{stack}.block.{layer}.layer.{feed_forward[stack]}.mlp.experts.expert_{expert}.{matrix}.weight"
+
+    def apply(matrices: Sequence[Tensor], hidden_ND: Tensor) -> Tensor:
+        wi_FD, wo_DF = matrices
+        return nn.functional.linear(activation(nn.functional.linear(hidden_ND, wi_FD)), wo_DF)
+
+    return ExpertFamily(
+        num_experts=config.num_experts,
+        top_k=1,
+        lookahead=config.pregating.lookahead,
+        matrices={"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)},
+        layers={stack: config.moe_layers(stack) for stack in STACKS},
+        tensor_name=tensor_name,
+        apply=apply,
+    )
 
 
 class PreGatedSparseMLP(nn.Module):

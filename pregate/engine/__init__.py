@@ -1,0 +1,1 @@
+"""Offloaded inference: where expert slabs live, when they move, and the model that computes with them."""

@@ -1,0 +1,275 @@
+"""Where all expert slabs live when they are not on the compute device: host memory (`dram`) or a file (`disk`).
+
+A slab is all matrices of one expert as one contiguous run of bytes, a multiple of 4 KiB. Knows checkpoints and
+bytes; knows nothing about slots, policies or models' arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pregate.config import UsageError
+from pregate.models.adapter import ExpertFamily, ExpertKey
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.runtime import human_bytes, write_json
+
+PAGE = 4096
+"""O_DIRECT wants addresses, offsets and lengths in multiples of the logical block, at most a page."""
+CHUNK = 1 << 30
+LINE = 64
+"""Matrices start on cache lines, where BLAS reads fastest."""
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True)
+class SlabLayout:
+    """Where each matrix of an expert lies inside its slab. All slabs of a checkpoint share one layout."""
+
+    dtype: torch.dtype
+    matrices: tuple[tuple[str, tuple[int, ...], int], ...]
+    slab_bytes: int
+
+    @classmethod
+    def of(cls, family: ExpertFamily, dtype: torch.dtype) -> SlabLayout:
+        offset, matrices = 0, []
+        for name, shape in family.matrices.items():
+            matrices.append((name, shape, offset))
+            offset = _round_up(offset + torch.Size(shape).numel() * dtype.itemsize, LINE)
+        return cls(dtype, tuple(matrices), _round_up(offset, PAGE))
+
+    def views(self, slab: Tensor) -> list[Tensor]:
+        """The matrices of a slab (uint8, slab_bytes) as tensors that share its memory."""
+        return [
+            slab[offset : offset + torch.Size(shape).numel() * self.dtype.itemsize].view(self.dtype).view(shape)
+            for _, shape, offset in self.matrices
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        matrices = [{"name": n, "shape": list(s), "offset": o} for n, s, o in self.matrices]
+        return {"dtype": str(self.dtype).removeprefix("torch."), "slab_bytes": self.slab_bytes, "matrices": matrices}
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """A uint8 tensor of `size` bytes on the CPU that starts at a page boundary."""
+    raw = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + size]
+
+
+def read_slabs(
+    checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
+) -> Iterator[tuple[ExpertKey, Tensor]]:
+    """All slabs in the order of execution, one block of the checkpoint mapped at a time."""
+    for stack, layers in family.layers.items():
+        for block in range(len(layers)):
+            keys = [ExpertKey(stack, block, expert) for expert in range(family.num_experts)]
+            tensors = checkpoint.read([name for key in keys for name in family.tensor_names(key)])
+            for key in keys:
+                slab = torch.zeros(layout.slab_bytes, dtype=torch.uint8)
+                for view, name in zip(layout.views(slab), family.tensor_names(key), strict=True):
+                    view.copy_(tensors[name])
+                yield key, slab
+            del tensors
+
+
+class Store(Protocol):
+    """Where slabs are read from. `read_into` fills a CPU slab and may be called from several threads."""
+
+    layout: SlabLayout
+    in_host_memory: bool
+
+    def read_into(self, key: ExpertKey, slab: Tensor) -> None: ...
+
+    def slab(self, key: ExpertKey) -> Tensor | None:
+        """The slab itself where it lies in (page-locked) host memory, else None."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DramStore:
+    """All slabs in host memory, in chunks of about 1 GiB; page-locked in place for a CUDA device.
+
+    Registering plain memory avoids the power-of-two rounding of torch's pinned allocator.
+    """
+
+    in_host_memory = True
+
+    def __init__(
+        self, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, page_locked: bool
+    ) -> None:
+        self.layout = layout
+        keys = family.keys()
+        per_chunk = max(1, CHUNK // layout.slab_bytes)
+        self._chunks = [
+            aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes)
+            for first in range(0, len(keys), per_chunk)
+        ]
+        self._registered: list[Tensor] = []
+        if page_locked:
+            for chunk in self._chunks:
+                status = torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0)
+                if int(status) != 0:
+                    self.close()
+                    raise UsageError(
+                        f"{human_bytes(chunk.numel())} of host memory could not be page-locked (CUDA error "
+                        f"{int(status)}): raise the limit with ulimit -l, or use engine.tier=disk."
+                    )
+                self._registered.append(chunk)
+        self._place = {key: divmod(number, per_chunk) for number, key in enumerate(keys)}
+        for key, slab in read_slabs(checkpoint, family, layout):
+            self.slab(key).copy_(slab)
+
+    def slab(self, key: ExpertKey) -> Tensor:
+        chunk, row = self._place[key]
+        return self._chunks[chunk][row * self.layout.slab_bytes : (row + 1) * self.layout.slab_bytes]
+
+    def read_into(self, key: ExpertKey, slab: Tensor) -> None:
+        slab.copy_(self.slab(key))
+
+    def close(self) -> None:
+        for chunk in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(chunk.data_ptr())
+        self._registered.clear()
+        self._chunks.clear()
+
+
+class DiskStore:
+    """Slabs in one file, read with O_DIRECT so that the page cache neither helps nor hides; buffered if it must."""
+
+    in_host_memory = False
+
+    def __init__(self, pack_dir: Path) -> None:
+        index = read_index(pack_dir)
+        self.layout = index.layout
+        self._offsets = index.offsets
+        self._path = pack_dir / SLABS
+        flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+        try:
+            self._file = os.open(self._path, flags)
+            os.preadv(self._file, [memoryview(aligned_bytes(PAGE).numpy())], 0)
+            self.direct = bool(getattr(os, "O_DIRECT", 0))
+        except OSError:
+            self._file = os.open(self._path, os.O_RDONLY)
+            self.direct = False
+        if not self.direct:
+            warnings.warn(
+                f"{self._path}: no O_DIRECT on this file system, reads go through the page cache", stacklevel=2
+            )
+
+    def slab(self, key: ExpertKey) -> None:
+        return None
+
+    def read_into(self, key: ExpertKey, slab: Tensor) -> None:
+        """Fill a page-aligned slab. Raises `OSError` on a short read."""
+        offset, size = self._offsets[key], self.layout.slab_bytes
+        buffer = memoryview(slab.numpy())
+        done = 0
+        while done < size:
+            got = os.preadv(self._file, [buffer[done:]], offset + done)
+            if got <= 0:
+                raise OSError(f"{self._path}: {key} ends after {done} of {size} bytes; pack the checkpoint again")
+            done += got
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+# --- the pack on disk -----------------------------------------------------------------------------------------------
+
+SLABS, INDEX = "slabs.bin", "index.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    layout: SlabLayout
+    offsets: dict[ExpertKey, int]
+    checksums: dict[ExpertKey, int]
+    source: dict[str, Any]
+
+
+def _identity(checkpoint: SourceCheckpoint) -> dict[str, Any]:
+    """What tells whether a pack belongs to a checkpoint as it is now."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
+
+
+def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, pack_dir: Path) -> Path:
+    """Write all slabs of `checkpoint` to `pack_dir`, or keep the pack there if it is this checkpoint's.
+
+    Appears whole or not at all. Raises `UsageError` if something else lies there, or if the disk is too small.
+    """
+    if (pack_dir / INDEX).is_file() and _belongs(pack_dir, checkpoint, layout):
+        return pack_dir
+    if pack_dir.exists() and not (pack_dir / INDEX).is_file() and any(pack_dir.iterdir()):
+        raise UsageError(f"{pack_dir} holds something that is not a pack of experts: choose another engine.pack_dir.")
+    keys = family.keys()
+    needed = len(keys) * layout.slab_bytes
+    pack_dir.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(pack_dir.parent).free
+    if free < needed:
+        raise UsageError(
+            f"The experts need {human_bytes(needed)} under {pack_dir.parent}, which has {human_bytes(free)} free: "
+            "set engine.pack_dir to a larger disk."
+        )
+    scratch = pack_dir.with_name(f"{pack_dir.name}.partial-{os.getpid()}")
+    scratch.mkdir()
+    try:
+        slabs = []
+        with (scratch / SLABS).open("wb") as file:
+            for number, (key, slab) in enumerate(read_slabs(checkpoint, family, layout)):
+                data = memoryview(slab.numpy())
+                file.write(data)
+                slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "crc32": zlib.crc32(data)})
+            file.flush()
+            os.fsync(file.fileno())
+        index = {"format": FORMAT, **layout.to_json(), "source": _identity(checkpoint), "slabs": slabs}
+        write_json(scratch / INDEX, index)
+        if pack_dir.exists():
+            shutil.rmtree(pack_dir)
+        scratch.rename(pack_dir)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return pack_dir
+
+
+def _belongs(pack_dir: Path, checkpoint: SourceCheckpoint, layout: SlabLayout) -> bool:
+    try:
+        index = read_index(pack_dir)
+    except UsageError:
+        return False
+    return index.source == _identity(checkpoint) and index.layout == layout
+
+
+def read_index(pack_dir: Path) -> PackIndex:
+    """The index of a pack. Raises `UsageError` if it is damaged or its slab file is too short."""
+    try:
+        raw = json.loads((pack_dir / INDEX).read_text())
+        if raw["format"] != FORMAT:
+            raise UsageError(f"{pack_dir} was packed by another version: remove it, and it is packed again.")
+        matrices = tuple((m["name"], tuple(m["shape"]), m["offset"]) for m in raw["matrices"])
+        layout = SlabLayout(getattr(torch, raw["dtype"]), matrices, raw["slab_bytes"])
+        keys = {ExpertKey(s["stack"], s["block"], s["expert"]): s for s in raw["slabs"]}
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{pack_dir / INDEX} cannot be read: remove {pack_dir}, and it is packed again.") from error
+    size = (pack_dir / SLABS).stat().st_size if (pack_dir / SLABS).is_file() else 0
+    if size != len(keys) * layout.slab_bytes:
+        raise UsageError(f"{pack_dir / SLABS} is truncated: remove {pack_dir}, and it is packed again.")
+    offsets = {key: slab["offset"] for key, slab in keys.items()}
+    return PackIndex(layout, offsets, {key: slab["crc32"] for key, slab in keys.items()}, raw["source"])
