@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -225,7 +225,7 @@ class TrackingConfig:
 
 @dataclass
 class Run:
-    """Everything one command needs; built once by `entry_point`, never changed."""
+    """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line."""
 
     name: str = "run"
     run_dir: str = "runs/run"
@@ -236,6 +236,7 @@ class Run:
     output: str | None = None
     checkpoint: str | None = None
     reference: str | None = None
+    overrides: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     pregate: PreGateConfig = field(default_factory=PreGateConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -276,18 +277,19 @@ def compose_run(overrides: list[str]) -> Run:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
             cfg = compose("config", overrides=overrides)
-            return validated(cfg)
+            return validated(cfg, overrides)
         except UsageError:
             raise
         except Exception as error:
             raise UsageError(explain(error, overrides)) from error
 
 
-def validated(cfg: Any) -> Run:
+def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
     """Turn a composed OmegaConf node into a checked `Run`. Raises `UsageError`."""
     unknown = sorted(set(cfg) - {f.name for f in fields(Run)})
     if unknown:
         raise UsageError(f"There is no setting {unknown[0]!r}{_closest(unknown[0], _known_keys())}.")
+    OmegaConf.update(cfg, "overrides", list(overrides))
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run), type(run)
     check_run(run)
@@ -447,7 +449,7 @@ def entry_point(work: Callable[[Run], None]) -> None:
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 OmegaConf.update(cfg, "run_dir", HydraConfig.get().runtime.output_dir)
-            work(validated(cfg))
+            work(validated(cfg, HydraConfig.get().overrides.task))
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise

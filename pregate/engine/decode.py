@@ -111,7 +111,8 @@ class OffloadEngine:
 
         `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts. `tier`: where
         the other experts are; for `disk` they are packed once into `pack_dir` (default: `experts` in the
-        checkpoint). `cache`: leave used slabs in their slots until the slot is needed, least recently used first. Raises `UsageError` for a checkpoint or budget that cannot be served.
+        checkpoint). `cache`: leave used slabs in their slots until the slot is needed, least recently used
+        first. Raises `UsageError` for a checkpoint or budget that cannot be served.
         """
         device = torch.device(device)
         source = open_checkpoint(str(checkpoint))

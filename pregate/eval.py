@@ -1,0 +1,34 @@
+"""`python -m pregate.eval checkpoint=DIR`: accuracy, parity with a reference, and each policy's latency and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pregate.config import Run, UsageError, entry_point
+
+
+def main(run: Run) -> None:
+    from pregate.measure.evaluation import evaluate
+    from pregate.tracking import open_tracker
+
+    checkpoint, reference, out_dir = subjects(run)
+    with open_tracker(run, out_dir) as tracker:
+        evaluate(run, checkpoint, out_dir, tracker, reference)
+    print(f"Report: {out_dir / 'report.html'}")
+
+
+def subjects(run: Run) -> tuple[str, str | None, Path]:
+    """What to evaluate, against what, and where the results go: as named, or those of the run in `run_dir`."""
+    run_dir = Path(run.run_dir)
+    own, own_source = run_dir / "checkpoint", run_dir / "source" / "checkpoint"
+    if run.checkpoint is not None:
+        beside = Path(f"{run.checkpoint.rstrip('/')}-eval") if Path(run.checkpoint).is_dir() else run_dir
+        return run.checkpoint, run.reference, Path(run.output) if run.output else beside
+    if not own.is_dir():
+        raise UsageError(f"There is nothing to evaluate: set checkpoint=DIR, or train first, so that {own} exists.")
+    reference = run.reference or (str(own_source) if own_source.is_dir() else None)
+    return str(own), reference, Path(run.output) if run.output else run_dir
+
+
+if __name__ == "__main__":
+    entry_point(main)

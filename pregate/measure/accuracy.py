@@ -1,0 +1,95 @@
+"""Predictions through an engine, their uncertainty, and how far two models route alike.
+
+Knows engines, tokenizers and tasks' examples; knows nothing about where results are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pregate.engine.decode import OffloadEngine
+from pregate.tasks.base import Example
+from pregate.tasks.text import Collator
+
+
+def length_sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar source length, which wastes the least padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def predict(
+    engine: OffloadEngine,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    collate: Collator,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The decoded prediction of each example, in order; greedy, or the best of `num_beams`."""
+    device = engine.model.device
+    predictions = [""] * len(examples)
+    for batch in length_sorted_batches(examples, batch_size):
+        inputs = collate([examples[i] for i in batch])
+        tokens_BT = engine.generate(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+        )
+        texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            predictions[index] = text.strip()
+        progress(len(batch))
+    return predictions
+
+
+def first_choices(
+    engine: OffloadEngine, examples: Sequence[Example], collate: Collator, batch_size: int
+) -> dict[str, list[Tensor]]:
+    """For each stack and MoE block, the most probable expert of every unpadded token, with the targets as input."""
+    device = engine.model.device
+    chosen: dict[str, list[list[Tensor]]] = {}
+    for batch in length_sorted_batches(examples, batch_size):
+        inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
+        output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
+        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
+        for stack, mask_BT in masks.items():
+            blocks = getattr(output, f"{stack}_router_logits") or ()
+            rows = chosen.setdefault(stack, [[] for _ in blocks])
+            for row, logits_BTE in zip(rows, blocks, strict=True):
+                row.append(logits_BTE.argmax(-1)[mask_BT].cpu())
+    return {stack: [torch.cat(parts) for parts in rows] for stack, rows in chosen.items()}
+
+
+def agreement(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> dict[str, list[float]]:
+    """The share of tokens, for each stack and block, for which two models choose the same expert first."""
+    return {
+        stack: [(a == b).float().mean().item() for a, b in zip(blocks, other[stack], strict=True)]
+        for stack, blocks in one.items()
+    }
+
+
+def bootstrap_interval(values: Sequence[float], samples: int, seed: int) -> list[float]:
+    """95 % percentile-bootstrap interval of the mean of per-example values (Efron and Tibshirani 1993, ch. 13).
+
+    Of paired differences it is the paired bootstrap of Koehn (2004).
+    """
+    data = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    rows = max(1, 2_000_000 // max(1, len(data)))
+    for start in range(0, samples, rows):
+        count = min(rows, samples - start)
+        means[start : start + count] = data[generator.integers(0, len(data), (count, len(data)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]

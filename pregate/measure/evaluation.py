@@ -1,0 +1,307 @@
+"""The evaluation of one checkpoint: accuracy and parity, routing agreement, and each policy's latency and memory.
+
+Reads as a table of contents; the parts are `accuracy`, `latency`, `memory` and `report`. Leaves `eval.json`,
+`predictions.jsonl` and `report.html` in one directory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.config import Policy, Run, UsageError
+from pregate.engine.decode import OffloadEngine, resolve_tier, slots_within
+from pregate.engine.store import SlabLayout
+from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
+from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
+from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
+from pregate.measure.report import write_report
+from pregate.measure.summary import print_summary
+from pregate.models.adapter import PreGating
+from pregate.models.checkpoint import read_config
+from pregate.models.switch import load_resident
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.runtime import console, environment, pick_device, set_seed, write_json
+from pregate.tasks.base import Example, Scores, Task, build_task
+from pregate.tasks.text import Collator, load_tokenizer
+from pregate.tracking import Tracker
+
+ENGINE_COLUMNS = (
+    "ttft_ms",
+    "tpot_ms",
+    "tokens_per_s",
+    "block_ms",
+    "exposed_ms_per_token",
+    "peak_device_bytes",
+    "bytes_moved",
+    "hits",
+    "misses",
+    "tokens_equal_resident",
+)
+
+
+@dataclass
+class Subject:
+    """A model under evaluation: its directory, its predictions and what is known about its routes."""
+
+    checkpoint: str
+    predictions: list[str]
+    scores: Scores
+    choices: dict[str, list[torch.Tensor]]
+
+
+@dataclass
+class Bench:
+    """Everything the models share: run, task, tokenizer, examples, device."""
+
+    run: Run
+    task: Task
+    tokenizer: Any
+    collate: Collator
+    examples: list[Example]
+    device: torch.device
+
+
+def evaluate(
+    run: Run, checkpoint: str, out_dir: Path, tracker: Tracker, reference: str | None = None
+) -> dict[str, Any]:
+    """Evaluate `checkpoint`, against `reference` if there is one; returns what `eval.json` holds.
+
+    Raises `UsageError` before any work for a checkpoint, reference, task or budget that cannot be evaluated.
+    """
+    check_subjects(run, checkpoint, reference)
+    set_seed(run.seed)
+    bench = prepare(run, checkpoint)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    subject = assess(bench, checkpoint, run.engine.policy)
+    compared = assess(bench, reference, Policy.gpu_only) if reference else None
+    engine, traces = measure_engine(bench, checkpoint)
+    evaluation = {
+        "task": bench.task.name,
+        "split": run.eval.split or run.task.eval_split,
+        "num_examples": len(bench.examples),
+        "checkpoint": checkpoint,
+        "reference": reference,
+        **compare(run, subject, compared),
+        "engine": engine,
+        "engine_settings": settings(bench, checkpoint),
+        "environment": environment(),
+    }
+    predictions = list_predictions(bench.examples, subject, compared)
+    write_results(run, out_dir, evaluation, predictions, traces)
+    publish(tracker, out_dir, evaluation, traces)
+    print_summary(evaluation, console())
+    return evaluation
+
+
+def check_subjects(run: Run, checkpoint: str, reference: str | None) -> None:
+    """Refuse, before any work, a checkpoint whose gates contradict the settings the user gave."""
+    config = read_config(checkpoint)
+    if reference is not None:
+        read_config(reference)
+    if any(override.lstrip("+").startswith("pregate") for override in run.overrides):
+        stored = PreGating.from_dict(config.get("pregate")).lookahead if "pregate" in config else 0
+        if stored != run.pregate.lookahead:
+            raise UsageError(
+                f"{checkpoint} has lookahead {stored}, but pregate.lookahead={run.pregate.lookahead} was asked for: "
+                "leave the setting out, or convert and train a checkpoint with it."
+            )
+
+
+def check_engine(run: Run) -> None:
+    """Refuse, before any training, engine settings that `then_eval` could not serve with. Raises `UsageError`."""
+    pick_device(run.engine.device)
+    if run.engine.device_budget is None or not run.then_eval:
+        return
+    settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
+    family = switch_expert_family(PreGatedSwitchTransformersConfig.of_checkpoint(settings))
+    for policy in (run.engine.policy, *run.engine.policies):
+        if policy is not Policy.gpu_only:
+            slots_within(run.engine.device_budget, policy, family, SlabLayout.of(family, torch.float32).slab_bytes)
+
+
+def prepare(run: Run, checkpoint: str) -> Bench:
+    task = build_task(run)
+    tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
+    examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
+    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+    return Bench(run, task, tokenizer, collate, examples, pick_device(run.engine.device))
+
+
+def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
+    engine = bench.run.engine
+    return OffloadEngine.open(
+        checkpoint,
+        policy=policy,
+        tier=engine.tier,
+        device=bench.device,
+        device_budget=None if policy is Policy.gpu_only else engine.device_budget,
+        pack_dir=engine.pack_dir,
+        io_threads=engine.io_threads,
+        cache=engine.cache,
+    )
+
+
+def assess(bench: Bench, checkpoint: str, policy: Policy) -> Subject:
+    """Predictions, scores and routes of one model, served by the engine."""
+    settings = bench.run.eval
+    with open_engine(bench, checkpoint, policy) as engine:
+        predictions = predict(
+            engine,
+            bench.tokenizer,
+            bench.examples,
+            bench.collate,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens or bench.run.task.max_target_tokens,
+            num_beams=settings.num_beams,
+        )
+        routed = bench.examples[: settings.agreement_examples]
+        choices = first_choices(engine, routed, bench.collate, settings.batch_size) if routed else {}
+    scores = bench.task.score(predictions, [example.references for example in bench.examples])
+    return Subject(checkpoint, predictions, scores, choices)
+
+
+def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, Any]:
+    """Scores with intervals, and against a reference the paired difference of each metric and the routing agreement."""
+
+    def intervals(scores: Scores) -> dict[str, list[float]]:
+        return {m: bootstrap_interval(v, run.eval.bootstrap_samples, run.seed) for m, v in scores.per_example.items()}
+
+    section: dict[str, Any] = {
+        "scores": {"pre_gated": subject.scores.overall},
+        "intervals": {"pre_gated": intervals(subject.scores)},
+    }
+    if reference is None:
+        return section
+    section["scores"]["reference"] = reference.scores.overall
+    section["intervals"]["reference"] = intervals(reference.scores)
+    parity: dict[str, Any] = {}
+    for metric, values in subject.scores.per_example.items():
+        differences = [a - b for a, b in zip(values, reference.scores.per_example[metric], strict=True)]
+        parity[f"{metric}_delta"] = subject.scores.overall[metric] - reference.scores.overall[metric]
+        parity[f"{metric}_delta_interval"] = bootstrap_interval(differences, run.eval.bootstrap_samples, run.seed)
+    section["parity"] = parity
+    if subject.choices and _same_shape(subject, reference):
+        section["routing"] = {"agreement": agreement(subject.choices, reference.choices)}
+    return section
+
+
+def _same_shape(one: Subject, other: Subject) -> bool:
+    return {s: len(b) for s, b in one.choices.items()} == {s: len(b) for s, b in other.choices.items()}
+
+
+def measure_engine(bench: Bench, checkpoint: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The record of each policy, in the order asked for, and their timelines."""
+    engine = bench.run.engine
+    shown = bench.examples[: engine.bench_prompts]
+    prompts = [bench.collate([example])["input_ids"] for example in shown]
+    request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
+    expected = resident_tokens(load_resident(checkpoint, device_map=str(bench.device)), request)
+    records, traces = {}, {}
+    for policy in engine.policies:
+
+        def opened(policy: Policy = policy) -> OffloadEngine:
+            return open_engine(bench, checkpoint, policy)
+
+        records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected)
+    return records, traces
+
+
+def settings(bench: Bench, checkpoint: str) -> dict[str, Any]:
+    """What the engine's figures were measured with."""
+    engine = bench.run.engine
+    with open_engine(bench, checkpoint, engine.policy) as opened:
+        slots, slab_bytes, total = opened.num_slots, opened.slab_bytes, len(opened.family.keys())
+    return {
+        "device": str(bench.device),
+        "tier": str(resolve_tier(engine.tier, bench.device)),
+        "cache": "lru" if engine.cache else "none",
+        "device_budget_bytes": slots * slab_bytes,
+        "expert_bytes": slab_bytes,
+        "num_experts_total": total,
+        "batch": 1,
+        "new_tokens": engine.bench_new_tokens,
+        "prompts": min(engine.bench_prompts, len(bench.examples)),
+        "repeats": engine.bench_repeats,
+    }
+
+
+def list_predictions(examples: list[Example], subject: Subject, reference: Subject | None) -> list[dict[str, Any]]:
+    """One record an example: id, source, prediction, references, scores, and the reference model's prediction."""
+    records = []
+    for i, example in enumerate(examples):
+        record = {
+            "id": example.id,
+            "source": example.source,
+            "prediction": subject.predictions[i],
+            "references": list(example.references),
+            "scores": {metric: values[i] for metric, values in subject.scores.per_example.items()},
+        }
+        if reference is not None:
+            record["reference_prediction"] = reference.predictions[i]
+        records.append(record)
+    return records
+
+
+def write_results(
+    run: Run,
+    out_dir: Path,
+    evaluation: dict[str, Any],
+    predictions: list[dict[str, Any]],
+    traces: dict[str, list[dict[str, Any]]],
+) -> None:
+    with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for record in predictions:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if run.eval.report:
+        write_report(out_dir / "report.html", evaluation, predictions, traces)
+    # last: whoever finds eval.json finds the rest
+    write_json(out_dir / "eval.json", evaluation)
+
+
+def publish(
+    tracker: Tracker, out_dir: Path, evaluation: dict[str, Any], traces: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Numbers, tables and plots to the tracker."""
+    summary = {f"eval/{metric}": value for metric, value in evaluation["scores"]["pre_gated"].items()}
+    for metric, value in evaluation["scores"].get("reference", {}).items():
+        summary[f"reference/{metric}"] = value
+    for stack, blocks in evaluation.get("routing", {}).get("agreement", {}).items():
+        summary |= {f"routing/{stack}/block_{block}/agreement": value for block, value in enumerate(blocks)}
+    for policy, record in evaluation["engine"].items():
+        summary |= {f"engine/{policy}/{name}": float(value) for name, value in record.items()}
+    tracker.log(summary, 0)
+    tracker.summary(summary)
+    parity = evaluation.get("parity", {})
+    metrics = list(evaluation["scores"]["pre_gated"])
+    tracker.table(
+        "parity",
+        ["metric", "pre_gated", "reference", "delta", "interval_low", "interval_high"],
+        [
+            [
+                metric,
+                evaluation["scores"]["pre_gated"][metric],
+                evaluation["scores"].get("reference", {}).get(metric),
+                parity.get(f"{metric}_delta"),
+                *parity.get(f"{metric}_delta_interval", [None, None]),
+            ]
+            for metric in metrics
+        ],
+    )
+    rows = [[policy, *(record.get(c) for c in ENGINE_COLUMNS)] for policy, record in evaluation["engine"].items()]
+    tracker.table("engine", ["policy", *ENGINE_COLUMNS], rows)
+    plots = out_dir / "plots"
+    plots.mkdir(exist_ok=True)
+    for name, drawn in (
+        ("engine", plot_engine(evaluation, plots / "engine.png")),
+        ("agreement", plot_agreement(evaluation, plots / "agreement.png")),
+        ("timeline", plot_timeline(traces, plots / "timeline.png")),
+    ):
+        if drawn:
+            tracker.image(f"plots/{name}", plots / f"{name}.png")
+    if (out_dir / "report.html").is_file():
+        tracker.html("report", out_dir / "report.html")

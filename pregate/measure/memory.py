@@ -1,0 +1,74 @@
+"""Measured peak memory of a stretch of work: the CUDA allocator's own high-water mark, or the process's.
+
+On a CPU-only machine the compute device is host memory, so the figure is the growth of the resident set (Linux:
+VmHWM, reset through /proc/self/clear_refs). Where it cannot be measured it is None, never an estimate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: …`, then `peak.num_bytes`: the most memory in use above that at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._baseline = 0
+        self.num_bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._baseline = torch.cuda.memory_allocated(self._device)
+        else:
+            _return_free_memory()
+            self._reset = _reset_high_water_mark()
+            self._baseline = _status_bytes("VmRSS") or 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.read()
+
+    def read(self) -> int | None:
+        """The peak so far; may be read inside the block too."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self.num_bytes = torch.cuda.max_memory_allocated(self._device) - self._baseline
+        else:
+            high = _status_bytes("VmHWM")
+            self.num_bytes = high - self._baseline if high is not None and self._reset else None
+        return self.num_bytes
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back, so that later allocations count as growth."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

@@ -1,0 +1,132 @@
+"""Text on its way in and out: prompts, answer normalisation, tokenizers and batches.
+
+Knows strings and token ids; knows nothing about where examples come from or what a model does with them.
+B batch, S source length, T target length.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pregate.config import Run, UsageError
+
+if TYPE_CHECKING:
+    from pregate.tasks.base import Example
+
+IGNORED_LABEL = -100
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, English articles and surplus white space (SQuAD v1.1)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def prompt_fields(prompt: str) -> tuple[str, ...]:
+    """The record fields that a prompt such as "question: {question}" shows, each once.
+
+    Raises `UsageError` for unbalanced braces, a brace without a plain name, and a prompt that shows no field.
+    """
+    try:
+        named = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+    except ValueError as error:
+        raise UsageError(
+            f"task.prompt={prompt!r} cannot be read ({error}): write each field as {{name}}, a literal brace as {{{{."
+        ) from error
+    wrong = [field for field in named if not field.isidentifier()]
+    if wrong or not named:
+        what = f"holds {{{wrong[0]}}}" if wrong else "shows no field"
+        raise UsageError(f"task.prompt={prompt!r} {what}: write fields as plain names, such as {{question}}.")
+    return tuple(dict.fromkeys(named))
+
+
+def load_tokenizer(run: Run) -> Any:
+    """The tokenizer of `run`: `model.tokenizer`, else the generated set's own, else the one beside the model.
+
+    The model is `checkpoint` where one is named, and `model.source` otherwise. Raises `UsageError` where there is
+    no tokenizer, its directory is missing, or it has no padding or end-of-sequence token.
+    """
+    if run.model.tokenizer is None and run.task.generated is not None:
+        from pregate.tasks.generated import generated_tokenizer
+
+        return generated_tokenizer(run.task.generated)
+    if run.model.tokenizer is not None:
+        key, where, revision = "model.tokenizer", run.model.tokenizer, None
+    elif run.checkpoint is not None:
+        key, where, revision = "checkpoint", run.checkpoint, None
+    else:
+        key, where, revision = "model.source", run.model.source, run.model.revision
+    if where is None:
+        raise UsageError("There is no tokenizer: set model.tokenizer=DIR_OR_ID, or model.source=DIR_OR_ID.")
+    return _pretrained_tokenizer(key, where, revision)
+
+
+def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
+    path = Path(where).expanduser()
+    if where.startswith("None/"):
+        raise UsageError(f"{key}={where} is built from data.root, which is not set: set data.root=DIR or PREGATE_DATA.")
+    # A hub id is "name" or "owner/name"; anything else can only be meant as a directory.
+    if not path.is_dir() and (path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
+        raise UsageError(f"{key}={where} is not a directory: name a directory with a tokenizer, or a hub id.")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else where, revision=revision)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UsageError(
+            f"{key}={where} gives no tokenizer ({reason}): set model.tokenizer to a directory or hub id that holds one."
+        ) from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"The tokenizer of {key}={where} lacks a padding or end-of-sequence token: "
+            "set model.tokenizer to one with both."
+        )
+    return tokenizer
+
+
+class Collator:
+    """Turns examples into the tensors of one batch, padded on the right to the longest row.
+
+    Texts are cut to `max_source_tokens` and `max_target_tokens`, both counted with the end-of-sequence token that
+    closes every row, so that a cut text still ends in one.
+    """
+
+    def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_source_tokens = max_source_tokens
+        self.max_target_tokens = max_target_tokens
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` (B, S), and `labels` (B, T) padded with -100, all int64."""
+        sources = self._token_ids([example.source for example in examples], self.max_source_tokens)
+        targets = self._token_ids([example.target for example in examples], self.max_target_tokens)
+        return {
+            "input_ids": _padded(sources, self.tokenizer.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in sources], 0),
+            "labels": _padded(targets, IGNORED_LABEL),
+        }
+
+    def _token_ids(self, texts: list[str], max_tokens: int) -> list[list[int]]:
+        rows = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_tokens - 1,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)

@@ -1,0 +1,40 @@
+"""`python -m pregate.train +experiment=NAME`: get a source, convert it, fine-tune it, hand it to evaluation."""
+
+from __future__ import annotations
+
+from pregate.config import Run, entry_point
+
+
+def main(run: Run) -> None:
+    from accelerate import PartialState
+
+    from pregate.measure.evaluation import check_engine, evaluate
+    from pregate.tasks.base import build_task
+    from pregate.tasks.text import load_tokenizer
+    from pregate.tracking import open_tracker
+    from pregate.training import stages
+
+    stages.check_model(run)
+    check_engine(run)
+    task, tokenizer = build_task(run), load_tokenizer(run)
+    for split in (run.task.train_split, run.task.eval_split):
+        task.examples(split, limit=1)
+    run_dir = stages.claim_run_dir(run)
+    is_main = PartialState().is_main_process
+    with open_tracker(run, run_dir, is_main) as tracker:
+        source = stages.get_source(run, run_dir, task, tokenizer, tracker)
+        converted = stages.get_converted(run, run_dir, source)
+        trained = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
+        evaluation = None
+        if run.then_eval and is_main:
+            reference = run.reference or (source if run.source_train is not None else None)
+            evaluation = evaluate(run, trained.checkpoint, run_dir, tracker, reference)
+        stages.finish(run, run_dir, source, trained, evaluation)
+        if run.tracking.log_checkpoint:
+            tracker.artifact(run_dir / stages.CHECKPOINT)
+    if is_main:
+        print(f"Run: {run_dir}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

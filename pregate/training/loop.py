@@ -1,0 +1,230 @@
+"""Fine-tuning, from a prepared model to its best checkpoint: step, log, validate, save, finish.
+
+Knows the order of events. What a step sees is decided in `batching`, its loss in `losses`, its update in `optim`, and
+what is written in `checkpoint`. Knows nothing about model families, task formats or trackers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from pregate.config import Run, TrainConfig, UsageError
+from pregate.training.checkpoint import random_state, save_last, save_model
+from pregate.training.losses import LossShare, TokenCounts, loss_share
+from pregate.training.optim import clip_gradients, learning_rate, set_learning_rate
+from pregate.training.progress import Interrupts, Progress
+from pregate.training.session import Session, prepare
+from pregate.training.validation import decoder_inputs, validate
+
+if TYPE_CHECKING:
+    from pregate.tasks.base import Task
+    from pregate.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The outcome of `fine_tune`. Scores in percent; `metrics` are the last logged values."""
+
+    steps: int
+    best_score: float | None
+    best_step: int | None
+    metrics: dict[str, float]
+    seconds: float
+    target_tokens: int
+    checkpoint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    train: TrainConfig,
+    *,
+    run: Run,
+    out_dir: Path,
+    tracker: Tracker,
+    stage: str,
+    carry: Sequence[Path] = (),
+) -> TrainSummary:
+    """Train `model` in place and leave its best state in `out_dir/checkpoint`, its latest in `out_dir/last`.
+
+    Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
+    every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
+    never stopped. Ctrl-C saves `out_dir/last` and raises `KeyboardInterrupt`. Raises `UsageError` for settings that
+    cannot work and for a loss that is no longer finite.
+    """
+    session = prepare(
+        model, tokenizer, task, train, run=run, out_dir=out_dir, tracker=tracker, stage=stage, carry=carry
+    )
+    state, main = session.state, session.accelerator.is_main_process
+    begun = time.perf_counter() - state.elapsed_seconds
+    with Interrupts() as interrupts, Progress(stage, state.step, train.steps, train.log_every, main) as progress:
+        while state.step < train.steps:
+            started = time.perf_counter()
+            micro_batches, tokens, stopping = next_step(session, interrupts.pending)
+            if stopping:
+                save(session)
+                raise KeyboardInterrupt
+            metrics = train_step(session, micro_batches, tokens)
+            advance(session, metrics, tokens, time.perf_counter() - started)
+            progress.update(state.step, metrics["loss"], metrics["tokens_per_s"])
+            if due(state.step, train.eval_every, train.steps):
+                progress.note(evaluate(session))
+            state.elapsed_seconds = time.perf_counter() - begun
+            if due(state.step, train.save_every, train.steps):
+                save(session)
+        if interrupts.pending:
+            raise KeyboardInterrupt
+    return finish(session)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+def next_step(session: Session, interrupted: bool) -> tuple[list[dict[str, Tensor]], TokenCounts, bool]:
+    """This process's micro batches of the next step, the tokens of the whole global batch, and whether to stop.
+
+    All processes agree on the last two.
+    """
+    count = len(session.batching.micro_batches(range(session.batching.batch_sequences), session.rank))
+    batches = [next(session.micro_batches) for _ in range(count)]
+    own = sum((TokenCounts.of(batch) for batch in batches), TokenCounts(0, 0))
+    told = torch.tensor([own.source, own.target, int(interrupted)], device=session.accelerator.device)
+    source, target, stopping = session.accelerator.reduce(told, "sum").tolist()  # type: ignore[union-attr]
+    return batches, TokenCounts(source, target), stopping > 0
+
+
+def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens: TokenCounts) -> dict[str, float]:
+    """One optimizer step over the global batch. Returns its losses, gradient norm and learning rate.
+
+    Raises `UsageError`, before the update, if loss or gradients are no longer finite.
+    """
+    accelerator, optimizer, train = session.accelerator, session.optimizer, session.train
+    rate = learning_rate(train, session.state.step)
+    set_learning_rate(optimizer, rate)
+    parts = torch.zeros(3, device=accelerator.device)
+    for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(session.wrapped):
+            share = forward(session, batch, tokens)
+            # DDP averages gradients over processes, while shares are meant to add up
+            accelerator.backward(share.total * accelerator.num_processes)
+        parts += share.parts()
+    loss, balance, z = accelerator.reduce(parts, "sum").tolist()  # type: ignore[union-attr]
+    norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
+    check_finite(session, loss, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "balance": balance, "z": z, "grad_norm": norm, "lr": rate}
+
+
+def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> LossShare:
+    """The loss share of one micro batch; router logits are asked for only where their losses have weight."""
+    train = session.train
+    batch = {key: value.to(session.accelerator.device, non_blocking=True) for key, value in batch.items()}
+    with session.autocast():
+        outputs = session.wrapped(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            **decoder_inputs(session.model, batch["labels"]),
+            output_router_logits=bool(train.balance_loss or train.z_loss),
+            use_cache=False,
+        )
+    return loss_share(outputs, batch, tokens, balance_weight=train.balance_loss, z_weight=train.z_loss)
+
+
+def check_finite(session: Session, loss: float, norm: float) -> None:
+    for what, value in (("loss", loss), ("gradient norm", norm)):
+        if not abs(value) < float("inf"):
+            raise UsageError(
+                f"The {what} of {session.stage} became {value} at step {session.state.step + 1}: lower its "
+                f"learning_rate, set clip_norm or use precision=fp32 (what {session.out_dir} holds so far is kept)."
+            )
+
+
+def advance(session: Session, metrics: dict[str, float], tokens: TokenCounts, seconds: float) -> None:
+    """Count the finished step, add its speed to `metrics`, and log them when due."""
+    state, train = session.state, session.train
+    state.step += 1
+    state.sequences += session.batching.batch_sequences
+    state.epoch = state.sequences / session.num_examples
+    state.source_tokens += tokens.source
+    state.target_tokens += tokens.target
+    metrics["tokens_per_s"] = (tokens.source + tokens.target) / seconds
+    if due(state.step, train.log_every, train.steps) or state.step == 1:
+        log(session, {**metrics, "epoch": state.epoch})
+
+
+def log(session: Session, metrics: dict[str, float], prefix: str = "") -> None:
+    named = {f"{session.stage}/{prefix}{key}": value for key, value in metrics.items()}
+    session.state.metrics.update(named)
+    session.tracker.log(named, session.state.step)
+
+
+def evaluate(session: Session) -> str:
+    """Validate, log, and keep the model in `out_dir/checkpoint` if it is the best so far; a line to print."""
+    state = session.state
+    metrics = validate(
+        session.model,
+        session.tokenizer,
+        session.task,
+        session.eval_examples,
+        collate=session.collate,
+        batch_size=session.run.eval.batch_size,
+        max_new_tokens=session.run.task.max_target_tokens,
+        accelerator=session.accelerator,
+        autocast=session.autocast,
+    )
+    log(session, metrics, prefix="eval/")
+    score, loss = metrics[session.task.primary_metric], metrics["loss"]
+    if state.improves(score, loss):
+        state.best_score, state.best_loss, state.best_step = score, loss, state.step
+        if session.accelerator.is_main_process:
+            save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
+        session.accelerator.wait_for_everyone()
+    shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+    return f"step {state.step}  validation {shown}" + ("  (best)" if state.best_step == state.step else "")
+
+
+def save(session: Session) -> None:
+    """Write `out_dir/last`, from which `run.resume` continues."""
+    random_states = gather_object([random_state()])
+    if session.accelerator.is_main_process:
+        save_last(
+            session.out_dir / "last",
+            session.model,
+            session.tokenizer,
+            session.optimizer,
+            session.state,
+            random_states,
+            session.carry,
+        )
+    session.accelerator.wait_for_everyone()
+
+
+def finish(session: Session) -> TrainSummary:
+    """The summary; the model is left in evaluation mode."""
+    state, checkpoint = session.state, session.out_dir / "checkpoint"
+    session.model.eval()
+    return TrainSummary(
+        steps=state.step,
+        best_score=state.best_score,
+        best_step=state.best_step,
+        metrics=dict(state.metrics),
+        seconds=state.elapsed_seconds,
+        target_tokens=state.target_tokens,
+        checkpoint=str(checkpoint),
+    )

@@ -1,0 +1,104 @@
+"""The training loss of one micro batch, normalised so that micro batches and processes add up to one big batch.
+
+Knows logits, labels, masks and the router losses of `pregate.models.routing`; knows nothing about optimizers,
+devices or where batches come from.
+
+Letters: B batch, S source length, T target length, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pregate.models.routing import balance_loss, z_loss
+
+IGNORED = -100
+"""Label of a position that carries no target token."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens that are not padding, on the source side and on the target side."""
+
+    source: int
+    target: int
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.source + other.source, self.target + other.target)
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> TokenCounts:
+        """Count one collated batch (`attention_mask` (B, S), `labels` (B, T))."""
+        return cls(int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED).sum()))
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """What one micro batch contributes to the loss of its step; shares of a step add up to the step's value.
+
+    `total` is what to differentiate; the others are its unweighted parts. Scalars in fp32.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+
+    def parts(self) -> Tensor:
+        """(cross_entropy, balance, z), detached, as one tensor of shape (3,)."""
+        return torch.stack([self.cross_entropy, self.balance, self.z]).detach()
+
+
+def cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy in fp32, summed over the positions whose label is not `IGNORED`."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def loss_share(
+    outputs: Any,
+    batch: Mapping[str, Tensor],
+    step: TokenCounts,
+    *,
+    balance_weight: float,
+    z_weight: float,
+) -> LossShare:
+    """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
+
+    `outputs` needs `.logits` (B, T, V) and, where a router weight is not zero, `.encoder_router_logits` and
+    `.decoder_router_logits`, one (B, S or T, E) a block. Cross-entropy and z loss are means over tokens, so their
+    shares add up to the value of one big batch exactly. The balance loss is not linear in its tokens: it is
+    evaluated per micro batch and weighted by that micro batch's share of the step's tokens. Router losses are
+    means over the blocks of both stacks.
+    """
+    cross_entropy = cross_entropy_sum(outputs.logits, batch["labels"]) / step.target
+    balance = z = cross_entropy.new_zeros(())
+    if balance_weight or z_weight:
+        blocks = _blocks_with_masks(outputs, batch, step)
+        if balance_weight:
+            balance = _mean_over_blocks([balance_loss(logits, mask) * share for logits, mask, share in blocks])
+        if z_weight:
+            z = _mean_over_blocks([z_loss(logits, mask) * share for logits, mask, share in blocks])
+    total = cross_entropy + balance_weight * balance + z_weight * z
+    return LossShare(total, cross_entropy, balance, z)
+
+
+def _blocks_with_masks(
+    outputs: Any, batch: Mapping[str, Tensor], step: TokenCounts
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each MoE block: its logits, the mask of its real tokens, and the micro batch's share of such tokens."""
+    source_BS, target_BT = batch["attention_mask"].bool(), batch["labels"] != IGNORED
+    source_share, target_share = source_BS.sum() / step.source, target_BT.sum() / step.target
+    encoder = [(logits, source_BS, source_share) for logits in outputs.encoder_router_logits or ()]
+    decoder = [(logits, target_BT, target_share) for logits in outputs.decoder_router_logits or ()]
+    assert encoder or decoder, "router losses are weighted but the model returned no router logits"
+    return encoder + decoder
+
+
+def _mean_over_blocks(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).mean()

@@ -1,0 +1,89 @@
+"""Optimizers, learning-rate schedules, clipping and the dtype of the forward pass.
+
+Knows `TrainConfig` and torch parameters; knows nothing about batches, losses or checkpoints. Schedules are pure
+functions of the step, so there is no scheduler state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pregate.config import Optimizer, Precision, Schedule, TrainConfig
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The learning rate of update number `step`, counted from 0.
+
+    Warm-up rises linearly and reaches `train.learning_rate` with update `warmup_steps - 1`. After it, `linear` and
+    `cosine` fall towards 0, which they would reach at update `train.steps`.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == Schedule.constant:
+        return train.learning_rate
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    if train.schedule == Schedule.linear:
+        return train.learning_rate * (1.0 - done)
+    return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups; norms and biases, relative position biases included, do not decay."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or "bias" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (fused on CPU and CUDA), or Adafactor with a fixed learning rate and no parameter scaling."""
+    groups = parameter_groups(model, train.weight_decay)
+    rate = learning_rate(train, 0)
+    if train.optimizer == Optimizer.adafactor:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=rate, fused=fused)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
+    """Scale gradients down to `clip_norm` if it is given; return the norm they had before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast the forward pass to, or None for none.
+
+    `auto` is bf16 on a CUDA device that has it in hardware and fp32 elsewhere; weights and optimizer stay as they are.
+    """
+    if precision == Precision.auto:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if precision == Precision.bf16 else None
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Override dropout everywhere: in `nn.Dropout` modules and in attention modules that keep it as a number."""
+    holder: Any
+    for holder in model.modules():
+        if isinstance(holder, nn.Dropout):
+            holder.p = probability
+        elif isinstance(getattr(holder, "dropout", None), float | int):
+            holder.dropout = probability

@@ -1,0 +1,157 @@
+"""The stages of one training command: claim the run directory, get a source, convert it, fine-tune it.
+
+Each stage leaves a directory that the next reads, so a resumed run skips what is finished. Knows where things lie
+in a run directory; the loop itself is in `loop`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from pregate.config import Run, UsageError, save_run
+from pregate.conversion import MANIFEST, convert
+from pregate.models.adapter import PreGating
+from pregate.models.checkpoint import read_config
+from pregate.models.switch import (
+    PreGatedSwitchTransformersForConditionalGeneration,
+    load_resident,
+    mark_conventional,
+)
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.runtime import set_seed, write_json
+from pregate.tasks.base import Task
+from pregate.tracking import Tracker
+from pregate.training.loop import TrainSummary, fine_tune
+
+SOURCE, CONVERTED, CHECKPOINT, SUMMARY = "source", "converted", "checkpoint", "summary.json"
+VOCABULARY_MULTIPLE = 64
+
+
+def claim_run_dir(run: Run) -> Path:
+    """The run directory, new or to be resumed, with `config.yaml` in it. Raises `UsageError` if it is in use."""
+    run_dir = Path(run.run_dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UsageError(
+                f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_run(run, run_dir / "config.yaml")
+    return run_dir
+
+
+def check_model(run: Run) -> None:
+    """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
+    if run.model.source is None:
+        if run.source_train is None or not run.model.geometry:
+            raise UsageError(
+                f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
+                "trains its own."
+            )
+        geometry_config(run, PreGating(run.pregate.lookahead, tuple(run.pregate.stacks)), vocab_size=128)
+        return
+    config = read_config(run.model.source, run.model.revision)
+    if "pregate" in config:
+        stored = PreGating.from_dict(config["pregate"])
+        if stored.lookahead != run.pregate.lookahead:
+            raise UsageError(
+                f"{run.model.source} has lookahead {stored.lookahead}, but pregate.lookahead={run.pregate.lookahead} "
+                f"was asked for: set pregate.lookahead={stored.lookahead}, or start from the conventional source."
+            )
+
+
+def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwitchTransformersConfig:
+    """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
+    settings = {"vocab_size": vocab_size, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    settings |= {**run.model.geometry, "pregate": gating.to_dict()}
+    try:
+        return PreGatedSwitchTransformersConfig(**settings)
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
+
+
+def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tracker) -> str:
+    """The conventional checkpoint: `model.source`, or one trained from scratch in `run_dir/source`."""
+    if run.model.source is not None:
+        return run.model.source
+    assert run.source_train is not None
+    directory = run_dir / SOURCE
+    if not (directory / SUMMARY).is_file():
+        set_seed(run.seed)
+        vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        model = PreGatedSwitchTransformersForConditionalGeneration(geometry_config(run, PreGating(), vocab_size))
+        summary = fine_tune(
+            model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
+        )
+        state = PartialState()
+        if state.is_main_process:
+            mark_conventional(directory / CHECKPOINT)
+            write_json(directory / SUMMARY, summary.to_dict())
+        state.wait_for_everyone()
+    return str(directory / CHECKPOINT)
+
+
+def get_converted(run: Run, run_dir: Path, source: str) -> str:
+    """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted."""
+    if run.pregate.lookahead == 0 or "pregate" in read_config(source, run.model.revision):
+        return source
+    directory = run_dir / CONVERTED
+    state = PartialState()
+    if state.is_main_process and not (directory / MANIFEST).is_file():
+        convert(
+            source,
+            directory,
+            run.pregate,
+            revision=run.model.revision,
+            tokenizer=run.model.tokenizer,
+            seed=run.seed,
+        )
+    state.wait_for_everyone()
+    return str(directory)
+
+
+def train_converted(
+    run: Run, run_dir: Path, converted: str, task: Task, tokenizer: Any, tracker: Tracker
+) -> TrainSummary:
+    """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint."""
+    set_seed(run.seed)
+    model = load_resident(converted, dtype=torch.float32)
+    manifest = Path(converted) / MANIFEST
+    summary = fine_tune(
+        model,
+        tokenizer,
+        task,
+        run.train,
+        run=run,
+        out_dir=run_dir,
+        tracker=tracker,
+        stage="train",
+        carry=[manifest] if manifest.is_file() else [],
+    )
+    state = PartialState()
+    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
+        mark_conventional(Path(summary.checkpoint))
+    state.wait_for_everyone()
+    return summary
+
+
+def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
+    """Write `summary.json`, and drop the converted checkpoint that the fine-tuned one replaces."""
+    if not PartialState().is_main_process:
+        return
+    summary: dict[str, Any] = {"name": run.name, "source": source, "train": trained.to_dict()}
+    trained_source = run_dir / SOURCE / SUMMARY
+    if trained_source.is_file():
+        summary["source_train"] = json.loads(trained_source.read_text())
+    if evaluation is not None:
+        summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
+    write_json(run_dir / SUMMARY, summary)
+    shutil.rmtree(run_dir / CONVERTED, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""Prompts, which tokenizer a run gets, and batches."""
+
+import pytest
+import torch
+
+from pregate.config import GeneratedConfig, UsageError, compose_run
+from pregate.tasks.base import Example
+from pregate.tasks.generated import generated_tokenizer
+from pregate.tasks.text import Collator, load_tokenizer, prompt_fields
+
+
+def word_tokenizer(words, **specials):
+    """A tokenizer of whole words without any post-processing; ids from 0 in the order of `words`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", **specials)
+
+
+WORDS = ["<pad>", "</s>", "<unk>", "one", "two", "three", "four", "five"]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS, pad_token="<pad>", eos_token="</s>")
+
+
+def example(source, target):
+    return Example(id="0", source=source, target=target, references=(target,))
+
+
+def test_prompt_fields():
+    assert prompt_fields("question: {question} context: {context} {question}") == ("question", "context")
+    assert prompt_fields("{{literal}} {text}") == ("text",)
+
+
+@pytest.mark.parametrize("prompt", ["question: {question", "}", "{}", "{0}", "{a.b}", "{a[0]}", "no field at all"])
+def test_prompts_that_cannot_work(prompt):
+    with pytest.raises(UsageError, match=r"task.prompt=") as error:
+        prompt_fields(prompt)
+    assert "{" in str(error.value)
+
+
+def test_batches_are_padded_on_the_right_and_closed(tokenizer):
+    batch = Collator(tokenizer, 10, 10)([example("one two three", "four"), example("five", "one two")])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [7, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 1, -100], [3, 4, 1]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_cut_texts_still_end_in_end_of_sequence(tokenizer):
+    batch = Collator(tokenizer, 3, 2)([example("one two three four", "five four"), example("", "one")])
+    assert batch["input_ids"].tolist() == [[3, 4, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 1], [3, 1]]
+
+
+def test_a_tokenizer_that_adds_end_of_sequence_itself_adds_no_second():
+    tokenizer = generated_tokenizer(GeneratedConfig())
+    text = "Who leads Kelby Inn?"
+    batch = Collator(tokenizer, 32, 8)([example(text, "Ada Holm")])
+    assert batch["input_ids"].tolist() == tokenizer([text])["input_ids"]
+    assert batch["labels"].tolist() == tokenizer(["Ada Holm"])["input_ids"]
+    assert batch["labels"][0].tolist().count(1) == 1
+
+
+def run_of(*overrides):
+    return compose_run(["data.root=null", "model.source=null", *overrides])
+
+
+def saved(directory, word):
+    word_tokenizer([*WORDS, word], pad_token="<pad>", eos_token="</s>").save_pretrained(directory)
+    return directory
+
+
+def test_which_tokenizer_wins(tmp_path):
+    named, checkpoint, source = (saved(tmp_path / name, name) for name in ("named", "checkpoint", "source"))
+    everything = [f"model.tokenizer={named}", f"checkpoint={checkpoint}", f"model.source={source}"]
+    assert "named" in load_tokenizer(run_of("task=generated", *everything)).get_vocab()
+    assert "▁founded" in load_tokenizer(run_of("task=generated", *everything[1:])).get_vocab()
+    assert "checkpoint" in load_tokenizer(run_of("task=squad", *everything[1:])).get_vocab()
+    assert "source" in load_tokenizer(run_of("task=squad", *everything[2:])).get_vocab()
+
+
+def test_tokenizer_below_the_data_root(tmp_path):
+    saved(tmp_path / "t5_tokenizer", "rooted")
+    run = compose_run([f"data.root={tmp_path}", "model.tokenizer=${data.root}/t5_tokenizer"])
+    assert "rooted" in load_tokenizer(run).get_vocab()
+    with pytest.raises(UsageError, match=r"data.root, which is not set"):
+        load_tokenizer(run_of("model.tokenizer=${data.root}/t5_tokenizer"))
+
+
+def test_tokenizers_that_are_not_there(tmp_path):
+    with pytest.raises(UsageError, match=r"model.tokenizer=.*nowhere is not a directory"):
+        load_tokenizer(run_of(f"model.tokenizer={tmp_path}/nowhere"))
+    with pytest.raises(UsageError, match=r"There is no tokenizer: set model.tokenizer"):
+        load_tokenizer(run_of())
+    with pytest.raises(UsageError, match=r"checkpoint=.* gives no tokenizer"):
+        load_tokenizer(run_of(f"checkpoint={tmp_path}"))
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"lacks a padding or end-of-sequence token"):
+        load_tokenizer(run_of(f"model.tokenizer={tmp_path}/bare"))

@@ -1,0 +1,118 @@
+"""A toy task for training tests: name the first word of a sentence. No files, no network, milliseconds a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pregate.config import Run, TrainConfig
+from pregate.tasks.base import Example, Scores
+from pregate.training.loop import TrainSummary, fine_tune
+from tests.tiny import pregated_model
+
+SHALLOW = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a word; 0 pads, 1 ends a sequence."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+class FirstWords:
+    """The target is the first one or two words of the source; scored by exact match."""
+
+    name = "first_words"
+    primary_metric = "accuracy"
+    metric_names = ("accuracy",)
+
+    def __init__(self, scripted: Sequence[float] = ()) -> None:
+        self.scripted = list(scripted)
+
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        rng = random.Random(split)
+        made = []
+        for index in range(40 if split == "train" else 7):
+            words = [rng.choice(WORDS[:6]) for _ in range(rng.randint(2, 8))]
+            target = " ".join(words[: 1 + index % 2])
+            made.append(Example(str(index), " ".join(words), target, (target,)))
+        return made[:limit]
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+        hits = [100.0 * (p in r) for p, r in zip(predictions, references, strict=True)]
+        overall = self.scripted.pop(0) if self.scripted else sum(hits) / len(hits)
+        return Scores({"accuracy": overall}, {"accuracy": hits})
+
+
+class Recorder:
+    """A tracker that remembers; `at` maps (metric, step) to its value."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.at: dict[tuple[str, int], float] = {}
+        self.interrupt_at = interrupt_at
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.at.update({(key, step): value for key, value in metrics.items()})
+        if step == self.interrupt_at:
+            import signal
+
+            self.interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+
+
+def recipe(**changes: Any) -> TrainConfig:
+    """Four short steps in two uneven micro batches."""
+    defaults: dict[str, Any] = {
+        "steps": 4,
+        "batch_sequences": 6,
+        "micro_batch_tokens": 40,
+        "learning_rate": 1e-2,
+        "eval_every": 100,
+        "eval_examples": 7,
+        "save_every": 100,
+        "log_every": 1,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def short_run(resume: bool = False) -> Run:
+    run = Run(resume=resume)
+    run.task.max_source_tokens, run.task.max_target_tokens = 10, 4
+    run.eval.batch_size = 3
+    return run
+
+
+def train_tiny(
+    out_dir: Path,
+    *,
+    resume: bool = False,
+    tracker: Recorder | None = None,
+    task: FirstWords | None = None,
+    carry: Sequence[Path] = (),
+    model_changes: dict[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[Any, Recorder, TrainSummary]:
+    """Train a tiny pre-gated model on the toy task; the model, what was logged, and the summary."""
+    model = pregated_model(**{**SHALLOW, **(model_changes or {})})
+    tracker = tracker or Recorder()
+    summary = fine_tune(
+        model,
+        word_tokenizer(),
+        task or FirstWords(),  # type: ignore[arg-type]
+        recipe(**changes),
+        run=short_run(resume),
+        out_dir=out_dir,
+        tracker=tracker,  # type: ignore[arg-type]
+        stage="tiny",
+        carry=carry,
+    )
+    return model, tracker, summary

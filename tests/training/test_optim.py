@@ -1,0 +1,92 @@
+"""Schedules against hand values, which parameters decay, clipping, dropout, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pregate.config import Optimizer, Precision, Schedule, TrainConfig
+from pregate.training.optim import (
+    autocast_dtype,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    parameter_groups,
+    set_dropout,
+)
+from tests.tiny import batch, pregated_model, upstream_model
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        (Schedule.constant, 0, [8.0] * 8),
+        (Schedule.constant, 4, [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 8.0, 8.0]),
+        (Schedule.linear, 0, [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
+        (Schedule.linear, 4, [2.0, 4.0, 6.0, 8.0, 8.0, 6.0, 4.0, 2.0]),
+        (Schedule.cosine, 0, [8.0, None, 6.8284271, None, 4.0, None, 1.1715729, None]),
+        (Schedule.cosine, 4, [2.0, 4.0, 6.0, 8.0, 8.0, 6.8284271, 4.0, 1.1715729]),
+        (Schedule.linear, 8, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
+    ],
+)
+def test_learning_rates(schedule: Schedule, warmup: int, expected: list[float | None]) -> None:
+    train = TrainConfig(steps=8, learning_rate=8.0, schedule=schedule, warmup_steps=warmup)
+    for step, rate in enumerate(expected):
+        if rate is not None:
+            assert learning_rate(train, step) == pytest.approx(rate), step
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = pregated_model(router_bias=True, entry="embedding")
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, plain = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1))
+    assert len(decayed) + len(plain) == len(names)
+    assert all("layer_norm" in n or "bias" in n for n in plain)
+    assert not any("norm" in n or "bias" in n for n in decayed)
+    assert any(n.endswith("entry_gates.0.layer_norm.weight") for n in plain)
+    assert any(n.endswith("relative_attention_bias.weight") for n in plain)
+
+
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_an_optimizer_lowers_a_quadratic(kind: Optimizer) -> None:
+    model = torch.nn.Linear(3, 2)
+    torch.nn.init.ones_(model.weight)
+    optimizer = build_optimizer(model, TrainConfig(optimizer=kind, learning_rate=0.05))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.weight.square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
+    for clip, expected in ((None, 5.0), (10.0, 5.0), (1.0, 1.0)):
+        model = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1), torch.zeros(1)])
+        model[0].grad, model[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+        assert clip_gradients(model.parameters(), clip).item() == pytest.approx(5.0)
+        after = torch.cat([p.grad for p in model if p.grad is not None]).norm().item()
+        assert after == pytest.approx(expected, rel=1e-4), clip
+
+
+@pytest.mark.parametrize("make", [upstream_model, pregated_model])
+def test_dropout_override_reaches_every_place(make) -> None:
+    inputs = batch()
+    model = make(dropout_rate=0.3).train()
+    set_dropout(model, 0.0)
+    first, second = (model(**inputs).logits for _ in range(2))
+    assert torch.equal(first, second)
+    set_dropout(model, 0.3)
+    for module in model.modules():
+        if "Attention" in type(module).__name__ and hasattr(module, "scaling"):
+            assert module.dropout == 0.3
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_precision_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert autocast_dtype(Precision.auto, cpu) is None
+    assert autocast_dtype(Precision.fp32, cpu) is None
+    assert autocast_dtype(Precision.bf16, cpu) is torch.bfloat16
