@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pregate.config import Run, UsageError, entry_point
-from pregate.runtime import human_bytes
+from pregate.cli import entry_point
+from pregate.config import Run, UsageError
 
 if TYPE_CHECKING:
     from pregate.conversion import ConversionReport
@@ -33,6 +33,8 @@ def work(run: Run) -> None:
 
 def summary(report: ConversionReport, source: str) -> str:
     """What moved, sizes, time, where, and the next command; one line each."""
+    from pregate.runtime import human_bytes
+
     gating = report.gating
     lines = [f"{source} -> {report.output}"]
     for stack, blocks in report.num_blocks.items():

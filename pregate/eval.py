@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pregate.config import Run, UsageError, entry_point
+from pregate.cli import entry_point
+from pregate.config import Run, UsageError
 
 
 def main(run: Run) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pregate.config import Run, entry_point
+from pregate.cli import entry_point
+from pregate.config import Run
 
 
 def main(run: Run) -> None:

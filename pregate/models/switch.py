@@ -26,7 +26,6 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from pregate.config import UsageError
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
 from pregate.models.routing import Routing, balance_loss, z_loss
@@ -330,15 +329,8 @@ def load_resident(directory: str | Path, **options: Any) -> PreGatedSwitchTransf
 
     `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` for any other directory.
     """
-    config = read_config(str(directory))
-    known = (SwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig.model_type)
-    if config.get("model_type") not in known:
-        raise UsageError(
-            f"{directory} holds a {config.get('model_type')!r} model: give a directory of type {' or '.join(known)}."
-        )
-    model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(
-        directory, config=PreGatedSwitchTransformersConfig.of_checkpoint(config), **options
-    )
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(str(directory)))
+    model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(directory, config=config, **options)
     return model.eval()
 
 

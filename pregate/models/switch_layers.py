@@ -20,6 +20,7 @@ from transformers import SwitchTransformersConfig
 from transformers.activations import ACT2FN
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
+from pregate.config import UsageError
 from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListener
 from pregate.models.moe import grouped_experts, reference_experts
 from pregate.models.routing import Routing, jitter, route, router_logits
@@ -57,7 +58,15 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
 
     @classmethod
     def of_checkpoint(cls, config: dict[str, Any]) -> PreGatedSwitchTransformersConfig:
-        """From the `config.json` of a pre-gated or a conventional Switch checkpoint (which is lookahead 0)."""
+        """From the `config.json` of a pre-gated or a conventional Switch checkpoint (which is lookahead 0).
+
+        Raises `UsageError` for the config of any other model.
+        """
+        known = (SwitchTransformersConfig.model_type, cls.model_type)
+        if config.get("model_type", cls.model_type) not in known:
+            raise UsageError(
+                f"This is a {config['model_type']!r} model: give a checkpoint of type {' or '.join(known)}."
+            )
         settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
         if config.get("model_type") == SwitchTransformersConfig.model_type:
             settings["pregate"] = PreGating().to_dict()

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pregate.config import TaskKind, UsageError, compose_run, config_dir
+from pregate.cli import compose_run, config_dir
+from pregate.config import TaskKind, UsageError
 from pregate.tasks.base import CHUNK_ROWS, Example, build_task
 
 SQUAD = [

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from pregate.config import GeneratedConfig, UsageError, compose_run
+from pregate.cli import compose_run
+from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks.base import build_task
 from pregate.tasks.generated import check_generated, generate, generated_tokenizer
 from pregate.tasks.generated_facts import KINDS, SUBJECT_NOUNS, SUBJECT_WORDS

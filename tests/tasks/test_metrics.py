@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from pregate.config import UsageError, compose_run
+from pregate.cli import compose_run
+from pregate.config import UsageError
 from pregate.tasks.base import build_task
 from pregate.tasks.metrics import Accuracy, ExactMatchF1, Rouge, exact_match, same_label, token_f1
 from pregate.tasks.text import normalize_answer

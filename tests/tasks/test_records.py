@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pregate.config import UsageError, compose_run
+from pregate.cli import compose_run
+from pregate.config import UsageError
 from pregate.tasks.base import build_task
 from pregate.tasks.records import read_columns
 

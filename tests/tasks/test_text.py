@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pregate.config import GeneratedConfig, UsageError, compose_run
+from pregate.cli import compose_run
+from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
 from pregate.tasks.text import Collator, load_tokenizer, prompt_fields

@@ -154,7 +154,8 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from tests.training.copying import train_tiny
-train_tiny(Path(sys.argv[1]), steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0, z_loss=0.1, eval_every=1)
+train_tiny(Path(sys.argv[1]), steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0, z_loss=0.1,
+           eval_every=1)
 """
 
 

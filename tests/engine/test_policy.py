@@ -1,0 +1,66 @@
+"""Policies as pure functions, and the slots a budget buys."""
+
+from __future__ import annotations
+
+import pytest
+
+from pregate.config import Policy, UsageError
+from pregate.engine.decode import slots_within
+from pregate.engine.policy import default_slots, make_policy
+from pregate.models.adapter import ExpertFamily, ExpertKey
+from pregate.models.switch_layers import switch_expert_family
+from tests.tiny import pregated_model
+
+
+@pytest.fixture
+def family() -> ExpertFamily:
+    return switch_expert_family(pregated_model(0, 1).config)
+
+
+def test_pre_gated_fetches_a_route_at_once_and_nothing_else(family: ExpertFamily) -> None:
+    policy = make_policy(Policy.pre_gated, family)
+    assert policy.on_route("decoder", 2, [4, 1]) == [ExpertKey("decoder", 2, 4), ExpertKey("decoder", 2, 1)]
+    assert policy.on_enter("decoder", 1) == []
+
+
+def test_on_demand_and_gpu_only_fetch_nothing_ahead(family: ExpertFamily) -> None:
+    for name in (Policy.on_demand, Policy.gpu_only):
+        policy = make_policy(name, family)
+        assert policy.on_route("decoder", 2, [4, 1]) == policy.on_enter("decoder", 1) == []
+
+
+def test_prefetch_all_fetches_this_block_and_all_of_the_next(family: ExpertFamily) -> None:
+    policy = make_policy(Policy.prefetch_all, family)
+    assert policy.on_route("encoder", 1, [0]) == []
+    assert policy.on_enter("encoder", 1) == [ExpertKey("encoder", b, e) for b in (1, 2) for e in range(5)]
+    assert policy.on_enter("encoder", 2) == [ExpertKey("encoder", 2, e) for e in range(5)]
+
+
+def test_default_slots(family: ExpertFamily) -> None:
+    assert default_slots(Policy.gpu_only, family) == 30
+    assert default_slots(Policy.prefetch_all, family) == 10
+    assert default_slots(Policy.on_demand, family) == default_slots(Policy.pre_gated, family) == 8
+
+
+@pytest.mark.parametrize(
+    ("budget", "slots"), [("50%", 15), ("100%", 30), ("4KB", 4), ("4095", 4), ("1MB", 30), ("10%", 3), (None, 8)]
+)
+def test_budgets_buy_whole_slots(family: ExpertFamily, budget: str | None, slots: int) -> None:
+    assert slots_within(budget, Policy.pre_gated, family, slab_bytes=1000) == slots
+
+
+def test_a_budget_below_one_expert_is_refused(family: ExpertFamily) -> None:
+    with pytest.raises(UsageError, match=r"less than one expert of 1\.00 kB: give at least 1\.00 kB"):
+        slots_within("999", Policy.pre_gated, family, slab_bytes=1000)
+    with pytest.raises(UsageError, match="less than one expert"):
+        slots_within("1%", Policy.on_demand, family, slab_bytes=1000)
+
+
+def test_gpu_only_needs_room_for_all(family: ExpertFamily) -> None:
+    with pytest.raises(UsageError, match="holds 15 of 30 experts, but gpu_only keeps all"):
+        slots_within("50%", Policy.gpu_only, family, slab_bytes=1000)
+
+
+def test_an_unreadable_budget_is_refused(family: ExpertFamily) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        slots_within("a lot", Policy.pre_gated, family, slab_bytes=1000)

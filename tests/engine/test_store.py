@@ -1,0 +1,106 @@
+"""Slabs hold exactly the checkpoint's bytes, in both tiers, and a damaged pack is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pregate.config import UsageError
+from pregate.engine import store as store_module
+from pregate.engine.store import DiskStore, DramStore, SlabLayout, aligned_bytes, pack, read_index
+from pregate.models.checkpoint import open_checkpoint
+from pregate.models.switch_layers import switch_expert_family
+from tests.tiny import pregated_model
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def packed(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = pregated_model(0).to(request.param)
+    model.save_pretrained(directory)
+    checkpoint, family = open_checkpoint(str(directory)), switch_expert_family(model.config)
+    layout = SlabLayout.of(family, request.param)
+    where = pack(checkpoint, family, layout, directory / "experts")
+    return {"model": model, "checkpoint": checkpoint, "family": family, "layout": layout, "where": where}
+
+
+@pytest.mark.parametrize("tier", ["dram", "disk"])
+def test_slabs_hold_the_experts_weights(packed: dict[str, Any], tier: str) -> None:
+    layout, family = packed["layout"], packed["family"]
+    if tier == "disk":
+        store: Any = DiskStore(packed["where"])
+    else:
+        store = DramStore(packed["checkpoint"], family, layout, page_locked=False)
+    weights = packed["model"].state_dict()
+    slab = aligned_bytes(layout.slab_bytes)
+    assert len(family.keys()) == 30
+    for key in family.keys():  # noqa: SIM118 - not a mapping
+        slab.fill_(255)
+        store.read_into(key, slab)
+        for view, name in zip(layout.views(slab), family.tensor_names(key), strict=True):
+            assert torch.equal(view, weights[name]), name
+    store.close()
+
+
+def test_layout_is_aligned(packed: dict[str, Any]) -> None:
+    layout = packed["layout"]
+    assert layout.slab_bytes % 4096 == 0
+    assert all(offset % 64 == 0 for _, _, offset in layout.matrices)
+    assert aligned_bytes(10_000).data_ptr() % 4096 == 0
+
+
+def test_checksums_are_of_the_slabs(packed: dict[str, Any]) -> None:
+    index = read_index(packed["where"])
+    data = (packed["where"] / "slabs.bin").read_bytes()
+    for key, offset in index.offsets.items():
+        assert zlib.crc32(data[offset : offset + index.layout.slab_bytes]) == index.checksums[key]
+
+
+def test_a_pack_is_kept_until_its_checkpoint_changes(packed: dict[str, Any]) -> None:
+    arguments = (packed["checkpoint"], packed["family"], packed["layout"], packed["where"])
+    before = (packed["where"] / "slabs.bin").stat().st_ino
+    pack(*arguments)
+    assert (packed["where"] / "slabs.bin").stat().st_ino == before
+    weights = packed["checkpoint"].files[0]
+    os.utime(weights, ns=(1, 1))
+    pack(*arguments)
+    assert (packed["where"] / "slabs.bin").stat().st_ino != before
+
+
+def test_a_truncated_pack_is_refused(packed: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text((packed["where"] / "index.json").read_text())
+    (tmp_path / "slabs.bin").write_bytes((packed["where"] / "slabs.bin").read_bytes()[:-1])
+    with pytest.raises(UsageError, match="is truncated: remove"):
+        DiskStore(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 1})])
+def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "index.json").write_text(damage)
+    with pytest.raises(UsageError, match="cannot be read: remove"):
+        read_index(tmp_path)
+
+
+def test_a_strangers_directory_is_not_overwritten(packed: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="holds something that is not a pack"):
+        pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_an_interrupted_pack_leaves_nothing(
+    packed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path / "experts")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,119 @@
+"""The schema and the command line: every experiment composes, and nonsense is refused in one sentence."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pregate.cli import compose_run, config_dir
+from pregate.config import Policy, UsageError, save_run, to_dict
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+COMMANDS = {
+    "train": [],
+    "eval": ["checkpoint=some/checkpoint", "reference=some/source"],
+    "convert": ["source=some/source", "output=some/output"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_for_every_command(experiment: str, command: str, tmp_path: Path) -> None:
+    run = compose_run([f"+experiment={experiment}", "data.root=some/data", *COMMANDS[command]])
+    assert run.run_dir == f"runs/{run.name}"
+    save_run(run, tmp_path / "config.yaml")
+    assert (tmp_path / "config.yaml").read_text().startswith("name: ")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_begins_with_the_command_that_runs_it(experiment: str) -> None:
+    lines = (config_dir() / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].endswith(f"python -m pregate.train +experiment={experiment}"), lines[1]
+
+
+@pytest.mark.parametrize(
+    "group", sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "experiment")
+)
+def test_every_group_member_composes(group: str) -> None:
+    for path in sorted((config_dir() / group).glob("*.yaml")):
+        extra = ["task.labels=[a,b]"] if path.stem == "classification" else []
+        compose_run([f"{group}={path.stem}", *extra])
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    train = compose_run(["+experiment=switch_base_squad"]).train
+    assert (train.batch_sequences, train.steps, train.learning_rate, train.schedule) == (256, 2048, 1e-4, "constant")
+    assert compose_run(["+experiment=switch_base_squad"]).task.max_source_tokens == 256
+
+
+def test_larger_models_are_one_override_away() -> None:
+    run = compose_run(["+experiment=switch_base_xsum", "model=switch_base_128"])
+    assert (run.model.source, run.task.name, run.name) == ("google/switch-base-128", "xsum", "switch-base-128_xsum")
+
+
+def test_settings_survive_the_file(tmp_path: Path) -> None:
+    run = compose_run(["engine.policies=[pre_gated]", "train.clip_norm=null"])
+    assert to_dict(run)["engine"]["policies"] == ["pre_gated"]
+    assert run.engine.policies == [Policy.pre_gated]
+    assert run.train.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepss=3", "no setting 'train.stepss'; did you mean train.steps?"),
+        ("trian.steps=3", "no setting 'trian.steps'; did you mean train.steps?"),
+        ("+engine.polcy=pre_gated", "did you mean engine.policy?"),
+        ("foo=1", "no setting 'foo'"),
+        ("train.steps=many", "train.steps: Value 'many'"),
+        ("engine.policy=fast", "expected one of [gpu_only, on_demand, prefetch_all, pre_gated]"),
+        ("+experiment=switch_base_sqad", "no experiment named 'switch_base_sqad'"),
+        ("model=switch_base_9", "no model named 'switch_base_9': choose one of"),
+        ("pregate.lookahead=4", "outside 0 to 3"),
+        ("pregate.stacks=[decoder,decoder]", "each once"),
+        ("train.steps=0", "must be at least 1"),
+        ("train.warmup_steps=9999", "between 0 and train.steps"),
+        ("train.learning_rate=-1", "above 0"),
+        ("train.dropout=1.5", "must lie in [0, 1)"),
+        ("eval.examples=0", "must be at least 1, or null"),
+        ("engine.policies=[]", "engine.policies is empty"),
+        ("task=classification", "needs task.labels"),
+        ("train.steps=[1", "cannot be read"),
+        ("source_train.steps=3", "+experiment=quickstart"),
+    ],
+)
+def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        compose_run([override])
+    assert said in str(refused.value), str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+LEVELS = {
+    **dict.fromkeys(("config", "cli", "runtime", "tracking"), 0),
+    "models": 1,
+    **dict.fromkeys(("conversion", "conversion_plan", "calibration", "tasks", "engine"), 2),
+    **dict.fromkeys(("training", "measure"), 3),
+    **dict.fromkeys(("train", "eval", "convert", "bench"), 4),
+}
+
+
+def test_imports_go_downward_and_files_stay_short() -> None:
+    root = Path(__file__).parent.parent / "pregate"
+    for file in sorted(root.rglob("*.py")):
+        text = file.read_text()
+        assert text.count("\n") <= 400, f"{file} has {text.count(chr(10))} lines"
+        here = file.relative_to(root).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for module in modules:
+                if module.startswith("pregate."):
+                    there = module.split(".")[1]
+                    assert LEVELS[there] <= LEVELS[here], f"{file}:{node.lineno} imports {module}"
+                    peers = {"training", "measure"}
+                    assert not ({here, there} == peers), f"{file}:{node.lineno} imports its peer {module}"
