@@ -6,7 +6,13 @@ Importing the package registers its model classes, so that
 
 import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pregate.config import Policy, Tier
+    from pregate.engine.decode import OffloadEngine
+    from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
+    from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 
 __version__ = "0.1.0"
 
@@ -17,7 +23,14 @@ _EXPORTS = {
     "Policy": "pregate.config",
     "Tier": "pregate.config",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "OffloadEngine",
+    "Policy",
+    "PreGatedSwitchTransformersConfig",
+    "PreGatedSwitchTransformersForConditionalGeneration",
+    "Tier",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,12 +42,8 @@ def __getattr__(name: str) -> Any:
 def _is_own_command() -> bool:
     """Whether this import is the first step of `python -m pregate.…`, which checks its command line before the
     seconds that torch and transformers take to load, and registers the models when it needs them."""
-    arguments = sys.orig_argv
-    return (
-        "-m" in arguments
-        and arguments[arguments.index("-m") + 1 :][:1] != []
-        and arguments[arguments.index("-m") + 1].startswith("pregate.")
-    )
+    after = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+    return bool(after) and after[0].startswith("pregate.")
 
 
 if not _is_own_command():

@@ -77,7 +77,8 @@ class OffloadEngine:
         counters: Counters,
         keep: bool,
     ) -> None:
-        self.model, self.family, self.policy = model, family, policy
+        self.model: Any = model
+        self.family, self.policy = family, policy
         self.trace, self.counters = trace, counters
         self.slab_bytes, self.num_slots = store.layout.slab_bytes, slots_NB.shape[0]
         self._store, self._mover = store, mover

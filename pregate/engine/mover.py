@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pregate.engine.store import Store, aligned_bytes
+from pregate.engine.store import Store, aligned_bytes, page_lock, page_unlock
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertKey
 
@@ -92,7 +92,7 @@ class CudaMover:
             self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pregate-mover")
             for _ in range(2 * num_threads):
                 buffer = aligned_bytes(store.layout.slab_bytes)
-                torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+                page_lock(buffer)
                 self._pinned.append(buffer)
                 self._staging.put((buffer, None))
 
@@ -138,7 +138,7 @@ class CudaMover:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._stream.synchronize()
         for buffer in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            page_unlock(buffer)
         self._pinned.clear()
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -70,6 +70,25 @@ def aligned_bytes(size: int) -> Tensor:
     return raw[start : start + size]
 
 
+def as_buffer(slab: Tensor) -> memoryview:
+    """The bytes of a CPU uint8 tensor, for reading and writing files."""
+    return memoryview(cast(Any, slab.numpy()))
+
+
+def page_lock(memory: Tensor) -> None:
+    """Page-lock `memory` in place for CUDA copies. Raises `UsageError` if the system allows no more of it."""
+    status = int(cast(Any, torch.cuda.cudart()).cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if status != 0:
+        raise UsageError(
+            f"{human_bytes(memory.numel())} of host memory could not be page-locked (CUDA error {status}): raise the "
+            "limit with ulimit -l, or use engine.tier=disk."
+        )
+
+
+def page_unlock(memory: Tensor) -> None:
+    cast(Any, torch.cuda.cudart()).cudaHostUnregister(memory.data_ptr())
+
+
 def read_slabs(
     checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
 ) -> Iterator[tuple[ExpertKey, Tensor]]:
@@ -122,13 +141,11 @@ class DramStore:
         self._registered: list[Tensor] = []
         if page_locked:
             for chunk in self._chunks:
-                status = torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0)
-                if int(status) != 0:
+                try:
+                    page_lock(chunk)
+                except UsageError:
                     self.close()
-                    raise UsageError(
-                        f"{human_bytes(chunk.numel())} of host memory could not be page-locked (CUDA error "
-                        f"{int(status)}): raise the limit with ulimit -l, or use engine.tier=disk."
-                    )
+                    raise
                 self._registered.append(chunk)
         self._place = {key: divmod(number, per_chunk) for number, key in enumerate(keys)}
         for key, slab in read_slabs(checkpoint, family, layout):
@@ -143,7 +160,7 @@ class DramStore:
 
     def close(self) -> None:
         for chunk in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(chunk.data_ptr())
+            page_unlock(chunk)
         self._registered.clear()
         self._chunks.clear()
 
@@ -161,7 +178,7 @@ class DiskStore:
         flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
         try:
             self._file = os.open(self._path, flags)
-            os.preadv(self._file, [memoryview(aligned_bytes(PAGE).numpy())], 0)
+            os.preadv(self._file, [as_buffer(aligned_bytes(PAGE))], 0)
             self.direct = bool(getattr(os, "O_DIRECT", 0))
         except OSError:
             self._file = os.open(self._path, os.O_RDONLY)
@@ -177,7 +194,7 @@ class DiskStore:
     def read_into(self, key: ExpertKey, slab: Tensor) -> None:
         """Fill a page-aligned slab. Raises `OSError` on a short read."""
         offset, size = self._offsets[key], self.layout.slab_bytes
-        buffer = memoryview(slab.numpy())
+        buffer = as_buffer(slab)
         done = 0
         while done < size:
             got = os.preadv(self._file, [buffer[done:]], offset + done)
@@ -234,7 +251,7 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout,
         slabs = []
         with (scratch / SLABS).open("wb") as file:
             for number, (key, slab) in enumerate(read_slabs(checkpoint, family, layout)):
-                data = memoryview(slab.numpy())
+                data = as_buffer(slab)
                 file.write(data)
                 slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "crc32": zlib.crc32(data)})
             file.flush()

@@ -7,6 +7,7 @@ Reads as a table of contents; the parts are `accuracy`, `latency`, `memory` and 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,8 @@ def measure_engine(bench: Bench, checkpoint: str) -> tuple[dict[str, Any], dict[
     prompts = [bench.collate([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
     expected = resident_tokens(load_resident(checkpoint, device_map=str(bench.device)), request)
+    # what training or packing wrote must not reach the disk while policies are timed
+    os.sync()
     records, traces = {}, {}
     for policy in engine.policies:
 

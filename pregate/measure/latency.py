@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.trace import Span
-from pregate.measure.memory import PeakMemory
+from pregate.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
 
@@ -135,4 +135,18 @@ def _window(spans: Sequence[Span], seconds: Sequence[float]) -> list[dict[str, A
     middle = max(0, (len(seconds) - TIMELINE_TOKENS) // 2)
     begin = seconds[middle] * 1e3
     end = seconds[min(len(seconds) - 1, middle + TIMELINE_TOKENS)] * 1e3
-    return [s.to_dict() for s in spans if s.lane != "layer" and s.end_ms > begin and s.start_ms < end]
+    waits = [s for s in spans if s.lane == "wait"]
+    shown = [s for s in spans if s.lane in ("transfer", "wait")]
+    shown += [piece for s in spans if s.lane == "layer" for piece in _without(s, waits)]
+    shown = [s for s in shown if s.end_ms > begin and s.start_ms < end]
+    return [s.to_dict() for s in sorted(shown, key=lambda s: s.start_ms)]
+
+
+def _without(layer: Span, waits: Sequence[Span]) -> list[Span]:
+    """The parts of a layer's span in which it computed rather than waited, as spans of lane `compute`."""
+    pieces, start = [], layer.start_ms
+    for wait in waits:
+        if layer.start_ms <= wait.start_ms and wait.end_ms <= layer.end_ms:
+            pieces.append(Span("compute", layer.name, start, wait.start_ms))
+            start = wait.end_ms
+    return [*pieces, Span("compute", layer.name, start, layer.end_ms)]

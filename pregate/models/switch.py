@@ -123,6 +123,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         past_key_values = self._cache(past_key_values, use_cache)
         mask, encoder_attention_mask = self._masks(
             inputs_embeds, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
@@ -130,6 +131,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
         pending = self._enter(inputs_embeds)
         hidden_BTD = self.dropout(inputs_embeds)
         self_bias = cross_bias = None
+        layer: Any
         for layer in self.block:
             sparse = layer.layer[-1].mlp if layer.is_sparse else None
             hidden_BTD, self_bias, new_cross_bias, decided = layer(

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from pregate.config import UsageError
+from pregate.runtime import silent_bars
 
 STATE_FILE = "train_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -95,23 +95,11 @@ def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path
 
 
 def _write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path]) -> None:
-    with _silent_bars():
+    with silent_bars():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     for path in carry:
         shutil.copy2(path, directory / path.name)
-
-
-@contextmanager
-def _silent_bars() -> Iterator[None]:
-    """Without the bars of transformers, which would draw over the one of the run."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def save_last(
@@ -143,7 +131,7 @@ def load_last(
     if not (directory / STATE_FILE).is_file():
         return None
     record = json.loads((directory / STATE_FILE).read_text())
-    with _silent_bars():
+    with silent_bars():
         saved = type(model).from_pretrained(directory).state_dict()
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise UsageError(

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """The outcome of `fine_tune`. Scores in percent; `metrics` are the last logged values."""
+    """The outcome of `fine_tune`. Scores in percent; `metrics` are the last logged values; `peak_device_bytes`
+    is what the caller measured around it, if it did."""
 
     steps: int
     best_score: float | None
@@ -41,6 +42,7 @@ class TrainSummary:
     seconds: float
     target_tokens: int
     checkpoint: str
+    peak_device_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate import PartialState
 
 from pregate.config import Run, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
+from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
 from pregate.models.checkpoint import read_config
 from pregate.models.switch import (
@@ -69,7 +71,12 @@ def check_model(run: Run) -> None:
 
 def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwitchTransformersConfig:
     """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
-    settings = {"vocab_size": vocab_size, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
     settings |= {**run.model.geometry, "pregate": gating.to_dict()}
     try:
         return PreGatedSwitchTransformersConfig(**settings)
@@ -123,20 +130,21 @@ def train_converted(
 ) -> TrainSummary:
     """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint."""
     set_seed(run.seed)
-    model = load_resident(converted, dtype=torch.float32)
-    manifest = Path(converted) / MANIFEST
-    summary = fine_tune(
-        model,
-        tokenizer,
-        task,
-        run.train,
-        run=run,
-        out_dir=run_dir,
-        tracker=tracker,
-        stage="train",
-        carry=[manifest] if manifest.is_file() else [],
-    )
     state = PartialState()
+    manifest = Path(converted) / MANIFEST
+    with PeakMemory(state.device) as peak:
+        summary = fine_tune(
+            load_resident(converted, dtype=torch.float32),
+            tokenizer,
+            task,
+            run.train,
+            run=run,
+            out_dir=run_dir,
+            tracker=tracker,
+            stage="train",
+            carry=[manifest] if manifest.is_file() else [],
+        )
+    summary = replace(summary, peak_device_bytes=peak.num_bytes)
     if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
         mark_conventional(Path(summary.checkpoint))
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""The engine gives the resident model's tokens: every policy, tier and batch size, with the mover working against it."""
+"""The engine gives the resident model's tokens: every policy, tier and batch size, against a hostile mover."""
 
 from __future__ import annotations
 

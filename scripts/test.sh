@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: lint, format, types, tests. GPU tests skip without a GPU.
+#   ./scripts/test.sh [pytest argument ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup.sh
+bin="${VENV:-.venv}/bin"
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/pyright" --pythonpath "$bin/python"
+"$bin/pytest" "$@"
