@@ -132,7 +132,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if cause is not None:
         reason = re.split(r"\s*full_key:", " ".join(str(cause).split()))[0]
         where = f"{full_key}: " if full_key else ""
-        return f"{where}{reason}"
+        return f"{where}{reason.rstrip('.')}."
     return f"The command line {' '.join(overrides)!r} cannot be read: {text}"
 
 

@@ -9,12 +9,13 @@ from pregate.config import Run, UsageError
 
 
 def main(run: Run) -> None:
-    from pregate.measure.evaluation import evaluate
+    from pregate.measure.evaluation import evaluate, prepare
     from pregate.tracking import open_tracker
 
     checkpoint, reference, out_dir = subjects(run)
+    bench = prepare(run, checkpoint, reference)
     with open_tracker(run, out_dir) as tracker:
-        evaluate(run, checkpoint, out_dir, tracker, reference)
+        evaluate(bench, out_dir, tracker)
     print(f"Report: {out_dir / 'report.html'}")
 
 

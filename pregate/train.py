@@ -9,7 +9,7 @@ from pregate.config import Run
 def main(run: Run) -> None:
     from accelerate import PartialState
 
-    from pregate.measure.evaluation import check_engine, evaluate
+    from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.tasks.base import build_task
     from pregate.tasks.text import load_tokenizer
     from pregate.tracking import open_tracker
@@ -29,7 +29,7 @@ def main(run: Run) -> None:
         evaluation = None
         if run.then_eval and is_main:
             reference = run.reference or (source if run.source_train is not None else None)
-            evaluation = evaluate(run, trained.checkpoint, run_dir, tracker, reference)
+            evaluation = evaluate(prepare(run, trained.checkpoint, reference), run_dir, tracker)
         stages.finish(run, run_dir, source, trained, evaluation)
         if run.tracking.log_checkpoint:
             tracker.artifact(run_dir / stages.CHECKPOINT)

@@ -217,12 +217,10 @@ def _without_experts(
     for block in model.moe_blocks():
         block.module.experts = torch.nn.Module()
     wanted = [name for name in model.state_dict() if name in source.tensors]
-    for first in range(0, len(wanted), 64):
-        part = source.read(wanted[first : first + 64])
-        # a copy of its own: mapped pages would be counted twice and stay unaligned
-        owned = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in part.items()}
-        model.load_state_dict(owned, assign=True, strict=False)
-        del part
+    # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
+    for name in sorted(wanted, key=source.num_bytes, reverse=True):
+        owned = source.read([name])[name].to(device=device, dtype=dtype, copy=True)
+        model.load_state_dict({name: owned}, assign=True, strict=False)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:

@@ -22,8 +22,8 @@ from pregate.measure.latency import BenchRequest, measure_policy, resident_token
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.summary import print_summary
-from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import read_config
+from pregate.models.adapter import ExpertFamily, PreGating
+from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
@@ -57,9 +57,11 @@ class Subject:
 
 @dataclass
 class Bench:
-    """Everything the models share: run, task, tokenizer, examples, device."""
+    """What is evaluated and with what: the models, and the run, task, tokenizer, examples and device they share."""
 
     run: Run
+    checkpoint: str
+    reference: str | None
     task: Task
     tokenizer: Any
     collate: Collator
@@ -67,29 +69,24 @@ class Bench:
     device: torch.device
 
 
-def evaluate(
-    run: Run, checkpoint: str, out_dir: Path, tracker: Tracker, reference: str | None = None
-) -> dict[str, Any]:
-    """Evaluate `checkpoint`, against `reference` if there is one; returns what `eval.json` holds.
-
-    Raises `UsageError` before any work for a checkpoint, reference, task or budget that cannot be evaluated.
-    """
-    check_subjects(run, checkpoint, reference)
+def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
+    """Evaluate what `prepare` has checked; returns what `eval.json` holds."""
+    run = bench.run
     set_seed(run.seed)
-    bench = prepare(run, checkpoint)
     out_dir.mkdir(parents=True, exist_ok=True)
-    subject = assess(bench, checkpoint, run.engine.policy)
-    compared = assess(bench, reference, Policy.gpu_only) if reference else None
-    engine, traces = measure_engine(bench, checkpoint)
+    subject = assess(bench, bench.checkpoint, run.engine.policy)
+    compared = assess(bench, bench.reference, Policy.gpu_only) if bench.reference else None
+    engine, traces = measure_engine(bench)
     evaluation = {
         "task": bench.task.name,
         "split": run.eval.split or run.task.eval_split,
         "num_examples": len(bench.examples),
-        "checkpoint": checkpoint,
-        "reference": reference,
+        "primary_metric": bench.task.primary_metric,
+        "checkpoint": bench.checkpoint,
+        "reference": bench.reference,
         **compare(run, subject, compared),
         "engine": engine,
-        "engine_settings": settings(bench, checkpoint),
+        "engine_settings": settings(bench),
         "environment": environment(),
     }
     predictions = list_predictions(bench.examples, subject, compared)
@@ -99,38 +96,51 @@ def evaluate(
     return evaluation
 
 
-def check_subjects(run: Run, checkpoint: str, reference: str | None) -> None:
-    """Refuse, before any work, a checkpoint whose gates contradict the settings the user gave."""
-    config = read_config(checkpoint)
-    if reference is not None:
-        read_config(reference)
-    if any(override.lstrip("+").startswith("pregate") for override in run.overrides):
-        stored = PreGating.from_dict(config.get("pregate")).lookahead if "pregate" in config else 0
-        if stored != run.pregate.lookahead:
-            raise UsageError(
-                f"{checkpoint} has lookahead {stored}, but pregate.lookahead={run.pregate.lookahead} was asked for: "
-                "leave the setting out, or convert and train a checkpoint with it."
-            )
+def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
+    """Check everything that evaluation needs and read the examples; nothing is written.
+
+    Raises `UsageError` for a checkpoint, reference, task, device or budget that cannot be evaluated.
+    """
+    device = pick_device(run.engine.device)
+    for directory in (checkpoint, *([reference] if reference else [])):
+        opened = open_checkpoint(directory)
+        config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
+        family = switch_expert_family(config)
+        check_budget(run, family, opened.dtype(family.tensor_names(family.keys()[0])[0]))
+    check_lookahead(run, checkpoint)
+    task = build_task(run)
+    tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
+    examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
+    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+    return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device)
+
+
+def check_lookahead(run: Run, checkpoint: str) -> None:
+    """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
+    if not any(override.lstrip("+").startswith("pregate") for override in run.overrides):
+        return
+    stored = PreGating.from_dict(read_config(checkpoint).get("pregate")).lookahead
+    if stored != run.pregate.lookahead:
+        raise UsageError(
+            f"{checkpoint} has lookahead {stored}, but pregate.lookahead={run.pregate.lookahead} was asked for: "
+            "leave the setting out, or convert and train a checkpoint with it."
+        )
 
 
 def check_engine(run: Run) -> None:
     """Refuse, before any training, engine settings that `then_eval` could not serve with. Raises `UsageError`."""
     pick_device(run.engine.device)
-    if run.engine.device_budget is None or not run.then_eval:
-        return
-    settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
-    family = switch_expert_family(PreGatedSwitchTransformersConfig.of_checkpoint(settings))
+    if run.then_eval:
+        settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
+        family = switch_expert_family(PreGatedSwitchTransformersConfig.of_checkpoint(settings))
+        check_budget(run, family, torch.float32)
+
+
+def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> None:
+    slab_bytes = SlabLayout.of(family, dtype).slab_bytes
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
-            slots_within(run.engine.device_budget, policy, family, SlabLayout.of(family, torch.float32).slab_bytes)
-
-
-def prepare(run: Run, checkpoint: str) -> Bench:
-    task = build_task(run)
-    tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
-    examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
-    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
-    return Bench(run, task, tokenizer, collate, examples, pick_device(run.engine.device))
+            slots_within(run.engine.device_budget, policy, family, slab_bytes)
 
 
 def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
@@ -195,29 +205,29 @@ def _same_shape(one: Subject, other: Subject) -> bool:
     return {s: len(b) for s, b in one.choices.items()} == {s: len(b) for s, b in other.choices.items()}
 
 
-def measure_engine(bench: Bench, checkpoint: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def measure_engine(bench: Bench) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The record of each policy, in the order asked for, and their timelines."""
     engine = bench.run.engine
     shown = bench.examples[: engine.bench_prompts]
     prompts = [bench.collate([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
-    expected = resident_tokens(load_resident(checkpoint, device_map=str(bench.device)), request)
+    expected = resident_tokens(load_resident(bench.checkpoint, device_map=str(bench.device)), request)
     # what training or packing wrote must not reach the disk while policies are timed
     os.sync()
     records, traces = {}, {}
     for policy in engine.policies:
 
         def opened(policy: Policy = policy) -> OffloadEngine:
-            return open_engine(bench, checkpoint, policy)
+            return open_engine(bench, bench.checkpoint, policy)
 
         records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected)
     return records, traces
 
 
-def settings(bench: Bench, checkpoint: str) -> dict[str, Any]:
+def settings(bench: Bench) -> dict[str, Any]:
     """What the engine's figures were measured with."""
     engine = bench.run.engine
-    with open_engine(bench, checkpoint, engine.policy) as opened:
+    with open_engine(bench, bench.checkpoint, engine.policy) as opened:
         slots, slab_bytes, total = opened.num_slots, opened.slab_bytes, len(opened.family.keys())
     return {
         "device": str(bench.device),

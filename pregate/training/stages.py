@@ -132,6 +132,7 @@ def train_converted(
     set_seed(run.seed)
     state = PartialState()
     manifest = Path(converted) / MANIFEST
+    assert state.device is not None
     with PeakMemory(state.device) as peak:
         summary = fine_tune(
             load_resident(converted, dtype=torch.float32),

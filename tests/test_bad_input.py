@@ -1,0 +1,215 @@
+"""Bad input ends in one sentence that says what to do, with status 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from pregate.cli import entry_point
+from tests.tiny import pregated_model, upstream_model
+
+ROWS = [
+    {"question": f"who is {i}?", "context": f"it is number {i}", "answers": [f"number {i}"], "id": str(i)}
+    for i in range(8)
+]
+TRAIN_SETTINGS = [
+    "tracking=jsonl",
+    "train.steps=1",
+    "train.batch_sequences=2",
+    "train.eval_examples=2",
+    "eval.examples=2",
+    "task.max_target_tokens=4",
+    "engine.bench_prompts=1",
+    "engine.bench_repeats=1",
+    "engine.bench_new_tokens=2",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with good and bad checkpoints and data."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from pregate.config import GeneratedConfig
+    from pregate.tasks.generated import generated_tokenizer
+
+    root = tmp_path_factory.mktemp("inputs")
+    tokenizer = generated_tokenizer(GeneratedConfig(train=200, validation=20))
+    for name, model in {
+        "conventional": upstream_model(0, vocab_size=512),
+        "pregated": pregated_model(0, 2, vocab_size=512),
+        "truncated": upstream_model(0, vocab_size=512),
+    }.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    weights = root / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4096])
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(root / "dense")
+    (root / "good.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    (root / "empty_references.jsonl").write_text("\n".join(json.dumps({**row, "answers": []}) for row in ROWS))
+    (root / "no_context.jsonl").write_text("\n".join(json.dumps({"question": "?", "answers": ["x"]}) for _ in ROWS))
+    pandas.DataFrame({k: [] for k in ROWS[0]}).to_parquet(root / "empty.parquet")
+    (root / "used").mkdir()
+    (root / "used" / "thesis.tex").write_text("precious")
+    return root
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def run(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run `python -m pregate.<command>` in this process; its exit status."""
+    module = importlib.import_module(f"pregate.{command}")
+    monkeypatch.setattr(sys, "argv", [f"pregate.{command}", *arguments])
+    GlobalHydra.instance().clear()
+    try:
+        entry_point(getattr(module, "main", None) or module.work)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def qa(root: Path, train: str = "good.jsonl", validation: str = "good.jsonl") -> list[str]:
+    return ["task=qa", f"task.files.train={root / train}", f"task.files.validation={root / validation}"]
+
+
+CASES: dict[str, tuple[str, list[str], str]] = {
+    "misspelt override": ("train", ["train.lerning_rate=1"], "did you mean train.learning_rate?"),
+    "wrong type": ("train", ["train.steps=soon"], "train.steps: Value 'soon'"),
+    "unknown experiment": ("train", ["+experiment=switch_bass"], "no experiment named 'switch_bass': choose one of"),
+    "impossible value": ("convert", ["pregate.lookahead=9"], "outside 0 to 3"),
+    "missing data directory": (
+        "train",
+        ["model.source={root}/conventional", "data.root={root}/nowhere", "task=squad"],
+        "nowhere",
+    ),
+    "missing data file": (
+        "train",
+        ["model.source={root}/conventional", "task=qa", "task.files.train={root}/none.jsonl"],
+        "none.jsonl",
+    ),
+    "missing column": ("train", ["model.source={root}/conventional", "QA:no_context.jsonl"], "'context'"),
+    "empty split": ("train", ["model.source={root}/conventional", "QA:empty.parquet"], "is empty"),
+    "empty references": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:empty_references.jsonl"],
+        "without an answer|no answer|has no|have no",
+    ),
+    "dense checkpoint": ("convert", ["source={root}/dense", "output={out}/converted"], "t5"),
+    "dense checkpoint for evaluation": ("eval", ["checkpoint={root}/dense", "QA:good.jsonl"], "'t5' model"),
+    "truncated shard": ("convert", ["source={root}/truncated", "output={out}/converted"], "model.safetensors"),
+    "lookahead too large": (
+        "convert",
+        ["source={root}/conventional", "output={out}/converted", "pregate.lookahead=3"],
+        "needs at least 4 MoE blocks in the encoder",
+    ),
+    "output in use": ("convert", ["source={root}/conventional", "output={root}/used"], "used"),
+    "run directory in use": (
+        "train",
+        ["model.source={root}/conventional", "QA:good.jsonl", "run_dir={root}/used"],
+        "resume=true, or choose another run_dir",
+    ),
+    "budget smaller than one expert": (
+        "train",
+        ["model.source={root}/conventional", "QA:good.jsonl", "engine.device_budget=1KB", "run_dir={out}/run"],
+        "less than one expert",
+    ),
+    "budget smaller than one expert for evaluation": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:good.jsonl", "engine.device_budget=1KB", "output={out}/eval"],
+        "less than one expert",
+    ),
+    "lookahead that contradicts the checkpoint": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:good.jsonl", "pregate.lookahead=1", "output={out}/eval"],
+        "has lookahead 2, but pregate.lookahead=1",
+    ),
+    "source that is pre-gated otherwise": (
+        "train",
+        ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=1", "run_dir={out}/run"],
+        "has lookahead 2, but pregate.lookahead=1",
+    ),
+    "missing checkpoint": ("eval", ["checkpoint={root}/nothing/here/at/all", "QA:good.jsonl"], "nothing/here"),
+    "nothing to evaluate": ("eval", ["run_dir={out}/none", "QA:good.jsonl"], "train first"),
+    "nowhere to convert to": ("convert", ["source={root}/conventional"], "output="),
+    "no GPU": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:good.jsonl", "engine.device=cuda", "output={out}/eval"],
+        "finds no CUDA GPU",
+    ),
+    "unknown metric": (
+        "train",
+        ["model.source={root}/conventional", "QA:good.jsonl", "task.primary_metric=bleu"],
+        "choose one of em, f1",
+    ),
+    "stack that the scratch model lacks blocks for": (
+        "train",
+        ["+experiment=quickstart", "pregate.lookahead=3", "run_dir={out}/run"],
+        "needs more than 3 MoE blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_ends_in_one_sentence(
+    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    command, templates, said = CASES[name]
+    if name == "no GPU":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = [] if command == "convert" or "experiment" in templates[0] else list(TRAIN_SETTINGS)
+    for template in templates:
+        if template.startswith("QA:"):
+            arguments += qa(inputs, template.removeprefix("QA:"), template.removeprefix("QA:"))
+        else:
+            arguments.append(template.format(root=inputs, out=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = files(inputs) | {f"out/{f}" for f in files(tmp_path)}
+    status = run(command, arguments, monkeypatch)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pregate: ")]
+    assert status == 2
+    assert len(told) == 1, told
+    assert any(part in told[0] for part in said.split("|")), told[0]
+    assert told[0].rstrip().endswith((".", "?")), told[0]
+    assert files(inputs) | {f"out/{f}" for f in files(tmp_path)} == before
+
+
+def test_the_same_settings_without_the_fault_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that each refusal above is for the reason it gives."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*TRAIN_SETTINGS, *qa(inputs), f"model.source={inputs}/conventional", "run_dir=run"]
+    assert run("train", settings, monkeypatch) == 0
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert set(evaluation["engine"]) == {"gpu_only", "on_demand", "prefetch_all", "pre_gated"}
+    assert all(record["tokens_equal_resident"] for record in evaluation["engine"].values())
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "convert"])
+def test_a_typo_is_told_by_the_real_command(command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"pregate.{command}", "sede=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "pregate: There is no setting 'sede'; did you mean seed?\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
