@@ -31,6 +31,10 @@ from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switc
 from pregate.runtime import human_bytes, parse_bytes
 
 
+class DeviceFullError(UsageError):
+    """The slots asked for do not fit on the compute device."""
+
+
 def resolve_tier(tier: Tier, device: torch.device) -> Tier:
     """`auto`: page-locked host memory for a GPU; the disk where the compute device is host memory itself."""
     if tier is not Tier.auto:
@@ -129,18 +133,20 @@ class OffloadEngine:
             store: Store = DiskStore(pack(source, family, layout, where))
         else:
             store = DramStore(source, family, layout, page_locked=device.type == "cuda")
+        mover: Mover | None = None
         try:
             slots_NB = _allocate_slots(num_slots, layout, device)
-            mover: Mover
             if device.type == "cuda":
                 mover = CudaMover(store, trace, counters, io_threads, device)
             else:
                 mover = ThreadMover(store, trace, counters, io_threads)
+            keep = cache or policy is Policy.gpu_only
+            return cls(model, family, store, mover, slots_NB, policy, trace, counters, keep)
         except BaseException:
+            if mover is not None:
+                mover.close()
             store.close()
             raise
-        keep = cache or policy is Policy.gpu_only
-        return cls(model, family, store, mover, slots_NB, policy, trace, counters, keep)
 
     @torch.inference_mode()
     def forward(self, **inputs: Any) -> Any:
@@ -201,7 +207,7 @@ def _allocate_slots(num_slots: int, layout: SlabLayout, device: torch.device) ->
     try:
         flat = aligned_bytes(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise UsageError(
+        raise DeviceFullError(
             f"{num_slots} slots need {human_bytes(size)} on {device}, which has not that much free: lower "
             "engine.device_budget."
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pregate.config import Policy, Run, UsageError
-from pregate.engine.decode import OffloadEngine, resolve_tier, slots_within
+from pregate.engine.decode import DeviceFullError, OffloadEngine, resolve_tier, slots_within
 from pregate.engine.store import SlabLayout
 from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
@@ -29,7 +29,7 @@ from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switc
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
 from pregate.tasks.text import Collator, load_tokenizer
-from pregate.tracking import Tracker
+from pregate.tracking import Tracker, say
 
 ENGINE_COLUMNS = (
     "ttft_ms",
@@ -84,6 +84,7 @@ def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
         "primary_metric": bench.task.primary_metric,
         "checkpoint": bench.checkpoint,
         "reference": bench.reference,
+        "reference_label": "source" if _is_source(bench.reference) else "reference",
         **compare(run, subject, compared),
         "engine": engine,
         "engine_settings": settings(bench),
@@ -201,6 +202,11 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
     return section
 
 
+def _is_source(reference: str | None) -> bool:
+    """Whether the reference is the conventional model that a run trained for itself."""
+    return reference is not None and Path(reference).parts[-2:] == ("source", "checkpoint")
+
+
 def _same_shape(one: Subject, other: Subject) -> bool:
     return {s: len(b) for s, b in one.choices.items()} == {s: len(b) for s, b in other.choices.items()}
 
@@ -211,7 +217,7 @@ def measure_engine(bench: Bench) -> tuple[dict[str, Any], dict[str, list[dict[st
     shown = bench.examples[: engine.bench_prompts]
     prompts = [bench.collate([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
-    expected = resident_tokens(load_resident(bench.checkpoint, device_map=str(bench.device)), request)
+    expected = _expected_tokens(bench, request)
     # what training or packing wrote must not reach the disk while policies are timed
     os.sync()
     records, traces = {}, {}
@@ -220,8 +226,22 @@ def measure_engine(bench: Bench) -> tuple[dict[str, Any], dict[str, list[dict[st
         def opened(policy: Policy = policy) -> OffloadEngine:
             return open_engine(bench, bench.checkpoint, policy)
 
-        records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected)
+        try:
+            records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected)
+        except (DeviceFullError, torch.OutOfMemoryError):
+            if policy is not Policy.gpu_only:
+                raise
+            say("All experts together do not fit on the device: gpu_only is left out.")
     return records, traces
+
+
+def _expected_tokens(bench: Bench, request: BenchRequest) -> list[torch.Tensor] | None:
+    """The resident model's tokens, or None where the whole model does not fit on the device."""
+    try:
+        return resident_tokens(load_resident(bench.checkpoint, device_map=str(bench.device)), request)
+    except torch.OutOfMemoryError:
+        say("The whole model does not fit on the device: tokens are not compared with it.")
+        return None
 
 
 def settings(bench: Bench) -> dict[str, Any]:

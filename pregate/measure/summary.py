@@ -113,7 +113,10 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
 
 def score_headers(evaluation: Mapping[str, Any]) -> list[str]:
     models = list(evaluation.get("scores") or {})
-    return [policy_label(model).capitalize() for model in models] + (["Difference"] if len(models) > 1 else [])
+    names = {"reference": evaluation.get("reference_label", "reference")}
+    return [policy_label(names.get(model, model)).capitalize() for model in models] + (
+        ["Difference"] if len(models) > 1 else []
+    )
 
 
 def token_verdict(evaluation: Mapping[str, Any]) -> tuple[bool, str] | None:
@@ -122,10 +125,13 @@ def token_verdict(evaluation: Mapping[str, Any]) -> tuple[bool, str] | None:
     told = {policy: same for policy, same in told.items() if same is not None}
     wrong = [policy_label(policy) for policy, same in told.items() if not same]
     if wrong:
-        return False, f"Tokens differ from the resident model's under: {', '.join(wrong)}."
+        return (
+            False,
+            f"tokens_equal_resident: FALSE for {', '.join(wrong)}; their tokens differ from the whole model's.",
+        )
     if not told:
         return None
-    return True, f"{len(told)} of {len(told)} policies gave exactly the resident model's tokens."
+    return True, f"tokens_equal_resident: true for {len(told)} of {len(told)} policies (the whole model in memory)."
 
 
 def engine_settings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -206,8 +212,8 @@ def print_summary(evaluation: Mapping[str, Any], console: Console) -> None:
     if engine:
         shown = [column for column in ENGINE_COLUMNS if column.key in TERMINAL_COLUMNS]
         columns = [(c, *column_cells([row.get(c.key) for row in engine.values()], c)) for c in shown]
-        headers = ["Policy", *(f"{c.header}\n{unit}" for c, unit, _ in columns), "Hits\n%", "Tokens\n"]
-        words = {True: Text("equal", "green"), False: Text("DIFFER", "bold red"), None: Text(ABSENT)}
+        headers = ["Policy", *(f"{c.header}\n{unit}" for c, unit, _ in columns), "Hits\n%", "Tokens\nequal"]
+        words = {True: Text("true", "green"), False: Text("FALSE", "bold red"), None: Text(ABSENT)}
         rows = [
             [policy_label(policy), *(cells[i] for _, _, cells in columns), _hit_rate(row), words[equal(row)]]
             for i, (policy, row) in enumerate(engine.items())

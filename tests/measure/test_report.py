@@ -126,7 +126,7 @@ def test_full_report_is_one_file_with_every_section(tmp_path):
     assert ["F1", "95.0", "95.4", "−0.4"] in checker.rows
     assert "1,234 examples" in checker.text
     assert "3 of 4" not in checker.text
-    assert "4 of 4 policies gave exactly the resident model's tokens." in checker.text
+    assert "tokens_equal_resident: true for 4 of 4 policies (the whole model in memory)." in checker.text
 
 
 def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
@@ -145,9 +145,9 @@ def test_differing_tokens_are_loud(tmp_path):
     evaluation = full_evaluation()
     evaluation["engine"]["on_demand"]["tokens_equal_resident"] = False
     page, checker = render(tmp_path, evaluation)
-    assert "Tokens differ from the resident model's under: On demand." in checker.text
+    assert "tokens_equal_resident: FALSE for On demand; their tokens differ from the whole model's." in checker.text
     assert 'class="verdict bad"' in page
-    assert "DIFFER" in printed(evaluation)
+    assert "FALSE" in printed(evaluation)
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
@@ -234,7 +234,7 @@ def test_terminal_summary_fits_and_names_what_matters():
     assert "93.2 [91.6, 94.7]" in text
     assert "+0.4 [−0.9, +1.7]" in text
     row = next(line for line in text.splitlines() if line.strip().startswith("Pre-gated"))
-    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "equal"]
+    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "true"]
     assert "100 70 –" in text
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, SwitchTransformersForConditionalGeneration
 
 from pregate import PreGatedSwitchTransformersConfig
+from pregate.models.switch import load_resident, mark_conventional
+from tests.make_switch_base import TINY, make
 from tests.tiny import batch, geometry, pregated_model, upstream_model
 
 
@@ -335,3 +337,30 @@ def test_listener_hears_each_route_before_its_block_runs() -> None:
 def test_a_lookahead_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="needs more than 3 MoE blocks in the encoder, which has 3"):
         PreGatedSwitchTransformersConfig(**geometry(), pregate={"lookahead": 3})
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_conventional_directory_of_either_form_opens_as_lookahead_0(tmp_path: Any, form: str) -> None:
+    make(tmp_path / form, form=form, **TINY)
+    ours = load_resident(tmp_path / form)
+    source = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / form).eval()
+    assert ours.config.pregating.lookahead == 0
+    assert ours.state_dict().keys() == source.state_dict().keys()
+    inputs = batch(0, vocab=ours.config.vocab_size)
+    torch.testing.assert_close(ours(**inputs).logits, source(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lookahead_0_model_saves_as_a_conventional_checkpoint(tmp_path: Any) -> None:
+    model = pregated_model(2, 0)
+    model.save_pretrained(tmp_path)
+    mark_conventional(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert type(loaded) is SwitchTransformersForConditionalGeneration
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_a_pre_gated_model_is_not_passed_off_as_conventional(tmp_path: Any) -> None:
+    pregated_model(2, 1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no conventional class can open"):
+        mark_conventional(tmp_path)
