@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-FILES = ("config.yaml", "metrics.jsonl", "eval.json", "summary.json")
+FILES = ("config.yaml", "metrics.jsonl", "eval.json", "summary.json", "conversion.json")
 ENGINE = {
     "ttft_ms": ("TTFT, ms", "{:.1f}"),
     "tpot_ms": ("TPOT, ms", "{:.2f}"),
@@ -73,6 +73,7 @@ def readme(run_dir: Path, note: str, settings: dict[str, str]) -> str:
     summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
     prefix = "".join(f"{key}={value} " for key, value in settings.items())
     command = f"{prefix}python -m pregate.train {' '.join(config['overrides'])}"
+    conversion_file = run_dir / "conversion.json"
     git = evaluation["environment"].get("git", {})
     parts = [
         f"# {run_dir.name}",
@@ -93,6 +94,12 @@ def readme(run_dir: Path, note: str, settings: dict[str, str]) -> str:
     agreement = evaluation.get("routing", {}).get("agreement", {})
     for stack, blocks in agreement.items():
         parts.append(f"Routing agreement, {stack}: " + ", ".join(f"{100 * value:.0f} %" for value in blocks) + ".")
+    if conversion_file.is_file():
+        rows = [
+            [f"`{row['command']}`", f"{row['seconds']:.1f}", f"{row['peak_resident_bytes'] / 1e9:.2f}"]
+            for row in json.loads(conversion_file.read_text())
+        ]
+        parts.append(table(["conversion, whole process", "seconds", "peak resident, GB"], rows))
     parts += [
         engine_table(evaluation["engine"]),
         f"Engine: {pairs(evaluation['engine_settings'])}.",
