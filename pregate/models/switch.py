@@ -36,6 +36,7 @@ from pregate.models.switch_layers import (
     PreGatedSwitchTransformersConfig,
     SwitchGate,
 )
+from pregate.runtime import silent_bars
 
 
 class PreGatedSwitchPreTrainedModel(upstream.SwitchTransformersPreTrainedModel):
@@ -332,7 +333,8 @@ def load_resident(directory: str | Path, **options: Any) -> PreGatedSwitchTransf
     `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` for any other directory.
     """
     config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(str(directory)))
-    model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(directory, config=config, **options)
+    with silent_bars():
+        model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(directory, config=config, **options)
     return model.eval()
 
 
