@@ -142,7 +142,11 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--multirun", "-m")
+# flags with which composing the plain arguments ahead of Hydra would be needless or wrong
+HYDRA_FLAGS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--multirun", "-m"),
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"),
+)
 
 
 def entry_point(work: Callable[[Run], None]) -> None:
@@ -167,11 +171,17 @@ def entry_point(work: Callable[[Run], None]) -> None:
     def run_under_hydra(cfg: Any) -> None:
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                OmegaConf.update(cfg, "run_dir", HydraConfig.get().runtime.output_dir)
+                place = HydraConfig.get().runtime.output_dir
+                OmegaConf.update(cfg, "run_dir", place)
+                if cfg.output is None:  # evaluations of one checkpoint would overwrite each other's results
+                    OmegaConf.update(cfg, "output", place)
             work(validated(cfg, HydraConfig.get().overrides.task))
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))
+        except KeyboardInterrupt:
+            print("pregate: stopped; a training run goes on with the same command and resume=true.", file=sys.stderr)
+            sys.exit(130)
 
     run_under_hydra()

@@ -262,6 +262,7 @@ def check_run(run: Run) -> None:
             "steps",
             "batch_sequences",
             "micro_batch_tokens",
+            "eval_examples",
             "eval_every",
             "save_every",
             "log_every",
@@ -271,6 +272,10 @@ def check_run(run: Run) -> None:
         need(
             0 <= train.warmup_steps <= train.steps,
             f"{label}.warmup_steps={train.warmup_steps} must lie between 0 and {label}.steps={train.steps}.",
+        )
+        need(
+            train.clip_norm is None or train.clip_norm > 0,
+            f"{label}.clip_norm={train.clip_norm} must be above 0, or null for no clipping.",
         )
         need(
             train.dropout is None or 0 <= train.dropout < 1,
@@ -288,8 +293,17 @@ def check_run(run: Run) -> None:
         run.eval.examples is None or run.eval.examples > 0,
         f"eval.examples={run.eval.examples} must be at least 1, or null for the whole split.",
     )
-    for key in ("batch_size", "num_beams"):
-        need(getattr(run.eval, key) > 0, f"eval.{key}={getattr(run.eval, key)} must be at least 1.")
+    need(
+        run.eval.max_new_tokens is None or run.eval.max_new_tokens > 0,
+        f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
+    )
+    need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
+    for label, section, keys in (
+        ("eval", run.eval, ("batch_size", "num_beams", "bootstrap_samples")),
+        ("engine", run.engine, ("io_threads", "bench_prompts", "bench_new_tokens", "bench_repeats")),
+    ):
+        for key in keys:
+            need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
 
 
 def to_dict(run: Run) -> dict[str, Any]:

@@ -14,9 +14,13 @@ def main(run: Run) -> None:
 
     checkpoint, reference, out_dir = subjects(run)
     bench = prepare(run, checkpoint, reference)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another output=DIR.") from error
     with open_tracker(run, out_dir) as tracker:
         evaluate(bench, out_dir, tracker)
-    print(f"Report: {out_dir / 'report.html'}")
+    print(f"Report: {out_dir / 'report.html'}" if run.eval.report else f"Results: {out_dir / 'eval.json'}")
 
 
 def subjects(run: Run) -> tuple[str, str | None, Path]:
@@ -24,7 +28,9 @@ def subjects(run: Run) -> tuple[str, str | None, Path]:
     run_dir = Path(run.run_dir)
     own, own_source = run_dir / "checkpoint", run_dir / "source" / "checkpoint"
     if run.checkpoint is not None:
-        beside = Path(f"{run.checkpoint.rstrip('/')}-eval") if Path(run.checkpoint).is_dir() else run_dir
+        place = Path(run.checkpoint)
+        place = place if place.name not in ("", "..") else place.resolve()  # "." has no name to put a suffix to
+        beside = place.with_name(f"{place.name}-eval") if place.is_dir() else run_dir
         return run.checkpoint, run.reference, Path(run.output) if run.output else beside
     if not own.is_dir():
         raise UsageError(f"There is nothing to evaluate: set checkpoint=DIR, or train first, so that {own} exists.")

@@ -78,12 +78,17 @@ class Tracker:
         self._mirror(lambda run, wandb: run.summary.update(flatten(to_jsonable(dict(values)))))
 
     def artifact(self, directory: Path) -> None:
-        """Upload a checkpoint directory as a model artifact named after the run. The caller asks `log_checkpoint`."""
+        """Upload a checkpoint directory as a model artifact named after the run. The caller asks `log_checkpoint`.
+
+        Its files only: the folder of experts that an engine packs into a checkpoint repeats their weights.
+        """
 
         def upload(run: Any, wandb: Any) -> None:
             name = re.sub(r"[^\w.-]+", "-", run.name or run.id)
             artifact = wandb.Artifact(f"{name}-checkpoint", type="model")
-            artifact.add_dir(str(directory))
+            for file in sorted(directory.iterdir()):
+                if file.is_file():
+                    artifact.add_file(str(file))
             run.log_artifact(artifact)
 
         self._mirror(upload)

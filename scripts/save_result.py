@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def readme(run_dir: Path, note: str, settings: dict[str, str]) -> str:
     summary_file = run_dir / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
     prefix = "".join(f"{key}={value} " for key, value in settings.items())
-    command = f"{prefix}python -m pregate.train {' '.join(config['overrides'])}"
+    command = f"{prefix}python -m pregate.train {shlex.join(config['overrides'])}"
     conversion_file = run_dir / "conversion.json"
     git = evaluation["environment"].get("git", {})
     parts = [

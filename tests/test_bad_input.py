@@ -48,6 +48,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "conventional": upstream_model(0, vocab_size=512),
         "pregated": pregated_model(0, 2, vocab_size=512),
         "truncated": upstream_model(0, vocab_size=512),
+        "small": upstream_model(0, vocab_size=67),
     }.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -136,10 +137,30 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ["checkpoint={root}/pregated", "QA:good.jsonl", "pregate.lookahead=1", "output={out}/eval"],
         "has lookahead 2, but pregate.lookahead=1",
     ),
+    "entry gates that contradict the checkpoint": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:good.jsonl", "pregate.entry=embedding", "output={out}/eval"],
+        "has entry own, but pregate.entry=embedding",
+    ),
+    "tokenizer too large for the model": (
+        "train",
+        ["model.source={root}/small", "QA:good.jsonl", "run_dir={out}/run"],
+        "ids but",
+    ),
     "source that is pre-gated otherwise": (
         "train",
         ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=1", "run_dir={out}/run"],
         "has lookahead 2, but pregate.lookahead=1",
+    ),
+    "results where nothing can be written": (
+        "eval",
+        ["checkpoint={root}/pregated", "QA:good.jsonl", "output={root}/good.jsonl/eval"],
+        "choose another output=DIR",
+    ),
+    "run directory where nothing can be written": (
+        "train",
+        ["model.source={root}/conventional", "QA:good.jsonl", "run_dir={root}/good.jsonl/run"],
+        "choose another run_dir=DIR",
     ),
     "missing checkpoint": ("eval", ["checkpoint={root}/nothing/here/at/all", "QA:good.jsonl"], "nothing/here"),
     "nothing to evaluate": ("eval", ["run_dir={out}/none", "QA:good.jsonl"], "train first"),

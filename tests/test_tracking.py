@@ -114,6 +114,8 @@ def test_offline_run_holds_what_was_logged_and_resumes_as_the_same_run(tmp_path,
     (tmp_path / "report.html").write_text("<!doctype html><p>report</p>")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "checkpoint" / "experts").mkdir()
+    (tmp_path / "checkpoint" / "experts" / "slabs.bin").write_text("packed again by an engine")
     with tracking.open_tracker(run, folder) as tracker:
         tracker.log({"train/loss": 1.0, "source/loss": 2.0}, 7)
         tracker.table("eval/engine_table", ["policy", "tpot_ms"], [["pre_gated", 1.5], ["gpu_only", None]])
@@ -127,6 +129,7 @@ def test_offline_run_holds_what_was_logged_and_resumes_as_the_same_run(tmp_path,
     data = binary.read_bytes()
     for expected in ("train/loss", "train/step", "source/*", "source/step", "scores/pre_gated/em", "lookahead", "r-1-"):
         assert expected.encode() in data, expected
+    assert b"slabs.bin" not in data
     media = {path.suffix for path in (recording / "files" / "media").rglob("*") if path.is_file()}
     assert media == {".png", ".html", ".json"}
     notices = capsys.readouterr().err

@@ -21,10 +21,10 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, Scheduler, routed_experts
 from pregate.engine.mover import CudaMover, Mover, ThreadMover
 from pregate.engine.policy import default_slots, make_policy
-from pregate.engine.store import DiskStore, DramStore, SlabLayout, Store, aligned_bytes, pack
+from pregate.engine.store import DiskStore, DramStore, SlabLayout, Store, aligned_bytes, expert_dtype, pack
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertFamily
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
+from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
@@ -33,6 +33,15 @@ from pregate.runtime import human_bytes, parse_bytes
 
 class DeviceFullError(UsageError):
     """The slots asked for do not fit on the compute device."""
+
+
+def serving_dtype(
+    config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, family: ExpertFamily
+) -> torch.dtype:
+    """The dtype that the resident model would have: the config's, or that of the weights. Raises `UsageError` for
+    missing experts."""
+    stored = expert_dtype(source, family)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else stored
 
 
 def resolve_tier(tier: Tier, device: torch.device) -> Tier:
@@ -123,10 +132,10 @@ class OffloadEngine:
         source = open_checkpoint(str(checkpoint))
         config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
         family = switch_expert_family(config)
-        dtype = source.dtype(family.tensor_names(family.keys()[0])[0])
+        dtype = serving_dtype(config, source, family)
         layout = SlabLayout.of(family, dtype)
         num_slots = slots_within(device_budget, policy, family, layout.slab_bytes)
-        model = _without_experts(config, source, device, dtype)
+        model = _without_experts(config, str(checkpoint), source, device, dtype)
         trace, counters = Trace(device), Counters()
         if resolve_tier(tier, device) is Tier.disk:
             where = Path(pack_dir) if pack_dir else source.directory / "experts"
@@ -215,7 +224,11 @@ def _allocate_slots(num_slots: int, layout: SlabLayout, device: torch.device) ->
 
 
 def _without_experts(
-    config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, device: torch.device, dtype: torch.dtype
+    config: PreGatedSwitchTransformersConfig,
+    checkpoint: str,
+    source: SourceCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     with torch.device("meta"):
@@ -231,7 +244,8 @@ def _without_experts(
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UsageError(f"{source.directory} lacks {missing[0]} (and {len(missing) - 1} more): convert it again.")
-    if (source.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.directory)
+    # asked for by name, because of a hub id only the weights are here so far
+    for file in side_files(checkpoint, names=("generation_config.json",)):
+        model.generation_config = GenerationConfig.from_pretrained(file.parent)
     model.requires_grad_(False)
     return model.eval()

@@ -89,6 +89,21 @@ def page_unlock(memory: Tensor) -> None:
     cast(Any, torch.cuda.cudart()).cudaHostUnregister(memory.data_ptr())
 
 
+def expert_dtype(checkpoint: SourceCheckpoint, family: ExpertFamily) -> torch.dtype:
+    """The dtype of the experts in `checkpoint`. Raises `UsageError` if it lacks one of them, or has it in another
+    shape than its config.json says."""
+    for key in family.keys():  # noqa: SIM118 - not a mapping
+        for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True):
+            found = checkpoint.tensors.get(name)
+            if found is None or found.shape != shape:
+                what = f"lacks {name}" if found is None else f"holds {name} of shape {found.shape}, not {shape}"
+                raise UsageError(
+                    f"{checkpoint.directory} {what}: use the complete weights of the model that its config.json "
+                    "describes."
+                )
+    return checkpoint.dtype(family.tensor_names(family.keys()[0])[0])
+
+
 def read_slabs(
     checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
 ) -> Iterator[tuple[ExpertKey, Tensor]]:
@@ -175,12 +190,14 @@ class DiskStore:
         self.layout = index.layout
         self._offsets = index.offsets
         self._path = pack_dir / SLABS
+        self._file = -1
         flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
         try:
             self._file = os.open(self._path, flags)
             os.preadv(self._file, [as_buffer(aligned_bytes(PAGE))], 0)
             self.direct = bool(getattr(os, "O_DIRECT", 0))
         except OSError:
+            self.close()
             self._file = os.open(self._path, os.O_RDONLY)
             self.direct = False
         if not self.direct:
@@ -230,40 +247,69 @@ def _identity(checkpoint: SourceCheckpoint) -> dict[str, Any]:
 def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, pack_dir: Path) -> Path:
     """Write all slabs of `checkpoint` to `pack_dir`, or keep the pack there if it is this checkpoint's.
 
-    Appears whole or not at all. Raises `UsageError` if something else lies there, or if the disk is too small.
+    Appears whole or not at all, also where another process packs the same checkpoint. Raises `UsageError` if
+    something else lies there, if it cannot be written, or if the disk is too small.
     """
-    if (pack_dir / INDEX).is_file() and _belongs(pack_dir, checkpoint, layout):
+    if _belongs(pack_dir, checkpoint, layout):
         return pack_dir
-    if pack_dir.exists() and not (pack_dir / INDEX).is_file() and any(pack_dir.iterdir()):
+    if pack_dir.exists() and not _is_pack(pack_dir):
         raise UsageError(f"{pack_dir} holds something that is not a pack of experts: choose another engine.pack_dir.")
-    keys = family.keys()
-    needed = len(keys) * layout.slab_bytes
-    pack_dir.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(pack_dir.parent).free
-    if free < needed:
-        raise UsageError(
-            f"The experts need {human_bytes(needed)} under {pack_dir.parent}, which has {human_bytes(free)} free: "
-            "set engine.pack_dir to a larger disk."
-        )
-    scratch = pack_dir.with_name(f"{pack_dir.name}.partial-{os.getpid()}")
-    scratch.mkdir()
     try:
-        slabs = []
-        with (scratch / SLABS).open("wb") as file:
-            for number, (key, slab) in enumerate(read_slabs(checkpoint, family, layout)):
-                data = as_buffer(slab)
-                file.write(data)
-                slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "crc32": zlib.crc32(data)})
-            file.flush()
-            os.fsync(file.fileno())
-        index = {"format": FORMAT, **layout.to_json(), "source": _identity(checkpoint), "slabs": slabs}
-        write_json(scratch / INDEX, index)
-        if pack_dir.exists():
-            shutil.rmtree(pack_dir)
-        scratch.rename(pack_dir)
+        pack_dir.parent.mkdir(parents=True, exist_ok=True)
+        scratch = pack_dir.with_name(f"{pack_dir.name}.partial-{os.getpid()}")
+        _refuse_full_disk(pack_dir.parent, len(family.keys()) * layout.slab_bytes)
+        scratch.mkdir()
+    except OSError as error:
+        raise UsageError(
+            f"The experts cannot be written to {pack_dir} ({error.strerror}): set engine.pack_dir to a directory that "
+            "can be made, or use engine.tier=dram."
+        ) from error
+    try:
+        _write_pack(scratch, checkpoint, family, layout)
+        _put_in_place(scratch, pack_dir, checkpoint, layout)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return pack_dir
+
+
+def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout) -> None:
+    slabs = []
+    with (folder / SLABS).open("wb") as file:
+        for number, (key, slab) in enumerate(read_slabs(checkpoint, family, layout)):
+            data = as_buffer(slab)
+            file.write(data)
+            slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "crc32": zlib.crc32(data)})
+        file.flush()
+        os.fsync(file.fileno())
+    index = {"format": FORMAT, **layout.to_json(), "source": _identity(checkpoint), "slabs": slabs}
+    write_json(folder / INDEX, index)
+
+
+def _put_in_place(scratch: Path, pack_dir: Path, checkpoint: SourceCheckpoint, layout: SlabLayout) -> None:
+    """Rename `scratch` to `pack_dir`, unless another process has meanwhile put the same pack there."""
+    if _belongs(pack_dir, checkpoint, layout):
+        return
+    if pack_dir.exists():
+        shutil.rmtree(pack_dir)
+    try:
+        scratch.rename(pack_dir)
+    except OSError:
+        if not _belongs(pack_dir, checkpoint, layout):
+            raise
+
+
+def _is_pack(folder: Path) -> bool:
+    """Whether `folder` may be replaced: it holds a pack, whole or damaged, or nothing at all."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {SLABS, INDEX}
+
+
+def _refuse_full_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"The experts need {human_bytes(needed)} under {folder}, which has {human_bytes(free)} free: "
+            "set engine.pack_dir to a larger disk."
+        )
 
 
 def _belongs(pack_dir: Path, checkpoint: SourceCheckpoint, layout: SlabLayout) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pregate.config import Policy, Run, UsageError
-from pregate.engine.decode import DeviceFullError, OffloadEngine, resolve_tier, slots_within
+from pregate.engine.decode import DeviceFullError, OffloadEngine, resolve_tier, serving_dtype, slots_within
 from pregate.engine.store import SlabLayout
 from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
@@ -28,7 +28,7 @@ from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
-from pregate.tasks.text import Collator, load_tokenizer
+from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
 from pregate.tracking import Tracker, say
 
 ENGINE_COLUMNS = (
@@ -107,25 +107,28 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
         opened = open_checkpoint(directory)
         config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
         family = switch_expert_family(config)
-        check_budget(run, family, opened.dtype(family.tensor_names(family.keys()[0])[0]))
-    check_lookahead(run, checkpoint)
+        check_budget(run, family, serving_dtype(config, opened, family))
+    check_gates(run, checkpoint)
     task = build_task(run)
     tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
+    check_vocabulary(tokenizer, checkpoint, read_config(checkpoint))
     examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
     collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device)
 
 
-def check_lookahead(run: Run, checkpoint: str) -> None:
+def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
-    if not any(override.lstrip("+").startswith("pregate") for override in run.overrides):
-        return
-    stored = PreGating.from_dict(read_config(checkpoint).get("pregate")).lookahead
-    if stored != run.pregate.lookahead:
-        raise UsageError(
-            f"{checkpoint} has lookahead {stored}, but pregate.lookahead={run.pregate.lookahead} was asked for: "
-            "leave the setting out, or convert and train a checkpoint with it."
-        )
+    stored = PreGating.from_dict(read_config(checkpoint).get("pregate")).to_dict()
+    for override in run.overrides:
+        key = override.lstrip("+").partition("=")[0]
+        for name in ("lookahead", "entry", "stacks"):
+            asked = getattr(run.pregate, name)
+            if key in ("pregate", f"pregate.{name}") and sorted(str(stored[name])) != sorted(str(asked)):
+                raise UsageError(
+                    f"{checkpoint} has {name} {stored[name]}, but pregate.{name}={asked} was asked for: leave the "
+                    "setting out, or convert and train a checkpoint with it."
+                )
 
 
 def check_engine(run: Run) -> None:
@@ -146,13 +149,17 @@ def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> None:
 
 def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
     engine = bench.run.engine
+    pack_dir = None
+    if engine.pack_dir is not None:
+        # one place each, or the two models would replace each other's pack in turn
+        pack_dir = Path(engine.pack_dir) / ("reference" if checkpoint == bench.reference else "checkpoint")
     return OffloadEngine.open(
         checkpoint,
         policy=policy,
         tier=engine.tier,
         device=bench.device,
         device_budget=None if policy is Policy.gpu_only else engine.device_budget,
-        pack_dir=engine.pack_dir,
+        pack_dir=pack_dir,
         io_threads=engine.io_threads,
         cache=engine.cache,
     )

@@ -327,12 +327,16 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         }
 
 
-def load_resident(directory: str | Path, **options: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
-    """The whole model in memory, from a pre-gated or a conventional Switch directory, in evaluation mode.
+def load_resident(
+    directory: str | Path, revision: str | None = None, **options: Any
+) -> PreGatedSwitchTransformersForConditionalGeneration:
+    """The whole model in memory, from a pre-gated or a conventional Switch directory or hub id, in evaluation mode.
 
     `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` for any other directory.
     """
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(str(directory)))
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(str(directory), revision))
+    if revision is not None:
+        options["revision"] = revision
     with silent_bars():
         model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(directory, config=config, **options)
     return model.eval()

@@ -60,7 +60,7 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
     def of_checkpoint(cls, config: dict[str, Any]) -> PreGatedSwitchTransformersConfig:
         """From the `config.json` of a pre-gated or a conventional Switch checkpoint (which is lookahead 0).
 
-        Raises `UsageError` for the config of any other model.
+        Raises `UsageError` for the config of any other model and for a damaged one.
         """
         known = (SwitchTransformersConfig.model_type, cls.model_type)
         if config.get("model_type", cls.model_type) not in known:
@@ -70,7 +70,11 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
         settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
         if config.get("model_type") == SwitchTransformersConfig.model_type:
             settings["pregate"] = PreGating().to_dict()
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except Exception as error:  # strict validation brings exception types of its own
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(f"The config.json describes no model that can be built: {reason}.") from error
 
     @property
     def pregating(self) -> PreGating:
@@ -179,7 +183,6 @@ class PreGatedSparseMLP(nn.Module):
         decided = None
         if self.pre_gate is not None:
             decided = self.pre_gate(hidden_BTD)
-            self._announce(self.target, decided)
         if routing is None:
             assert self.router is not None, "a block without an entry gate was given no route"
             seen_BTD = self.router.perturb(hidden_BTD)
@@ -189,6 +192,9 @@ class PreGatedSparseMLP(nn.Module):
                 # lookahead 0 keeps that, because it promises to be the source model
                 hidden_BTD = seen_BTD
             self._announce(self.index, routing)
+        # behind the block's own route, which is needed first
+        if decided is not None:
+            self._announce(self.target, decided)
         output_TD = self.experts(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             routing.expert_ids_BTK.flatten(0, 1),

@@ -49,11 +49,14 @@ def prompt_fields(prompt: str) -> tuple[str, ...]:
 
 
 def load_tokenizer(run: Run) -> Any:
-    """The tokenizer of `run`: `model.tokenizer`, else the generated set's own, else the one beside the model.
+    """The tokenizer of `run`: the one saved in `checkpoint`, else `model.tokenizer`, else the generated set's own, else
+    the one of `checkpoint` or `model.source` on the hub.
 
-    The model is `checkpoint` where one is named, and `model.source` otherwise. Raises `UsageError` where there is
-    no tokenizer, its directory is missing, or it has no padding or end-of-sequence token.
+    Raises `UsageError` where there is no tokenizer, its directory is missing, or it has no padding or end-of-sequence
+    token.
     """
+    if run.checkpoint is not None and (Path(run.checkpoint).expanduser() / "tokenizer_config.json").is_file():
+        return _pretrained_tokenizer("checkpoint", run.checkpoint, None)
     if run.model.tokenizer is None and run.task.generated is not None:
         from pregate.tasks.generated import generated_tokenizer
 
@@ -67,6 +70,16 @@ def load_tokenizer(run: Run) -> Any:
     if where is None:
         raise UsageError("There is no tokenizer: set model.tokenizer=DIR_OR_ID, or model.source=DIR_OR_ID.")
     return _pretrained_tokenizer(key, where, revision)
+
+
+def check_vocabulary(tokenizer: Any, model: str, config: dict[str, Any]) -> None:
+    """Refuse a tokenizer with more ids than the model has embeddings. Raises `UsageError`."""
+    rows = config.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UsageError(
+            f"The tokenizer has {len(tokenizer)} ids but {model} has {rows} embeddings: set model.tokenizer to the one "
+            "that the model was trained with."
+        )
 
 
 def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:

@@ -143,6 +143,12 @@ def load_last(
     return TrainState(**record["state"]), record["random"]
 
 
+def steps_done(directory: Path) -> int:
+    """How many steps the run that `save_last` left in `directory` had taken; 0 if there is none."""
+    path = directory / STATE_FILE
+    return int(json.loads(path.read_text())["state"]["step"]) if path.is_file() else 0
+
+
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, float | int]]:

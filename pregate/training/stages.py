@@ -30,6 +30,7 @@ from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tracking import Tracker
+from pregate.training.checkpoint import steps_done
 from pregate.training.loop import TrainSummary, fine_tune
 
 SOURCE, CONVERTED, CHECKPOINT, SUMMARY = "source", "converted", "checkpoint", "summary.json"
@@ -44,8 +45,11 @@ def claim_run_dir(run: Run) -> Path:
             raise UsageError(
                 f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
             )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_run(run, run_dir / "config.yaml")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_run(run, run_dir / "config.yaml")
+        except OSError as error:
+            raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
     return run_dir
 
 
@@ -112,7 +116,9 @@ def get_converted(run: Run, run_dir: Path, source: str) -> str:
         return source
     directory = run_dir / CONVERTED
     state = PartialState()
-    if state.is_main_process and not (directory / MANIFEST).is_file():
+    if (directory / MANIFEST).is_file():
+        _refuse_other_gating(run, directory)
+    elif state.is_main_process:
         convert(
             source,
             directory,
@@ -125,6 +131,22 @@ def get_converted(run: Run, run_dir: Path, source: str) -> str:
     return str(directory)
 
 
+def _refuse_other_gating(run: Run, converted: Path) -> None:
+    """Raises `UsageError` if an interrupted run converted its source with other settings than the resumed one has."""
+    stored = PreGating.from_dict(read_config(str(converted))["pregate"])
+    gate = run.pregate
+    if (stored.lookahead, set(stored.stacks), stored.entry, stored.init) != (
+        gate.lookahead,
+        set(gate.stacks),
+        str(gate.entry),
+        str(gate.init),
+    ):
+        raise UsageError(
+            f"{converted} was converted with other pregate settings (lookahead {stored.lookahead}, entry "
+            f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
+        )
+
+
 def train_converted(
     run: Run, run_dir: Path, converted: str, task: Task, tokenizer: Any, tracker: Tracker
 ) -> TrainSummary:
@@ -133,9 +155,12 @@ def train_converted(
     state = PartialState()
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
+    done = steps_done(run_dir / "last") if run.resume else 0
     with PeakMemory(state.device) as peak:
         summary = fine_tune(
-            load_resident(converted, dtype=torch.float32),
+            load_resident(
+                converted, run.model.revision if converted == run.model.source else None, dtype=torch.float32
+            ),
             tokenizer,
             task,
             run.train,
@@ -145,7 +170,8 @@ def train_converted(
             stage="train",
             carry=[manifest] if manifest.is_file() else [],
         )
-    summary = replace(summary, peak_device_bytes=peak.num_bytes)
+    if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
+        summary = replace(summary, peak_device_bytes=peak.num_bytes)
     if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
         mark_conventional(Path(summary.checkpoint))
     state.wait_for_everyone()

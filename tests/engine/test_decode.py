@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -177,6 +178,20 @@ def test_a_failed_read_is_raised_and_the_engine_recovers(checkpoints: dict[str, 
         with pytest.raises(OSError, match="the disk is gone"):
             engine.generate(**request)
         assert torch.equal(engine.generate(**request), resident(checkpoints["one"], request))
+
+
+def test_mixed_precision_weights_are_served_in_the_configs_dtype(tmp_path: Path) -> None:
+    """As the resident model opens them: experts stored in bf16 under a float32 config compute in float32."""
+    model = pregated_model(5, 1)
+    for block in model.moe_blocks():
+        block.module.experts.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    request = options(2, 1)
+    with OffloadEngine.open(tmp_path) as engine:
+        assert engine.model.dtype is torch.float32
+        assert torch.equal(engine.generate(**request), resident(tmp_path, request))
 
 
 def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:

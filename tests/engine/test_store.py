@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from pregate.config import UsageError
 from pregate.engine import store as store_module
-from pregate.engine.store import DiskStore, DramStore, SlabLayout, aligned_bytes, pack, read_index
+from pregate.engine.store import DiskStore, DramStore, SlabLayout, aligned_bytes, expert_dtype, pack, read_index
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.switch_layers import switch_expert_family
 from tests.tiny import pregated_model
@@ -92,6 +94,59 @@ def test_a_strangers_directory_is_not_overwritten(packed: dict[str, Any], tmp_pa
     with pytest.raises(UsageError, match="holds something that is not a pack"):
         pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_strangers_index_is_no_licence_to_replace_his_directory(packed: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="holds something that is not a pack"):
+        pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_told(packed: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be written to .* set engine\.pack_dir"):
+        pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path / "file" / "experts")
+
+
+def test_a_pack_that_another_process_finished_first_is_kept(
+    packed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "experts"
+    write = store_module.write_json
+
+    def overtaken(path: Path, index: Any) -> None:
+        write(path, index)
+        if not where.exists():
+            shutil.copytree(path.parent, where)
+
+    monkeypatch.setattr(store_module, "write_json", overtaken)
+    other: list[int] = []
+    put = store_module._put_in_place
+
+    def noted(*arguments: Any) -> None:
+        other.append((where / "slabs.bin").stat().st_ino)
+        put(*arguments)
+
+    monkeypatch.setattr(store_module, "_put_in_place", noted)
+    pack(packed["checkpoint"], packed["family"], packed["layout"], where)
+    assert [(where / "slabs.bin").stat().st_ino] == other
+    assert list(tmp_path.iterdir()) == [where]
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_incomplete_experts_are_refused(packed: dict[str, Any], damage: str) -> None:
+    checkpoint, family = packed["checkpoint"], packed["family"]
+    assert expert_dtype(checkpoint, family) == packed["layout"].dtype
+    name = family.tensor_names(family.keys()[17])[1]
+    tensors = dict(checkpoint.tensors)
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = replace(tensors[name], shape=(1, 1))
+    with pytest.raises(UsageError, match=f"{name}.*: use the complete weights"):
+        expert_dtype(replace(checkpoint, tensors=tensors), family)
 
 
 def test_an_interrupted_pack_leaves_nothing(

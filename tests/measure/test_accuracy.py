@@ -28,7 +28,7 @@ def test_bootstrap_interval_matches_the_normal_one() -> None:
 
 
 def test_bootstrap_is_seeded() -> None:
-    values = [0.0, 100.0, 100.0, 0.0, 100.0]
+    values = np.random.default_rng(0).normal(size=40).tolist()
     assert bootstrap_interval(values, 100, 7) == bootstrap_interval(values, 100, 7)
     assert bootstrap_interval(values, 100, 7) != bootstrap_interval(values, 100, 8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from pregate.config import Policy
@@ -68,6 +69,6 @@ def test_peak_memory_sees_a_large_allocation_and_forgets_it() -> None:
     with PeakMemory(torch.device("cpu")) as second:
         torch.ones(10)
     if first.num_bytes is None:  # a kernel that does not let the mark be reset
-        return
+        pytest.skip("this kernel does not let the mark be reset")
     assert 30e6 < first.num_bytes < 60e6
     assert second.num_bytes is not None and second.num_bytes < 10e6

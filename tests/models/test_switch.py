@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, SwitchTransformersForConditionalGeneration
 
 from pregate import PreGatedSwitchTransformersConfig
+from pregate.config import UsageError
 from pregate.models.switch import load_resident, mark_conventional
 from tests.make_switch_base import TINY, make
 from tests.tiny import batch, geometry, pregated_model, upstream_model
@@ -332,6 +333,21 @@ def test_listener_hears_each_route_before_its_block_runs() -> None:
         )
     model(**batch(0))
     assert ran == heard == [(s, b) for s in ("encoder", "decoder") for b in range(3)]
+
+
+def test_a_block_with_an_entry_gate_announces_its_own_route_first() -> None:
+    """An engine fetches in the order of announcement, and the block that runs now is served before a later one."""
+    model = pregated_model(0, 2)
+    heard: list[tuple[str, int]] = []
+    model.set_listener(lambda stack, block, routing: heard.append((stack, block)))
+    model(**batch(0))
+    assert heard == [(stack, block) for stack in ("encoder", "decoder") for block in (0, 2, 1)]
+
+
+def test_a_config_that_cannot_be_built_is_told_in_one_sentence() -> None:
+    good = {**geometry(), "model_type": "switch_transformers"}
+    with pytest.raises(UsageError, match="d_model"):
+        PreGatedSwitchTransformersConfig.of_checkpoint({**good, "d_model": "wide"})
 
 
 def test_a_lookahead_without_room_is_refused() -> None:

@@ -7,7 +7,7 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
-from pregate.tasks.text import Collator, load_tokenizer, prompt_fields
+from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer, prompt_fields
 
 
 def word_tokenizer(words, **specials):
@@ -79,10 +79,17 @@ def saved(directory, word):
 def test_which_tokenizer_wins(tmp_path):
     named, checkpoint, source = (saved(tmp_path / name, name) for name in ("named", "checkpoint", "source"))
     everything = [f"model.tokenizer={named}", f"checkpoint={checkpoint}", f"model.source={source}"]
-    assert "named" in load_tokenizer(run_of("task=generated", *everything)).get_vocab()
-    assert "▁founded" in load_tokenizer(run_of("task=generated", *everything[1:])).get_vocab()
-    assert "checkpoint" in load_tokenizer(run_of("task=squad", *everything[1:])).get_vocab()
-    assert "source" in load_tokenizer(run_of("task=squad", *everything[2:])).get_vocab()
+    assert "checkpoint" in load_tokenizer(run_of("task=generated", *everything)).get_vocab()
+    assert "named" in load_tokenizer(run_of("task=generated", everything[0], everything[2])).get_vocab()
+    assert "▁founded" in load_tokenizer(run_of("task=generated", everything[2])).get_vocab()
+    assert "source" in load_tokenizer(run_of("task=squad", everything[2])).get_vocab()
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
+    tokenizer = load_tokenizer(run_of(f"checkpoint={saved(tmp_path / 'checkpoint', 'word')}"))
+    check_vocabulary(tokenizer, "model", {"vocab_size": len(tokenizer)})
+    with pytest.raises(UsageError, match=r"has 9 ids but model has 8 embeddings: set model.tokenizer"):
+        check_vocabulary(tokenizer, "model", {"vocab_size": 8})
 
 
 def test_tokenizer_below_the_data_root(tmp_path):
