@@ -27,7 +27,7 @@ from pregate.models.adapter import ExpertFamily
 from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import human_bytes, parse_bytes
 
 
@@ -231,10 +231,9 @@ def _without_experts(
     dtype: torch.dtype,
 ) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
+    setattr(config, WITHOUT_EXPERTS, True)
     with torch.device("meta"):
         model = PreGatedSwitchTransformersForConditionalGeneration(config)
-    for block in model.moe_blocks():
-        block.module.experts = torch.nn.Module()
     wanted = [name for name in model.state_dict() if name in source.tensors]
     # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
     for name in sorted(wanted, key=source.num_bytes, reverse=True):

@@ -85,7 +85,7 @@ class SourceCheckpoint:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         read: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            mapped = _mapped(file)
+            mapped = _mapped(file, wanted)
             # a view into a larger storage would keep, and let writers save, the whole of that storage
             read.update({n: t if _fills_storage(t := mapped[n]) else t.clone().contiguous() for n in wanted})
         return read
@@ -129,9 +129,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoin
     for file in files:
         if not file.is_file():
             raise UsageError(f"{directory} lacks {file.name}, which {found.name} lists: fetch that shard again.")
-        for name, tensor in _mapped(file).items():
+        for name, info in _describe(file).items():
             if promised.get(name, file.name) == file.name:
-                tensors[name] = TensorInfo(file, tuple(tensor.shape), tensor.dtype)
+                tensors[name] = info
     lost = sorted(set(promised) - set(tensors))
     if lost:
         raise UsageError(
@@ -193,14 +193,47 @@ def _read_json(path: Path, source: str) -> dict[str, Any]:
     return content
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """All tensors of one weight file, mapped and not yet read. Raises `UsageError` if it cannot be opened whole."""
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _describe(file: Path) -> dict[str, TensorInfo]:
+    """What one weight file holds, from its header where it has one: making a tensor would fault its first pages in."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        try:
+            with safe_open(file, "pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no iteration)
+                known = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except Exception as error:
+            raise UsageError(_unreadable(file)) from error
+        if all(dtype in SAFETENSORS_DTYPES for _, dtype in known.values()):
+            return {n: TensorInfo(file, shape, SAFETENSORS_DTYPES[dtype]) for n, (shape, dtype) in known.items()}
+    return {name: TensorInfo(file, tuple(t.shape), t.dtype) for name, t in _mapped(file).items()}
+
+
+def _mapped(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of one weight file (those of `names`, or all), mapped and not yet read.
+
+    Raises `UsageError` if the file cannot be opened whole.
+    """
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(file, "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no iteration)
+                return {name: opened.get_tensor(name) for name in names or opened.keys()}
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     # a damaged file can make an unpickler raise nearly anything, and none of it tells the user what to do
     except Exception as error:

@@ -25,6 +25,9 @@ from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListene
 from pregate.models.moe import grouped_experts, reference_experts
 from pregate.models.routing import Routing, jitter, route, router_logits
 
+WITHOUT_EXPERTS = "_pregate_without_experts"
+"""Config attribute, never saved: build the model without its experts."""
+
 
 def is_sparse_layer(layer: int, sparse_step: int) -> bool:
     """Upstream's rule for which layers hold experts."""
@@ -171,7 +174,8 @@ class PreGatedSparseMLP(nn.Module):
         self.conventional = gating.lookahead_of(stack) == 0
         self.router = SwitchGate(config) if seats.own else None
         self.pre_gate = SwitchGate(config) if seats.target is not None else None
-        self.experts = SwitchExperts(config)
+        # an engine that keeps the experts elsewhere asks for none: thousands of modules would be made to be dropped
+        self.experts = nn.Module() if getattr(config, WITHOUT_EXPERTS, False) else SwitchExperts(config)
         self.listener: RouteListener | None = None
 
     def forward(self, hidden_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor, Routing | None]:
