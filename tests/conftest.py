@@ -24,3 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def in_process_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep Hydra from configuring logging: it closes every handler of the process, and with them the streams that
+    pytest has lent to libraries."""
+    for module in ("hydra._internal.hydra", "hydra.core.utils"):
+        monkeypatch.setattr(f"{module}.configure_log", lambda *args, **kwargs: None)

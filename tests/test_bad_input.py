@@ -17,6 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from pregate.cli import entry_point
 from tests.tiny import pregated_model, upstream_model
 
+pytestmark = pytest.mark.usefixtures("in_process_hydra")
+
 ROWS = [
     {"question": f"who is {i}?", "context": f"it is number {i}", "answers": [f"number {i}"], "id": str(i)}
     for i in range(8)

@@ -11,6 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from pregate.cli import entry_point
 from pregate.config import Run
 
+pytestmark = pytest.mark.usefixtures("in_process_hydra")
+
 
 def start(arguments: list[str], monkeypatch: pytest.MonkeyPatch, work: object) -> None:
     monkeypatch.setattr(sys, "argv", ["pregate.eval", *arguments])
