@@ -40,7 +40,7 @@ def test_every_experiment_begins_with_the_command_that_runs_it(experiment: str) 
 def test_every_group_member_composes(group: str) -> None:
     for path in sorted((config_dir() / group).glob("*.yaml")):
         extra = ["task.labels=[a,b]"] if path.stem == "classification" else []
-        compose_run([f"{group}={path.stem}", *extra])
+        assert compose_run([f"{group}={path.stem}", *extra]).run_dir.startswith("runs/")
 
 
 def test_the_papers_recipe_is_the_papers() -> None:

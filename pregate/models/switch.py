@@ -294,14 +294,7 @@ class PreGatedSwitchTransformersForConditionalGeneration(
                 **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
                 **self._router_losses("decoder", decoded.router_logits, target_mask),
             }
-        loss = None
-        if labels is not None:
-            labels = labels.to(logits_BTV.device)
-            loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels.flatten(), ignore_index=-100)
-            for name, value in losses.items():
-                loss = loss + value * (
-                    self.router_z_loss_coef if name.endswith("z_loss") else self.router_aux_loss_coef
-                )
+        loss = None if labels is None else self._loss(logits_BTV, labels, losses)
         return Seq2SeqMoEOutput(
             loss=loss,
             logits=logits_BTV,
@@ -316,6 +309,14 @@ class PreGatedSwitchTransformersForConditionalGeneration(
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
             encoder_router_logits=getattr(encoder_outputs, "router_logits", None),
         )
+
+    def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, router_losses: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over target tokens plus the weighted router losses."""
+        labels_BT = labels_BT.to(logits_BTV.device)
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+        for name, value in router_losses.items():
+            loss = loss + value * (self.router_z_loss_coef if name.endswith("z_loss") else self.router_aux_loss_coef)
+        return loss
 
     @staticmethod
     def _router_losses(stack: str, logits: tuple[Tensor, ...] | None, mask: Tensor | None) -> dict[str, Tensor]:
