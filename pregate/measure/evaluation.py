@@ -67,6 +67,8 @@ class Bench:
     collate: Collator
     examples: list[Example]
     device: torch.device
+    family: ExpertFamily
+    slab_bytes: int
 
 
 def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
@@ -103,32 +105,37 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     Raises `UsageError` for a checkpoint, reference, task, device or budget that cannot be evaluated.
     """
     device = pick_device(run.engine.device)
-    for directory in (checkpoint, *([reference] if reference else [])):
-        opened = open_checkpoint(directory)
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
-        family = switch_expert_family(config)
-        check_budget(run, family, serving_dtype(config, opened, family))
+    family, slab_bytes = check_servable(run, checkpoint)
+    if reference:
+        check_servable(run, reference)
     check_gates(run, checkpoint)
     task = build_task(run)
     tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
     check_vocabulary(tokenizer, checkpoint, read_config(checkpoint))
     examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
     collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
-    return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device)
+    return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
+
+
+def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
+    """The expert family and slab size of a checkpoint that the engine can serve within the budget, from its headers."""
+    opened = open_checkpoint(directory)
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
+    family = switch_expert_family(config)
+    return family, check_budget(run, family, serving_dtype(config, opened, family))
 
 
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
-    stored = PreGating.from_dict(read_config(checkpoint).get("pregate")).to_dict()
-    for override in run.overrides:
-        key = override.lstrip("+").partition("=")[0]
-        for name in ("lookahead", "entry", "stacks"):
-            asked = getattr(run.pregate, name)
-            if key in ("pregate", f"pregate.{name}") and sorted(str(stored[name])) != sorted(str(asked)):
-                raise UsageError(
-                    f"{checkpoint} has {name} {stored[name]}, but pregate.{name}={asked} was asked for: leave the "
-                    "setting out, or convert and train a checkpoint with it."
-                )
+    stored, asked = PreGating.from_dict(read_config(checkpoint).get("pregate")), PreGating.of_config(run.pregate)
+    given = {override.lstrip("+").partition("=")[0] for override in run.overrides}
+    for name in stored.differences(asked):
+        if name != "init" and given & {"pregate", f"pregate.{name}"}:
+            has, wanted = stored.to_dict()[name], asked.to_dict()[name]
+            raise UsageError(
+                f"{checkpoint} has {name} {has}, but pregate.{name}={wanted} was asked for: leave the setting out, or "
+                "convert and train a checkpoint with it."
+            )
 
 
 def check_engine(run: Run) -> None:
@@ -140,11 +147,13 @@ def check_engine(run: Run) -> None:
         check_budget(run, family, torch.float32)
 
 
-def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> None:
+def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
+    """Refuse a budget that some policy cannot serve with; returns the bytes of one slab."""
     slab_bytes = SlabLayout.of(family, dtype).slab_bytes
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
             slots_within(run.engine.device_budget, policy, family, slab_bytes)
+    return slab_bytes
 
 
 def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
@@ -254,15 +263,15 @@ def _expected_tokens(bench: Bench, request: BenchRequest) -> list[torch.Tensor] 
 def settings(bench: Bench) -> dict[str, Any]:
     """What the engine's figures were measured with."""
     engine = bench.run.engine
-    with open_engine(bench, bench.checkpoint, engine.policy) as opened:
-        slots, slab_bytes, total = opened.num_slots, opened.slab_bytes, len(opened.family.keys())
+    budget = None if engine.policy is Policy.gpu_only else engine.device_budget
+    slots = slots_within(budget, engine.policy, bench.family, bench.slab_bytes)
     return {
         "device": str(bench.device),
         "tier": str(resolve_tier(engine.tier, bench.device)),
         "cache": "lru" if engine.cache else "none",
-        "device_budget_bytes": slots * slab_bytes,
-        "expert_bytes": slab_bytes,
-        "num_experts_total": total,
+        "device_budget_bytes": slots * bench.slab_bytes,
+        "expert_bytes": bench.slab_bytes,
+        "num_experts_total": len(bench.family.keys()),
         "batch": 1,
         "new_tokens": engine.bench_new_tokens,
         "prompts": min(engine.bench_prompts, len(bench.examples)),

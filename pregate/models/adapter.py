@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pregate.config import PreGateConfig
 from pregate.models.routing import Routing
 
 STACKS = ("encoder", "decoder")
@@ -42,6 +43,16 @@ class PreGating:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stacks": list(self.stacks)}
+
+    @classmethod
+    def of_config(cls, gate: PreGateConfig) -> PreGating:
+        """What the `pregate` settings of a run ask for."""
+        return cls(gate.lookahead, tuple(gate.stacks), str(gate.entry), str(gate.init))
+
+    def differences(self, other: PreGating) -> list[str]:
+        """The names of the settings in which two gatings differ; the order of stacks means nothing."""
+        mine, theirs = ({**asdict(gating), "stacks": set(gating.stacks)} for gating in (self, other))
+        return [name for name, value in mine.items() if value != theirs[name]]
 
     def lookahead_of(self, stack: str) -> int:
         return self.lookahead if stack in self.stacks else 0

@@ -134,13 +134,7 @@ def get_converted(run: Run, run_dir: Path, source: str) -> str:
 def _refuse_other_gating(run: Run, converted: Path) -> None:
     """Raises `UsageError` if an interrupted run converted its source with other settings than the resumed one has."""
     stored = PreGating.from_dict(read_config(str(converted))["pregate"])
-    gate = run.pregate
-    if (stored.lookahead, set(stored.stacks), stored.entry, stored.init) != (
-        gate.lookahead,
-        set(gate.stacks),
-        str(gate.entry),
-        str(gate.init),
-    ):
+    if stored.differences(PreGating.of_config(run.pregate)):
         raise UsageError(
             f"{converted} was converted with other pregate settings (lookahead {stored.lookahead}, entry "
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
