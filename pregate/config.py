@@ -67,6 +67,30 @@ class Tier(StrEnum):
     disk = "disk"
 
 
+class CacheRule(StrEnum):
+    """Which used slab leaves its slot first; `none`: all of them, at once."""
+
+    none = "none"
+    lru = "lru"
+    lfu = "lfu"
+    lifo = "lifo"
+
+
+class SlabDtype(StrEnum):
+    """How experts are stored and moved: as in the checkpoint, or weight-only quantised with a scale for each row."""
+
+    source = "source"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+class Baseline(StrEnum):
+    """What a benchmark measures beside the engine's policies."""
+
+    resident = "resident"
+    accelerate = "accelerate"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -175,7 +199,8 @@ class EngineConfig:
     """How the offloaded engine serves. `device_budget` is bytes ("4GB"), a share of all experts ("25%") or null.
 
     `tier: auto` is page-locked host memory for a GPU, and the disk where the compute device is host memory itself.
-    `cache`: leave used experts in their slots, least recently used first out; off, as in the paper.
+    `host_budget`: host memory that caches slabs of the disk tier, in the units of `device_budget`; null is none.
+    `cache`: what becomes of used experts in their slots; `none` as in the paper.
     """
 
     policy: Policy = Policy.pre_gated
@@ -184,11 +209,38 @@ class EngineConfig:
     device: Device = Device.auto
     device_budget: str | None = None
     pack_dir: str | None = None
-    cache: bool = False
+    host_budget: str | None = None
+    cache: CacheRule = CacheRule.none
+    slab_dtype: SlabDtype = SlabDtype.source
     io_threads: int = 2
     bench_prompts: int = 4
     bench_new_tokens: int = 16
     bench_repeats: int = 3
+
+
+@dataclass
+class BenchConfig:
+    """What `pregate.bench` measures: one row for each combination of the lists that makes sense, for every policy of
+    `engine.policies`.
+
+    `models`: members of the model group, served with random weights; a `checkpoint` given takes their place.
+    `budgets`: values of `engine.device_budget`. `active_experts`: route every block to exactly so many experts
+    (empty: as the gates decide). `new_tokens`, `repeats`, `warmup` (tokens and requests) are per row.
+    """
+
+    models: list[str] = field(default_factory=list)
+    dtype: Precision = Precision.auto
+    tiers: list[Tier] = field(default_factory=lambda: [Tier.auto])
+    slab_dtypes: list[SlabDtype] = field(default_factory=lambda: [SlabDtype.source])
+    caches: list[CacheRule] = field(default_factory=lambda: [CacheRule.none])
+    budgets: list[str | None] = field(default_factory=lambda: [None])
+    batches: list[int] = field(default_factory=lambda: [1])
+    active_experts: list[int] = field(default_factory=list)
+    baselines: list[Baseline] = field(default_factory=lambda: [Baseline.resident])
+    prompt_len: int = 256
+    new_tokens: int = 32
+    repeats: int = 3
+    warmup: int = 1
 
 
 @dataclass
@@ -223,6 +275,7 @@ class Run:
     seed: int = 0
     resume: bool = False
     then_eval: bool = True
+    plan: bool = False
     source: str | None = None
     output: str | None = None
     checkpoint: str | None = None
@@ -235,6 +288,7 @@ class Run:
     train: TrainConfig = field(default_factory=TrainConfig)
     source_train: TrainConfig | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -298,7 +352,18 @@ def check_run(run: Run) -> None:
         f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
     )
     need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
+    bench = run.bench
+    for key in ("caches", "tiers", "slab_dtypes", "budgets", "batches"):
+        need(bool(getattr(bench, key)), f"bench.{key} is empty: name at least one, or leave the setting out.")
+    for key in ("batches", "active_experts"):
+        need(
+            min(getattr(bench, key), default=1) > 0, f"bench.{key}={list(getattr(bench, key))} must all be at least 1."
+        )
+    need(
+        bench.new_tokens > 1, f"bench.new_tokens={bench.new_tokens} must be at least 2: one token has no time after it."
+    )
     for label, section, keys in (
+        ("bench", bench, ("prompt_len", "repeats", "warmup")),
         ("eval", run.eval, ("batch_size", "num_beams", "bootstrap_samples")),
         ("engine", run.engine, ("io_threads", "bench_prompts", "bench_new_tokens", "bench_repeats")),
     ):

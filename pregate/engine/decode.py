@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from pregate.config import Policy, Tier, UsageError
+from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, Scheduler, routed_experts
 from pregate.engine.mover import CudaMover, Mover, ThreadMover
@@ -75,6 +75,31 @@ def slots_within(budget: str | None, policy: Policy, family: ExpertFamily, slab_
     return slots
 
 
+def open_store(
+    checkpoint: str | Path | SourceCheckpoint,
+    *,
+    tier: Tier = Tier.auto,
+    device: torch.device | str = "cpu",
+    pack_dir: str | Path | None = None,
+    slab_dtype: SlabDtype = SlabDtype.source,
+    host_budget: str | None = None,
+) -> Store:
+    """Where the experts of `checkpoint` live, ready to be read; several engines may share it. Close it after them.
+
+    `tier`: host memory (page-locked for a GPU), or the disk, where the experts are packed once into `pack_dir`
+    (default: `experts` in the checkpoint).
+    """
+    device = torch.device(device)
+    source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+    family = switch_expert_family(config)
+    layout = SlabLayout.of(family, serving_dtype(config, source, family))
+    if resolve_tier(tier, device) is Tier.disk:
+        where = Path(pack_dir) if pack_dir else source.directory / "experts"
+        return DiskStore(pack(source, family, layout, where))
+    return DramStore(source, family, layout, page_locked=device.type == "cuda")
+
+
 class OffloadEngine:
     """A served checkpoint. Use `open`; close it, or use it as a context manager."""
 
@@ -111,25 +136,28 @@ class OffloadEngine:
     @classmethod
     def open(
         cls,
-        checkpoint: str | Path,
+        checkpoint: str | Path | SourceCheckpoint,
         *,
         policy: Policy = Policy.pre_gated,
         tier: Tier = Tier.auto,
         device: torch.device | str = "cpu",
         device_budget: str | None = None,
+        host_budget: str | None = None,
         pack_dir: str | Path | None = None,
         io_threads: int = 2,
-        cache: bool = False,
+        cache: CacheRule = CacheRule.none,
+        slab_dtype: SlabDtype = SlabDtype.source,
+        store: Store | None = None,
     ) -> OffloadEngine:
         """Open a pre-gated or conventional Switch directory for serving.
 
-        `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts. `tier`: where
-        the other experts are; for `disk` they are packed once into `pack_dir` (default: `experts` in the
-        checkpoint). `cache`: leave used slabs in their slots until the slot is needed, least recently used
-        first. Raises `UsageError` for a checkpoint or budget that cannot be served.
+        `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts. `cache`: which
+        used slab leaves its slot first, or `none` to keep nothing. `tier`, `host_budget`, `pack_dir`, `slab_dtype`:
+        see `open_store`. `store`: an opened one for this checkpoint, which stays open when the engine closes; then
+        those four are ignored. Raises `UsageError` for a checkpoint or budget that cannot be served.
         """
         device = torch.device(device)
-        source = open_checkpoint(str(checkpoint))
+        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
         config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
         family = switch_expert_family(config)
         dtype = serving_dtype(config, source, family)
@@ -137,11 +165,11 @@ class OffloadEngine:
         num_slots = slots_within(device_budget, policy, family, layout.slab_bytes)
         model = _without_experts(config, str(checkpoint), source, device, dtype)
         trace, counters = Trace(device), Counters()
-        if resolve_tier(tier, device) is Tier.disk:
-            where = Path(pack_dir) if pack_dir else source.directory / "experts"
-            store: Store = DiskStore(pack(source, family, layout, where))
-        else:
-            store = DramStore(source, family, layout, page_locked=device.type == "cuda")
+        own_store = store is None
+        if store is None:
+            store = open_store(
+                source, tier=tier, device=device, pack_dir=pack_dir, slab_dtype=slab_dtype, host_budget=host_budget
+            )
         mover: Mover | None = None
         try:
             slots_NB = _allocate_slots(num_slots, layout, device)
@@ -149,12 +177,13 @@ class OffloadEngine:
                 mover = CudaMover(store, trace, counters, io_threads, device)
             else:
                 mover = ThreadMover(store, trace, counters, io_threads)
-            keep = cache or policy is Policy.gpu_only
+            keep = cache is not CacheRule.none or policy is Policy.gpu_only
             return cls(model, family, store, mover, slots_NB, policy, trace, counters, keep)
         except BaseException:
             if mover is not None:
                 mover.close()
-            store.close()
+            if own_store:
+                store.close()
             raise
 
     @torch.inference_mode()
@@ -244,7 +273,7 @@ def _without_experts(
     if missing:
         raise UsageError(f"{source.directory} lacks {missing[0]} (and {len(missing) - 1} more): convert it again.")
     # asked for by name, because of a hub id only the weights are here so far
-    for file in side_files(checkpoint, names=("generation_config.json",)):
+    for file in side_files(checkpoint, names=("generation_config.json",)) if source.files else ():
         model.generation_config = GenerationConfig.from_pretrained(file.parent)
     model.requires_grad_(False)
     return model.eval()

@@ -239,11 +239,6 @@ class PackIndex:
     source: dict[str, Any]
 
 
-def _identity(checkpoint: SourceCheckpoint) -> dict[str, Any]:
-    """What tells whether a pack belongs to a checkpoint as it is now."""
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
-
-
 def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, pack_dir: Path) -> Path:
     """Write all slabs of `checkpoint` to `pack_dir`, or keep the pack there if it is this checkpoint's.
 
@@ -281,7 +276,7 @@ def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily
             slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "crc32": zlib.crc32(data)})
         file.flush()
         os.fsync(file.fileno())
-    index = {"format": FORMAT, **layout.to_json(), "source": _identity(checkpoint), "slabs": slabs}
+    index = {"format": FORMAT, **layout.to_json(), "source": checkpoint.identity(), "slabs": slabs}
     write_json(folder / INDEX, index)
 
 
@@ -317,7 +312,7 @@ def _belongs(pack_dir: Path, checkpoint: SourceCheckpoint, layout: SlabLayout) -
         index = read_index(pack_dir)
     except UsageError:
         return False
-    return index.source == _identity(checkpoint) and index.layout == layout
+    return index.source == checkpoint.identity() and index.layout == layout
 
 
 def read_index(pack_dir: Path) -> PackIndex:

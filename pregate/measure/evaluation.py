@@ -171,6 +171,8 @@ def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
         pack_dir=pack_dir,
         io_threads=engine.io_threads,
         cache=engine.cache,
+        slab_dtype=engine.slab_dtype,
+        host_budget=engine.host_budget,
     )
 
 
@@ -268,7 +270,7 @@ def settings(bench: Bench) -> dict[str, Any]:
     return {
         "device": str(bench.device),
         "tier": str(resolve_tier(engine.tier, bench.device)),
-        "cache": "lru" if engine.cache else "none",
+        "cache": str(engine.cache),
         "device_budget_bytes": slots * bench.slab_bytes,
         "expert_bytes": bench.slab_bytes,
         "num_experts_total": len(bench.family.keys()),

@@ -74,6 +74,10 @@ class SourceCheckpoint:
     def num_bytes(self, name: str) -> int:
         return self.tensors[name].num_bytes
 
+    def identity(self) -> dict[str, Any]:
+        """What tells whether something made from this checkpoint still belongs to it."""
+        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, contiguous, on the CPU and mapped from their files.
 

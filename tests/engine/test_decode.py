@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import Policy, Tier, UsageError
+from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.store import DiskStore, DramStore, aligned_bytes
 from pregate.models.adapter import ExpertKey
@@ -97,14 +97,14 @@ def make_hostile(engine: OffloadEngine, delay: Any) -> None:
 
 @pytest.mark.parametrize("policy", OFFLOADED)
 @pytest.mark.parametrize("budget", ["8192", "24576", "30%", None])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [CacheRule.none, CacheRule.lru])
 def test_poisoned_slots_and_a_slow_mover_change_nothing(
-    checkpoints: dict[str, Path], policy: Policy, budget: str | None, cache: bool
+    checkpoints: dict[str, Path], policy: Policy, budget: str | None, cache: CacheRule
 ) -> None:
     """Budgets go down to a single slot: an expert here takes 8,192 bytes."""
     name = "two" if budget == "30%" else "one"
     draw = random.Random(0)
-    request = options(2, 2 if cache else 1)
+    request = options(2, 2 if cache is CacheRule.lru else 1)
     with OffloadEngine.open(checkpoints[name], policy=policy, device_budget=budget, cache=cache) as engine:
         assert engine.slab_bytes == 8192
         make_hostile(engine, lambda: draw.choice([0.0, 0.0, 0.001, 0.003]))
@@ -139,7 +139,7 @@ def test_counters_are_of_what_moved(checkpoints: dict[str, Path]) -> None:
 
 def test_a_cache_of_everything_moves_each_expert_once(checkpoints: dict[str, Path]) -> None:
     request = options(2, 1)
-    with OffloadEngine.open(checkpoints["one"], device_budget="100%", cache=True) as engine:
+    with OffloadEngine.open(checkpoints["one"], device_budget="100%", cache=CacheRule.lru) as engine:
         engine.generate(**request)
         first = engine.counters.misses
         assert 0 < first <= 30
@@ -164,7 +164,7 @@ def test_pre_gating_moves_slabs_while_earlier_blocks_compute(checkpoints: dict[s
 def test_a_failed_read_is_raised_and_the_engine_recovers(checkpoints: dict[str, Path], store: type) -> None:
     request = options(2, 1)
     tier = Tier.disk if store is DiskStore else Tier.dram
-    with OffloadEngine.open(checkpoints["one"], tier=tier, cache=True, device_budget="50%") as engine:
+    with OffloadEngine.open(checkpoints["one"], tier=tier, cache=CacheRule.lru, device_budget="50%") as engine:
         assert isinstance(engine._store, store)
         read = engine._store.read_into
         calls = iter(range(1000))
