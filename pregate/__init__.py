@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pregate.config import Policy, Tier
+    from pregate.config import CacheRule, Policy, SlabDtype, Tier
     from pregate.engine.decode import OffloadEngine
     from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
     from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
@@ -20,14 +20,18 @@ _EXPORTS = {
     "PreGatedSwitchTransformersConfig": "pregate.models.switch_layers",
     "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.switch",
     "OffloadEngine": "pregate.engine.decode",
+    "CacheRule": "pregate.config",
     "Policy": "pregate.config",
+    "SlabDtype": "pregate.config",
     "Tier": "pregate.config",
 }
 __all__ = [
+    "CacheRule",
     "OffloadEngine",
     "Policy",
     "PreGatedSwitchTransformersConfig",
     "PreGatedSwitchTransformersForConditionalGeneration",
+    "SlabDtype",
     "Tier",
     "__version__",
 ]

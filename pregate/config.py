@@ -223,9 +223,11 @@ class BenchConfig:
     """What `pregate.bench` measures: one row for each combination of the lists that makes sense, for every policy of
     `engine.policies`.
 
-    `models`: members of the model group, served with random weights; a `checkpoint` given takes their place.
-    `budgets`: values of `engine.device_budget`. `active_experts`: route every block to exactly so many experts
-    (empty: as the gates decide). `new_tokens`, `repeats`, `warmup` (tokens and requests) are per row.
+    `models`: members of the model group, served with random weights, in `dtype` or in one of their own as in
+    `switch_large_128@bf16`; a `checkpoint` given takes their place. `budgets`: values of `engine.device_budget`.
+    `active_experts`: route every block to exactly so many experts (empty: as the gates decide). `new_tokens`,
+    `repeats`, `warmup` (tokens and requests) are per row; prefetch_all and Accelerate decode `slow_new_tokens`
+    at most, and no row begins another repeat after `max_seconds_per_row`.
     """
 
     models: list[str] = field(default_factory=list)
@@ -239,8 +241,10 @@ class BenchConfig:
     baselines: list[Baseline] = field(default_factory=lambda: [Baseline.resident])
     prompt_len: int = 256
     new_tokens: int = 32
+    slow_new_tokens: int = 4
     repeats: int = 3
     warmup: int = 1
+    max_seconds_per_row: int = 60
 
 
 @dataclass
@@ -359,11 +363,15 @@ def check_run(run: Run) -> None:
         need(
             min(getattr(bench, key), default=1) > 0, f"bench.{key}={list(getattr(bench, key))} must all be at least 1."
         )
+    for key in ("new_tokens", "slow_new_tokens"):
+        need(getattr(bench, key) > 1, f"bench.{key}={getattr(bench, key)} must be at least 2, to time tokens apart.")
+    most, fewest = max(bench.active_experts, default=1), min(bench.batches)
     need(
-        bench.new_tokens > 1, f"bench.new_tokens={bench.new_tokens} must be at least 2: one token has no time after it."
+        most <= fewest,
+        f"bench.active_experts={most} needs as many tokens a step, but bench.batches has {fewest}: raise the batches.",
     )
     for label, section, keys in (
-        ("bench", bench, ("prompt_len", "repeats", "warmup")),
+        ("bench", bench, ("prompt_len", "repeats", "warmup", "max_seconds_per_row")),
         ("eval", run.eval, ("batch_size", "num_beams", "bootstrap_samples")),
         ("engine", run.engine, ("io_threads", "bench_prompts", "bench_new_tokens", "bench_repeats")),
     ):

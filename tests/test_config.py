@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ COMMANDS = {
     "train": [],
     "eval": ["checkpoint=some/checkpoint", "reference=some/source"],
     "convert": ["source=some/source", "output=some/output"],
+    "bench": [],
 }
 
 
@@ -31,7 +33,9 @@ def test_every_experiment_composes_for_every_command(experiment: str, command: s
 def test_every_experiment_begins_with_the_command_that_runs_it(experiment: str) -> None:
     lines = (config_dir() / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    assert lines[1].endswith(f"python -m pregate.train +experiment={experiment}"), lines[1]
+    command = re.fullmatch(rf"# .*python -m pregate\.(train|bench) \+experiment={experiment}", lines[1])
+    assert command, lines[1]
+    assert ("bench:" in lines) == (command[1] == "bench")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,10 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("train.learning_rate=-1", "above 0"),
         ("train.dropout=1.5", "must lie in [0, 1)"),
         ("eval.examples=0", "must be at least 1, or null"),
+        ("bench.new_tokens=1", "bench.new_tokens=1 must be at least 2"),
+        ("bench.caches=[]", "bench.caches is empty"),
+        ("bench.active_experts=[4]", "needs as many tokens a step"),
+        ("bench.max_seconds_per_row=0", "must be at least 1"),
         ("engine.bench_repeats=0", "engine.bench_repeats=0 must be at least 1"),
         ("engine.bench_prompts=0", "engine.bench_prompts=0 must be at least 1"),
         ("engine.io_threads=0", "engine.io_threads=0 must be at least 1"),

@@ -8,31 +8,33 @@ Knows models, stores and schedulers; knows nothing about tasks or metrics.
 
 from __future__ import annotations
 
-import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
+from pregate.engine.budget import allocate_slots, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.cache import SlotTable
-from pregate.engine.experts import OffloadedExperts, Scheduler, routed_experts
+from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.mover import CudaMover, Mover, ThreadMover
-from pregate.engine.policy import default_slots, make_policy
-from pregate.engine.store import DiskStore, DramStore, SlabLayout, Store, aligned_bytes, expert_dtype, pack
+from pregate.engine.pack import default_pack_dir, expert_dtype, pack
+from pregate.engine.policy import make_policy
+from pregate.engine.scheduler import Scheduler
+from pregate.engine.slabs import SlabLayout
+from pregate.engine.store import DiskStore, DramStore, Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertFamily
 from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.runtime import human_bytes, parse_bytes
 
-
-class DeviceFullError(UsageError):
-    """The slots asked for do not fit on the compute device."""
+Checkpoint = str | Path | SourceCheckpoint
 
 
 def serving_dtype(
@@ -44,60 +46,45 @@ def serving_dtype(
     return config.dtype if isinstance(config.dtype, torch.dtype) else stored
 
 
-def resolve_tier(tier: Tier, device: torch.device) -> Tier:
-    """`auto`: page-locked host memory for a GPU; the disk where the compute device is host memory itself."""
-    if tier is not Tier.auto:
-        return tier
-    return Tier.dram if device.type == "cuda" else Tier.disk
+class _Opened:
+    """A checkpoint's headers, and what follows from them."""
 
-
-def slots_within(budget: str | None, policy: Policy, family: ExpertFamily, slab_bytes: int) -> int:
-    """How many slots a device budget buys: bytes ("4GB"), a share of all experts ("25%"), or None for the default.
-
-    Raises `UsageError` if it does not hold one expert, or not all of them for `gpu_only`.
-    """
-    total = len(family.keys())
-    if budget is None:
-        return default_slots(policy, family)
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(budget))
-    size = float(share.group(1)) / 100 * total * slab_bytes if share else parse_bytes(budget)
-    slots = min(total, int(size // slab_bytes))
-    if slots < 1:
-        raise UsageError(
-            f"engine.device_budget={budget} is {human_bytes(size)}, less than one expert of {human_bytes(slab_bytes)}: "
-            f"give at least {human_bytes(slab_bytes)}."
-        )
-    if policy is Policy.gpu_only and slots < total:
-        raise UsageError(
-            f"engine.device_budget={budget} holds {slots} of {total} experts, but gpu_only keeps all of them on the "
-            f"device: give {human_bytes(total * slab_bytes)} or another policy."
-        )
-    return slots
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        given = isinstance(checkpoint, SourceCheckpoint)
+        self.source = checkpoint if given else open_checkpoint(str(checkpoint))
+        self.config = PreGatedSwitchTransformersConfig.of_checkpoint(self.source.config)
+        self.family = switch_expert_family(self.config)
+        self.dtype = serving_dtype(self.config, self.source, self.family)
+        # asked for by name, because of a hub id only the weights are here so far
+        names = ("generation_config.json",)
+        self.side_files = [] if given else side_files(str(checkpoint), names=names)
 
 
 def open_store(
-    checkpoint: str | Path | SourceCheckpoint,
+    checkpoint: Checkpoint,
     *,
     tier: Tier = Tier.auto,
     device: torch.device | str = "cpu",
     pack_dir: str | Path | None = None,
     slab_dtype: SlabDtype = SlabDtype.source,
-    host_budget: str | None = None,
 ) -> Store:
     """Where the experts of `checkpoint` live, ready to be read; several engines may share it. Close it after them.
 
     `tier`: host memory (page-locked for a GPU), or the disk, where the experts are packed once into `pack_dir`
-    (default: `experts` in the checkpoint).
+    (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
+    checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
-    device = torch.device(device)
-    source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
-    family = switch_expert_family(config)
-    layout = SlabLayout.of(family, serving_dtype(config, source, family))
+    return _open_store(_Opened(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
+
+
+def _open_store(
+    opened: _Opened, tier: Tier, device: torch.device, pack_dir: str | Path | None, slab_dtype: SlabDtype
+) -> Store:
+    layout = SlabLayout.of(opened.family, opened.dtype, slab_dtype)
     if resolve_tier(tier, device) is Tier.disk:
-        where = Path(pack_dir) if pack_dir else source.directory / "experts"
-        return DiskStore(pack(source, family, layout, where))
-    return DramStore(source, family, layout, page_locked=device.type == "cuda")
+        where = Path(pack_dir) if pack_dir else default_pack_dir(opened.source.directory, slab_dtype)
+        return DiskStore(pack(opened.source, opened.family, layout, where))
+    return DramStore(opened.source, opened.family, layout, page_locked=device.type == "cuda")
 
 
 class OffloadEngine:
@@ -111,22 +98,27 @@ class OffloadEngine:
         mover: Mover,
         slots_NB: Tensor,
         policy: Policy,
+        cache: CacheRule,
         trace: Trace,
         counters: Counters,
-        keep: bool,
     ) -> None:
         self.model: Any = model
         self.family, self.policy = family, policy
         self.trace, self.counters = trace, counters
         self.slab_bytes, self.num_slots = store.layout.slab_bytes, slots_NB.shape[0]
-        self._store, self._mover = store, mover
-        self._scheduler = Scheduler(slots_NB, store.layout, SlotTable(self.num_slots, keep), mover, trace, counters)
+        self._mover = mover
+        self._matrices = SlotMatrices(slots_NB, store.layout)
+        rule = CacheRule.lru if policy is Policy.gpu_only else cache
+        self._scheduler = Scheduler(list(slots_NB), SlotTable(self.num_slots, rule), mover, trace, counters)
         self._moves = make_policy(policy, family)
+        self._on_close: list[Callable[[], None]] = [mover.close]
+        self._serving, self._cut_short = threading.RLock(), False
         for block in model.moe_blocks():
             block.module.experts = OffloadedExperts(
-                family, block.stack, block.index, self._scheduler, self._moves, trace
+                family, block.stack, block.index, self._matrices, self._scheduler, self._moves, trace
             )
         model.set_listener(self._on_route)
+        self._hooks: list[Any] = []
         self._time_layers()
         if policy is Policy.gpu_only:
             self._scheduler.request(family.keys())
@@ -136,7 +128,7 @@ class OffloadEngine:
     @classmethod
     def open(
         cls,
-        checkpoint: str | Path | SourceCheckpoint,
+        checkpoint: Checkpoint,
         *,
         policy: Policy = Policy.pre_gated,
         tier: Tier = Tier.auto,
@@ -152,66 +144,101 @@ class OffloadEngine:
         """Open a pre-gated or conventional Switch directory for serving.
 
         `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts. `cache`: which
-        used slab leaves its slot first, or `none` to keep nothing. `tier`, `host_budget`, `pack_dir`, `slab_dtype`:
-        see `open_store`. `store`: an opened one for this checkpoint, which stays open when the engine closes; then
-        those four are ignored. Raises `UsageError` for a checkpoint or budget that cannot be served.
+        used slab leaves its slot first, or `none` to keep nothing. `host_budget`: host memory, in the same units,
+        that keeps slabs of the disk tier. `tier`, `pack_dir`, `slab_dtype`: see `open_store`. `store`: an opened one
+        of this checkpoint, used instead of those three; it stays open when the engine closes. Enumerations may
+        be given by name. Raises `UsageError` for a checkpoint or budget that cannot be served.
         """
-        device = torch.device(device)
-        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
-        family = switch_expert_family(config)
-        dtype = serving_dtype(config, source, family)
-        layout = SlabLayout.of(family, dtype)
-        num_slots = slots_within(device_budget, policy, family, layout.slab_bytes)
-        model = _without_experts(config, str(checkpoint), source, device, dtype)
-        trace, counters = Trace(device), Counters()
-        own_store = store is None
-        if store is None:
-            store = open_store(
-                source, tier=tier, device=device, pack_dir=pack_dir, slab_dtype=slab_dtype, host_budget=host_budget
+        device, policy = torch.device(device), Policy(policy)
+        opened = _Opened(checkpoint)
+        layout = SlabLayout.of(opened.family, opened.dtype, store.layout.stored if store else SlabDtype(slab_dtype))
+        if store is not None and store.layout != layout:
+            raise UsageError(
+                f"The store given holds no experts of {opened.source.directory}: open one with open_store."
             )
-        mover: Mover | None = None
+        if io_threads < 1:
+            raise UsageError(f"io_threads={io_threads} must be at least 1.")
+        num_slots = slots_within(device_budget, policy, opened.family, layout.slab_bytes)
+        host_buffers = host_buffers_within(host_budget, opened.family, layout.slab_bytes)
+        undo: list[Callable[[], None]] = []
         try:
-            slots_NB = _allocate_slots(num_slots, layout, device)
+            if store is None:
+                store = _open_store(opened, Tier(tier), device, pack_dir, SlabDtype(slab_dtype))
+                undo.append(store.close)
+            model = _without_experts(opened, device)
+            trace, counters = Trace(device), Counters()
+            slots_NB = allocate_slots(num_slots, layout, device)
+            if store.in_host_memory:
+                host_buffers = 0
             if device.type == "cuda":
-                mover = CudaMover(store, trace, counters, io_threads, device)
+                mover: Mover = CudaMover(store, trace, counters, io_threads, device, host_buffers)
             else:
-                mover = ThreadMover(store, trace, counters, io_threads)
-            keep = cache is not CacheRule.none or policy is Policy.gpu_only
-            return cls(model, family, store, mover, slots_NB, policy, trace, counters, keep)
+                mover = ThreadMover(store, trace, counters, io_threads, host_buffers)
+            undo.append(mover.close)
+            engine = cls(model, opened.family, store, mover, slots_NB, policy, CacheRule(cache), trace, counters)
         except BaseException:
-            if mover is not None:
-                mover.close()
-            if own_store:
-                store.close()
+            for close in reversed(undo):
+                close()
             raise
+        engine._on_close = undo
+        return engine
 
     @torch.inference_mode()
     def forward(self, **inputs: Any) -> Any:
         """One teacher-forced call of the model: same arguments and result as its `forward`."""
-        try:
-            return self.model(**inputs)
-        finally:
-            self._scheduler.settle()
+        return self._serve(self.model, inputs)
 
     @torch.inference_mode()
     def generate(self, **inputs: Any) -> Any:
         """Hugging Face `generate` with the engine's policy; takes and returns the same. The engine stays usable
-        after an error."""
-        try:
-            return self.model.generate(**inputs)
-        finally:
-            self._scheduler.settle()
+        after an error or an interrupt; calls from several threads are served one after the other."""
+        return self._serve(self.model.generate, inputs)
+
+    def _serve(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        with self._serving:
+            if not self._on_close:
+                raise RuntimeError("This engine is closed: open it again.")
+            # a second interrupt can cut the reset below short as well
+            if self._cut_short:
+                self._scheduler.reset()
+            self._cut_short = True
+            try:
+                result = call(**inputs)
+                self._scheduler.settle()
+            except BaseException:
+                self._scheduler.reset()
+                self._cut_short = False
+                raise
+            self._cut_short = False
+            return result
+
+    def expected_bytes(self) -> dict[str, int]:
+        """What the engine takes by its own account, without activations: the weights that are not experts, the
+        slots, the scratch for dequantised experts, and the host memory it moves slabs through (`staging`)."""
+        weights = {id(p): p.nbytes for p in [*self.model.parameters(), *self.model.buffers()]}
+        return {
+            "non_expert": sum(weights.values()),
+            "slots": self.num_slots * self.slab_bytes,
+            "scratch": self._matrices.scratch_bytes,
+            "staging": self._mover.host_bytes,
+        }
 
     def reset_counters(self) -> None:
         for name in self.counters.to_dict():
             setattr(self.counters, name, 0)
 
     def close(self) -> None:
-        self._scheduler.settle()
-        self._mover.close()
-        self._store.close()
+        """Give back threads, files and memory; may be called again."""
+        if self._on_close:
+            self._scheduler.reset()
+        while self._on_close:
+            self._on_close[-1]()
+            self._on_close.pop()
+        self._scheduler.forget_slots()
+        self._matrices.forget_slots()
         self.model.set_listener(None)
+        for hook in self._hooks:
+            hook.remove()
 
     def __enter__(self) -> OffloadEngine:
         return self
@@ -232,48 +259,38 @@ class OffloadEngine:
                 if begun and self.trace.enabled:
                     self.trace.add("layer", name, begun.pop(), self.trace.mark())
 
-            block.layer_module.register_forward_pre_hook(begin)
-            block.layer_module.register_forward_hook(end)
+            self._hooks.append(block.layer_module.register_forward_pre_hook(begin))
+            self._hooks.append(block.layer_module.register_forward_hook(end))
 
     def _on_route(self, stack: str, block: int, routing: Routing) -> None:
         if self.policy is Policy.pre_gated:
             self._scheduler.request(self._moves.on_route(stack, block, routed_experts(routing)))
 
 
-def _allocate_slots(num_slots: int, layout: SlabLayout, device: torch.device) -> Tensor:
-    size = num_slots * layout.slab_bytes
-    try:
-        flat = aligned_bytes(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise DeviceFullError(
-            f"{num_slots} slots need {human_bytes(size)} on {device}, which has not that much free: lower "
-            "engine.device_budget."
-        ) from error
-    return flat.view(num_slots, layout.slab_bytes)
-
-
-def _without_experts(
-    config: PreGatedSwitchTransformersConfig,
-    checkpoint: str,
-    source: SourceCheckpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
+    config, source = opened.config, opened.source
     setattr(config, WITHOUT_EXPERTS, True)
     with torch.device("meta"):
         model = PreGatedSwitchTransformersForConditionalGeneration(config)
-    wanted = [name for name in model.state_dict() if name in source.tensors]
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
     # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
     for name in sorted(wanted, key=source.num_bytes, reverse=True):
-        owned = source.read([name])[name].to(device=device, dtype=dtype, copy=True)
-        model.load_state_dict({name: owned}, assign=True, strict=False)
+        found = source.tensors[name].shape
+        if found != wanted[name]:
+            raise UsageError(
+                f"{source.directory} holds {name} of shape {tuple(found)}, not {tuple(wanted[name])}: use the complete "
+                "weights of the model that its config.json describes."
+            )
+        owned = source.read([name])[name].to(device=device, dtype=opened.dtype, copy=True)
+        # load_state_dict would walk all modules for each tensor
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UsageError(f"{source.directory} lacks {missing[0]} (and {len(missing) - 1} more): convert it again.")
-    # asked for by name, because of a hub id only the weights are here so far
-    for file in side_files(checkpoint, names=("generation_config.json",)) if source.files else ():
+    for file in opened.side_files:
         model.generation_config = GenerationConfig.from_pretrained(file.parent)
     model.requires_grad_(False)
     return model.eval()

@@ -1,201 +1,130 @@
-"""Computing with slabs that come and go: the scheduler of slots, and the module that stands in for resident experts.
+"""The module that stands in for a block's resident experts: same call, same arithmetic, slabs from slots.
 
-Only the thread that computes touches the scheduler; movers merely fill the slots they were given. Knows nothing
-about model families beyond `ExpertFamily`.
+Knows nothing about model families beyond `ExpertFamily`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pregate.engine.cache import SlotTable
-from pregate.engine.mover import Mover, Transfer, label
+from pregate.engine.mover import label
 from pregate.engine.policy import MovePolicy
-from pregate.engine.store import SlabLayout
-from pregate.engine.trace import Counters, Trace
+from pregate.engine.scheduler import Scheduler
+from pregate.engine.slabs import SlabLayout
+from pregate.engine.trace import Trace
 from pregate.models.adapter import ExpertFamily, ExpertKey
 from pregate.models.moe import combine, group_by_expert
 from pregate.models.routing import DROPPED, Routing
 
 
-class Scheduler:
-    """Decides which slot each announced slab gets and when. Requests wait in a queue while no slot is free.
+class SlotMatrices:
+    """The matrices of the expert in a slot, in the compute dtype. Quantised slabs are dequantised into one scratch
+    place, valid until the next call."""
 
-    With one slot or more every block can run: what runs now comes first and may take a slot from a later block's
-    prefetched slab, which is then fetched again.
-    """
-
-    def __init__(
-        self, slots_NB: Tensor, layout: SlabLayout, table: SlotTable, mover: Mover, trace: Trace, counters: Counters
-    ) -> None:
-        assert slots_NB.shape == (table.num_slots, layout.slab_bytes)
-        self._slots = slots_NB
-        self._views = [layout.views(slots_NB[slot]) for slot in range(table.num_slots)]
-        self._table, self._mover, self._trace, self._counters = table, mover, trace, counters
-        self._queue: deque[ExpertKey] = deque()
-        self._transfers: dict[int, Transfer] = {}
-
-    def request(self, keys: Iterable[ExpertKey], urgent: bool = False) -> None:
-        """Announce that `keys` will be used. `urgent` puts them before everything announced earlier."""
-        waiting = []
-        for key in keys:
-            if key in self._queue:
-                if urgent:
-                    self._queue.remove(key)
-                    waiting.append(key)
-            elif self._table.find(key) is None:
-                waiting.append(key)
-            elif not self._table.is_reserved(key):
-                self._counters.hits += 1
-                self._table.reserve(key)
-        if urgent:
-            self._queue.extendleft(reversed(waiting))
+    def __init__(self, slots_NB: Tensor, layout: SlabLayout) -> None:
+        self._slots_NB, self._layout = slots_NB, layout
+        self._views: list[list[Tensor]] | None = None
+        self._scratch: list[Tensor] = []
+        if layout.is_quantised:
+            self._scratch = [
+                torch.empty(place.shape, dtype=layout.dtype, device=slots_NB.device) for place in layout.matrices
+            ]
         else:
-            self._queue.extend(waiting)
-        self._pump()
+            self._views = [layout.views(slab_B) for slab_B in slots_NB]
 
-    def is_ready(self, key: ExpertKey) -> bool:
-        slot = self._table.find(key)
-        return slot is not None and (slot not in self._transfers or self._transfers[slot].done())
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self._scratch)
 
-    def is_placed(self, key: ExpertKey) -> bool:
-        return self._table.find(key) is not None
+    def forget_slots(self) -> None:
+        """For an engine that is closed, so that its memory is free though the engine is still referred to."""
+        self._slots_NB, self._views, self._scratch = self._slots_NB[:0].clone(), [], []
 
-    def acquire(self, key: ExpertKey) -> list[Tensor]:
-        """The matrices of an announced slab, there and safe from reuse until `release`; waits if it must."""
-        if self._table.find(key) is None:
-            if key in self._queue:
-                self._queue.remove(key)
-            slot = self._table.place(key)
-            if slot is None:
-                slot, loser = self._table.steal(key)
-                self._counters.evictions += 1
-                self._queue.append(loser)
-            self._load(slot, key)
-        slot = self._table.pin(key)
-        self._arrive(slot, label(key))
-        return self._views[slot]
-
-    def release(self, key: ExpertKey) -> None:
-        """The computation with `key` has been submitted; its slot may be reused behind it."""
-        slot = self._table.find(key)
-        assert slot is not None
-        self._mover.used(self._slots[slot])
-        self._table.release(key)
-        self._pump()
-
-    def finish_block(self, stack: str, block: int) -> None:
-        """Call off what was announced for a block that has run. What is already moving arrives first."""
-        self._queue = deque(key for key in self._queue if (key.stack, key.block) != (stack, block))
-        for key in self._table.reserved_keys():
-            if (key.stack, key.block) == (stack, block):
-                slot = self._table.find(key)
-                assert slot is not None
-                self._arrive(slot, label(key))
-                self._table.release(key)
-        self._pump()
-
-    def settle(self) -> None:
-        """Call everything off, wait for what is moving, and drop slabs whose transfer failed. Never raises."""
-        self._queue.clear()
-        for key in self._table.resident_keys():
-            slot = self._table.find(key)
-            assert slot is not None
-            transfer = self._transfers.pop(slot, None)
-            try:
-                if transfer is not None:
-                    transfer.wait()
-            except BaseException:
-                self._table.drop(key)
-                continue
-            if self._table.is_reserved(key):
-                self._mover.used(self._slots[slot])
-                self._table.release(key)
-
-    def _pump(self) -> None:
-        while self._queue:
-            key = self._queue[0]
-            slot = self._table.place(key)
-            if slot is None:
-                return
-            self._queue.popleft()
-            self._load(slot, key)
-
-    def _load(self, slot: int, key: ExpertKey) -> None:
-        earlier = self._transfers.pop(slot, None)
-        try:
-            if earlier is not None:
-                earlier.wait()
-            self._transfers[slot] = self._mover.start(key, self._slots[slot])
-        except BaseException:
-            self._table.drop(key)
-            raise
-        self._counters.misses += 1
-
-    def _arrive(self, slot: int, name: str) -> None:
-        transfer = self._transfers.get(slot)
-        if transfer is None:
-            return
-        if transfer.done():
-            transfer.wait()
-        else:
-            with self._trace.span("wait", name):
-                transfer.wait()
-        self._transfers.pop(slot, None)
+    def __getitem__(self, slot: int) -> list[Tensor]:
+        if self._views is not None:
+            return self._views[slot]
+        return self._layout.decode(self._slots_NB[slot], into=self._scratch)
 
 
 class OffloadedExperts(nn.Module):
-    """Stands in for a block's resident experts: same call, same arithmetic, slabs from slots."""
+    """One block's experts. Fetches what the policy has not fetched already, and computes in the order of arrival."""
 
     def __init__(
         self,
         family: ExpertFamily,
         stack: str,
         block: int,
+        matrices: SlotMatrices,
         scheduler: Scheduler,
         policy: MovePolicy,
         trace: Trace,
     ) -> None:
         super().__init__()
-        self._family, self._scheduler, self._policy, self._trace = family, scheduler, policy, trace
+        self._family, self._matrices, self._trace = family, matrices, trace
+        self._scheduler, self._policy = scheduler, policy
         self._stack, self._block = stack, block
 
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if expert_ids_TK.numel() == 1:
+            return self._one_choice(hidden_TD, int(expert_ids_TK), weights_TK)
         grouping = group_by_expert(expert_ids_TK)
-        scheduler = self._scheduler
         runs = {ExpertKey(self._stack, self._block, e): (first, last) for e, first, last in grouping.groups}
-        scheduler.request(runs, urgent=True)
-        scheduler.request(self._policy.on_enter(self._stack, self._block))
-        if not runs:
-            scheduler.finish_block(self._stack, self._block)
-            return torch.zeros_like(hidden_TD)
-        gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
+        by_use = sorted(runs, key=lambda key: runs[key][0] - runs[key][1])
+        self._enter(by_use)
         results: dict[ExpertKey, Tensor] = {}
-        for key in self._in_order_of_arrival(list(runs)):
-            first, last = runs[key]
-            matrices = scheduler.acquire(key)
-            with self._trace.span("compute", label(key)):
-                results[key] = self._family.apply(matrices, gathered_ND[first:last])
-            scheduler.release(key)
-        scheduler.finish_block(self._stack, self._block)
-        result_ND = torch.cat([results[key] for key in runs])
-        return combine(result_ND, grouping, weights_TK, hidden_TD)
+        if runs:
+            gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
+            for key in self._in_order_of_arrival(by_use):
+                first, last = runs[key]
+                results[key] = self._apply(key, gathered_ND[first:last])
+        self._scheduler.finish_block(self._stack, self._block)
+        if not runs:
+            return torch.zeros_like(hidden_TD)
+        return combine(torch.cat([results[key] for key in runs]), grouping, weights_TK, hidden_TD)
 
-    def _in_order_of_arrival(self, keys: list[ExpertKey]) -> Iterable[ExpertKey]:
-        """Slabs that are here first, then those under way, then those still waiting for a slot."""
-        while keys:
-            ready = next((key for key in keys if self._scheduler.is_ready(key)), None)
-            coming = next((key for key in keys if self._scheduler.is_placed(key)), None)
-            key = ready or coming or keys[0]
-            keys.remove(key)
+    def _one_choice(self, hidden_1D: Tensor, expert: int, weight_11: Tensor) -> Tensor:
+        """One token, one expert: nothing to sort, gather or put back."""
+        key = ExpertKey(self._stack, self._block, expert)
+        self._enter([key] if expert != DROPPED else [])
+        output_1D = torch.zeros_like(hidden_1D)
+        if expert != DROPPED:
+            output_1D = (self._apply(key, hidden_1D) * weight_11).to(hidden_1D.dtype)
+        self._scheduler.finish_block(self._stack, self._block)
+        return output_1D
+
+    def _enter(self, keys: Iterable[ExpertKey]) -> None:
+        self._scheduler.request(keys, urgent=True)
+        self._scheduler.request(self._policy.on_enter(self._stack, self._block))
+
+    def _apply(self, key: ExpertKey, hidden_ND: Tensor) -> Tensor:
+        slot = self._scheduler.acquire(key)
+        with self._trace.span("compute", label(key)):
+            result_ND = self._family.apply(self._matrices[slot], hidden_ND)
+        self._scheduler.release(key)
+        return result_ND
+
+    def _in_order_of_arrival(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
+        """Slabs that are here first, then those under way in the order they were requested in, then those still
+        waiting for a slot."""
+        late = []
+        for key in keys:
+            if self._scheduler.is_ready(key):
+                yield key
+            else:
+                late.append(key)
+        while late:
+            key = next((key for key in late if self._scheduler.is_placed(key)), late[0])
+            late.remove(key)
             yield key
 
 
 def routed_experts(routing: Routing) -> Sequence[int]:
     """The ids a route uses, by how many tokens they serve, most first."""
+    if routing.expert_ids_BTK.numel() == 1:
+        only = int(routing.expert_ids_BTK)
+        return [only] if only != DROPPED else []
     ids, counts = routing.expert_ids_BTK[routing.expert_ids_BTK != DROPPED].unique(return_counts=True)
     return ids[counts.argsort(descending=True, stable=True)].tolist()

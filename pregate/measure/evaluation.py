@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from pregate.config import Policy, Run, UsageError
-from pregate.engine.decode import DeviceFullError, OffloadEngine, resolve_tier, serving_dtype, slots_within
-from pregate.engine.store import SlabLayout
+from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
+from pregate.engine.decode import OffloadEngine, serving_dtype
+from pregate.engine.slabs import SlabLayout
 from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
@@ -149,7 +150,8 @@ def check_engine(run: Run) -> None:
 
 def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
     """Refuse a budget that some policy cannot serve with; returns the bytes of one slab."""
-    slab_bytes = SlabLayout.of(family, dtype).slab_bytes
+    slab_bytes = SlabLayout.of(family, dtype, run.engine.slab_dtype).slab_bytes
+    host_buffers_within(run.engine.host_budget, family, slab_bytes)
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
             slots_within(run.engine.device_budget, policy, family, slab_bytes)

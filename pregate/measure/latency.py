@@ -17,34 +17,116 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from pregate.engine.decode import OffloadEngine
-from pregate.engine.trace import Span
+from pregate.engine.trace import Span, Trace
 from pregate.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
 
 
 class TokenClock(BaseStreamer):
-    """Notes the moment each token is known. The first call of `generate` brings the decoder's start token."""
+    """Notes the moment each token is known. The first call of `generate` brings the decoder's start token.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: list[float] = []
-        self.begin()
+    `read`: a count to note at the same moments. `between`: work to do before every step, whose time does not count.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        read: Callable[[], int] | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        self._device, self._read, self._between = device, read, between
+        self._start_over()
 
     def begin(self) -> None:
+        if self._between is not None:
+            self._between()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._start = time.perf_counter()
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._prompt_seen = False
-        self.seconds = []
+        self.seconds: list[float] = []
+        self.readings: list[int] = []
+        self._start = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
+        now = time.perf_counter()
         if self._prompt_seen:
-            self.seconds.append(time.perf_counter() - self._start)
+            self.seconds.append(now - self._start)
+            if self._read is not None:
+                self.readings.append(self._read())
         self._prompt_seen = True
+        if self._between is not None:
+            self._between()
+            self._start += time.perf_counter() - now
 
     def end(self) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One request: its tokens, the seconds until each was known, what the clock read then, and what a trace saw
+    (None without one)."""
+
+    tokens: Tensor
+    seconds: list[float]
+    readings: list[int]
+    spans: list[Span] | None
+
+    @property
+    def ttft_ms(self) -> float:
+        return self.seconds[0] * 1e3
+
+    @property
+    def tpot_ms(self) -> float | None:
+        steps = len(self.seconds) - 1
+        return (self.seconds[-1] - self.seconds[0]) / steps * 1e3 if steps else None
+
+    @property
+    def decoding(self) -> list[Span]:
+        """What happened after the first token."""
+        return [span for span in self.spans or () if span.start_ms >= self.seconds[0] * 1e3]
+
+    @property
+    def block_ms(self) -> list[float]:
+        """Each pass through a whole decoder layer with an MoE block, while decoding."""
+        return [s.end_ms - s.start_ms for s in self.decoding if s.lane == "layer" and s.name.startswith("decoder")]
+
+    @property
+    def exposed_ms_per_token(self) -> float | None:
+        steps = len(self.seconds) - 1
+        if self.spans is None or not steps:
+            return None
+        return sum(s.end_ms - s.start_ms for s in self.decoding if s.lane == "wait") / steps
+
+
+def time_request(
+    generate: Callable[..., Tensor], options: dict[str, Any], clock: TokenClock, trace: Trace | None = None
+) -> Timed:
+    """Serve one request and note when its tokens came."""
+    if trace is not None:
+        trace.start()
+    clock.begin()
+    tokens = generate(**options, streamer=clock)
+    spans = trace.stop() if trace is not None else None
+    return Timed(tokens.cpu(), clock.seconds, clock.readings, spans)
+
+
+def medians(requests: Sequence[Timed]) -> dict[str, float]:
+    """`ttft_ms`, and of what was measured `tpot_ms`, `exposed_ms_per_token` and `block_ms`: medians over requests,
+    of `block_ms` over all passes."""
+    figures = {"ttft_ms": statistics.median(request.ttft_ms for request in requests)}
+    for name in ("tpot_ms", "exposed_ms_per_token"):
+        known = [value for request in requests if (value := getattr(request, name)) is not None]
+        if known:
+            figures[name] = statistics.median(known)
+    passes = [value for request in requests for value in request.block_ms]
+    if passes:
+        figures["block_ms"] = statistics.median(passes)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -88,51 +170,32 @@ def measure_policy(
     with PeakMemory(device) as peak, open_engine() as engine:
         prompts = [prompt.to(device) for prompt in request.prompts]
         engine.generate(**request.options(prompts[0]))
-        ttft, tpot, total, block, exposed = [], [], [], [], []
+        clock, timed = TokenClock(device), []
         equal, timeline = True, []
         for repeat in range(request.repeats):
             engine.reset_counters()
             for number, prompt in enumerate(prompts):
-                clock = TokenClock(device)
-                engine.trace.start()
-                clock.begin()
-                tokens = engine.generate(**request.options(prompt), streamer=clock)
-                spans = engine.trace.stop()
-                seconds = clock.seconds
-                equal = equal and expected is not None and torch.equal(tokens.cpu(), expected[number])
-                ttft.append(seconds[0] * 1e3)
-                total.append(seconds[-1])
-                if len(seconds) > 1:
-                    tpot.append((seconds[-1] - seconds[0]) / (len(seconds) - 1) * 1e3)
-                    decoding = [span for span in spans if span.start_ms >= seconds[0] * 1e3]
-                    block += [s.end_ms - s.start_ms for s in decoding if _is_decoder_layer(s)]
-                    waits = sum(s.end_ms - s.start_ms for s in decoding if s.lane == "wait")
-                    exposed.append(waits / (len(seconds) - 1))
+                served = time_request(engine.generate, request.options(prompt), clock, engine.trace)
+                equal = equal and expected is not None and torch.equal(served.tokens, expected[number])
+                timed.append(served)
                 if repeat == request.repeats - 1 and number == 0:
-                    timeline = _window(spans, seconds)
+                    timeline = _window(served.spans or [], served.seconds)
         peak_bytes = peak.read()
         counted = engine.counters.to_dict()
+    figures = medians(timed)
     record: dict[str, Any] = {
-        "ttft_ms": statistics.median(ttft),
-        "tokens_per_s": request.new_tokens / statistics.median(total),
+        "ttft_ms": figures.pop("ttft_ms"),
+        "tokens_per_s": request.new_tokens / statistics.median(served.seconds[-1] for served in timed),
         "bytes_moved": counted["bytes_moved"],
         "hits": counted["hits"],
         "misses": counted["misses"],
     }
     if expected is not None:
         record["tokens_equal_resident"] = equal
-    if tpot:
-        record["tpot_ms"] = statistics.median(tpot)
-        record["exposed_ms_per_token"] = statistics.median(exposed)
-    if block:
-        record["block_ms"] = statistics.median(block)
+    record |= figures
     if peak_bytes is not None:
         record["peak_device_bytes"] = peak_bytes
     return record, timeline
-
-
-def _is_decoder_layer(span: Span) -> bool:
-    return span.lane == "layer" and span.name.startswith("decoder")
 
 
 def _window(spans: Sequence[Span], seconds: Sequence[float]) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def plot_engine(evaluation: Mapping[str, Any], path: Path) -> bool:
             if axes is not figure.axes[0]:
                 axes.set_yticklabels([])
 
-    return _write(path, draw, 0.75 + 0.38 * len(engine))
+    return write_figure(path, draw, 0.75 + 0.38 * len(engine))
 
 
 def _policy_bars(axes: Axes, engine: Mapping[str, Mapping[str, Any]], key: str, title: str) -> None:
@@ -128,7 +128,7 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> bool:
             axes.grid(axis="y")
             axes.spines["left"].set_visible(False)
 
-    return _write(path, draw, 2.3)
+    return write_figure(path, draw, 2.3)
 
 
 def plot_timeline(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
@@ -146,7 +146,7 @@ def plot_timeline(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
             axes.set_title(policy_label(policy), fontsize=9.5)
         rows[-1].set_xlabel("ms")
 
-    return _write(path, draw, 0.5 + 0.98 * len(shown))
+    return write_figure(path, draw, 0.5 + 0.98 * len(shown))
 
 
 def _lanes(axes: Axes, spans: Sequence[Mapping[str, Any]], origin_ms: float, end_ms: float) -> None:
@@ -171,7 +171,7 @@ def _row_of_axes(figure: Figure, count: int) -> Sequence[Axes]:
     return figure.subplots(1, count, squeeze=False)[0]
 
 
-def _write(path: Path, draw: Any, height_inches: float) -> bool:
+def write_figure(path: Path, draw: Any, height_inches: float) -> bool:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

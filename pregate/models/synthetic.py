@@ -62,6 +62,12 @@ def _pool(seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+BRANCH = 0.1
+"""Share of upstream's scale for what attention and feed-forward add to the residual stream. With all of it the parts
+that every token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts;
+trained ones, with their balance loss, do not."""
+
+
 def _scale(name: str, config: dict[str, Any]) -> float:
     """Standard deviations that keep activations near unit variance, as upstream's initialisation does."""
     if name.startswith("shared.") or "embed_tokens" in name:
@@ -69,9 +75,9 @@ def _scale(name: str, config: dict[str, Any]) -> float:
     if ".q." in name:
         return float((config["d_model"] * config["d_kv"]) ** -0.5)
     if ".o." in name:
-        return float((config["num_heads"] * config["d_kv"]) ** -0.5)
+        return BRANCH * float((config["num_heads"] * config["d_kv"]) ** -0.5)
     if ".wo." in name:
-        return float(config["d_ff"] ** -0.5)
+        return BRANCH * float(config["d_ff"] ** -0.5)
     return float(config["d_model"] ** -0.5)
 
 
@@ -80,7 +86,8 @@ def synthetic_checkpoint(
 ) -> SyntheticCheckpoint:
     """A pre-gated (or, with lookahead 0, conventional) Switch model of `geometry`, whose keys are those of
     `config.json`. Raises `UsageError` for a geometry that describes no model."""
-    described = {**geometry, "pregate": pregate, "dtype": str(dtype).removeprefix("torch.")}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    described = {**special, **geometry, "pregate": pregate, "dtype": str(dtype).removeprefix("torch.")}
     config = PreGatedSwitchTransformersConfig.of_checkpoint(described)
     family = switch_expert_family(config)
     shapes = {

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.decode import OffloadEngine
-from pregate.engine.store import DiskStore, DramStore, aligned_bytes
+from pregate.engine.slabs import aligned_bytes
+from pregate.engine.store import DiskStore, DramStore
 from pregate.models.adapter import ExpertKey
 from pregate.models.switch import load_resident
 from tests.tiny import batch, pregated_model, upstream_model
@@ -76,7 +77,7 @@ def test_other_models_too(checkpoints: dict[str, Path], name: str, policy: Polic
 
 def make_hostile(engine: OffloadEngine, delay: Any) -> None:
     """Fill every slot with NaN before its transfer starts, and let transfers take their time."""
-    start, read = engine._mover.start, engine._store.read_into
+    start, read = engine._mover.start, engine._mover._store.read_into
 
     def poisoned_start(key: ExpertKey, slot: Tensor) -> Any:
         slot.view(torch.float32).fill_(float("nan"))
@@ -92,7 +93,7 @@ def make_hostile(engine: OffloadEngine, delay: Any) -> None:
         slab[half:].copy_(whole[half:])
 
     engine._mover.start = poisoned_start  # type: ignore[method-assign]
-    engine._store.read_into = slow_read  # type: ignore[method-assign]
+    engine._mover._store.read_into = slow_read  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("policy", OFFLOADED)
@@ -116,7 +117,7 @@ def test_the_poison_would_be_noticed(checkpoints: dict[str, Path]) -> None:
     request = options(2, 1)
     with OffloadEngine.open(checkpoints["one"]) as engine:
         make_hostile(engine, lambda: 0.0)
-        engine._store.read_into = lambda key, slab: None  # type: ignore[method-assign]
+        engine._mover._store.read_into = lambda key, slab: None  # type: ignore[method-assign]
         start = engine._mover.start
         engine._mover.start = lambda key, slot: start(key, slot)  # type: ignore[method-assign]
         assert not torch.equal(engine.generate(**request), resident(checkpoints["one"], request))
@@ -165,8 +166,8 @@ def test_a_failed_read_is_raised_and_the_engine_recovers(checkpoints: dict[str, 
     request = options(2, 1)
     tier = Tier.disk if store is DiskStore else Tier.dram
     with OffloadEngine.open(checkpoints["one"], tier=tier, cache=CacheRule.lru, device_budget="50%") as engine:
-        assert isinstance(engine._store, store)
-        read = engine._store.read_into
+        assert isinstance(engine._mover._store, store)
+        read = engine._mover._store.read_into
         calls = iter(range(1000))
 
         def failing(key: ExpertKey, slab: Tensor) -> None:
@@ -174,7 +175,7 @@ def test_a_failed_read_is_raised_and_the_engine_recovers(checkpoints: dict[str, 
                 raise OSError("the disk is gone")
             read(key, slab)
 
-        engine._store.read_into = failing  # type: ignore[method-assign]
+        engine._mover._store.read_into = failing  # type: ignore[method-assign]
         with pytest.raises(OSError, match="the disk is gone"):
             engine.generate(**request)
         assert torch.equal(engine.generate(**request), resident(checkpoints["one"], request))

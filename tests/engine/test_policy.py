@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pregate.config import Policy, UsageError
-from pregate.engine.decode import slots_within
+from pregate.engine.budget import slots_within
 from pregate.engine.policy import default_slots, make_policy
 from pregate.models.adapter import ExpertFamily, ExpertKey
 from pregate.models.switch_layers import switch_expert_family

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from pregate.config import UsageError
-from pregate.engine import store as store_module
-from pregate.engine.store import DiskStore, DramStore, SlabLayout, aligned_bytes, expert_dtype, pack, read_index
+from pregate.engine import pack as pack_module
+from pregate.engine.pack import expert_dtype, pack, read_index
+from pregate.engine.slabs import SlabLayout, aligned_bytes
+from pregate.engine.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.switch_layers import switch_expert_family
 from tests.tiny import pregated_model
@@ -53,7 +55,7 @@ def test_slabs_hold_the_experts_weights(packed: dict[str, Any], tier: str) -> No
 def test_layout_is_aligned(packed: dict[str, Any]) -> None:
     layout = packed["layout"]
     assert layout.slab_bytes % 4096 == 0
-    assert all(offset % 64 == 0 for _, _, offset in layout.matrices)
+    assert all(place.offset % 64 == 0 for place in layout.matrices)
     assert aligned_bytes(10_000).data_ptr() % 4096 == 0
 
 
@@ -61,7 +63,7 @@ def test_checksums_are_of_the_slabs(packed: dict[str, Any]) -> None:
     index = read_index(packed["where"])
     data = (packed["where"] / "slabs.bin").read_bytes()
     for key, offset in index.offsets.items():
-        assert zlib.crc32(data[offset : offset + index.layout.slab_bytes]) == index.checksums[key]
+        assert xxhash.xxh3_64_intdigest(data[offset : offset + index.layout.slab_bytes]) == index.checksums[key]
 
 
 def test_a_pack_is_kept_until_its_checkpoint_changes(packed: dict[str, Any]) -> None:
@@ -82,7 +84,7 @@ def test_a_truncated_pack_is_refused(packed: dict[str, Any], tmp_path: Path) -> 
         DiskStore(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 1})])
+@pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 2})])
 def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
     (tmp_path / "index.json").write_text(damage)
     with pytest.raises(UsageError, match="cannot be read: remove"):
@@ -114,22 +116,22 @@ def test_a_pack_that_another_process_finished_first_is_kept(
     packed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = tmp_path / "experts"
-    write = store_module.write_json
+    write = pack_module.write_json
 
     def overtaken(path: Path, index: Any) -> None:
         write(path, index)
         if not where.exists():
             shutil.copytree(path.parent, where)
 
-    monkeypatch.setattr(store_module, "write_json", overtaken)
+    monkeypatch.setattr(pack_module, "write_json", overtaken)
     other: list[int] = []
-    put = store_module._put_in_place
+    put = pack_module._put_in_place
 
     def noted(*arguments: Any) -> None:
         other.append((where / "slabs.bin").stat().st_ino)
         put(*arguments)
 
-    monkeypatch.setattr(store_module, "_put_in_place", noted)
+    monkeypatch.setattr(pack_module, "_put_in_place", noted)
     pack(packed["checkpoint"], packed["family"], packed["layout"], where)
     assert [(where / "slabs.bin").stat().st_ino] == other
     assert list(tmp_path.iterdir()) == [where]
@@ -155,7 +157,7 @@ def test_an_interrupted_pack_leaves_nothing(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "write_json", interrupted)
+    monkeypatch.setattr(pack_module, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path / "experts")
     assert list(tmp_path.iterdir()) == []

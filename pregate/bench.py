@@ -1,0 +1,33 @@
+"""`python -m pregate.bench`: latency, throughput, memory and link use over policies, caches, tiers and batch sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pregate.cli import entry_point
+from pregate.config import Run, UsageError
+
+
+def main(run: Run) -> None:
+    from pregate.measure.bench import measure, prepare
+    from pregate.tracking import open_tracker
+
+    study = prepare(run)
+    out_dir = Path(run.run_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another run_dir=DIR.") from error
+    if run.plan:
+        from pregate.measure.plan import plan
+
+        plan(run, study.rows, study.device, out_dir)
+        print(f"Plan: {out_dir / 'plan.md'}, {out_dir / 'plan.json'}")
+        return
+    with open_tracker(run, out_dir) as tracker:
+        measure(study, tracker)
+    print(f"Rows: {out_dir / 'bench.jsonl'}\nTables: {out_dir / 'bench.md'}\nPlots: {out_dir / 'plots'}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

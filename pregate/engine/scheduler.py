@@ -1,0 +1,147 @@
+"""Which slot each announced slab gets, and when it starts to move.
+
+Only the thread that computes touches the scheduler; movers merely fill the slots they were given. Slots are opaque to
+it, so that the planner can run it against a clock instead of a device. Knows nothing about tensors, model families
+or policies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pregate.engine.cache import Placed, SlotTable
+from pregate.engine.mover import Mover, Transfer, label
+from pregate.engine.trace import Counters, Trace
+from pregate.models.adapter import ExpertKey
+
+
+class Scheduler:
+    """Requests wait in a queue while no slot is free.
+
+    With one slot or more every block can run: what runs now comes first and may take a slot from a later block's
+    prefetched slab, which is then fetched again.
+    """
+
+    def __init__(self, slots: Sequence[Any], table: SlotTable, mover: Mover, trace: Trace, counters: Counters) -> None:
+        assert len(slots) == table.num_slots
+        self._slots, self._table, self._mover = slots, table, mover
+        self._trace, self._counters = trace, counters
+        self._queue: deque[ExpertKey] = deque()
+        self._transfers: dict[int, Transfer] = {}
+
+    def request(self, keys: Iterable[ExpertKey], urgent: bool = False) -> None:
+        """Announce that `keys` will be used. `urgent` puts them before everything announced earlier."""
+        waiting = []
+        for key in keys:
+            if key in self._queue:
+                if urgent:
+                    self._queue.remove(key)
+                    waiting.append(key)
+            elif self._table.find(key) is None:
+                waiting.append(key)
+            elif not self._table.is_reserved(key):
+                self._counters.hits += 1
+                self._table.reserve(key)
+        if urgent:
+            self._queue.extendleft(reversed(waiting))
+        else:
+            self._queue.extend(waiting)
+        self._pump()
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """Whether computing with `key` now would not wait."""
+        slot = self._table.find(key)
+        return slot is not None and (slot not in self._transfers or self._transfers[slot].done())
+
+    def is_placed(self, key: ExpertKey) -> bool:
+        return self._table.find(key) is not None
+
+    def acquire(self, key: ExpertKey) -> int:
+        """The slot of an announced slab, there and safe from reuse until `release`; waits if it must."""
+        if self._table.find(key) is None:
+            if key in self._queue:
+                self._queue.remove(key)
+            placed = self._table.place(key)
+            if placed is None:
+                placed = self._table.steal(key)
+                assert placed.evicted is not None
+                self._queue.append(placed.evicted)
+            self._load(placed, key)
+        slot = self._table.pin(key)
+        self._arrive(slot, key)
+        return slot
+
+    def release(self, key: ExpertKey) -> None:
+        """The computation with `key` has been submitted; its slot may be reused behind it."""
+        slot = self._table.find(key)
+        assert slot is not None
+        self._mover.used(self._slots[slot])
+        self._table.release(key)
+        self._pump()
+
+    def finish_block(self, stack: str, block: int) -> None:
+        """Call off what was announced for a block that has run. What is already moving arrives first."""
+        if self._queue:
+            self._queue = deque(key for key in self._queue if (key.stack, key.block) != (stack, block))
+        for key in self._table.reserved_keys():
+            if (key.stack, key.block) == (stack, block):
+                slot = self._table.find(key)
+                assert slot is not None
+                self._arrive(slot, key)
+                self._table.release(key)
+        self._pump()
+
+    def settle(self) -> None:
+        """After a call that ended well: nothing is announced any more and nothing moves. What is there stays."""
+        self._queue.clear()
+        for key in self._table.reserved_keys():
+            slot = self._table.find(key)
+            assert slot is not None
+            self._arrive(slot, key)
+            self._mover.used(self._slots[slot])
+            self._table.release(key)
+
+    def reset(self) -> None:
+        """After a call that was cut short anywhere: wait until nothing moves and forget what every slot holds.
+
+        Bookkeeping that an interrupt left half done cannot be told from the rest, so none of it is kept.
+        """
+        self._queue.clear()
+        self._mover.drain()
+        self._transfers.clear()
+        self._table.clear()
+
+    def forget_slots(self) -> None:
+        """For an engine that is closed, so that its memory is free though the engine is still referred to."""
+        self._slots = ()
+
+    def _pump(self) -> None:
+        while self._queue:
+            key = self._queue[0]
+            placed = self._table.place(key)
+            if placed is None:
+                return
+            self._queue.popleft()
+            self._load(placed, key)
+
+    def _load(self, placed: Placed, key: ExpertKey) -> None:
+        if placed.evicted is not None:
+            self._counters.evictions += 1
+        earlier = self._transfers.pop(placed.slot, None)
+        if earlier is not None:
+            earlier.wait()
+        self._transfers[placed.slot] = self._mover.start(key, self._slots[placed.slot])
+        self._counters.misses += 1
+
+    def _arrive(self, slot: int, key: ExpertKey) -> None:
+        transfer = self._transfers.get(slot)
+        if transfer is None:
+            return
+        if transfer.done():
+            transfer.wait()
+        else:
+            with self._trace.span("wait", label(key)):
+                transfer.wait()
+        self._transfers.pop(slot, None)

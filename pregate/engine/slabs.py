@@ -1,0 +1,191 @@
+"""What a slab is: all matrices of one expert as one contiguous run of bytes, a multiple of 4 KiB.
+
+A slab holds the matrices as they are, or weight-only quantised to int8 or fp8 with a float32 scale for each row
+stored beside them. Knows tensors and bytes; knows nothing about files, slots or models' arithmetic.
+
+Letters: R rows and C columns of a matrix, B bytes of a slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pregate.config import SlabDtype, UsageError
+from pregate.models.adapter import ExpertFamily
+from pregate.runtime import human_bytes
+
+PAGE = 4096
+"""O_DIRECT wants addresses, offsets and lengths in multiples of the logical block, at most a page."""
+LINE = 64
+"""Matrices start on cache lines, where BLAS reads fastest."""
+STRIP = 512
+"""Rows that are dequantised at a time on a CPU, so that the float32 intermediate stays in cache."""
+
+STORED = {SlabDtype.int8: torch.int8, SlabDtype.fp8: torch.float8_e4m3fn}
+
+
+def round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True)
+class MatrixPlace:
+    """Where one matrix lies in a slab: offsets in bytes; `scale_offset` is None where it is stored as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    scale_offset: int | None = None
+
+
+@dataclass(frozen=True)
+class SlabLayout:
+    """Where each matrix of an expert lies inside its slab. All slabs of a checkpoint share one layout.
+
+    dtype: what the model computes in; stored: what the bytes are.
+    """
+
+    dtype: torch.dtype
+    stored: SlabDtype
+    matrices: tuple[MatrixPlace, ...]
+    slab_bytes: int
+
+    @classmethod
+    def of(cls, family: ExpertFamily, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
+        offset, matrices = 0, []
+        itemsize = STORED.get(stored, dtype).itemsize
+        for name, shape in family.matrices.items():
+            place, offset = offset, round_up(offset + torch.Size(shape).numel() * itemsize, LINE)
+            scales = None
+            if stored is not SlabDtype.source:
+                scales, offset = offset, round_up(offset + shape[0] * torch.float32.itemsize, LINE)
+            matrices.append(MatrixPlace(name, tuple(shape), place, scales))
+        return cls(dtype, stored, tuple(matrices), round_up(offset, PAGE))
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.stored is not SlabDtype.source
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one expert's matrices in the compute dtype."""
+        return sum(torch.Size(place.shape).numel() for place in self.matrices) * self.dtype.itemsize
+
+    def views(self, slab_B: Tensor) -> list[Tensor]:
+        """The stored matrices of a slab (uint8) as tensors that share its memory."""
+        dtype = STORED.get(self.stored, self.dtype)
+        return [_view(slab_B, place.offset, place.shape, dtype) for place in self.matrices]
+
+    def scales(self, slab_B: Tensor) -> list[Tensor]:
+        """The scales (R, 1) of each quantised matrix, sharing the slab's memory."""
+        return [
+            _view(slab_B, place.scale_offset, (place.shape[0], 1), torch.float32)
+            for place in self.matrices
+            if place.scale_offset is not None
+        ]
+
+    def encode(self, matrices: Sequence[Tensor], slab_B: Tensor) -> None:
+        """Write `matrices` into a CPU slab, quantised if that is what it stores; padding is zeroed."""
+        slab_B.zero_()
+        if not self.is_quantised:
+            for view, matrix in zip(self.views(slab_B), matrices, strict=True):
+                view.copy_(matrix)
+            return
+        for view, scale, matrix in zip(self.views(slab_B), self.scales(slab_B), matrices, strict=True):
+            quantise(matrix, view, scale)
+
+    def decode(self, slab_B: Tensor, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The matrices in the compute dtype: views of the slab, or dequantised (into `into` if it is given)."""
+        stored = self.views(slab_B)
+        if not self.is_quantised:
+            return stored
+        if into is None:
+            into = [torch.empty(place.shape, dtype=self.dtype, device=slab_B.device) for place in self.matrices]
+        for matrix, scale, out in zip(stored, self.scales(slab_B), into, strict=True):
+            dequantise(matrix, scale, out)
+        return list(into)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "stored": str(self.stored),
+            "slab_bytes": self.slab_bytes,
+            "matrices": [
+                {"name": p.name, "shape": list(p.shape), "offset": p.offset, "scale_offset": p.scale_offset}
+                for p in self.matrices
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> SlabLayout:
+        """Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for what `to_json` did not write."""
+        matrices = tuple(
+            MatrixPlace(m["name"], tuple(m["shape"]), m["offset"], m["scale_offset"]) for m in raw["matrices"]
+        )
+        return cls(getattr(torch, raw["dtype"]), SlabDtype(raw["stored"]), matrices, raw["slab_bytes"])
+
+
+def quantise(matrix_RC: Tensor, stored_RC: Tensor, scale_R1: Tensor) -> None:
+    """Symmetric rounding with one scale a row, its largest magnitude mapped to the largest stored number."""
+    values_RC = matrix_RC.float()
+    largest = 127.0 if stored_RC.dtype is torch.int8 else torch.finfo(stored_RC.dtype).max
+    scale = values_RC.abs().amax(1, keepdim=True) / largest
+    scale_R1.copy_(scale.masked_fill(scale == 0, 1.0))
+    scaled_RC = values_RC / scale_R1
+    stored_RC.copy_(scaled_RC.round() if stored_RC.dtype is torch.int8 else scaled_RC.clamp(-largest, largest))
+
+
+def dequantise(stored_RC: Tensor, scale_R1: Tensor, out_RC: Tensor) -> None:
+    """`stored * scale` in float32, rounded to the dtype of `out_RC`."""
+    if stored_RC.device.type != "cpu":
+        torch.mul(stored_RC.float(), scale_R1, out=out_RC)
+        return
+    for first in range(0, stored_RC.shape[0], STRIP):
+        rows = slice(first, first + STRIP)
+        strip = stored_RC[rows]
+        if strip.dtype is torch.float8_e4m3fn:
+            # torch converts fp8 one number at a time on a CPU; looking up all 256 values is three times faster
+            codes = strip.view(torch.uint8).flatten().int()
+            strip = _fp8_values().index_select(0, codes).view(strip.shape)
+        torch.mul(strip, scale_R1[rows], out=out_RC[rows])
+
+
+@lru_cache(maxsize=1)
+def _fp8_values() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def _view(slab_B: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return slab_B[offset : offset + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(*shape)
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """A uint8 tensor of `size` bytes on the CPU that starts at a page boundary."""
+    raw = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + size]
+
+
+def as_buffer(slab_B: Tensor) -> memoryview:
+    """The bytes of a CPU uint8 tensor, for reading and writing files."""
+    return memoryview(cast(Any, slab_B.numpy()))
+
+
+def page_lock(memory: Tensor) -> None:
+    """Page-lock `memory` in place for CUDA copies. Raises `UsageError` if the system allows no more of it."""
+    status = int(cast(Any, torch.cuda.cudart()).cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if status != 0:
+        raise UsageError(
+            f"{human_bytes(memory.numel())} of host memory could not be page-locked (CUDA error {status}): raise the "
+            "limit with ulimit -l, or use engine.tier=disk."
+        )
+
+
+def page_unlock(memory: Tensor) -> None:
+    cast(Any, torch.cuda.cudart()).cudaHostUnregister(memory.data_ptr())

@@ -1,0 +1,268 @@
+"""Measuring one row of a benchmark: the requests, what is timed and counted, and the floors beside it.
+
+Every repeat is a new random prompt, decoded greedily without ever repeating a token: random weights would decode into
+a loop, and a repeated prompt would find its experts where it left them; both would flatter a cache. The prompts are the
+same for every row, so that all rows decode the same tokens. Knows engines, models and stores; knows nothing about
+grids or files.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pregate.config import CacheRule, Policy
+from pregate.engine.decode import OffloadEngine
+from pregate.engine.store import Store
+from pregate.engine.trace import Trace
+from pregate.measure.active_experts import counted_experts, forced_experts
+from pregate.measure.baselines import Reference, use_generation_config
+from pregate.measure.bench_grid import BenchModel, RowSpec
+from pregate.measure.drives import link_bandwidth
+from pregate.measure.latency import Timed, TokenClock, medians, time_request
+from pregate.memory import PeakMemory
+
+NEVER_AGAIN = 1e6
+"""`repetition_penalty`: a token's own logit is by far its largest in a random model with tied embeddings."""
+WARM_UP = 10_000
+"""Numbers of warm-up requests, away from those that are measured."""
+LOGIT_TOKENS = 8
+"""Target positions whose logits are compared; a batch of 32 then takes 33 MB with T5's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Random prompts (batch, prompt_len), numbered; each number is another prompt."""
+
+    batch: int
+    prompt_len: int
+    vocab_size: int
+    seed: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, spec: RowSpec, model: BenchModel, device: torch.device) -> Requests:
+        return cls(spec.batch, spec.prompt_len, model.vocab_size, spec.seed, device)
+
+    def prompt(self, number: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(self.seed + number)
+        ids = torch.randint(2, self.vocab_size, (self.batch, self.prompt_len), generator=draw).to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def serve(
+        self, generate: Callable[..., Tensor], number: int, new_tokens: int, clock: TokenClock, trace: Trace | None
+    ) -> Timed:
+        length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN}
+        return time_request(generate, {**self.prompt(number), **greedy, **length}, clock, trace)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: repeats after warm-up requests, none begun after `max_seconds`."""
+
+    repeats: int
+    warmup: int
+    max_seconds: float
+
+    def run(self, serve: Callable[[int], Timed]) -> list[Timed]:
+        begun, timed = time.perf_counter(), []
+        while len(timed) < self.repeats and (not timed or time.perf_counter() - begun < self.max_seconds):
+            timed.append(serve(len(timed)))
+        return timed
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the same run knows of the whole model under the same load; None where it was not measured."""
+
+    compute_ms: float | None = None
+    reference: Reference | None = None
+    """With the weights that are served: dequantised ones for quantised slabs."""
+    source_reference: Reference | None = None
+
+
+def measure_whole(
+    generate: Callable[..., Tensor],
+    requests: Requests,
+    new_tokens: int,
+    effort: Effort,
+    between: Callable[[], None] | None = None,
+) -> list[Timed]:
+    """Requests to a model that is served without an engine; `between`: work before every step that is not timed."""
+    clock = TokenClock(requests.device, between=between)
+    with torch.inference_mode():
+        for number in range(effort.warmup):
+            requests.serve(generate, WARM_UP + number, new_tokens, clock, None)
+        return effort.run(lambda number: requests.serve(generate, number, new_tokens, clock, None))
+
+
+def first_logits(forward: Callable[..., Any], requests: Requests, tokens_BT: Tensor) -> Tensor:
+    """Float32 logits (B, t, V) for the first of `tokens_BT`, request 0 of the whole model, given as input."""
+    targets = tokens_BT[:, :LOGIT_TOKENS].to(requests.device)
+    with torch.inference_mode():
+        return forward(**requests.prompt(0), decoder_input_ids=targets).logits.float().cpu()
+
+
+def measure_engine_row(
+    spec: RowSpec,
+    model: BenchModel,
+    store: Store,
+    device: torch.device,
+    effort: Effort,
+    io_threads: int,
+    beside: Beside,
+) -> dict[str, Any]:
+    """One row of the host-driven engine, complete. Raises what opening the engine raises."""
+    moves = spec.policy != Policy.gpu_only
+    keys = model.family.keys()
+
+    def bandwidth() -> float | None:
+        return link_bandwidth(store, keys, device, io_threads, spec.seed) if moves else None
+
+    before = bandwidth()
+    measured = _serve(spec, model, store, device, effort, io_threads, beside)
+    after = bandwidth()
+    return {**spec.to_dict(), **measured, **floors(spec, measured, beside.compute_ms, before, after)}
+
+
+def _serve(
+    spec: RowSpec,
+    model: BenchModel,
+    store: Store,
+    device: torch.device,
+    effort: Effort,
+    io_threads: int,
+    beside: Beside,
+) -> dict[str, Any]:
+    requests, counts = Requests.of(spec, model, device), []
+    with (
+        PeakMemory(device) as peak,
+        OffloadEngine.open(
+            model.source,
+            policy=Policy(spec.policy),
+            device=device,
+            device_budget=spec.budget,
+            host_budget=spec.host_budget,
+            cache=CacheRule(spec.cache or CacheRule.none),
+            store=store,
+            io_threads=io_threads,
+        ) as engine,
+        forced_experts(engine.model, spec.forced_experts),
+    ):
+        use_generation_config(engine.model, model)
+        link = "bytes_moved" if device.type == "cuda" and store.in_host_memory else "bytes_read"
+        clock = TokenClock(device, read=lambda: getattr(engine.counters, link))
+        with counted_experts(engine.model) as active:
+            for number in range(effort.warmup):
+                requests.serve(engine.generate, WARM_UP + number, spec.new_tokens, clock, None)
+
+        def serve(number: int) -> Timed:
+            engine.reset_counters()
+            timed = requests.serve(engine.generate, number, spec.new_tokens, clock, engine.trace)
+            counts.append(engine.counters.to_dict())
+            return timed
+
+        timed = effort.run(serve)
+        peak_bytes = peak.read()
+        expected = engine.expected_bytes()
+        logits = None
+        if beside.source_reference is not None and beside.source_reference.logits is not None:
+            logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
+        slots, slab_bytes = engine.num_slots, engine.slab_bytes
+    row = {
+        "slots": slots,
+        "slab_bytes": slab_bytes,
+        "io_threads": io_threads,
+        "active_experts": _mean(active),
+        **{name: _mean([count[name] for count in counts]) for name in counts[0]},
+        "link_bytes_per_step": statistics.mean(_decoded_bytes(request) for request in timed),
+        **figures(timed, spec, beside.reference),
+        "expected_bytes": sum(expected.values()),
+        "expected_bytes_parts": expected,
+    }
+    if peak_bytes is not None:
+        row["peak_device_bytes"] = peak_bytes
+    if logits is not None and beside.source_reference is not None:
+        row |= logit_difference(logits, beside.source_reference.logits)
+    return row
+
+
+def _mean(numbers: Sequence[int]) -> int | float:
+    """Of counts: whole where it is whole."""
+    mean = statistics.mean(numbers)
+    return int(mean) if mean == int(mean) else round(mean, 2)
+
+
+def _decoded_bytes(timed: Timed) -> float:
+    """Bytes that came over the link, for each step after the first token."""
+    return (timed.readings[-1] - timed.readings[0]) / (len(timed.readings) - 1)
+
+
+def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) -> dict[str, Any]:
+    """What any server is measured by: medians over repeats, the spread of `tpot_ms`, and whether the tokens are the
+    whole model's. `tokens_per_s` is while decoding, of the whole batch."""
+    tpot = [request.tpot_ms for request in timed if request.tpot_ms is not None]
+    found: dict[str, Any] = medians(timed)
+    found |= {
+        "tpot_ms_min": min(tpot),
+        "tpot_ms_max": max(tpot),
+        "tokens_per_s": spec.batch * 1e3 / found["tpot_ms"],
+        "repeats": len(timed),
+    }
+    if spec.forced_experts is not None:
+        found["active_experts"] = spec.forced_experts
+    if reference is not None:
+        compared = list(zip(range(reference.tokens.shape[0]), timed, strict=False))
+        found["tokens_equal_resident"] = all(reference.agrees(number, request.tokens) for number, request in compared)
+    return found
+
+
+def logit_difference(logits: Tensor, source: Tensor | None) -> dict[str, float]:
+    """Largest absolute difference, and the norm of the difference as a share of the norm of `source`."""
+    if source is None:
+        return {}
+    difference = logits - source
+    return {
+        "logits_max_abs_diff": float(difference.abs().max()),
+        "logits_rel_diff": float(difference.norm() / source.norm()),
+    }
+
+
+def floors(
+    spec: RowSpec, measured: dict[str, Any], compute_ms: float | None, before: float | None, after: float | None
+) -> dict[str, float]:
+    """What a token cannot be faster than: T_link, the bytes of a step over the bandwidth measured beside the row,
+    and T_compute, the whole model's time in memory; `serial_ms` adds them, `floor_ms` overlaps them perfectly.
+
+    Where nothing moves, T_link is 0 whatever the link; where a link or the whole model was not measured, what would
+    follow from it is absent.
+    """
+    found: dict[str, float] = {}
+    link_ms: float | None = None
+    if before is not None and after is not None:
+        bandwidth = (before + after) / 2
+        found = {"link_gb_per_s": bandwidth, "link_gb_per_s_before": before, "link_gb_per_s_after": after}
+        link_ms = measured["link_bytes_per_step"] / bandwidth / 1e6
+    elif measured["link_bytes_per_step"] == 0:
+        link_ms = 0.0
+    if link_ms is not None:
+        found["link_ms"] = link_ms
+    if compute_ms is not None:
+        found["compute_ms"] = compute_ms
+    if link_ms is None or compute_ms is None:
+        return found
+    floor_ms, serial_ms = max(link_ms, compute_ms), link_ms + compute_ms
+    return found | {
+        "floor_ms": floor_ms,
+        "serial_ms": serial_ms,
+        "over_floor": measured["tpot_ms"] / floor_ms,
+        "possible_gain": serial_ms / floor_ms,
+        "roofline_tokens_per_s": spec.batch * 1e3 / floor_ms,
+    }

@@ -1,0 +1,137 @@
+"""How fast slabs come: the bandwidth of a store as an engine reads it, and files that the page cache has forgotten.
+
+Knows stores, CUDA copies and the page cache; knows nothing about models or policies. GB are powers of 1000.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.engine.slabs import aligned_bytes
+from pregate.engine.store import Store
+from pregate.models.adapter import ExpertKey
+
+PROBE_SECONDS = 1.0
+"""Long enough for a disk's queue and a link's clock to settle, short beside the row it stands next to."""
+COPIES_AT_ONCE = 16
+
+
+def link_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, io_threads: int, seed: int = 0) -> float:
+    """GB/s of whole slabs chosen at random: copies to a CUDA device where they lie in host memory, else reads by
+    `io_threads` threads into host memory, each with one slab under way."""
+    if device.type == "cuda" and store.in_host_memory:
+        return _copy_bandwidth(store, keys, device, seed)
+    return _read_bandwidth(store, keys, io_threads, seed)
+
+
+def _read_bandwidth(store: Store, keys: list[ExpertKey], io_threads: int, seed: int) -> float:
+    size = store.layout.slab_bytes
+    begun = time.perf_counter()
+
+    def read(thread: int) -> int:
+        draw, slab, num_slabs = random.Random(f"{seed}/{thread}"), aligned_bytes(size), 0
+        while time.perf_counter() - begun < PROBE_SECONDS:
+            store.read_into(draw.choice(keys), slab)
+            num_slabs += 1
+        return num_slabs
+
+    with ThreadPoolExecutor(io_threads, thread_name_prefix="pregate-probe") as pool:
+        num_slabs = sum(pool.map(read, range(io_threads)))
+    return num_slabs * size / (time.perf_counter() - begun) / 1e9
+
+
+def _copy_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, seed: int) -> float:
+    draw, size = random.Random(seed), store.layout.slab_bytes
+    buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    stream: Any = torch.cuda.Stream(device)
+    elapsed_ms, num_slabs = 0.0, 0
+    while elapsed_ms < PROBE_SECONDS * 1e3:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            begin.record(stream)
+            for key in draw.choices(keys, k=COPIES_AT_ONCE):
+                slab = store.slab(key)
+                assert slab is not None, "a store in host memory gives its slabs"
+                buffer.copy_(slab, non_blocking=True)
+            end.record(stream)
+        end.synchronize()
+        elapsed_ms += begin.elapsed_time(end)
+        num_slabs += COPIES_AT_ONCE
+    return num_slabs * size / elapsed_ms / 1e6
+
+
+# --- the page cache -------------------------------------------------------------------------------------------------
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Have the page cache forget every file of `folder`, where the system can be asked to. What is not yet written
+    to the disk, or is mapped, stays: see `cached_share`."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in _files(folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def fill_page_cache(folder: Path) -> None:
+    """Read every file of `folder` once."""
+    buffer = bytearray(8 << 20)
+    for file in _files(folder):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
+def cached_share(folder: Path) -> float | None:
+    """The share of the bytes of `folder` that the page cache holds; None where the system does not say."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        cached, total = 0, 0
+        for file in _files(folder):
+            pages = _resident_pages(libc, file)
+            cached += sum(pages)
+            total += len(pages)
+    except (OSError, AttributeError, TypeError):
+        return None
+    return cached / total if total else None
+
+
+def _resident_pages(libc: Any, file: Path) -> bytes:
+    """One byte a page of `file`, 1 if it is in memory (mincore)."""
+    size, prot_read, map_shared = file.stat().st_size, 1, 1
+    if size == 0:
+        return b""
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        address = libc.mmap(None, size, prot_read, map_shared, descriptor, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), f"{file} cannot be mapped")
+        try:
+            found = ctypes.create_string_buffer(-(-size // os.sysconf("SC_PAGE_SIZE")))
+            if libc.mincore(address, size, found) != 0:
+                raise OSError(ctypes.get_errno(), f"the pages of {file} cannot be counted")
+        finally:
+            libc.munmap(address, size)
+    finally:
+        os.close(descriptor)
+    return bytes(byte & 1 for byte in found.raw)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.iterdir()) if file.is_file() and not file.is_symlink())

@@ -1,0 +1,220 @@
+"""What offloading will give before anything is packed: tokens/s and memory of every policy, and which one pays.
+
+Needs a geometry, a measured link and a measured compute time. Computing is timed on a model of the same geometry with
+few experts, because a step's time does not depend on how many experts a block could choose from; then the engine's own
+scheduler is run against a clock (`simulation`). Knows engines and models; knows nothing about files of results.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pregate.config import CacheRule, Policy, SlabDtype
+from pregate.engine.budget import host_buffers_within, slots_within
+from pregate.engine.decode import OffloadEngine
+from pregate.engine.store import DramStore, Store
+from pregate.engine.trace import Span
+from pregate.measure.bench_grid import BenchModel, RowSpec, bench_model
+from pregate.measure.bench_row import Requests
+from pregate.measure.drives import link_bandwidth
+from pregate.measure.latency import Timed, TokenClock
+from pregate.measure.simulation import Durations, Load, Predicted, simulate
+from pregate.models.synthetic import synthetic_checkpoint
+
+FEW_EXPERTS = 8
+STEPS = 24
+"""Decoding steps that are timed for a profile; a median of so many is steady within a few percent."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`."""
+
+    durations: Durations
+    link_gb_per_s: float
+    slab_bytes: int
+
+    def on_link(self, gb_per_s: float) -> Durations:
+        """The same computation beside a link of another bandwidth."""
+        return replace(self.durations, slab=self.slab_bytes / gb_per_s / 1e6)
+
+
+def few_experts(model: BenchModel) -> BenchModel:
+    """A random-weight model of the same geometry, small enough to be timed anywhere."""
+    geometry = {**model.source.config, "num_experts": min(FEW_EXPERTS, model.family.num_experts)}
+    gating = model.gating.to_dict()
+    return bench_model(model.name, None, synthetic_checkpoint(geometry, gating, model.dtype))
+
+
+def profile(
+    small: BenchModel, store: Store, device: torch.device, io_threads: int, batch: int, prompt_len: int
+) -> Profile:
+    """Time the steps of `small`, all of whose experts are on the device as slabs like those of `store`, alone and
+    beside a busy link; and the link alone and beside the computation."""
+    link = link_bandwidth(store, small.family.keys(), device, io_threads)
+    layout = store.layout
+    memory = DramStore(small.source, small.family, layout, page_locked=False)
+    requests = Requests(batch, prompt_len, small.vocab_size, 0, device)
+    try:
+        with OffloadEngine.open(small.source, policy=Policy.gpu_only, device=device, store=memory) as engine:
+            _timed(engine, requests, 1)
+            alone = _timed(engine, requests, 2)
+            slowdowns = {}
+            if device.type == "cpu":
+                # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
+                with _busy_link(store, small, io_threads) as moved:
+                    beside = _timed(engine, requests, 2)
+                # per step of either the same work was done, so the ratio of step times is the slowdown
+                slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / _step_ms(alone))
+                slowdowns["link_slowdown"] = max(1.0, link / moved.gb_per_s) if moved.gb_per_s else 1.0
+    finally:
+        memory.close()
+    return Profile(replace(durations(alone, layout.slab_bytes / link / 1e6), **slowdowns), link, layout.slab_bytes)
+
+
+def _timed(engine: OffloadEngine, requests: Requests, number: int) -> Timed:
+    return requests.serve(engine.generate, number, STEPS, TokenClock(requests.device), engine.trace)
+
+
+def _step_ms(timed: Timed) -> float:
+    steps = [later - sooner for sooner, later in zip(timed.seconds, timed.seconds[1:], strict=False)]
+    return statistics.median(steps) * 1e3
+
+
+def durations(timed: Timed, slab_ms: float) -> Durations:
+    """The parts of a decoding step, from the trace of a request in which nothing had to move."""
+    computed = [span for span in timed.spans or () if span.lane == "compute" and span.name.startswith("decoder")]
+    before: list[list[float]] = []
+    after: list[float] = []
+    expert: list[float] = []
+    for begin, end in zip(timed.seconds, timed.seconds[1:], strict=False):
+        step = [span for span in computed if begin * 1e3 <= span.start_ms < end * 1e3]
+        moment, parts = begin * 1e3, []
+        for block in _blocks(step):
+            parts.append(block[0].start_ms - moment)
+            moment = block[-1].end_ms
+            expert.append((moment - block[0].start_ms) / len(block))
+        before.append(parts)
+        after.append(end * 1e3 - moment)
+    complete = [parts for parts in before if len(parts) == max(map(len, before))]
+    medians = tuple(statistics.median(column) for column in zip(*complete, strict=True))
+    return Durations(medians, statistics.median(expert), statistics.median(after), slab_ms)
+
+
+def _blocks(step: list[Span]) -> list[list[Span]]:
+    """The compute spans of a step, block by block."""
+    blocks: dict[str, list[Span]] = {}
+    for span in step:
+        blocks.setdefault(span.name.rpartition(" expert ")[0], []).append(span)
+    return list(blocks.values())
+
+
+@dataclass
+class _Moved:
+    gb_per_s: float | None = None
+
+
+@contextmanager
+def _busy_link(store: Store, small: BenchModel, io_threads: int) -> Iterator[_Moved]:
+    """Slabs are read all the time; afterwards the bandwidth they were read with is known."""
+    stop, moved, measured = threading.Event(), _Moved(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            measured.append(link_bandwidth(store, small.family.keys(), torch.device("cpu"), io_threads))
+
+    thread = threading.Thread(target=read, name="pregate-busy-link")
+    thread.start()
+    try:
+        yield moved
+    finally:
+        stop.set()
+        thread.join()
+        moved.gb_per_s = statistics.median(measured) if measured else None
+
+
+def predict(model: BenchModel, spec: RowSpec, profiled: Profile, link_gb_per_s: float | None = None) -> dict[str, Any]:
+    """Predicted figures of one engine row: `tpot_ms`, `tokens_per_s`, `exposed_ms_per_token`, `bytes_per_step`,
+    `active_experts` a block and step, `slots`, `peak_device_bytes`. `link_gb_per_s`: of the moment; None is the
+    profile's own."""
+    layout = model.layout(str(spec.slab_dtype))
+    policy, cache = Policy(spec.policy), CacheRule(spec.cache or CacheRule.none)
+    budget = None if policy is Policy.gpu_only else spec.budget
+    slots = slots_within(budget, policy, model.family, layout.slab_bytes)
+    found: Predicted = simulate(
+        model.family,
+        model.gating,
+        profiled.on_link(link_gb_per_s or profiled.link_gb_per_s),
+        policy=policy,
+        cache=cache,
+        num_slots=slots,
+        slab_bytes=layout.slab_bytes,
+        load=Load(spec.batch, spec.forced_experts),
+        prompt_tokens=spec.prompt_len,
+        new_tokens=spec.new_tokens,
+        seed=spec.seed,
+    )
+    return {
+        "tpot_ms": found.tpot_ms,
+        "tokens_per_s": spec.batch * 1e3 / found.tpot_ms,
+        "exposed_ms_per_token": found.exposed_ms_per_token,
+        "bytes_per_step": found.bytes_per_step,
+        "active_experts": found.active_experts,
+        "slots": slots,
+        "peak_device_bytes": memory_bytes(model, spec, slots),
+    }
+
+
+def memory_bytes(model: BenchModel, spec: RowSpec, slots: int) -> int:
+    """Weights that are not experts, slots, scratch for dequantised experts, and on a CPU the host buffers too; on a
+    GPU those are host memory and not counted. Activations are not in it."""
+    layout = model.layout(str(spec.slab_dtype))
+    expert_names = {name for key in model.family.keys() for name in model.family.tensor_names(key)}  # noqa: SIM118
+    numel = sum(
+        torch.Size(info.shape).numel() for name, info in model.source.tensors.items() if name not in expert_names
+    )
+    total = numel * model.dtype.itemsize + slots * layout.slab_bytes
+    if SlabDtype(str(spec.slab_dtype)) is not SlabDtype.source:
+        total += layout.matrix_bytes
+    if spec.host_budget is not None:
+        total += host_buffers_within(spec.host_budget, model.family, layout.slab_bytes) * layout.slab_bytes
+    return total
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """One sentence on predicted rows of one load: whether pre-gating pays, and what would help more where it does
+    not. Each row has `policy`, `cache`, `tokens_per_s`, `link_ms`, `compute_ms`."""
+    plain = {row["policy"]: row for row in rows if row.get("cache") in (None, "none")}
+    ahead, behind = plain.get(Policy.pre_gated), plain.get(Policy.on_demand)
+    if ahead is None or behind is None:
+        return "Plan both pre_gated and on_demand without a cache to learn whether pre-gating pays."
+    gain = ahead["tokens_per_s"] / behind["tokens_per_s"]
+    link, compute = ahead["link_ms"], ahead["compute_ms"]
+    cached = max((row for row in rows if row.get("cache") not in (None, "none")), key=_speed, default=None)
+    better = ""
+    if cached is not None and _speed(cached) > 1.05 * _speed(ahead):
+        better = f"; {cached['policy']} with an {cached['cache']} cache reaches {_speed(cached) / _speed(ahead):.2f}×"
+    if link > 3 * compute:
+        return (
+            f"The link needs {link / compute:.1f} times as long as the computation, so overlap gives {gain:.2f}× at "
+            f"best: a cache, smaller slabs or a larger batch help more{better}."
+        )
+    if link < 0.1 * compute:
+        return f"Fetching takes {100 * link / compute:.0f} % of the computation: there is little to hide ({gain:.2f}×)."
+    return f"Pre-gating pays: {gain:.2f}× the tokens/s of fetching on demand{better}."
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return row["tokens_per_s"]
+
+
+def is_predictable(spec: RowSpec) -> bool:
+    """Whether a row can be predicted: it is served by the engine, not a baseline."""
+    return spec.policy in {str(policy) for policy in Policy}
