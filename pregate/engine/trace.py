@@ -6,11 +6,13 @@ never synchronises. Knows nothing about who records.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +101,11 @@ class Trace:
     @staticmethod
     def _ms(begin: Any, end: Any) -> float:
         return (end - begin) * 1e3 if isinstance(begin, float) else begin.elapsed_time(end)
+
+
+def write_perfetto(path: Path, spans: Sequence[Span], title: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_perfetto(spans, title)), encoding="utf-8")
 
 
 COMPUTE_TRACK, FIRST_TRANSFER_TRACK = 1, 2

@@ -1,7 +1,8 @@
 """The benchmark: every row of the grid measured once, kept the moment it is known, and shown as tables and plots.
 
 Reads as a table of contents; the parts are `bench_grid` (which rows), `bench_whole` and `bench_row` (how each is
-measured), `bench_table` and `bench_plots`. Leaves `config.yaml`, `bench.jsonl`, `bench.md` and `plots/` in `run_dir`.
+measured), `bench_table` and `bench_plots`. Leaves `config.yaml`, `bench.jsonl`, `bench.md`, `plots/` and
+`traces/` in `run_dir`.
 """
 
 from __future__ import annotations
@@ -294,7 +295,8 @@ def _engine_row(
         references.get(spec) if spec.slab_dtype != SlabDtype.source else None,
     )
     try:
-        return measure_engine_row(spec, model, store, study.device, study.effort, study.run.engine.io_threads, beside)
+        threads, traced = study.run.engine.io_threads, study.out_dir / "traces" / f"{spec.slug()}.json"
+        return measure_engine_row(spec, model, store, study.device, study.effort, threads, beside, traced)
     except (DeviceFullError, torch.OutOfMemoryError):
         say(f"{spec.sentence()} is left out: it does not fit on the device.")
         return None

@@ -5,6 +5,7 @@ Knows settings, geometries and sizes; measures nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
@@ -106,6 +107,10 @@ class RowSpec:
         parts += [self.cache if self.cache != "none" else None, self.budget]
         parts += [f"batch {self.batch}", f"{self.forced_experts} experts" if self.forced_experts else None]
         return " ".join(str(part) for part in parts if part is not None)
+
+    def slug(self) -> str:
+        """`sentence` as a file name."""
+        return re.sub(r"[^\w.-]+", "_", self.sentence())
 
 
 def bench_models(run: Run) -> list[BenchModel]:

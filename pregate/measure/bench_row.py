@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from pregate.config import CacheRule, Policy
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.store import Store
-from pregate.engine.trace import Trace
+from pregate.engine.trace import Trace, write_perfetto
 from pregate.measure.active_experts import counted_experts, forced_experts
 from pregate.measure.baselines import Reference, use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
@@ -118,8 +119,10 @@ def measure_engine_row(
     effort: Effort,
     io_threads: int,
     beside: Beside,
+    trace_file: Path,
 ) -> dict[str, Any]:
-    """One row of the host-driven engine, complete. Raises what opening the engine raises."""
+    """One row of the host-driven engine, complete, and a trace of its first request in `trace_file`. Raises what
+    opening the engine raises."""
     moves = spec.policy != Policy.gpu_only
     keys = model.family.keys()
 
@@ -129,6 +132,7 @@ def measure_engine_row(
     before = bandwidth()
     measured = _serve(spec, model, store, device, effort, io_threads, beside)
     after = bandwidth()
+    write_perfetto(trace_file, measured.pop("spans"), spec.sentence())
     return {**spec.to_dict(), **measured, **floors(spec, measured, beside.compute_ms, before, after)}
 
 
@@ -177,6 +181,7 @@ def _serve(
             logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
         slots, slab_bytes = engine.num_slots, engine.slab_bytes
     row = {
+        "spans": timed[0].spans or [],
         "slots": slots,
         "slab_bytes": slab_bytes,
         "io_threads": io_threads,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pregate.config import Policy, Run, UsageError
 from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import OffloadEngine, serving_dtype
 from pregate.engine.slabs import SlabLayout
+from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
@@ -79,7 +81,7 @@ def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
     out_dir.mkdir(parents=True, exist_ok=True)
     subject = assess(bench, bench.checkpoint, run.engine.policy)
     compared = assess(bench, bench.reference, Policy.gpu_only) if bench.reference else None
-    engine, traces = measure_engine(bench)
+    engine, traces = measure_engine(bench, out_dir / "traces")
     evaluation = {
         "task": bench.task.name,
         "split": run.eval.split or run.task.eval_split,
@@ -231,8 +233,8 @@ def _same_shape(one: Subject, other: Subject) -> bool:
     return {s: len(b) for s, b in one.choices.items()} == {s: len(b) for s, b in other.choices.items()}
 
 
-def measure_engine(bench: Bench) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """The record of each policy, in the order asked for, and their timelines."""
+def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The record of each policy, in the order asked for, and their timelines; a whole trace of each to `trace_dir`."""
     engine = bench.run.engine
     shown = bench.examples[: engine.bench_prompts]
     prompts = [bench.collate([example])["input_ids"] for example in shown]
@@ -246,8 +248,9 @@ def measure_engine(bench: Bench) -> tuple[dict[str, Any], dict[str, list[dict[st
         def opened(policy: Policy = policy) -> OffloadEngine:
             return open_engine(bench, bench.checkpoint, policy)
 
+        keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
-            records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected)
+            records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
         except (DeviceFullError, torch.OutOfMemoryError):
             if policy is not Policy.gpu_only:
                 raise

@@ -159,13 +159,14 @@ def measure_policy(
     request: BenchRequest,
     device: torch.device,
     expected: Sequence[Tensor] | None,
+    keep_trace: Callable[[list[Span]], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One engine record (see `eval.json`) and a short window of its trace.
 
     Times and counts are per prompt: `ttft_ms` to the first token, `tpot_ms` per token after it, `block_ms` per whole
     decoder layer with an MoE block and `exposed_ms_per_token` both while decoding. Bytes, hits and misses are those
     of one pass over all prompts. `peak_device_bytes` covers opening and serving. Without `expected`, the resident
-    model's tokens, nothing is said about equality.
+    model's tokens, nothing is said about equality. `keep_trace` is given the whole trace of one request.
     """
     with PeakMemory(device) as peak, open_engine() as engine:
         prompts = [prompt.to(device) for prompt in request.prompts]
@@ -180,6 +181,8 @@ def measure_policy(
                 timed.append(served)
                 if repeat == request.repeats - 1 and number == 0:
                     timeline = _window(served.spans or [], served.seconds)
+                    if keep_trace is not None:
+                        keep_trace(served.spans or [])
         peak_bytes = peak.read()
         counted = engine.counters.to_dict()
     figures = medians(timed)

@@ -83,9 +83,12 @@ def test_every_row_of_the_disk_tier_is_measured_compared_and_shown(
     assert "Tokens equal the whole model's in 14 of 14 rows compared." in shown
     assert str(tmp_path) not in shown
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("bench.jsonl", "bench.md", "config.yaml", "metrics.jsonl", "plots")
+        *("bench.jsonl", "bench.md", "config.yaml", "metrics.jsonl", "plots", "traces")
     }
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+    assert len(list((tmp_path / "traces").iterdir())) == 12
+    trace = json.loads((tmp_path / "traces" / "tiny_disk_pre_gated_30_batch_2.json").read_text())
+    assert {event["cat"] for event in trace["traceEvents"] if event["ph"] == "X"} >= {"layer", "compute", "transfer"}
     assert "bench/tiny_disk_on_demand_30%_batch_2/tpot_ms" in (tmp_path / "metrics.jsonl").read_text()
     printed = capsys.readouterr()
     assert "15 of 15: tiny disk int8 pre_gated lru 30% batch 2: " in printed.err
