@@ -40,7 +40,7 @@ def slabs_within(setting: str, budget: str, num_experts: int, slab_bytes: int) -
     if slabs < 1:
         raise UsageError(
             f"{setting}={budget} is {human_bytes(size)}, less than one expert of {human_bytes(slab_bytes)}: "
-            f"give at least {human_bytes(slab_bytes)}."
+            f"give at least {slab_bytes}B."  # not rounded: what is advised must be accepted
         )
     return slabs
 
@@ -57,7 +57,7 @@ def slots_within(budget: str | None, policy: Policy, family: ExpertFamily, slab_
     if policy is Policy.gpu_only and slots < total:
         raise UsageError(
             f"engine.device_budget={budget} holds {slots} of {total} experts, but gpu_only keeps all of them on the "
-            f"device: give {human_bytes(total * slab_bytes)} or another policy."
+            f"device: give 100% ({human_bytes(total * slab_bytes)}) or another policy."
         )
     return slots
 

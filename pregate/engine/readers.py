@@ -103,17 +103,19 @@ class ReadJob:
 class ReadPool:
     """Threads that run the parts of jobs, oldest job first.
 
-    All bookkeeping is done by those threads; a caller only puts things into a queue, which an interrupt (Ctrl-C)
-    cannot cut in half.
+    A caller only appends to queues, one step that an interrupt (Ctrl-C) cannot cut in half; if it falls between two
+    of them, `drain` makes up for the second. All other bookkeeping is done by the threads.
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._queue: SimpleQueue[ReadJob | _Part | _Drained | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._waiting: deque[ReadJob] = deque()
+        self._jobs: deque[ReadJob] = deque()
+        self._parts: deque[_Part] = deque()
         self._num_begun = 0
-        self._drained: list[_Drained] = []
-        self._closed = False
+        self._drained: deque[_Drained] = deque()
+        self._lock = threading.Lock()
+        self._wake: SimpleQueue[bool] = SimpleQueue()
+        """One entry wakes one thread: True to look for work, False to end."""
+        self._stopping = False
         self._threads = [
             threading.Thread(target=self._work, name=f"pregate-reader-{number}", daemon=True)
             for number in range(num_threads)
@@ -122,69 +124,71 @@ class ReadPool:
             thread.start()
 
     def submit(self, job: ReadJob) -> ReadJob:
-        if self._closed:
+        if self._stopping:
             raise ReaderClosedError("This engine is closed: open it again.")
-        self._queue.put(job)
+        self._jobs.append(job)
+        self._wake.put(True)
         return job
 
     def drain(self) -> None:
         """Wait until every job submitted so far has ended, well or not."""
-        if self._threads:
-            drained = _Drained()
-            self._queue.put(drained)
-            drained.ended.acquire()
+        if self._stopping:
+            return
+        drained = _Drained()
+        self._drained.append(drained)
+        for _ in self._threads:
+            self._wake.put(True)
+        drained.ended.acquire()
 
     def close(self) -> None:
-        """Wait for every job and end the threads; may be called again."""
-        self._closed = True
+        """Wait for every job and end the threads; may be called again, also after an interrupted call."""
         self.drain()
+        self._stopping = True
         for _ in self._threads:
-            self._queue.put(None)
+            self._wake.put(False)
         for thread in self._threads:
             thread.join()
         self._threads.clear()
 
     def _work(self) -> None:
-        part: _Part | None = None
-        while True:
-            taken = part or self._queue.get()
-            if taken is None:
-                return
-            ended = taken.job.run(taken.run) if isinstance(taken, _Part) else False
-            with self._lock:
-                if isinstance(taken, ReadJob):
-                    self._waiting.append(taken)
-                elif isinstance(taken, _Drained):
-                    self._drained.append(taken)
-                self._num_begun -= ended
-                part = self._begin_waiting()
-                if not (self._waiting or self._num_begun):
-                    for drained in self._drained:
-                        drained.ended.release()
-                    self._drained.clear()
-            # a thread that waits for work must not keep the last slab's memory alive
-            del taken
+        while self._wake.get():
+            # without asking again while there is work: each wait costs a turn of the interpreter lock
+            while (part := self._next_part()) is not None:
+                if part.job.run(part.run):
+                    with self._lock:
+                        self._num_begun -= 1
+            # a thread that waits must not keep the last slab's memory alive
+            del part
 
-    def _begin_waiting(self) -> _Part | None:
-        """Begin the oldest jobs, as far as they can begin; one of their parts is for the calling thread."""
-        parts: list[_Part] = []
-        while self._waiting:
-            job = self._waiting[0]
+    def _next_part(self) -> _Part | None:
+        with self._lock:
+            if not self._parts:
+                self._begin_job()
+            if self._parts:
+                if len(self._parts) > 1:
+                    self._wake.put(True)
+                return self._parts.popleft()
+            if not (self._jobs or self._num_begun):
+                while self._drained:
+                    self._drained.popleft().ended.release()
+            return None
+
+    def _begin_job(self) -> None:
+        """Begin the oldest job, if it can begin."""
+        while self._jobs:
+            job = self._jobs[0]
             try:
                 runs = job.begin()
             except BaseException as error:
+                self._jobs.popleft()
                 job.abandon(error)
-                runs = []
-            if runs is None:
-                break
-            self._waiting.popleft()
-            if runs:
+                continue
+            if runs is not None:
+                self._jobs.popleft()
                 self._num_begun += 1
                 job.expect(len(runs))
-                parts += [_Part(job, run) for run in runs]
-        for part in parts[1:]:
-            self._queue.put(part)
-        return parts[0] if parts else None
+                self._parts.extend(_Part(job, run) for run in runs)
+            return
 
 
 class _Part(NamedTuple):
@@ -193,7 +197,7 @@ class _Part(NamedTuple):
 
 
 class _Drained:
-    """Put behind jobs; `ended` is released when they have all ended."""
+    """`ended` is released when all jobs submitted before have ended."""
 
     def __init__(self) -> None:
         self.ended = threading.Lock()
@@ -257,4 +261,4 @@ class HostBuffers:
     def close(self) -> None:
         if self.page_locked and self._buffers:
             page_unlock(self._memory)
-        self._buffers = []
+        self._buffers, self._memory = [], self._memory[:0].clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pregate.config import Policy, UsageError
@@ -50,10 +52,23 @@ def test_budgets_buy_whole_slots(family: ExpertFamily, budget: str | None, slots
 
 
 def test_a_budget_below_one_expert_is_refused(family: ExpertFamily) -> None:
-    with pytest.raises(UsageError, match=r"less than one expert of 1\.00 kB: give at least 1\.00 kB"):
+    with pytest.raises(UsageError, match=r"less than one expert of 1\.00 kB: give at least 1000B"):
         slots_within("999", Policy.pre_gated, family, slab_bytes=1000)
     with pytest.raises(UsageError, match="less than one expert"):
         slots_within("1%", Policy.on_demand, family, slab_bytes=1000)
+
+
+def test_advised_budgets_are_accepted(family: ExpertFamily) -> None:
+    """Whatever the size of an expert: no rounding between the advice and what it is compared with."""
+    for slab_bytes in (4096, 8192, 1_234_567, 9_437_184):
+        with pytest.raises(UsageError) as caught:
+            slots_within(str(slab_bytes - 1), Policy.pre_gated, family, slab_bytes)
+        [advised] = re.findall(r"give at least (\S+)\.$", str(caught.value))
+        assert slots_within(advised, Policy.pre_gated, family, slab_bytes) == 1
+        with pytest.raises(UsageError) as caught:
+            slots_within("50%", Policy.gpu_only, family, slab_bytes)
+        [advised] = re.findall(r"give (\S+) ", str(caught.value))
+        assert slots_within(advised, Policy.gpu_only, family, slab_bytes) == 30
 
 
 def test_gpu_only_needs_room_for_all(family: ExpertFamily) -> None:

@@ -1,0 +1,86 @@
+"""What the engine's tests ask of an engine, and what they compare it with: the resident model that computes with the
+very weights the slabs hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pregate.config import Policy
+from pregate.engine.decode import OffloadEngine
+from pregate.engine.slabs import SlabLayout, aligned_bytes
+from pregate.models.switch_layers import switch_expert_family
+from tests.tiny import batch
+
+SLAB = 8192
+"""Bytes of one expert of `served`, which has 30."""
+OFFLOADED = [Policy.on_demand, Policy.prefetch_all, Policy.pre_gated]
+
+
+class Served(NamedTuple):
+    """A saved checkpoint and the model it was saved from."""
+
+    directory: Path
+    model: Any
+
+
+def as_stored(model: Any, layout: SlabLayout) -> Any:
+    """The resident model with every expert replaced by what its slab holds, at the alignment that slabs have."""
+    family = switch_expert_family(model.config)
+    stored = copy.deepcopy(model)
+    weights = dict(stored.named_parameters())
+    slab = aligned_bytes(layout.slab_bytes)
+    for key in family.keys():  # noqa: SIM118 - not a mapping
+        parameters = [weights[name] for name in family.tensor_names(key)]
+        layout.encode([p.detach() for p in parameters], slab)
+        for parameter, matrix in zip(parameters, layout.decode(slab), strict=True):
+            parameter.data = matrix.detach().clone()
+    return stored
+
+
+def request(size: int, num_beams: int = 1, seed: int = 0, new_tokens: int = 5, sample: bool = False) -> dict[str, Any]:
+    """A generation whose tokens depend on the experts: the tiny models would repeat their first token for ever."""
+    inputs = batch(seed, size=size)
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "num_beams": num_beams,
+        "do_sample": sample,
+        "repetition_penalty": 1e6,
+        "max_new_tokens": new_tokens,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+
+def generated(generate: Callable[..., Any], options: dict[str, Any], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens, and the logits of every step (step, batch × beams, V)."""
+    torch.manual_seed(seed)
+    result = generate(**options)
+    return result.sequences, torch.stack(result.logits)
+
+
+def assert_same(
+    got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], rtol: float = 0.0, atol: float = 0.0
+) -> None:
+    """Equal tokens, and logits bit for bit unless a tolerance is given; both sides are printed if not."""
+    for name, one, other in zip(("tokens", "logits"), got, expected, strict=True):
+        exact = name == "tokens" or rtol == atol == 0.0
+        same = torch.equal(one, other) if exact else torch.allclose(one, other, rtol=rtol, atol=atol)
+        assert same, f"{name} of the engine:\n{one}\n{name} of the resident model:\n{other}"
+
+
+def serve(engine: OffloadEngine) -> tuple[Tensor, Tensor]:
+    return generated(engine.generate, request(2))
+
+
+def assert_serves(engine: OffloadEngine, expected: tuple[Tensor, Tensor]) -> None:
+    """The engine generates what the resident model does, again and again."""
+    for _ in range(2):
+        assert_same(serve(engine), expected)
