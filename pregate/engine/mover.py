@@ -215,14 +215,14 @@ class CudaMover:
         free_again = self._last_use.pop(slot.data_ptr(), None)
         source = self._store.slab(key)
         if source is not None:
-            return _EventTransfer(self._copy(key, source, slot, free_again))
+            return _EventTransfer(self._copy(key, source, slot, free_again), self._device)
         assert self._reader is not None
 
         def deliver(buffer: HostBuffer) -> Any:
             buffer.copied = self._copy(key, buffer.memory, slot, free_again)
             return buffer.copied
 
-        return _StagedTransfer(self._reader.read_through(key, lambda: None, deliver))
+        return _StagedTransfer(self._reader.read_through(key, lambda: None, deliver), self._device)
 
     def _copy(self, key: ExpertKey, source: Tensor, slot: Tensor, free_again: Any) -> Any:
         with torch.cuda.stream(self._stream):
@@ -255,22 +255,22 @@ class CudaMover:
 
 
 class _EventTransfer:
-    def __init__(self, event: Any) -> None:
-        self._event = event
+    def __init__(self, event: Any, device: torch.device) -> None:
+        self._event, self._device = event, device
 
     def done(self) -> bool:
         return self._event.query()
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class _StagedTransfer:
-    def __init__(self, job: ReadJob) -> None:
-        self._job = job
+    def __init__(self, job: ReadJob, device: torch.device) -> None:
+        self._job, self._device = job, device
 
     def done(self) -> bool:
         return self._job.ended_well() and self._job.result().query()
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._job.result())
+        torch.cuda.current_stream(self._device).wait_event(self._job.result())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -37,7 +37,7 @@ from pregate.measure.bench_plots import plot_bench
 from pregate.measure.bench_row import Beside, Effort, measure_engine_row
 from pregate.measure.bench_table import command, print_bench, short_figures, write_bench
 from pregate.measure.bench_whole import HEADROOM, Accelerated, References, Whole, forget, resident_of
-from pregate.measure.planner import Profile, few_experts, predict, profile
+from pregate.measure.planner import Profile, all_on_device, few_experts, predict, profile, step_ms
 from pregate.memory import PeakMemory
 from pregate.runtime import console, environment, human_bytes, pick_device, set_seed, to_jsonable
 from pregate.tracking import Tracker, say
@@ -224,13 +224,25 @@ def _measure_store(
         )
         return
     with _opened_store(study, model, specs[0], packing) as store:
-        profiles: dict[tuple[Any, ...], Profile] = {}
+        profiles: dict[tuple[Any, ...], tuple[Profile, float | None]] = {}
         for spec in specs:
-            row = _engine_row(study, model, spec, store, references, results)
+            with _beside(study, model, spec) as step:
+                row = _engine_row(study, model, spec, store, references, results, step)
             if row is not None:
                 packed = packing.get(str(spec.slab_dtype)) if spec.tier == Tier.disk else None
                 row |= {} if packed is None else {"peak_bytes_packing": packed}
                 results.add(row | _prediction(study, model, spec, row, store, profiles))
+
+
+@contextmanager
+def _beside(study: Study, model: BenchModel, spec: RowSpec) -> Iterator[Callable[[], float] | None]:
+    """Times a step that waits for nothing, whenever called; None where few experts would not do the same work."""
+    if spec.batch > 1 or spec.forced_experts is not None:
+        yield None
+        return
+    with all_on_device(few_experts(model), SlabDtype.source, study.device) as engine:
+        step_ms(engine, 1, spec.prompt_len, study.device)  # warm-up
+        yield lambda: step_ms(engine, 1, spec.prompt_len, study.device)
 
 
 def _prediction(
@@ -239,18 +251,19 @@ def _prediction(
     spec: RowSpec,
     row: dict[str, Any],
     store: Store,
-    profiles: dict[tuple[Any, ...], Profile],
+    profiles: dict[tuple[Any, ...], tuple[Profile, float | None]],
 ) -> dict[str, Any]:
-    """What the planner says of a row, from a profile taken once for its load and the link as it was beside the row."""
+    """What the planner says of a row, from a profile taken once for its load, and the link and the speed of
+    computation as they were beside the row."""
     load = (spec.batch, spec.prompt_len)
     if load not in profiles:
         threads = study.run.engine.io_threads
-        profiles[load] = profile(few_experts(model), store, study.device, threads, spec.batch, spec.prompt_len)
-    said = predict(model, spec, profiles[load], row.get("link_gb_per_s"))
-    return {
-        "predicted": said,
-        "predicted_over_measured": said["tokens_per_s"] / row["tokens_per_s"],
-    }
+        taken = profile(few_experts(model), store, study.device, threads, spec.batch, spec.prompt_len)
+        profiles[load] = taken, row.get("compute_ms_after")
+    profiled, step_then = profiles[load]
+    factor = row["compute_ms"] / step_then if step_then is not None and "compute_ms_after" in row else None
+    said = predict(model, spec, profiled, row.get("link_gb_per_s"), factor)
+    return {"predicted": said, "predicted_over_measured": said["tokens_per_s"] / row["tokens_per_s"]}
 
 
 @contextmanager
@@ -278,7 +291,13 @@ def _opened_store(study: Study, model: BenchModel, spec: RowSpec, packing: dict[
 
 
 def _engine_row(
-    study: Study, model: BenchModel, spec: RowSpec, store: Store, references: References, results: Results
+    study: Study,
+    model: BenchModel,
+    spec: RowSpec,
+    store: Store,
+    references: References,
+    results: Results,
+    step: Callable[[], float] | None,
 ) -> dict[str, Any] | None:
     """The measured row, or None, with a sentence, where it does not fit."""
     if spec.policy == Policy.gpu_only:
@@ -291,6 +310,7 @@ def _engine_row(
     whole = results.find(resident_of(spec, study.run.bench.new_tokens)) or {}
     beside = Beside(
         whole.get("tpot_ms"),
+        step,
         references.get(spec, str(spec.slab_dtype)),
         references.get(spec) if spec.slab_dtype != SlabDtype.source else None,
     )

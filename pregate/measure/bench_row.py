@@ -84,6 +84,9 @@ class Beside:
     """What the same run knows of the whole model under the same load; None where it was not measured."""
 
     compute_ms: float | None = None
+    step_ms: Callable[[], float] | None = None
+    """Times a decoding step of a model of the same geometry with all its few experts in memory, at the moment of the
+    call: on a shared machine T_compute changes between the whole model's row and this one."""
     reference: Reference | None = None
     """With the weights that are served: dequantised ones for quantised slabs."""
     source_reference: Reference | None = None
@@ -129,11 +132,17 @@ def measure_engine_row(
     def bandwidth() -> float | None:
         return link_bandwidth(store, keys, device, io_threads, spec.seed) if moves else None
 
+    steps: list[float] = [beside.step_ms()] if beside.step_ms is not None else []
     before = bandwidth()
     measured = _serve(spec, model, store, device, effort, io_threads, beside)
     after = bandwidth()
+    compute_ms = beside.compute_ms
+    if beside.step_ms is not None:
+        steps.append(beside.step_ms())
+        compute_ms = statistics.mean(steps)
+        measured |= {"compute_ms_before": steps[0], "compute_ms_after": steps[1]}
     write_perfetto(trace_file, measured.pop("spans"), spec.sentence())
-    return {**spec.to_dict(), **measured, **floors(spec, measured, beside.compute_ms, before, after)}
+    return {**spec.to_dict(), **measured, **floors(spec, measured, compute_ms, before, after)}
 
 
 def _serve(

@@ -273,7 +273,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.get("link_ms") is not None for row in rows):
         found.append(
             "T_link: bytes a step moves ÷ the bandwidth measured right before and after the row with whole slabs. "
-            "T_compute: the whole model's time for a token in memory, of the same run. Floor: the larger of the two, "
+            "T_compute: a token's time with everything in memory; at batch 1 on the same geometry with few experts, "
+            "right before and after the row, because a shared machine changes from row to row, else that of the "
+            "resident row. Floor: the larger of the two, "
             "which perfect overlap would reach; gain allowed: their sum ÷ the floor, the most that overlap can bring. "
             "× on_demand: tokens/s over those of on_demand without a cache."
         )

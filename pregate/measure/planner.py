@@ -41,9 +41,18 @@ class Profile:
     link_gb_per_s: float
     slab_bytes: int
 
-    def on_link(self, gb_per_s: float) -> Durations:
-        """The same computation beside a link of another bandwidth."""
-        return replace(self.durations, slab=self.slab_bytes / gb_per_s / 1e6)
+    def at(self, link_gb_per_s: float | None, compute_factor: float | None) -> Durations:
+        """The durations at a moment when the link has another bandwidth and computing takes `compute_factor` times as
+        long, as a shared machine changes from minute to minute; None for what has not changed."""
+        slab = self.slab_bytes / (link_gb_per_s or self.link_gb_per_s) / 1e6
+        factor = compute_factor or 1.0
+        return replace(
+            self.durations,
+            before_block=tuple(factor * part for part in self.durations.before_block),
+            expert=factor * self.durations.expert,
+            after_blocks=factor * self.durations.after_blocks,
+            slab=slab,
+        )
 
 
 def few_experts(model: BenchModel) -> BenchModel:
@@ -53,30 +62,43 @@ def few_experts(model: BenchModel) -> BenchModel:
     return bench_model(model.name, None, synthetic_checkpoint(geometry, gating, model.dtype))
 
 
+@contextmanager
+def all_on_device(small: BenchModel, slab_dtype: SlabDtype, device: torch.device) -> Iterator[OffloadEngine]:
+    """An engine for `small` with every expert on the device, as slabs of `slab_dtype`."""
+    memory = DramStore(small.source, small.family, small.layout(slab_dtype), page_locked=False)
+    try:
+        engine = OffloadEngine.open(small.source, policy=Policy.gpu_only, device=device, store=memory)
+    finally:
+        memory.close()
+    with engine:
+        yield engine
+
+
+def step_ms(engine: OffloadEngine, batch: int, prompt_len: int, device: torch.device) -> float:
+    """The median time of a decoding step of `engine`, now."""
+    requests = Requests(batch, prompt_len, engine.model.config.vocab_size, 0, device)
+    return _step_ms(_timed(engine, requests, 1))
+
+
 def profile(
     small: BenchModel, store: Store, device: torch.device, io_threads: int, batch: int, prompt_len: int
 ) -> Profile:
     """Time the steps of `small`, all of whose experts are on the device as slabs like those of `store`, alone and
     beside a busy link; and the link alone and beside the computation."""
     link = link_bandwidth(store, small.family.keys(), device, io_threads)
-    layout = store.layout
-    memory = DramStore(small.source, small.family, layout, page_locked=False)
     requests = Requests(batch, prompt_len, small.vocab_size, 0, device)
-    try:
-        with OffloadEngine.open(small.source, policy=Policy.gpu_only, device=device, store=memory) as engine:
-            _timed(engine, requests, 1)
-            alone = _timed(engine, requests, 2)
-            slowdowns = {}
-            if device.type == "cpu":
-                # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
-                with _busy_link(store, small, io_threads) as moved:
-                    beside = _timed(engine, requests, 2)
-                # per step of either the same work was done, so the ratio of step times is the slowdown
-                slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / _step_ms(alone))
-                slowdowns["link_slowdown"] = max(1.0, link / moved.gb_per_s) if moved.gb_per_s else 1.0
-    finally:
-        memory.close()
-    return Profile(replace(durations(alone, layout.slab_bytes / link / 1e6), **slowdowns), link, layout.slab_bytes)
+    with all_on_device(small, store.layout.stored, device) as engine:
+        _timed(engine, requests, 1)
+        alone = _timed(engine, requests, 2)
+        slowdowns = {}
+        if device.type == "cpu":
+            # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
+            with _busy_link(store, small, io_threads) as moved:
+                beside = _timed(engine, requests, 2)
+            slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / _step_ms(alone))
+            slowdowns["link_slowdown"] = max(1.0, link / moved.gb_per_s) if moved.gb_per_s else 1.0
+    slab_bytes = store.layout.slab_bytes
+    return Profile(replace(durations(alone, slab_bytes / link / 1e6), **slowdowns), link, slab_bytes)
 
 
 def _timed(engine: OffloadEngine, requests: Requests, number: int) -> Timed:
@@ -140,10 +162,16 @@ def _busy_link(store: Store, small: BenchModel, io_threads: int) -> Iterator[_Mo
         moved.gb_per_s = statistics.median(measured) if measured else None
 
 
-def predict(model: BenchModel, spec: RowSpec, profiled: Profile, link_gb_per_s: float | None = None) -> dict[str, Any]:
+def predict(
+    model: BenchModel,
+    spec: RowSpec,
+    profiled: Profile,
+    link_gb_per_s: float | None = None,
+    compute_factor: float | None = None,
+) -> dict[str, Any]:
     """Predicted figures of one engine row: `tpot_ms`, `tokens_per_s`, `exposed_ms_per_token`, `bytes_per_step`,
-    `active_experts` a block and step, `slots`, `peak_device_bytes`. `link_gb_per_s`: of the moment; None is the
-    profile's own."""
+    `active_experts` a block and step, `slots`, `peak_device_bytes`. `link_gb_per_s`: of the moment;
+    `compute_factor`: how much longer than in the profile a step computes at the moment; None for the profile's own."""
     layout = model.layout(str(spec.slab_dtype))
     policy, cache = Policy(spec.policy), CacheRule(spec.cache or CacheRule.none)
     budget = None if policy is Policy.gpu_only else spec.budget
@@ -151,7 +179,7 @@ def predict(model: BenchModel, spec: RowSpec, profiled: Profile, link_gb_per_s: 
     found: Predicted = simulate(
         model.family,
         model.gating,
-        profiled.on_link(link_gb_per_s or profiled.link_gb_per_s),
+        profiled.at(link_gb_per_s, compute_factor),
         policy=policy,
         cache=cache,
         num_slots=slots,

@@ -198,6 +198,18 @@ def test_hits_misses_and_evictions_are_counted_where_they_happen() -> None:
     assert use(*keys(0, 1, 0)) == (4, 4, 2)
 
 
+def test_a_use_is_counted_once_however_often_it_is_announced() -> None:
+    """A slab that was prefetched is a miss and no hit; one that was kept is a hit when it is first announced."""
+    bench = Bench(3, CacheRule.lru)
+    for hits in (0, 2):
+        for _ in range(3):
+            bench.scheduler.request(keys(0, 0, 1))
+        bench.scheduler.request(keys(0, 0, 1), urgent=True)
+        for key in keys(0, 0, 1):
+            bench.compute(key)
+        assert (bench.counters.hits, bench.counters.misses) == (hits, 2)
+
+
 def test_without_a_cache_only_stolen_slots_are_evictions() -> None:
     bench = Bench(1, CacheRule.none)
     bench.scheduler.request(keys(0, 0))
