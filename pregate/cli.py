@@ -181,7 +181,10 @@ def entry_point(work: Callable[[Run], None]) -> None:
                 raise
             fail(str(error))
         except KeyboardInterrupt:
-            print("pregate: stopped; a training run goes on with the same command and resume=true.", file=sys.stderr)
+            print(
+                "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.",
+                file=sys.stderr,
+            )
             sys.exit(130)
 
     run_under_hydra()

@@ -48,7 +48,7 @@ def test_ctrl_c_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         start(["seed=1"], monkeypatch, interrupted)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == (  # type: ignore[attr-defined]
-        "pregate: stopped; a training run goes on with the same command and resume=true.\n"
+        "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.\n"
     )
 
 

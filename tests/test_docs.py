@@ -50,7 +50,9 @@ def test_settings_named_in_the_docs_exist(page: str) -> None:
 
     known = set(_known_keys())
     text = (ROOT / page).read_text()
-    named = set(re.findall(r"\b((?:train|source_train|eval|engine|task|tracking|pregate|model|data)\.[a-z_.]+)=", text))
+    named = set(
+        re.findall(r"\b((?:train|source_train|eval|engine|bench|task|tracking|pregate|model|data)\.[a-z_.]+)=", text)
+    )
     for setting in named:
         parent = setting.rpartition(".")[0]
         assert setting in known or parent in {"task.files", "task.columns", "model.geometry"}, setting
