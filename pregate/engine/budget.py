@@ -72,7 +72,7 @@ def allocate_slots(num_slots: int, layout: SlabLayout, device: torch.device) -> 
     size = num_slots * layout.slab_bytes
     try:
         flat = aligned_bytes(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, RuntimeError, OSError) as error:  # torch, torch and mmap
         raise DeviceFullError(
             f"{num_slots} slots need {human_bytes(size)} on {device}, which has not that much free: lower "
             "engine.device_budget."
