@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pregate.engine.mover import label
 from pregate.engine.policy import MovePolicy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slabs import SlabLayout
@@ -77,7 +76,7 @@ class OffloadedExperts(nn.Module):
         results: dict[ExpertKey, Tensor] = {}
         if runs:
             gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
-            for key in self._in_order_of_arrival(by_use):
+            for key in self._scheduler.in_order_of_arrival(by_use):
                 first, last = runs[key]
                 results[key] = self._apply(key, gathered_ND[first:last])
         self._scheduler.finish_block(self._stack, self._block)
@@ -101,24 +100,10 @@ class OffloadedExperts(nn.Module):
 
     def _apply(self, key: ExpertKey, hidden_ND: Tensor) -> Tensor:
         slot = self._scheduler.acquire(key)
-        with self._trace.span("compute", label(key)):
+        with self._trace.span("compute", key.label):
             result_ND = self._family.apply(self._matrices[slot], hidden_ND)
         self._scheduler.release(key)
         return result_ND
-
-    def _in_order_of_arrival(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
-        """Slabs that are here first, then those under way in the order they were requested in, then those still
-        waiting for a slot."""
-        late = []
-        for key in keys:
-            if self._scheduler.is_ready(key):
-                yield key
-            else:
-                late.append(key)
-        while late:
-            key = next((key for key in late if self._scheduler.is_placed(key)), late[0])
-            late.remove(key)
-            yield key
 
 
 def routed_experts(routing: Routing) -> Sequence[int]:

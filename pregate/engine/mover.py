@@ -50,10 +50,6 @@ class Mover(Protocol):
     def close(self) -> None: ...
 
 
-def label(key: ExpertKey) -> str:
-    return f"{key.stack} block {key.block} expert {key.expert}"
-
-
 class _Reader:
     """Reads slabs into given memory, or into host buffers, in parts on a pool of threads."""
 
@@ -154,7 +150,7 @@ class ThreadMover:
 
         def ended() -> None:
             if self._trace.enabled:
-                self._trace.add("transfer", label(key), times[0], self._trace.mark())
+                self._trace.add("transfer", key.label, times[0], self._trace.mark())
 
         def deliver(buffer: HostBuffer) -> None:
             copy_bytes(buffer.memory, slot)
@@ -232,7 +228,7 @@ class CudaMover:
             slot.copy_(source, non_blocking=True)
             end = self._trace.mark(self._stream)
         if self._trace.enabled:
-            self._trace.add("transfer", label(key), begin, end)
+            self._trace.add("transfer", key.label, begin, end)
         return end
 
     def used(self, slot: Tensor) -> None:

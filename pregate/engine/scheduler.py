@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pregate.engine.cache import Placed, SlotTable
-from pregate.engine.mover import Mover, Transfer, label
+from pregate.engine.mover import Mover, Transfer
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertKey
 
@@ -57,6 +57,20 @@ class Scheduler:
 
     def is_placed(self, key: ExpertKey) -> bool:
         return self._table.find(key) is not None
+
+    def in_order_of_arrival(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
+        """Slabs that are here first, then those under way in the order they were requested in, then those still
+        waiting for a slot."""
+        late = []
+        for key in keys:
+            if self.is_ready(key):
+                yield key
+            else:
+                late.append(key)
+        while late:
+            key = next((key for key in late if self.is_placed(key)), late[0])
+            late.remove(key)
+            yield key
 
     def acquire(self, key: ExpertKey) -> int:
         """The slot of an announced slab, there and safe from reuse until `release`; waits if it must."""
@@ -142,6 +156,6 @@ class Scheduler:
         if transfer.done():
             transfer.wait()
         else:
-            with self._trace.span("wait", label(key)):
+            with self._trace.span("wait", key.label):
                 transfer.wait()
         self._transfers.pop(slot, None)

@@ -57,10 +57,6 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def _named(key: ExpertKey) -> str:
-    return f"{key.stack} block {key.block} expert {key.expert}"
-
-
 def copy_bytes(source: Tensor, target: Tensor) -> None:
     """Between CPU slabs, on this thread alone: torch would start a team of threads beside the one that computes."""
     np.copyto(target.numpy(), source.numpy())
@@ -167,7 +163,7 @@ class DiskStore:
                 return
         if checksum(slab_B) != self._checksums[key]:
             raise DamagedPackError(
-                f"{self._pack_dir / SLABS} holds other bytes than were packed for {_named(key)}: remove "
+                f"{self._pack_dir / SLABS} holds other bytes than were packed for {key.label}: remove "
                 f"{self._pack_dir}, and the experts are packed again."
             )
         with self._lock:
@@ -179,18 +175,18 @@ class DiskStore:
 
     def _failed(self, key: ExpertKey, error: OSError) -> SlabReadError:
         if self._file < 0:
-            return SlabReadError(f"{self._pack_dir / SLABS} was closed before {_named(key)} was read: open it again.")
+            return SlabReadError(f"{self._pack_dir / SLABS} was closed before {key.label} was read: open it again.")
         # where direct reads must be whole blocks, what is left of a block that the file ends in is refused, not short
         if error.errno == errno.EINVAL and os.fstat(self._file).st_size < self._offsets[key] + self.layout.slab_bytes:
             return self._ends_inside(key)
         return SlabReadError(
-            f"{self._pack_dir / SLABS} cannot be read at {_named(key)} ({error.strerror}): check the disk, or set "
+            f"{self._pack_dir / SLABS} cannot be read at {key.label} ({error.strerror}): check the disk, or set "
             "engine.pack_dir to another."
         )
 
     def _ends_inside(self, key: ExpertKey) -> DamagedPackError:
         return DamagedPackError(
-            f"{self._pack_dir / SLABS} ends inside {_named(key)}: remove {self._pack_dir}, and the experts are packed "
+            f"{self._pack_dir / SLABS} ends inside {key.label}: remove {self._pack_dir}, and the experts are packed "
             "again."
         )
 

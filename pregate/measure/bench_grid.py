@@ -151,8 +151,8 @@ def _group_member(name: str) -> dict[str, Any]:
 def _random_model(run: Run, name: str, geometry: dict[str, Any], precision: Precision) -> BenchModel:
     if not geometry:
         raise UsageError(f"The model {name} has no geometry to fill with random weights: set checkpoint=DIR.")
-    # a tokenizer would bring the vocabulary and the start token; without one they are T5's
-    settings = {"vocab_size": 32128, "decoder_start_token_id": 0, **geometry}
+    # a tokenizer would bring the vocabulary; without one it is T5's
+    settings = {"vocab_size": 32128, **geometry}
     dtype = DTYPES.get(precision, torch.float32)
     gating = PreGating.of_config(run.pregate).to_dict()
     return bench_model(name, None, synthetic_checkpoint(settings, gating, dtype, run.seed))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Profile:
         )
 
 
+@lru_cache(maxsize=1)
 def few_experts(model: BenchModel) -> BenchModel:
     """A random-weight model of the same geometry, small enough to be timed anywhere."""
     geometry = {**model.source.config, "num_experts": min(FEW_EXPERTS, model.family.num_experts)}
@@ -209,7 +211,7 @@ def memory_bytes(model: BenchModel, spec: RowSpec, slots: int) -> int:
         torch.Size(info.shape).numel() for name, info in model.source.tensors.items() if name not in expert_names
     )
     total = numel * model.dtype.itemsize + slots * layout.slab_bytes
-    if SlabDtype(str(spec.slab_dtype)) is not SlabDtype.source:
+    if layout.is_quantised:
         total += layout.matrix_bytes
     if spec.host_budget is not None:
         total += host_buffers_within(spec.host_budget, model.family, layout.slab_bytes) * layout.slab_bytes

@@ -234,8 +234,7 @@ class _Step:
         keys = [ExpertKey(stack, block, expert) for expert in experts]
         self._scheduler.request(keys, urgent=True)
         self._scheduler.request(self._moves.on_enter(stack, block))
-        ready = [key for key in keys if self._scheduler.is_ready(key)]
-        for key in [*ready, *(key for key in keys if key not in ready)]:
+        for key in self._scheduler.in_order_of_arrival(keys):
             before = self._clock.now
             self._scheduler.acquire(key)
             self.waited += self._clock.now - before

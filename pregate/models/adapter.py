@@ -96,6 +96,11 @@ class ExpertKey(NamedTuple):
     block: int
     expert: int
 
+    @property
+    def label(self) -> str:
+        """As traces and messages name it."""
+        return f"{self.stack} block {self.block} expert {self.expert}"
+
 
 @dataclass(frozen=True)
 class ExpertFamily:
