@@ -1,7 +1,7 @@
 """One decoding step of a Switch decoder with fixed shapes and fixed addresses, for as many replays as a request needs.
 
-Computes what the model's own decoder computes for one token a row, from the same parameters: routes through
-`pregate.models.routing`, pre-gates of any lookahead, entry gates, conventional decoders. Where the step's tokens stand is
+Computes what the model's own decoder computes for one token a row, from the same parameters and through the model's own
+gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. Where the step's tokens stand is
 a tensor, so nothing in it depends on the host. Knows the family's layers; how experts get where they are computed is
 left to `StepExperts`.
 
@@ -23,8 +23,8 @@ from pregate.engine.device.static_attention import (
     StaticSelfAttention,
     source_mask,
 )
-from pregate.models.routing import Routing, route, router_logits
-from pregate.models.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
+from pregate.models.routing import Routing
+from pregate.models.switch_layers import PreGatedSparseMLP, SwitchGate, finite
 
 
 class StepExperts(Protocol):
@@ -43,28 +43,19 @@ class StepExperts(Protocol):
         ...
 
 
-class StaticGate:
-    """A gate in evaluation mode, its weights converted to the router's dtype once instead of at every step."""
-
-    def __init__(self, gate: SwitchGate) -> None:
-        weight, bias = gate.classifier.weight, gate.classifier.bias
-        self._dtype, self._capacity = gate.dtype, gate.capacity
-        self._weight_ED = weight.detach().to(gate.dtype)
-        self._bias_E = None if bias is None else bias.detach().to(gate.dtype)
-        self._norm = gate.layer_norm if isinstance(gate, EmbeddingGate) else None
-
-    def __call__(self, hidden_B1D: Tensor) -> Routing:
-        if self._norm is not None:
-            hidden_B1D = self._norm(hidden_B1D)
-        logits_B1E = router_logits(hidden_B1D, self._weight_ED, self._bias_E, self._dtype)
-        return route(logits_B1E, top_k=1, capacity=self._capacity, dtype=hidden_B1D.dtype)
+def keep_in_router_dtype(gate: SwitchGate) -> SwitchGate:
+    """Convert the gate's weights to the dtype it routes in for good, which it would do at every step; the same logits."""
+    for name, parameter in list(gate.classifier.named_parameters()):
+        converted = parameter.detach().to(gate.dtype)
+        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    return gate
 
 
 class StaticDecoder:
     """The decoder of `model` for `batch` rows of at most `max_source_len` source and `max_new_tokens` new tokens.
 
     `begin` prepares a request, then each `step` appends a token a row. The parameters stay the model's own; those
-    of self-attention are laid out anew (see `join_projections`).
+    of self-attention are laid out anew (`join_projections`), those of gates converted (`keep_in_router_dtype`).
     """
 
     def __init__(
@@ -78,7 +69,7 @@ class StaticDecoder:
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else None
         self._experts = experts
-        self._entries = {int(block): StaticGate(gate) for block, gate in decoder.entry_gates.items()}
+        self._entries = {int(block): keep_in_router_dtype(gate) for block, gate in decoder.entry_gates.items()}
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
@@ -122,8 +113,8 @@ class StaticDecoder:
 
     def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-        own = None if mlp.router is None else StaticGate(mlp.router)
-        ahead = None if mlp.pre_gate is None else StaticGate(mlp.pre_gate)
+        own = None if mlp.router is None else keep_in_router_dtype(mlp.router)
+        ahead = None if mlp.pre_gate is None else keep_in_router_dtype(mlp.pre_gate)
         block, target = mlp.index, mlp.target
 
         def run(normed_B1D: Tensor) -> Tensor:
