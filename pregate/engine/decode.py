@@ -46,7 +46,7 @@ def serving_dtype(
     return config.dtype if isinstance(config.dtype, torch.dtype) else stored
 
 
-class _Opened:
+class OpenedCheckpoint:
     """A checkpoint's headers, and what follows from them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -74,11 +74,11 @@ def open_store(
     (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
     checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
-    return _open_store(_Opened(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
+    return _open_store(OpenedCheckpoint(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
 
 
 def _open_store(
-    opened: _Opened, tier: Tier, device: torch.device, pack_dir: str | Path | None, slab_dtype: SlabDtype
+    opened: OpenedCheckpoint, tier: Tier, device: torch.device, pack_dir: str | Path | None, slab_dtype: SlabDtype
 ) -> Store:
     layout = SlabLayout.of(opened.family, opened.dtype, slab_dtype)
     if resolve_tier(tier, device) is Tier.disk:
@@ -106,7 +106,7 @@ class OffloadEngine:
         self.family, self.policy = family, policy
         self.trace, self.counters = trace, counters
         self.slab_bytes, self.num_slots = store.layout.slab_bytes, slots_NB.shape[0]
-        self._mover = mover
+        self._mover, self._slots_NB = mover, slots_NB
         self._matrices = SlotMatrices(slots_NB, store.layout)
         rule = CacheRule.lru if policy is Policy.gpu_only else cache
         self._scheduler = Scheduler(list(slots_NB), SlotTable(self.num_slots, rule), mover, trace, counters)
@@ -150,7 +150,7 @@ class OffloadEngine:
         be given by name. Raises `UsageError` for a checkpoint or budget that cannot be served.
         """
         device, policy = torch.device(device), Policy(policy)
-        opened = _Opened(checkpoint)
+        opened = OpenedCheckpoint(checkpoint)
         layout = SlabLayout.of(opened.family, opened.dtype, store.layout.stored if store else SlabDtype(slab_dtype))
         if store is not None and store.layout != layout:
             raise UsageError(
@@ -194,6 +194,26 @@ class OffloadEngine:
         after an error or an interrupt; calls from several threads are served one after the other."""
         return self._serve(self.model.generate, inputs)
 
+    @torch.inference_mode()
+    def encode(self, **inputs: Any) -> Tensor:
+        """The encoder alone, with the arguments of its `forward`: its last hidden states (B, S, D)."""
+        return self._serve(self.model.encoder, inputs).last_hidden_state
+
+    def lend_slots(self) -> Tensor:
+        """The slots (num_slots, slab_bytes), for another driver to fill until this engine serves again.
+
+        What they hold is forgotten, except with `gpu_only`: there slot i holds the i-th of `family.keys()`, and must.
+        """
+        keys = self.family.keys()
+        if self.policy is not Policy.gpu_only:
+            self._scheduler.reset()
+        elif any(self._scheduler.slot_of(key) != slot for slot, key in enumerate(keys)):
+            # a call that was cut short has forgotten them
+            self._scheduler.reset()
+            self._scheduler.request(keys)
+            self._scheduler.settle()
+        return self._slots_NB
+
     def _serve(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         with self._serving:
             if not self._on_close:
@@ -236,6 +256,7 @@ class OffloadEngine:
             self._on_close.pop()
         self._scheduler.forget_slots()
         self._matrices.forget_slots()
+        self._slots_NB = self._slots_NB[:0].clone()
         self.model.set_listener(None)
         for hook in self._hooks:
             hook.remove()
@@ -267,7 +288,9 @@ class OffloadEngine:
             self._scheduler.request(self._moves.on_route(stack, block, routed_experts(routing)))
 
 
-def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _without_experts(
+    opened: OpenedCheckpoint, device: torch.device
+) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     config, source = opened.config, opened.source
     setattr(config, WITHOUT_EXPERTS, True)

@@ -1,5 +1,5 @@
-"""The two CUDA constructs that device-driven decoding needs, and what they are on a CPU: a second stream that forks from
-the computation and joins it again, and a step that is captured once and replayed.
+"""The two CUDA constructs that device-driven decoding needs, and what they are on a CPU: a second stream that forks
+from the computation and joins it again, and a step that is captured once and replayed.
 
 Knows streams and graphs; knows nothing about what runs in them.
 """

@@ -2,16 +2,17 @@
 compute with them.
 
 Every fetch is a launch whose arguments never change; which slabs it copies, and whether any, is read from tensors.
-Fetches are issued in the order of the blocks, so that the slots which must not be overwritten are those of the last few.
+Fetches are issued in the order of the blocks, so that the slots which must not be overwritten are the last few's.
 Knows slots, plans and streams; knows nothing about models beyond the shape of a route.
 
-Letters: B batch, K experts per token, N = B*K choices of a block, E experts of a block, G all slabs, S slots, D model width.
+Letters: B batch, K experts per token, N = B*K choices of a block, E experts of a block, G all slabs, S slots,
+D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +78,17 @@ class ResidentSlots:
             torch.full((blocks.num_choices,), DROPPED, dtype=torch.int32, device=device) for _ in blocks.first_slab
         ]
         self._out_BD = torch.zeros(blocks.batch, blocks.d_model, dtype=dtype, device=device)
-        self._scratch = ExpertScratch.empty(memory.layout, blocks.num_choices, device)
+        self._scratch = ExpertScratch.empty(blocks.num_choices, memory.layout, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """What this takes beside slots and table, without the few numbers of a plan."""
+        return self._out_BD.nbytes + self._scratch.num_bytes
+
+    def forget_slots(self) -> None:
+        """For an engine that is closed, so that its memory is free though the engine is still referred to."""
+        memory = self._memory
+        self._memory = replace(memory, slots_SB=memory.slots_SB[:0].clone(), addresses_G=memory.addresses_G[:0].clone())
 
     def begin_step(self) -> None:
         """No route is known."""

@@ -65,11 +65,9 @@ class Request:
     with_logits: bool
 
 
-def read_request(
-    defaults: GenerationConfig, options: dict[str, Any], vocab_size: int, max_new_tokens: int
-) -> Request:
-    """`options` over `defaults`, as Hugging Face `generate` reads them, except that sampling draws from all tokens unless
-    `top_k` and its like say something that is refused. Raises `UsageError`."""
+def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size: int, max_new_tokens: int) -> Request:
+    """`options` over `defaults`, as Hugging Face `generate` reads them, except that sampling draws from all tokens
+    where nothing is said of `top_k` (there: from the 50 likeliest). Raises `UsageError`."""
     config = copy.deepcopy(defaults)
     unknown = config.update(**options)
     unknown = {name: value for name, value in unknown.items() if value is not None}
@@ -97,7 +95,9 @@ def read_request(
             raise UsageError(f"{name}={getattr(config, name)} {sentence}.")
     for token in (*eos, pad, config.decoder_start_token_id):
         if not 0 <= int(token) < vocab_size:
-            raise UsageError(f"The token {token} is outside the vocabulary of {vocab_size}: check the generation settings.")
+            raise UsageError(
+                f"The token {token} is outside the vocabulary of {vocab_size}: check the generation settings."
+            )
     return Request(
         _length(config, max_new_tokens),
         Sampling(

@@ -42,7 +42,7 @@ class Sampling:
 
 class TokenChooser:
     """The tokens of a batch so far, in tensors that stay where they are: `tokens_BT`, `token_B` (the next step's
-    input), `position_1` (its place), `live_B` (rows that have not ended) and `logits_BV` (float32, of the last step)."""
+    input), `position_1` (its place), `live_B` (rows that have not ended), `logits_BV` (float32, of the last step)."""
 
     def __init__(self, batch: int, length: int, vocab_size: int, device: torch.device) -> None:
         def room(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -59,6 +59,10 @@ class TokenChooser:
         self._min_new_1 = room(1, dtype=torch.int64)
         self._temperature_1 = room(1, dtype=torch.float32)
         self._penalty_1 = room(1, dtype=torch.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     def begin(self, sampling: Sampling, rows: int) -> None:
         """Start over with `rows` sequences; the rows behind them have ended already."""

@@ -44,7 +44,7 @@ class StepExperts(Protocol):
 
 
 def keep_in_router_dtype(gate: SwitchGate) -> SwitchGate:
-    """Convert the gate's weights to the dtype it routes in for good, which it would do at every step; the same logits."""
+    """Convert the gate's weights to the dtype it routes in for good, instead of at every step; the same logits."""
     for name, parameter in list(gate.classifier.named_parameters()):
         converted = parameter.detach().to(gate.dtype)
         setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
@@ -74,6 +74,12 @@ class StaticDecoder:
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
         self._routes: dict[int, Routing] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """What the step's own tensors take: caches, mask, tokens and logits."""
+        caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
+        return caches + self._mask_B11S.nbytes + self.chooser.num_bytes
 
     @torch.inference_mode()
     def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
