@@ -24,6 +24,7 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.decode import Checkpoint, OffloadEngine, OpenedCheckpoint, open_store
 from pregate.engine.device import require_triton
+from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import StepGraphs, side_stream
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
 from pregate.engine.device.request import Request, read_request
@@ -102,6 +103,7 @@ class DeviceEngine:
         policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
         _refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
         headers = OpenedCheckpoint(checkpoint)
+        check_activation(headers.config.dense_act_fn)
         if device.type == "cuda":
             require_triton()
         opened = store or open_store(checkpoint, tier=Tier.dram, device=device, slab_dtype=SlabDtype(slab_dtype))
@@ -129,7 +131,7 @@ class DeviceEngine:
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Hugging Face `generate` for greedy search and sampling by temperature; takes and returns the same.
 
-        input_ids (B, S), attention_mask (B, S). Understood `options`: `max_new_tokens` (default: what the engine was
+        input_ids (B, S), attention_mask (B, S; without one, no token is padding). Understood `options`: `max_new_tokens` (default: what the engine was
         opened for), `min_new_tokens`, `do_sample`, `temperature`, `repetition_penalty`, the special tokens,
         `return_dict_in_generate` and `output_logits`. Sampling draws from all tokens, and repeats itself after
         `torch.manual_seed`. Raises `UsageError` for every other setting and for larger requests than the engine was
@@ -168,8 +170,7 @@ class DeviceEngine:
                     f"{self.batch} and {self.max_source_len}: open it with more."
                 )
             if attention_mask is None:
-                padded = sampling.pad not in sampling.eos
-                attention_mask = input_ids.ne(sampling.pad) if padded else torch.ones_like(input_ids)
+                attention_mask = torch.ones_like(input_ids)
             if self._device.type == "cuda":
                 # steps of the last request may still read slots that the host is about to fill
                 torch.cuda.current_stream(self._device).synchronize()

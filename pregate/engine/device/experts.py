@@ -34,6 +34,15 @@ def up_and_down(layout: SlabLayout) -> tuple[MatrixPlace, MatrixPlace]:
     return layout.matrices[0], layout.matrices[1]
 
 
+def check_activation(activation: str) -> None:
+    """Raises `UsageError` for an activation, by its name in a model's config, that no kernel has."""
+    if activation not in ACTIVATIONS:
+        raise UsageError(
+            f"Experts with the activation {activation!r} cannot be computed on the device, only "
+            f"{', '.join(ACTIVATIONS)}: use the host engine."
+        )
+
+
 @dataclass(frozen=True)
 class ExpertScratch:
     """Room for what lies between an expert's matrices, made once. hidden_NF: after the activation. weighted_ND: each
@@ -71,11 +80,7 @@ def expert_outputs(
     adds nothing. Rounds to the dtype where the resident expert does: after each matrix, after weighting, after the
     sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation or experts it lacks.
     """
-    if activation not in ACTIVATIONS:
-        raise UsageError(
-            f"Experts with the activation {activation!r} cannot be computed on the device, only "
-            f"{', '.join(ACTIVATIONS)}: use the host engine."
-        )
+    check_activation(activation)
     if hidden_BD.device.type == "cuda":
         from pregate.engine.device.kernels_experts import launch_expert_outputs
 

@@ -140,17 +140,22 @@ def test_the_fewest_slots_are_those_of_the_blocks_under_way(served: Served) -> N
 
 
 @pytest.mark.parametrize("policy", [Policy.pre_gated, Policy.prefetch_all])
-def test_a_slot_reused_too_early_is_noticed(
+def test_slots_of_the_running_block_are_never_reused(
     served: Served, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing protected, fetches for later blocks overwrite the running one's slots, and the logits show it."""
-    inputs = inputs_of(0, 3)
-    wanted = reference(served.model, inputs, STEPS, None)
-    assign = moves.assign_slots
-    monkeypatch.setattr(moves, "assign_slots", lambda *a, **k: assign(*a, **{**k, "protected_fetches": 0}))
-    fewest = fewest_slots(policy, served.model.config, SLAB, 3)
-    with DeviceEngine.open(served.directory, batch=3, policy=policy, device_budget=f"{fewest * SLAB}B") as engine:
-        got = served_by(engine, inputs, STEPS, None)
+    """With room for a single block, which no budget can have, it is told that slots are missing; were nothing
+    protected, the running block's experts would be overwritten and the logits show it."""
+    inputs, steps = inputs_of(0, 3), 8
+    wanted = reference(served.model, inputs, steps, None)
+    monkeypatch.setattr("pregate.engine.device.engine.slots_needed", lambda *_: 1)
+    slots = 5 if policy is Policy.prefetch_all else 2
+    with DeviceEngine.open(served.directory, batch=3, policy=policy, device_budget=f"{slots * SLAB}B") as engine:
+        with pytest.raises(RuntimeError, match=f"experts found no slot among {slots}"):
+            served_by(engine, inputs, steps, None)
+        assign = moves.assign_slots
+        monkeypatch.setattr(moves, "assign_slots", lambda *a, **k: assign(*a, **{**k, "protected_fetches": 0}))
+        monkeypatch.setattr(engine, "_check_errors", lambda: [0, 0, 0, 0])
+        got = served_by(engine, inputs, steps, None)
     assert not torch.allclose(got[1], wanted[1], atol=1e-3)
 
 
@@ -287,7 +292,7 @@ def test_engines_share_a_store_and_leave_it_open(served: Served) -> None:
 def test_opened_under_inference_mode_it_serves_as_well(served: Served) -> None:
     with torch.inference_mode():
         engine = DeviceEngine.open(served.directory, slab_dtype=SlabDtype.int8)
-    assert engine.generate(**inputs_of(0, 1), max_new_tokens=3).shape == (1, 4)
+    assert engine.generate(**inputs_of(0, 1), max_new_tokens=3, eos_token_id=None).shape == (1, 4)
     engine.close()
 
 
@@ -346,7 +351,7 @@ def test_requests_that_are_too_large_are_refused(served: Served) -> None:
         ]:
             with pytest.raises(UsageError, match=said):
                 engine.generate(**inputs, **options)
-        assert engine.generate(**inputs_of(0, 2), max_new_tokens=4).shape == (2, 5)
+        assert engine.generate(**inputs_of(0, 2), max_new_tokens=4, eos_token_id=None).shape == (2, 5)
 
 
 def test_as_transformers_loads_it(served: Served) -> None:
