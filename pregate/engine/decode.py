@@ -46,7 +46,7 @@ def serving_dtype(
     return config.dtype if isinstance(config.dtype, torch.dtype) else stored
 
 
-class OpenedCheckpoint:
+class _Opened:
     """A checkpoint's headers, and what follows from them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -74,11 +74,11 @@ def open_store(
     (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
     checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
-    return _open_store(OpenedCheckpoint(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
+    return _open_store(_Opened(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
 
 
 def _open_store(
-    opened: OpenedCheckpoint, tier: Tier, device: torch.device, pack_dir: str | Path | None, slab_dtype: SlabDtype
+    opened: _Opened, tier: Tier, device: torch.device, pack_dir: str | Path | None, slab_dtype: SlabDtype
 ) -> Store:
     layout = SlabLayout.of(opened.family, opened.dtype, slab_dtype)
     if resolve_tier(tier, device) is Tier.disk:
@@ -150,7 +150,7 @@ class OffloadEngine:
         be given by name. Raises `UsageError` for a checkpoint or budget that cannot be served.
         """
         device, policy = torch.device(device), Policy(policy)
-        opened = OpenedCheckpoint(checkpoint)
+        opened = _Opened(checkpoint)
         layout = SlabLayout.of(opened.family, opened.dtype, store.layout.stored if store else SlabDtype(slab_dtype))
         if store is not None and store.layout != layout:
             raise UsageError(
@@ -288,9 +288,7 @@ class OffloadEngine:
             self._scheduler.request(self._moves.on_route(stack, block, routed_experts(routing)))
 
 
-def _without_experts(
-    opened: OpenedCheckpoint, device: torch.device
-) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     config, source = opened.config, opened.source
     setattr(config, WITHOUT_EXPERTS, True)

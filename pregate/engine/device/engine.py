@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.decode import Checkpoint, OffloadEngine, OpenedCheckpoint, open_store
+from pregate.engine.decode import Checkpoint, OffloadEngine, open_store
 from pregate.engine.device import require_triton
 from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import StepGraphs, side_stream
@@ -35,6 +35,7 @@ from pregate.engine.policy import default_slots
 from pregate.engine.store import Store
 from pregate.engine.trace import Counters
 from pregate.models.adapter import ExpertKey
+from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import human_bytes
 
@@ -102,14 +103,15 @@ class DeviceEngine:
         """
         policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
         _refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
-        headers = OpenedCheckpoint(checkpoint)
-        check_activation(headers.config.dense_act_fn)
+        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
+        config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+        check_activation(config.dense_act_fn)
         if device.type == "cuda":
             require_triton()
         opened = store or open_store(checkpoint, tier=Tier.dram, device=device, slab_dtype=SlabDtype(slab_dtype))
         host: OffloadEngine | None = None
         try:
-            slots = slots_for(device_budget, policy, headers.config, opened.layout.slab_bytes, batch)
+            slots = slots_for(device_budget, policy, config, opened.layout.slab_bytes, batch)
             budget = f"{slots * opened.layout.slab_bytes}B"
             host = OffloadEngine.open(
                 checkpoint, policy=policy, device=device, device_budget=budget, cache=cache, store=opened
@@ -131,16 +133,14 @@ class DeviceEngine:
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Hugging Face `generate` for greedy search and sampling by temperature; takes and returns the same.
 
-        input_ids (B, S), attention_mask (B, S; without one, no token is padding). Understood `options`: `max_new_tokens` (default: what the engine was
-        opened for), `min_new_tokens`, `do_sample`, `temperature`, `repetition_penalty`, the special tokens,
-        `return_dict_in_generate` and `output_logits`. Sampling draws from all tokens, and repeats itself after
-        `torch.manual_seed`. Raises `UsageError` for every other setting and for larger requests than the engine was
-        opened for.
+        input_ids (B, S), attention_mask (B, S; without one, no token is padding). Understood `options`:
+        `max_new_tokens` (default: what the engine was opened for), `min_new_tokens`, `do_sample`, `temperature`,
+        `repetition_penalty`, the special tokens, `return_dict_in_generate` and `output_logits`. Sampling draws from
+        all tokens, and repeats itself after `torch.manual_seed`. Raises `UsageError` for every other setting and for
+        larger requests than the engine was opened for.
         """
         with self._serving:
-            request = read_request(
-                self.model.generation_config, options, self.model.config.vocab_size, self.max_new_tokens
-            )
+            request = self.request(**options)
             self.prefill(input_ids, attention_mask, request.sampling)
             logits = []
             for step in range(request.new_tokens):
@@ -156,6 +156,15 @@ class DeviceEngine:
                 return tokens_BT
             kept = tuple(logits[: tokens_BT.shape[1] - 1]) if request.with_logits else None
             return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
+
+    def forward(self, **inputs: Any) -> Any:
+        """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
+        return self.host.forward(**inputs)
+
+    def request(self, **options: Any) -> Request:
+        """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""
+        config = self.model.config
+        return read_request(self.model.generation_config, options, config.vocab_size, self.max_new_tokens)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
@@ -187,7 +196,8 @@ class DeviceEngine:
         self._graphs.run(self._kind)
 
     def tokens(self) -> Tensor:
-        """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1)."""
+        """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
+        request overwrites them."""
         return self.decoder.chooser.tokens_BT
 
     def counters(self) -> Counters:

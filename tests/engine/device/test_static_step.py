@@ -75,9 +75,7 @@ def inputs_of(seed: int, size: int, source: int = 9) -> dict[str, Tensor]:
     spare=st.integers(0, 5),
     ends=st.booleans(),
 )
-@settings(
-    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_steps_equal_hugging_face(
     options: dict[str, Any], dtype: torch.dtype, size: int, seed: int, spare: int, ends: bool
 ) -> None:
