@@ -138,7 +138,9 @@ def slot_linear_kernel(
                 weight = numbers(raw, STORED)
                 if STORED != KIND:
                     weight = rounded(weight * scale[:, None], KIND, NATIVE)
-                products += weight * numbers(tl.load(inputs + column, mask=column < C, other=0), KIND)[None, :]
+                # every row loads the input for itself, from the L1 cache: handing it around would need a barrier a tile
+                seen = tl.load(tl.broadcast_to(inputs + column[None, :], (TILE_R, TILE_C)), mask=inside, other=0)
+                products += weight * numbers(seen, KIND)
             combine = numbers(tl.load(weights_N), KIND)
             result = finished(tl.sum(products, axis=1), combine, KIND, LAST, NATIVE)
             tl.store(outputs + row, stored(result, KIND), mask=row < R)
