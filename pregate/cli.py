@@ -18,7 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pregate.config import GeneratedConfig, Run, TaskConfig, TrainConfig, UsageError, check_run
+from pregate.config import GeneratedConfig, Run, TaskConfig, TrainConfig, UsageError
+from pregate.config_check import check_run
 
 
 def config_dir() -> Path:

@@ -1,4 +1,4 @@
-"""The one typed schema of every entry point: what may be set, and which combinations cannot work.
+"""The one typed schema of every entry point: what may be set. Which combinations cannot work: `config_check`.
 
 Knows nothing about Hydra's command line (`cli`), torch, models or data. YAML is merged into these dataclasses before
 any work starts. A `Run` is read-only by convention: nothing downstream writes to it.
@@ -65,6 +65,13 @@ class Tier(StrEnum):
     auto = "auto"
     dram = "dram"
     disk = "disk"
+
+
+class Drive(StrEnum):
+    """Who decides what moves while decoding: the host, step by step, or the device inside one captured step."""
+
+    host = "host"
+    device = "device"
 
 
 class CacheRule(StrEnum):
@@ -198,6 +205,7 @@ class TrainConfig:
 class EngineConfig:
     """How the offloaded engine serves. `device_budget` is bytes ("4GB"), a share of all experts ("25%") or null.
 
+    `drive: device` decodes without the host: experts in host memory, greedy decoding or sampling by temperature.
     `tier: auto` is page-locked host memory for a GPU, and the disk where the compute device is host memory itself.
     `host_budget`: host memory that caches slabs of the disk tier, in the units of `device_budget`; null is none.
     `cache`: what becomes of used experts in their slots; `none` as in the paper. `io_threads`: slabs in flight from the
@@ -207,6 +215,7 @@ class EngineConfig:
     policy: Policy = Policy.pre_gated
     policies: list[Policy] = field(default_factory=lambda: list(Policy))
     tier: Tier = Tier.auto
+    drive: Drive = Drive.host
     device: Device = Device.auto
     device_budget: str | None = None
     pack_dir: str | None = None
@@ -225,7 +234,8 @@ class BenchConfig:
     """What `pregate.bench` measures: one row for each combination of the lists that makes sense, for every policy of
     `engine.policies`.
 
-    `models`: members of the model group, served with random weights, in `dtype` or in one of their own as in
+    `drives`: values of `engine.drive`; what `device` cannot serve is measured with `host` alone. `models`: members of
+    the model group, served with random weights, in `dtype` or in one of their own as in
     `switch_large_128@bf16`; a `checkpoint` given takes their place. `budgets`: values of `engine.device_budget`.
     `active_experts`: route every block to exactly so many experts (empty: as the gates decide). `new_tokens`,
     `repeats`, `warmup` (tokens and requests) are per row; prefetch_all and Accelerate decode `slow_new_tokens`
@@ -235,6 +245,7 @@ class BenchConfig:
     models: list[str] = field(default_factory=list)
     dtype: Precision = Precision.auto
     tiers: list[Tier] = field(default_factory=lambda: [Tier.auto])
+    drives: list[Drive] = field(default_factory=lambda: [Drive.host])
     slab_dtypes: list[SlabDtype] = field(default_factory=lambda: [SlabDtype.source])
     caches: list[CacheRule] = field(default_factory=lambda: [CacheRule.none])
     budgets: list[str | None] = field(default_factory=lambda: [None])
@@ -297,88 +308,6 @@ class Run:
     bench: BenchConfig = field(default_factory=BenchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-def check_run(run: Run) -> None:
-    """Refuse combinations that cannot work, before any work starts. Raises `UsageError`."""
-
-    def need(holds: bool, sentence: str) -> None:
-        if not holds:
-            raise UsageError(sentence)
-
-    gate = run.pregate
-    need(
-        0 <= gate.lookahead <= 3,
-        f"pregate.lookahead={gate.lookahead} is outside 0 to 3: 0 is conventional, 1 the paper's choice.",
-    )
-    need(
-        bool(gate.stacks) and set(gate.stacks) <= {"encoder", "decoder"} and len(set(gate.stacks)) == len(gate.stacks),
-        f"pregate.stacks={list(gate.stacks)} must name encoder, decoder or both, each once.",
-    )
-    for label, train in (("train", run.train), ("source_train", run.source_train)):
-        if train is None:
-            continue
-        for key in (
-            "steps",
-            "batch_sequences",
-            "micro_batch_tokens",
-            "eval_examples",
-            "eval_every",
-            "save_every",
-            "log_every",
-        ):
-            need(getattr(train, key) > 0, f"{label}.{key}={getattr(train, key)} must be at least 1.")
-        need(train.learning_rate > 0, f"{label}.learning_rate={train.learning_rate} must be above 0.")
-        need(
-            0 <= train.warmup_steps <= train.steps,
-            f"{label}.warmup_steps={train.warmup_steps} must lie between 0 and {label}.steps={train.steps}.",
-        )
-        need(
-            train.clip_norm is None or train.clip_norm > 0,
-            f"{label}.clip_norm={train.clip_norm} must be above 0, or null for no clipping.",
-        )
-        need(
-            train.dropout is None or 0 <= train.dropout < 1,
-            f"{label}.dropout={train.dropout} must lie in [0, 1), or be null to keep the model's own.",
-        )
-    task = run.task
-    need(task.max_source_tokens > 1, f"task.max_source_tokens={task.max_source_tokens} must be at least 2.")
-    need(task.max_target_tokens > 1, f"task.max_target_tokens={task.max_target_tokens} must be at least 2.")
-    need(
-        task.kind is not TaskKind.classification or len(task.labels) >= 2,
-        f"task {task.name!r} is a classification and needs task.labels=[first,second,…], one word a class.",
-    )
-    need(bool(run.engine.policies), "engine.policies is empty: name at least one of " + ", ".join(Policy) + ".")
-    need(
-        run.eval.examples is None or run.eval.examples > 0,
-        f"eval.examples={run.eval.examples} must be at least 1, or null for the whole split.",
-    )
-    need(
-        run.eval.max_new_tokens is None or run.eval.max_new_tokens > 0,
-        f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
-    )
-    need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
-    bench = run.bench
-    for key in ("caches", "tiers", "slab_dtypes", "budgets", "batches"):
-        need(bool(getattr(bench, key)), f"bench.{key} is empty: name at least one, or leave the setting out.")
-    for key in ("batches", "active_experts"):
-        need(
-            min(getattr(bench, key), default=1) > 0, f"bench.{key}={list(getattr(bench, key))} must all be at least 1."
-        )
-    for key in ("new_tokens", "slow_new_tokens"):
-        need(getattr(bench, key) > 1, f"bench.{key}={getattr(bench, key)} must be at least 2, to time tokens apart.")
-    most, fewest = max(bench.active_experts, default=1), min(bench.batches)
-    need(
-        most <= fewest,
-        f"bench.active_experts={most} needs as many tokens a step, but bench.batches has {fewest}: raise the batches.",
-    )
-    for label, section, keys in (
-        ("bench", bench, ("prompt_len", "repeats", "warmup", "max_seconds_per_row")),
-        ("eval", run.eval, ("batch_size", "num_beams", "bootstrap_samples")),
-        ("engine", run.engine, ("io_threads", "bench_prompts", "bench_new_tokens", "bench_repeats")),
-    ):
-        for key in keys:
-            need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
 
 
 def to_dict(run: Run) -> dict[str, Any]:

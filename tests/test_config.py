@@ -107,7 +107,7 @@ def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
 
 
 LEVELS = {
-    **dict.fromkeys(("config", "cli", "runtime", "memory", "tracking"), 0),
+    **dict.fromkeys(("config", "config_check", "cli", "runtime", "memory", "tracking"), 0),
     "models": 1,
     **dict.fromkeys(("conversion", "conversion_plan", "calibration", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),

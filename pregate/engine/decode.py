@@ -107,7 +107,7 @@ class OffloadEngine:
         self.family, self.policy = family, policy
         self.trace, self.counters = trace, counters
         self.slab_bytes, self.num_slots = store.layout.slab_bytes, slots_NB.shape[0]
-        self._mover = mover
+        self._mover, self._slots_NB = mover, slots_NB
         self._matrices = SlotMatrices(slots_NB, store.layout)
         rule = CacheRule.lru if policy is Policy.gpu_only else cache
         self._scheduler = Scheduler(list(slots_NB), SlotTable(self.num_slots, rule), mover, trace, counters)
@@ -195,6 +195,26 @@ class OffloadEngine:
         after an error or an interrupt; calls from several threads are served one after the other."""
         return self._serve(self.model.generate, inputs)
 
+    @torch.inference_mode()
+    def encode(self, **inputs: Any) -> Tensor:
+        """The encoder alone, with the arguments of its `forward`: its last hidden states (B, S, D)."""
+        return self._serve(self.model.encoder, inputs).last_hidden_state
+
+    def lend_slots(self) -> Tensor:
+        """The slots (num_slots, slab_bytes), for another driver to fill until this engine serves again.
+
+        What they hold is forgotten, except with `gpu_only`: there slot i holds the i-th of `family.keys()`, and must.
+        """
+        keys = self.family.keys()
+        if self.policy is not Policy.gpu_only:
+            self._scheduler.reset()
+        elif any(self._scheduler.slot_of(key) != slot for slot, key in enumerate(keys)):
+            # a call that was cut short has forgotten them
+            self._scheduler.reset()
+            self._scheduler.request(keys)
+            self._scheduler.settle()
+        return self._slots_NB
+
     def _serve(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         with self._serving:
             if not self._on_close:
@@ -237,6 +257,7 @@ class OffloadEngine:
             self._on_close.pop()
         self._scheduler.forget_slots()
         self._matrices.forget_slots()
+        self._slots_NB = self._slots_NB[:0].clone()
         self.model.set_listener(None)
         for hook in self._hooks:
             hook.remove()

@@ -58,6 +58,10 @@ class Scheduler:
     def is_placed(self, key: ExpertKey) -> bool:
         return self._table.find(key) is not None
 
+    def slot_of(self, key: ExpertKey) -> int | None:
+        """The number of the slot that holds `key` or is being filled with it."""
+        return self._table.find(key)
+
     def in_order_of_arrival(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
         """Slabs that are here first, then those under way in the order they were requested in, then those still
         waiting for a slot."""

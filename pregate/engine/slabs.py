@@ -28,6 +28,8 @@ PAGE = 4096
 HUGE_PAGE = 2 << 20
 LINE = 64
 """Matrices start on cache lines, where BLAS reads fastest."""
+HOST_REGISTER_MAPPED = 2
+"""cudaHostRegisterMapped. Devices with unified addressing map registered memory without it; it is promised with it."""
 STRIP = 512
 """Rows of fp8 that are looked up at a time on a CPU, so that their 32-bit indices stay in cache."""
 
@@ -238,8 +240,10 @@ def as_buffer(slab_B: Tensor) -> memoryview:
 
 
 def page_lock(memory: Tensor) -> None:
-    """Page-lock `memory` in place for CUDA copies. Raises `UsageError` if the system allows no more of it."""
-    status = int(cast(Any, torch.cuda.cudart()).cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    """Page-lock `memory` in place for CUDA copies, and map it for kernels that read it themselves. Raises
+    `UsageError` if the system allows no more of it."""
+    register = cast(Any, torch.cuda.cudart()).cudaHostRegister
+    status = int(register(memory.data_ptr(), memory.numel(), HOST_REGISTER_MAPPED))
     if status != 0:
         raise UsageError(
             f"{human_bytes(memory.numel())} of host memory could not be page-locked (CUDA error {status}): raise the "

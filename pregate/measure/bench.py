@@ -24,6 +24,7 @@ from pregate.engine.decode import open_store
 from pregate.engine.pack import INDEX
 from pregate.engine.store import DiskStore, Store
 from pregate.measure.baselines import free_bytes
+from pregate.measure.bench_device import captured_compute_ms, is_device_driven, measure_device_row
 from pregate.measure.bench_grid import (
     ACCELERATE_WARM,
     BASELINES,
@@ -237,7 +238,7 @@ def _measure_store(
 @contextmanager
 def _beside(study: Study, model: BenchModel, spec: RowSpec) -> Iterator[Callable[[], float] | None]:
     """Times a step that waits for nothing, whenever called; None where few experts would not do the same work."""
-    if spec.batch > 1 or spec.forced_experts is not None:
+    if spec.batch > 1 or spec.forced_experts is not None or is_device_driven(spec):
         yield None
         return
     with all_on_device(few_experts(model), SlabDtype.source, study.device) as engine:
@@ -255,6 +256,8 @@ def _prediction(
 ) -> dict[str, Any]:
     """What the planner says of a row, from a profile taken once for its load, and the link and the speed of
     computation as they were beside the row."""
+    if is_device_driven(spec):
+        return {}  # the planner runs the host's scheduler
     load = (spec.batch, spec.prompt_len)
     if load not in profiles:
         threads = study.run.engine.io_threads
@@ -308,15 +311,17 @@ def _engine_row(
             say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)}, {human_bytes(free)} are free.")
             return None
     whole = results.find(resident_of(spec, study.run.bench.new_tokens)) or {}
+    driven = is_device_driven(spec)
     beside = Beside(
-        whole.get("tpot_ms"),
+        captured_compute_ms(spec, study.run.bench.new_tokens, results.find) if driven else whole.get("tpot_ms"),
         step,
         references.get(spec, str(spec.slab_dtype)),
         references.get(spec) if spec.slab_dtype != SlabDtype.source else None,
     )
     try:
         threads, traced = study.run.engine.io_threads, study.out_dir / "traces" / f"{spec.slug()}.json"
-        return measure_engine_row(spec, model, store, study.device, study.effort, threads, beside, traced)
+        measure = measure_device_row if driven else measure_engine_row
+        return measure(spec, model, store, study.device, study.effort, threads, beside, traced)
     except (DeviceFullError, torch.OutOfMemoryError):
         say(f"{spec.sentence()} is left out: it does not fit on the device.")
         return None

@@ -16,9 +16,10 @@ import torch
 from omegaconf import OmegaConf
 
 from pregate.cli import config_dir
-from pregate.config import Baseline, CacheRule, Policy, Precision, Run, SlabDtype, Tier, UsageError
+from pregate.config import Baseline, CacheRule, Drive, Policy, Precision, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import serving_dtype
+from pregate.engine.device.engine import MOST_ROWS, slots_for
 from pregate.engine.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.adapter import ExpertFamily, PreGating
@@ -105,6 +106,7 @@ class RowSpec:
         """The row in a few words, for the user who watches."""
         parts = [self.model, self.tier, self.slab_dtype if self.slab_dtype != "source" else None, self.policy]
         parts += [self.cache if self.cache != "none" else None, self.budget]
+        parts += ["device-driven" if self.drive == Drive.device else None]
         parts += [f"batch {self.batch}", f"{self.forced_experts} experts" if self.forced_experts else None]
         return " ".join(str(part) for part in parts if part is not None)
 
@@ -192,6 +194,16 @@ def check_models(run: Run, models: Sequence[BenchModel]) -> None:
             for policy, budget in product(run.engine.policies, run.bench.budgets):
                 if policy is not Policy.gpu_only:
                     slots_within(budget, policy, model.family, slab_bytes)
+            if Drive.device in run.bench.drives:
+                _check_steps(run, model, slab_bytes)
+
+
+def _check_steps(run: Run, model: BenchModel, slab_bytes: int) -> None:
+    """Refuse budgets with which some batch could not be decoded by the device alone."""
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(model.source.config)
+    for policy, budget, batch in product(run.engine.policies, run.bench.budgets, run.bench.batches):
+        if policy is not Policy.gpu_only and batch <= MOST_ROWS:
+            slots_for(budget, policy, config, slab_bytes, batch)
 
 
 def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
@@ -217,9 +229,20 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
     if Baseline.accelerate in bench.baselines:
         rows += _accelerate_rows(run, loads, tiers, device)
     for tier, slab_dtype, load in product(tiers, bench.slab_dtypes, loads):
-        served = replace(load, tier=str(tier), slab_dtype=str(slab_dtype), drive="host")
-        rows += _engine_rows(run, served)
+        for drive in bench.drives:
+            served = replace(load, tier=str(tier), slab_dtype=str(slab_dtype), drive=str(drive))
+            rows += filter(_can_be_driven, _engine_rows(run, served))
+    if Drive.device in bench.drives and not any(row.drive == Drive.device for row in rows):
+        raise UsageError(
+            "bench.drives has device, which needs experts in host memory, a cache of none or lru and at most "
+            f"{MOST_ROWS} rows: set bench.tiers=[dram], or leave it out."
+        )
     return list(dict.fromkeys(rows))
+
+
+def _can_be_driven(row: RowSpec) -> bool:
+    served = row.tier == Tier.dram and row.cache in (None, CacheRule.none, CacheRule.lru) and row.batch <= MOST_ROWS
+    return row.drive == Drive.host or served
 
 
 def _accelerate_rows(

@@ -81,6 +81,7 @@ def group_labels(rows: Sequence[Row]) -> list[str]:
         [f"{row.get('slab_dtype') or 'source'} slabs" for row in rows],
         [f"batch {row.get('batch')}" for row in rows],
         [_count(row.get("forced_experts"), "expert") for row in rows],
+        [row.get("drive") and f"{row['drive']}-driven" for row in rows],
         [budget(row) for row in rows],
     ]
     varying = [part for part in parts if len({value for value in part if value is not None}) > 1]

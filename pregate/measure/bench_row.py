@@ -123,9 +123,10 @@ def measure_engine_row(
     io_threads: int,
     beside: Beside,
     trace_file: Path,
+    serve: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """One row of the host-driven engine, complete, and a trace of its first request in `trace_file`. Raises what
-    opening the engine raises."""
+    """One row of the host-driven engine, complete, and a trace of its first request in `trace_file`; `serve` measures
+    another engine in its place. Raises what opening the engine raises."""
     moves = spec.policy != Policy.gpu_only
     keys = model.family.keys()
 
@@ -134,14 +135,15 @@ def measure_engine_row(
 
     steps: list[float] = [beside.step_ms()] if beside.step_ms is not None else []
     before = bandwidth()
-    measured = _serve(spec, model, store, device, effort, io_threads, beside)
+    measured = (serve or _serve)(spec, model, store, device, effort, io_threads, beside)
     after = bandwidth()
     compute_ms = beside.compute_ms
     if beside.step_ms is not None:
         steps.append(beside.step_ms())
         compute_ms = statistics.mean(steps)
         measured |= {"compute_ms_before": steps[0], "compute_ms_after": steps[1]}
-    write_perfetto(trace_file, measured.pop("spans"), spec.sentence())
+    if "spans" in measured:
+        write_perfetto(trace_file, measured.pop("spans"), spec.sentence())
     return {**spec.to_dict(), **measured, **floors(spec, measured, compute_ms, before, after)}
 
 

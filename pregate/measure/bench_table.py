@@ -90,6 +90,7 @@ MOVED, OVER, PEAK = _number("link_bytes_per_step", 1e6), _number("over_floor"), 
 COLUMNS = (
     Column("policy", POLICY, terminal=POLICY),
     Column("tier", _text("tier"), "tier {}", _text("tier")),
+    Column("drive", _text("drive"), "{}-driven", _text("drive")),
     Column("slabs", _slabs, "slabs {}", _text("slab_dtype")),
     Column("batch", BATCH, "batch {}", BATCH),
     Column("cache", CACHE, "cache {}", CACHE),
@@ -187,7 +188,7 @@ def with_speedups(rows: Sequence[Row]) -> list[dict[str, Any]]:
         load = all(
             row.get(key) == other.get(key) for key in ("model", "dtype", "batch", "forced_experts", "prompt_len")
         )
-        own = all(row.get(key) in (None, other.get(key)) for key in ("tier", "budget", "host_budget"))
+        own = all(row.get(key) in (None, other.get(key)) for key in ("tier", "budget", "host_budget", "drive"))
         return load and own and (row.get("slab_dtype") or "source") == other.get("slab_dtype")
 
     base = [row for row in rows if row.get("policy") == "on_demand" and row.get("cache") == "none"]
@@ -278,6 +279,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "resident row. Floor: the larger of the two, "
             "which perfect overlap would reach; gain allowed: their sum ÷ the floor, the most that overlap can bring. "
             "× on_demand: tokens/s over those of on_demand without a cache."
+        )
+    if any(row.get("drive") == "device" for row in rows):
+        found.append(
+            "device: a decoding step routes, fetches and computes without the host; its time is that of all steps of a "
+            "request together, since nothing can be timed inside one. T_compute of these rows: their own gpu_only row."
         )
     if any(row.get("predicted") for row in rows):
         found.append(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import CacheRule, Policy, SlabDtype
+from pregate.config import CacheRule, Drive, Policy, SlabDtype
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.store import DramStore, Store
@@ -246,5 +246,5 @@ def _speed(row: dict[str, Any]) -> float:
 
 
 def is_predictable(spec: RowSpec) -> bool:
-    """Whether a row can be predicted: it is served by the engine, not a baseline."""
-    return spec.policy in {str(policy) for policy in Policy}
+    """Whether a row can be predicted: it is served by the host-driven engine, whose scheduler the planner runs."""
+    return spec.policy in {str(policy) for policy in Policy} and spec.drive != Drive.device

@@ -231,7 +231,7 @@ class PreGatedLayerFF(nn.Module):
         return hidden_BTD + self.dropout(output_BTD), decided
 
 
-def _finite(hidden_BTD: Tensor) -> Tensor:
+def finite(hidden_BTD: Tensor) -> Tensor:
     """Keep fp16 activations finite, as upstream does; other dtypes pass untouched."""
     if hidden_BTD.dtype != torch.float16:
         return hidden_BTD
@@ -271,7 +271,7 @@ class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = _finite(hidden_states)
+        hidden_states = finite(hidden_states)
         cross_bias = None
         if self.is_decoder and encoder_hidden_states is not None:
             hidden_states, cross_bias, _ = self.layer[1](
@@ -282,6 +282,6 @@ class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            hidden_states = _finite(hidden_states)
+            hidden_states = finite(hidden_states)
         hidden_states, decided = self.layer[-1](hidden_states, routing)
-        return _finite(hidden_states), self_bias, cross_bias, decided
+        return finite(hidden_states), self_bias, cross_bias, decided

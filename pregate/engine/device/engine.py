@@ -1,0 +1,300 @@
+"""The device-driven engine: the host asks for a step, the device does the rest.
+
+    with DeviceEngine.open("checkpoint", device="cuda", device_budget="25%", cache="lru") as engine:
+        tokens = engine.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64)
+
+The source is encoded by the host-driven engine over the same slots (`prefill`); then every token is one replay of a
+captured graph that routes, fetches and computes by itself (`decode_one_token`). Without CUDA the same code runs step by
+step. Knows stores, slots and requests; knows nothing about tasks or metrics.
+
+Letters: B rows of a request, S source places, T target places, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateEncoderDecoderOutput
+
+from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
+from pregate.engine.budget import slots_within
+from pregate.engine.decode import Checkpoint, OffloadEngine, open_store
+from pregate.engine.device import require_triton
+from pregate.engine.device.experts import check_activation
+from pregate.engine.device.graph import StepGraphs, side_stream
+from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
+from pregate.engine.device.request import Request, read_request
+from pregate.engine.device.sampling import Sampling, StepKind
+from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
+from pregate.engine.device.static_step import StaticDecoder
+from pregate.engine.policy import default_slots
+from pregate.engine.store import Store
+from pregate.engine.trace import Counters
+from pregate.models.adapter import ExpertKey
+from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.runtime import human_bytes
+
+MOST_ROWS = 32
+"""A step of more tokens than that is better served by matrix products over groups of tokens."""
+EOS_CHECK_EVERY = 8
+"""Steps between two looks at whether every row has ended; each look waits for the device."""
+
+
+class DeviceEngine:
+    """A served checkpoint. Use `open`; close it, or use it as a context manager."""
+
+    def __init__(
+        self, host: OffloadEngine, store: Store, *, keep: bool, batch: int, max_source_len: int, max_new_tokens: int
+    ) -> None:
+        self.host, self.model, self.policy = host, host.model, host.policy
+        self.family, self.num_slots, self.slab_bytes = host.family, host.num_slots, host.slab_bytes
+        self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
+        self._device = host.model.device
+        keys = host.family.keys()
+        self.table = DeviceSlots.empty(len(keys), host.num_slots, self._device)
+        memory = SlabMemory(store.layout, host.lend_slots(), _addresses(store, keys, self._device), self.table, keep)
+        config = host.model.config
+        blocks = BlockShape(
+            [keys.index(ExpertKey("decoder", b, 0)) for b in range(len(host.family.layers["decoder"]))],
+            host.family.num_experts,
+            host.family.top_k,
+            batch,
+            config.d_model,
+            config.dense_act_fn,
+        )
+        self._experts = make_moves(host.policy, memory, blocks, side_stream(self._device))
+        self.decoder = StaticDecoder(
+            host.model, self._experts, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
+        )
+        self._graphs = StepGraphs(self.decoder.step, self._begin_nothing, self._device)
+        self._kind = StepKind()
+        self._own_store: Store | None = None
+        self._serving = threading.RLock()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        batch: int = 1,
+        max_source_len: int = 512,
+        max_new_tokens: int = 256,
+        policy: Policy = Policy.pre_gated,
+        tier: Tier = Tier.auto,
+        device: torch.device | str = "cpu",
+        device_budget: str | None = None,
+        cache: CacheRule = CacheRule.none,
+        slab_dtype: SlabDtype = SlabDtype.source,
+        store: Store | None = None,
+    ) -> DeviceEngine:
+        """Open a pre-gated or conventional Switch directory for requests of at most `batch` rows (up to 32),
+        `max_source_len` source and `max_new_tokens` new tokens.
+
+        All experts live in host memory (tier `dram`), page-locked for a GPU. `cache`: `none`, or `lru` to keep slabs in
+        their slots from step to step. `device_budget`, `slab_dtype`, `store`: as for `OffloadEngine.open`; without a
+        budget, the fewest slots or the policy's default, whichever is more. Raises `UsageError` for what cannot be
+        served this way.
+        """
+        policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
+        _refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
+        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
+        config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+        check_activation(config.dense_act_fn)
+        if device.type == "cuda":
+            require_triton()
+        opened = store or open_store(checkpoint, tier=Tier.dram, device=device, slab_dtype=SlabDtype(slab_dtype))
+        host: OffloadEngine | None = None
+        try:
+            slots = slots_for(device_budget, policy, config, opened.layout.slab_bytes, batch)
+            budget = f"{slots * opened.layout.slab_bytes}B"
+            host = OffloadEngine.open(
+                checkpoint, policy=policy, device=device, device_budget=budget, cache=cache, store=opened
+            )
+            keep = cache is CacheRule.lru
+            engine = cls(
+                host, opened, keep=keep, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
+            )
+        except BaseException:
+            if host is not None:
+                host.close()
+            if store is None:
+                opened.close()
+            raise
+        engine._own_store = opened if store is None else None
+        return engine
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Hugging Face `generate` for greedy search and sampling by temperature; takes and returns the same.
+
+        input_ids (B, S), attention_mask (B, S; without one, no token is padding). Understood `options`:
+        `max_new_tokens` (default: what the engine was opened for), `min_new_tokens`, `do_sample`, `temperature`,
+        `repetition_penalty`, the special tokens, `return_dict_in_generate` and `output_logits`. Sampling draws from
+        all tokens, and repeats itself after `torch.manual_seed`. Raises `UsageError` for every other setting and for
+        larger requests than the engine was opened for.
+        """
+        with self._serving:
+            request = self.request(**options)
+            self.prefill(input_ids, attention_mask, request.sampling)
+            logits = []
+            for step in range(request.new_tokens):
+                self.decode_one_token()
+                if request.with_logits:
+                    logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
+                looks = request.sampling.eos and step % EOS_CHECK_EVERY == EOS_CHECK_EVERY - 1
+                if looks and not self.decoder.chooser.live_B.any().item():
+                    break
+            self._check_errors()
+            tokens_BT = self._tokens(len(input_ids), request)
+            if not request.as_dict:
+                return tokens_BT
+            kept = tuple(logits[: tokens_BT.shape[1] - 1]) if request.with_logits else None
+            return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
+
+    def forward(self, **inputs: Any) -> Any:
+        """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
+        return self.host.forward(**inputs)
+
+    def request(self, **options: Any) -> Request:
+        """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""
+        config = self.model.config
+        return read_request(self.model.generation_config, options, config.vocab_size, self.max_new_tokens)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
+        """Encode the source and get ready for `decode_one_token`. Raises `UsageError` for one that is too large."""
+        with self._serving:
+            if self._closed:
+                raise RuntimeError("This engine is closed: open it again.")
+            rows, places = input_ids.shape
+            if rows > self.batch or places > self.max_source_len:
+                raise UsageError(
+                    f"A request of {rows} rows and {places} source tokens is too large for an engine opened for "
+                    f"{self.batch} and {self.max_source_len}: open it with more."
+                )
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            if self._device.type == "cuda":
+                # steps of the last request may still read slots that the host is about to fill
+                torch.cuda.current_stream(self._device).synchronize()
+            self._graphs.prepare(sampling.kind)
+            states_BSD = self.host.encode(input_ids=input_ids, attention_mask=attention_mask)
+            self.host.lend_slots()
+            self.table.clear()
+            self.decoder.begin(states_BSD, attention_mask, sampling)
+            self._kind = sampling.kind
+
+    @torch.inference_mode()
+    def decode_one_token(self) -> None:
+        """One more token for every row of the request that `prefill` began. Returns before the device has done it."""
+        self._graphs.run(self._kind)
+
+    def tokens(self) -> Tensor:
+        """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
+        request overwrites them."""
+        return self.decoder.chooser.tokens_BT
+
+    def counters(self) -> Counters:
+        """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
+        counted = self._check_errors()
+        moved = counted[MISSES] * self.slab_bytes
+        return Counters(counted[HITS], counted[MISSES], counted[EVICTIONS], bytes_moved=moved, bytes_read=moved)
+
+    def expected_bytes(self) -> dict[str, int]:
+        """What the engine takes by its own account: the host-driven engine's parts, and `static`, the caches and
+        buffers of the decoding step."""
+        return {**self.host.expected_bytes(), "static": self.decoder.num_bytes + self._experts.num_bytes}
+
+    def close(self) -> None:
+        """Give back memory and what the store holds; may be called again."""
+        self._closed = True
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._graphs.close()
+        self.host.close()
+        self._experts.forget_slots()
+        if self._own_store is not None:
+            self._own_store.close()
+            self._own_store = None
+
+    def __enter__(self) -> DeviceEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @torch.inference_mode()
+    def _begin_nothing(self) -> None:
+        """A state in which a step may run: no row lives, so nothing is fetched."""
+        self.table.clear()
+        self.decoder.chooser.begin(Sampling(), rows=0)
+
+    def _check_errors(self) -> list[int]:
+        counted: list[int] = self.table.counters.tolist()
+        if counted[ERRORS]:
+            raise RuntimeError(
+                f"{counted[ERRORS]} experts found no slot among {self.num_slots}: more were wanted than the engine was "
+                "opened for; this is a fault of the engine."
+            )
+        return counted
+
+    def _tokens(self, rows: int, request: Request) -> Tensor:
+        """The tokens of a request, as far as its longest row goes."""
+        tokens_BT = self.tokens()[:rows, : request.new_tokens + 1].clone()
+        if not request.sampling.eos:
+            return tokens_BT
+        ended_BT = torch.isin(tokens_BT[:, 1:], torch.tensor(list(request.sampling.eos), device=tokens_BT.device))
+        steps_B = torch.where(ended_BT.any(1), ended_BT.int().argmax(1) + 1, request.new_tokens)
+        return tokens_BT[:, : int(steps_B.max()) + 1]
+
+
+def slots_for(
+    budget: str | None, policy: Policy, config: PreGatedSwitchTransformersConfig, slab_bytes: int, batch: int
+) -> int:
+    """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
+    family = switch_expert_family(config)
+    total, lookahead = len(family.keys()), config.pregating.lookahead_of("decoder")
+    fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
+    if budget is None:
+        return min(total, max(fewest, default_slots(policy, family)))
+    slots = slots_within(budget, policy, family, slab_bytes)
+    if slots < min(total, fewest):
+        least = fewest * slab_bytes
+        raise UsageError(
+            f"engine.device_budget={budget} holds {slots} experts, but a step of {policy} with engine.drive=device and "
+            f"batch {batch} can need {fewest}: give {least}B ({human_bytes(least)}) or more."
+        )
+    return slots
+
+
+def _refuse_settings(
+    batch: int, max_source_len: int, max_new_tokens: int, cache: CacheRule, tier: Tier, store: Store | None
+) -> None:
+    if not 1 <= batch <= MOST_ROWS:
+        raise UsageError(f"engine.drive=device serves 1 to {MOST_ROWS} rows, not {batch}: use engine.drive=host.")
+    for name, value in (("max_source_len", max_source_len), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UsageError(f"{name}={value} must be at least 1.")
+    if cache not in (CacheRule.none, CacheRule.lru):
+        raise UsageError(f"engine.drive=device knows the caches none and lru, not {cache}: choose one of them.")
+    if tier is Tier.disk or (store is not None and not store.in_host_memory):
+        raise UsageError(
+            "engine.drive=device fetches experts from host memory, not from the disk: set engine.tier=dram, or use "
+            "engine.drive=host."
+        )
+
+
+def _addresses(store: Store, keys: Sequence[ExpertKey], device: torch.device) -> Tensor:
+    """int64 (G,), on `device`: where each slab lies in host memory."""
+    addresses = []
+    for key in keys:
+        slab = store.slab(key)
+        assert slab is not None, "a store in host memory gives its slabs"
+        addresses.append(slab.data_ptr())
+    return torch.tensor(addresses, dtype=torch.int64, device=device)

@@ -1,0 +1,122 @@
+"""The two CUDA constructs that device-driven decoding needs, and what they are on a CPU: a second stream that forks
+from the computation and joins it again, and a step that is captured once and replayed.
+
+Knows streams and graphs; knows nothing about what runs in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from pregate.engine.device.sampling import StepKind
+
+WARM_UPS = 2
+"""Steps before a capture: kernels are compiled and libraries make their workspaces, which a capture must not see."""
+
+
+class SideStream(Protocol):
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Work submitted in the body begins behind all work submitted so far and runs beside what follows."""
+        ...
+
+    def mark(self) -> Any:
+        """The point that the side stream's work has reached by now."""
+        ...
+
+    def join(self, mark: Any) -> None:
+        """What follows begins behind `mark`."""
+        ...
+
+
+class InOrder:
+    """Without streams: everything happens in the order it is written in."""
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        yield
+
+    def mark(self) -> None:
+        return None
+
+    def join(self, mark: None) -> None:
+        return None
+
+
+class CudaSideStream:
+    """A stream of the highest priority, because its few programs must not queue behind the computation's many.
+
+    Inside a capture its work becomes a branch of the graph; every fork must be joined before the capture ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device, priority=-1)
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def join(self, mark: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(mark)
+
+
+def side_stream(device: torch.device) -> SideStream:
+    return CudaSideStream(device) if device.type == "cuda" else InOrder()
+
+
+class StepGraphs:
+    """Runs `step(kind)`: on CUDA as one graph for each kind, captured the first time it is asked for; else as it is.
+
+    `begin` brings the step's state to a place from which one step may run and be forgotten.
+    """
+
+    def __init__(self, step: Callable[[StepKind], None], begin: Callable[[], None], device: torch.device) -> None:
+        self._step, self._begin, self._device = step, begin, device
+        self._graphs: dict[StepKind, Any] = {}
+        self._pool: Any = None
+
+    def prepare(self, kind: StepKind) -> None:
+        """Capture `kind` unless that was done. Runs a few steps, so whatever a request has prepared is lost."""
+        if self._device.type == "cuda" and kind not in self._graphs:
+            self._graphs[kind] = self._capture(kind)
+
+    def run(self, kind: StepKind) -> None:
+        """One step of a prepared kind."""
+        if self._device.type == "cuda":
+            self._graphs[kind].replay()
+        else:
+            self._step(kind)
+
+    def close(self) -> None:
+        """Give back the memory of the graphs, which must not be running."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _capture(self, kind: StepKind) -> Any:
+        with torch.cuda.device(self._device):
+            aside: Any = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    self._begin()
+                    self._step(kind)
+                self._begin()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            # other threads of the process may use CUDA meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._step(kind)
+            self._pool = graph.pool()
+        return graph

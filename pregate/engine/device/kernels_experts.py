@@ -1,0 +1,252 @@
+"""The Triton kernel behind `expert_outputs`: one linear map whose matrix is the one in a slot, used for both matrices.
+
+A decoding step has so few tokens that reading the weights is all of the time. So each weight is read once, by the
+first choice that wants its slot, for all choices that do; one choice is a matrix-vector product, several go through
+the tensor cores. Knows bytes in slots and choices; knows nothing about how slabs came there.
+
+bfloat16 is handled as the upper half of a float32, and fp8 (e4m3) as a float16 with its bits moved, which is exact:
+neither needs a type that some devices, or the interpreter, lack.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pregate.config import SlabDtype
+from pregate.engine.device.experts import ExpertScratch, up_and_down
+from pregate.engine.slabs import MatrixPlace, SlabLayout
+
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+RAW = {"bf16": torch.int16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.uint8}
+"""What tensors of each kind are viewed as."""
+
+
+@triton.jit
+def numbers(raw, KIND: tl.constexpr):
+    """float32 from what was loaded."""
+    if KIND == "bf16":
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "fp8":
+        # the bits of an e4m3 number, moved, are a float16 of 2 ** -8 times its value, subnormal ones included
+        code = raw.to(tl.int16)
+        return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        return raw.to(tl.float32)
+
+
+@triton.jit
+def rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """The nearest number of `KIND` (ties to even), in float32. The interpreter's own cast to bfloat16 cuts off."""
+    if KIND == "fp16":
+        return value.to(tl.float16).to(tl.float32)
+    elif KIND == "bf16":
+        if NATIVE:
+            return value.to(tl.bfloat16).to(tl.float32)
+        else:
+            bits = value.to(tl.int32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            return tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    else:
+        return value
+
+
+@triton.jit
+def stored(value, KIND: tl.constexpr):
+    """What `numbers` reads back as `value`, a float32 that is rounded already."""
+    if KIND == "bf16":
+        return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+    elif KIND == "fp16":
+        return value.to(tl.float16)
+    else:
+        return value
+
+
+@triton.jit
+def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """A rounded float32 as the tensor cores take it; the interpreter multiplies in float32, which is as exact."""
+    if KIND == "fp16":
+        return value.to(tl.float16)
+    elif KIND == "bf16" and NATIVE:
+        return value.to(tl.bfloat16)
+    else:
+        return value
+
+
+@triton.jit
+def finished(sums, weight, KIND: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr):
+    """relu after the first matrix, the choice's combine weight after the second, rounded where torch rounds."""
+    sums = rounded(sums, KIND, NATIVE)
+    if LAST:
+        return rounded(sums * weight, KIND, NATIVE)
+    else:
+        return tl.where(sums < 0, 0.0, sums)
+
+
+@triton.jit
+def slot_linear_kernel(
+    inputs,
+    slot_N,
+    weights_N,
+    slabs,
+    scales,
+    outputs,
+    num_choices: tl.constexpr,
+    SHARE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    MATRIX: tl.constexpr,
+    SCALE_SLAB: tl.constexpr,
+    SCALE: tl.constexpr,
+    STORED: tl.constexpr,
+    KIND: tl.constexpr,
+    LAST: tl.constexpr,
+    NATIVE: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """outputs (N, R) = inputs (N / SHARE, C) times the transposed (R, C) matrix of each choice's slot.
+
+    Program (r, n) makes TILE_R columns of the outputs for all choices that share the slot of choice n, if n is the
+    first of them. SLAB, MATRIX: numbers to a slab, and from its start to the matrix; SCALE_SLAB, SCALE: likewise in
+    float32, for a quantised one.
+    """
+    choice = tl.program_id(1)
+    row = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
+    slot = tl.load(slot_N + choice)
+    order = tl.arange(0, CHOICES)
+    is_mine = tl.load(slot_N + order, mask=order < num_choices, other=-1) == slot
+    is_first = tl.min(tl.where(is_mine, order, CHOICES), axis=0) == choice
+    if slot < 0:
+        if LAST:
+            tl.store(outputs + choice * R + row, stored(tl.zeros((TILE_R,), tl.float32), KIND), mask=row < R)
+    elif is_first:
+        matrix = slabs + slot.to(tl.int64) * SLAB + MATRIX
+        scale = tl.full((TILE_R,), 1.0, tl.float32)
+        if STORED == "int8" or STORED == "fp8":
+            scale = tl.load(scales + slot.to(tl.int64) * SCALE_SLAB + SCALE + row, mask=row < R, other=0.0)
+        if CHOICES == 1:
+            products = tl.zeros((TILE_R, TILE_C), tl.float32)
+            for first in tl.static_range(0, C, TILE_C):
+                column = first + tl.arange(0, TILE_C)
+                inside = (row[:, None] < R) & (column[None, :] < C)
+                raw = tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0)
+                weight = numbers(raw, STORED)
+                if STORED != KIND:
+                    weight = rounded(weight * scale[:, None], KIND, NATIVE)
+                # every row loads the input for itself, from the L1 cache: handing it around would need a barrier a tile
+                seen = tl.load(tl.broadcast_to(inputs + column[None, :], (TILE_R, TILE_C)), mask=inside, other=0)
+                products += weight * numbers(seen, KIND)
+            combine = numbers(tl.load(weights_N), KIND)
+            result = finished(tl.sum(products, axis=1), combine, KIND, LAST, NATIVE)
+            tl.store(outputs + row, stored(result, KIND), mask=row < R)
+        else:
+            sums = tl.zeros((CHOICES, TILE_R), tl.float32)
+            for first in tl.range(0, C, TILE_C):
+                column = first + tl.arange(0, TILE_C)
+                inside = (row[:, None] < R) & (column[None, :] < C)
+                raw = tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0)
+                weight = numbers(raw, STORED)
+                if STORED != KIND:
+                    weight = rounded(weight * scale[:, None], KIND, NATIVE)
+                wanted = is_mine[:, None] & (column[None, :] < C)
+                seen = tl.load(inputs + (order // SHARE)[:, None] * C + column[None, :], mask=wanted, other=0)
+                sums = tl.dot(
+                    operand(numbers(seen, KIND), KIND, NATIVE),
+                    tl.trans(operand(weight, KIND, NATIVE)),
+                    sums,
+                    input_precision="ieee",
+                )
+            combine = numbers(tl.load(weights_N + order, mask=is_mine, other=0), KIND)
+            result = finished(sums, combine[:, None], KIND, LAST, NATIVE)
+            tl.store(
+                outputs + order[:, None] * R + row[None, :],
+                stored(result, KIND),
+                mask=is_mine[:, None] & (row[None, :] < R),
+            )
+
+
+def launch_expert_outputs(
+    hidden_BD: Tensor,
+    slot_N: Tensor,
+    weights_N: Tensor,
+    slots_SB: Tensor,
+    layout: SlabLayout,
+    scratch: ExpertScratch,
+    out_BD: Tensor,
+    activation: str,
+) -> None:
+    """See `expert_outputs`, which has refused what this cannot do."""
+    assert activation == "relu", activation
+    assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
+    up, down = up_and_down(layout)
+    num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
+    top_k = num_choices // num_tokens
+    weighted_ND = out_BD if top_k == 1 else scratch.weighted_ND[:num_choices]
+    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, scratch.hidden_NF, share=top_k, last=False)
+    _linear(scratch.hidden_NF, slot_N, weights_N, slots_SB, layout, down, weighted_ND, share=1, last=True)
+    if top_k > 1:
+        torch.sum(weighted_ND.view(num_tokens, top_k, -1), 1, out=out_BD)
+
+
+def _linear(
+    inputs: Tensor,
+    slot_N: Tensor,
+    weights_N: Tensor,
+    slots_SB: Tensor,
+    layout: SlabLayout,
+    place: MatrixPlace,
+    outputs: Tensor,
+    *,
+    share: int,
+    last: bool,
+) -> None:
+    num_choices, (rows, columns) = slot_N.shape[0], place.shape
+    kind = FLOATS[layout.dtype]
+    stored_kind = kind if layout.stored is SlabDtype.source else str(layout.stored)
+    choices = 1 if num_choices == 1 else max(16, triton.next_power_of_2(num_choices))
+    tile_rows, tile_columns = _tile(rows, columns, choices)
+    slabs, scales = slots_SB.view(RAW[stored_kind]), slots_SB.view(torch.float32)
+    raw = RAW[kind]
+    slot_linear_kernel[(triton.cdiv(rows, tile_rows), num_choices)](
+        inputs.view(raw),
+        slot_N,
+        weights_N.view(raw),
+        slabs,
+        scales,
+        outputs.view(raw),
+        num_choices=num_choices,
+        SHARE=share,
+        R=rows,
+        C=columns,
+        SLAB=slabs.shape[1],
+        MATRIX=place.offset // slabs.itemsize,
+        SCALE_SLAB=scales.shape[1],
+        SCALE=(place.scale_offset or 0) // scales.itemsize,
+        STORED=stored_kind,
+        KIND=kind,
+        LAST=last,
+        NATIVE=isinstance(slot_linear_kernel, triton.JITFunction),
+        CHOICES=choices,
+        TILE_R=tile_rows,
+        TILE_C=tile_columns,
+        num_warps=4,
+    )
+
+
+def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
+    """Rows and columns of a matrix that a program looks at together. One choice: 4096 numbers, 32 a thread, and
+    enough programs for the multiprocessors of a large GPU. Several: what the tensor cores take at a time."""
+    widest = 1024 if choices == 1 else 128
+    dividing = columns & -columns
+    # whole tiles where the width allows it, else a masked one
+    tile_columns = min(widest, dividing if dividing >= 64 else triton.next_power_of_2(columns))
+    tile_columns = max(16, tile_columns)
+    tile_rows = max(4, 4096 // tile_columns) if choices == 1 else 32
+    while choices == 1 and tile_rows > 4 and rows // tile_rows < 192:
+        tile_rows //= 2
+    return tile_rows, tile_columns

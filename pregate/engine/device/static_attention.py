@@ -1,0 +1,103 @@
+"""Attention of one decoding step over caches of fixed size, written and masked by a position that is a tensor.
+
+Same arithmetic as the family's own attention: scores are not scaled, the position bias is added to them, what must not
+be seen gets the most negative number. Knows weights and caches of one layer; knows nothing about stacks or experts.
+
+Letters: B batch, S source places, T target places, D model width, H heads, C width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def attend(query_BH1C: Tensor, keys_BHTC: Tensor, values_BHTC: Tensor, bias: Tensor) -> Tensor:
+    """What one query a row sees: (B, 1, H*C). `bias` (broadcast to B, H, 1, T) is added to the scores."""
+    scores_BH1T = torch.matmul(query_BH1C, keys_BHTC.transpose(2, 3)) + bias
+    seen_BH1C = torch.matmul(torch.softmax(scores_BH1T, dim=-1), values_BHTC)
+    return seen_BH1C.transpose(1, 2).reshape(query_BH1C.shape[0], 1, -1)
+
+
+def join_projections(attention: Any) -> Tensor:
+    """The query, key and value weights (3*H*C, D) of an attention module as one matrix, to be multiplied at once.
+
+    The module's own weights become parts of it, so that nothing is in memory twice.
+    """
+    projections = (attention.q, attention.k, attention.v)
+    joined = torch.cat([projection.weight.detach() for projection in projections])
+    for projection, part in zip(projections, joined.chunk(3), strict=True):
+        projection.weight = nn.Parameter(part, requires_grad=False)
+    return joined
+
+
+class StaticSelfAttention:
+    """Self-attention of one decoder layer, norm and residual included, with room for `length` tokens."""
+
+    def __init__(self, layer: Any, batch: int, length: int) -> None:
+        attention = layer.SelfAttention
+        self._norm, self._out = layer.layer_norm, attention.o
+        self._qkv = join_projections(attention)
+        self._shape = (batch, 1, 3, attention.n_heads, attention.key_value_proj_dim)
+        shape = (2, batch, attention.n_heads, length, attention.key_value_proj_dim)
+        self.cache_2BHTC = torch.zeros(shape, dtype=self._qkv.dtype, device=self._qkv.device)
+
+    def __call__(self, hidden_B1D: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
+        """`position_1`: the place of this token. Places behind it hold leftovers, which `bias_1H1T` must hide."""
+        qkv = nn.functional.linear(self._norm(hidden_B1D), self._qkv).view(self._shape).permute(2, 0, 3, 1, 4)
+        self.cache_2BHTC.index_copy_(3, position_1, qkv[1:])
+        return hidden_B1D + self._out(attend(qkv[0], self.cache_2BHTC[0], self.cache_2BHTC[1], bias_1H1T))
+
+
+class StaticCrossAttention:
+    """Attention of one decoder layer to the source, norm and residual included; keys and values are filled once a
+    request."""
+
+    def __init__(self, layer: Any, batch: int, length: int) -> None:
+        self._attention = attention = layer.EncDecAttention
+        self._norm = layer.layer_norm
+        self._heads = (attention.n_heads, attention.key_value_proj_dim)
+        weight = attention.q.weight
+        shape = (2, batch, attention.n_heads, length, attention.key_value_proj_dim)
+        self.cache_2BHSC = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def fill(self, states_BSD: Tensor) -> None:
+        """Keys and values of the encoder's last states, which may be fewer rows and places than there is room for."""
+        rows, places = states_BSD.shape[:2]
+        for cache_BHSC, projection in zip(self.cache_2BHSC, (self._attention.k, self._attention.v), strict=True):
+            projected = projection(states_BSD).view(rows, places, *self._heads).transpose(1, 2)
+            cache_BHSC[:rows, :, :places].copy_(projected)
+
+    def __call__(self, hidden_B1D: Tensor, mask_B11S: Tensor) -> Tensor:
+        query = self._attention.q(self._norm(hidden_B1D)).view(-1, 1, *self._heads).transpose(1, 2)
+        return hidden_B1D + self._attention.o(attend(query, self.cache_2BHSC[0], self.cache_2BHSC[1], mask_B11S))
+
+
+class PositionBias:
+    """The relative-position bias of a causal stack, looked up by a position that is a tensor.
+
+    One table holds the bias of every distance that can occur and, for places not yet written, the most negative
+    number; a step reads T neighbours of it.
+    """
+
+    def __init__(self, attention: Any, length: int) -> None:
+        bias_1H1T = attention.compute_bias(1, length, past_seen_tokens=length - 1).detach()
+        past_HT = bias_1H1T[0, :, 0]  # distances length-1 … 0
+        hidden_HT = torch.full_like(past_HT[:, 1:], torch.finfo(past_HT.dtype).min)
+        self._table = torch.cat([past_HT, hidden_HT], dim=1)
+        self._places_T = torch.arange(length, device=past_HT.device) + (length - 1)
+
+    def __call__(self, position_1: Tensor) -> Tensor:
+        """The bias (1, H, 1, T) of the token at `position_1` towards every place of the cache."""
+        return self._table.index_select(1, self._places_T - position_1)[None, :, None]
+
+
+def source_mask(attention_mask_BS: Tensor, mask_B11S: Tensor) -> None:
+    """Write into `mask_B11S` what is added to the scores of source places: 0 where `attention_mask_BS` (rows and places
+    may be fewer) is set, else the most negative number."""
+    rows, places = attention_mask_BS.shape
+    hidden = torch.finfo(mask_B11S.dtype).min
+    mask_B11S.fill_(hidden)
+    mask_B11S[:rows, 0, 0, :places] = torch.where(attention_mask_BS.bool(), 0.0, hidden).to(mask_B11S.dtype)

@@ -1,0 +1,144 @@
+"""One decoding step of a Switch decoder with fixed shapes and fixed addresses, for as many replays as a request needs.
+
+Computes what the model's own decoder computes for one token a row, from the same parameters and through the model's own
+gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. Where the step's tokens stand is
+a tensor, so nothing in it depends on the host. Knows the family's layers; how experts get where they are computed is
+left to `StepExperts`.
+
+Letters: B batch, S source places, T target places, D model width, E experts, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
+from pregate.engine.device.static_attention import (
+    PositionBias,
+    StaticCrossAttention,
+    StaticSelfAttention,
+    source_mask,
+)
+from pregate.models.routing import Routing
+from pregate.models.switch_layers import PreGatedSparseMLP, SwitchGate, finite
+
+
+class StepExperts(Protocol):
+    """The experts of all decoder blocks. Called in the order of the computation, the same in every step."""
+
+    def begin_step(self) -> None:
+        """A decoding step begins: no route is known."""
+        ...
+
+    def commit(self, block: int, expert_ids_BTK: Tensor, live_B: Tensor) -> None:
+        """The route of `block` is committed; rows that have ended need no expert."""
+        ...
+
+    def run(self, block: int, hidden_BD: Tensor, weights_BK: Tensor) -> Tensor:
+        """The block's output (B, D) by its committed route; arbitrary for rows that have ended."""
+        ...
+
+
+def keep_in_router_dtype(gate: SwitchGate) -> SwitchGate:
+    """Convert the gate's weights to the dtype it routes in for good, instead of at every step; the same logits."""
+    for name, parameter in list(gate.classifier.named_parameters()):
+        converted = parameter.detach().to(gate.dtype)
+        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    return gate
+
+
+class StaticDecoder:
+    """The decoder of `model` for `batch` rows of at most `max_source_len` source and `max_new_tokens` new tokens.
+
+    `begin` prepares a request, then each `step` appends a token a row. The parameters stay the model's own; those
+    of self-attention are laid out anew (`join_projections`), those of gates converted (`keep_in_router_dtype`).
+    """
+
+    def __init__(
+        self, model: Any, experts: StepExperts, *, batch: int, max_source_len: int, max_new_tokens: int
+    ) -> None:
+        decoder, config = model.decoder, model.config
+        weight = decoder.embed_tokens.weight
+        self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
+        # the last new token is never an input, the start token always is
+        self.chooser = TokenChooser(batch, max_new_tokens + 1, config.vocab_size, weight.device)
+        self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
+        self._scale = config.d_model**-0.5 if config.tie_word_embeddings else None
+        self._experts = experts
+        self._entries = {int(block): keep_in_router_dtype(gate) for block, gate in decoder.entry_gates.items()}
+        self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
+        self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
+        self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
+        self._routes: dict[int, Routing] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """What the step's own tensors take: caches, mask, tokens and logits."""
+        caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
+        return caches + self._mask_B11S.nbytes + self.chooser.num_bytes
+
+    @torch.inference_mode()
+    def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
+        """Start a request: keys and values of the encoder's last states, and how tokens are chosen. Fewer rows than
+        `batch` and fewer places than `max_source_len` are fine."""
+        rows, places = attention_mask_BS.shape
+        assert rows <= self.batch and places <= self.max_source_len
+        source_mask(attention_mask_BS, self._mask_B11S)
+        for layer in self._layers:
+            layer.cross.fill(encoder_states_BSD)
+        self.chooser.begin(sampling, rows)
+
+    @torch.inference_mode()
+    def step(self, kind: StepKind) -> None:
+        """One token for every row. Never synchronises with the host; the same launches whatever the data."""
+        chooser = self.chooser
+        hidden_B1D = self._embed(chooser.token_B[:, None])
+        bias_1H1T = self._bias(chooser.position_1)
+        self._experts.begin_step()
+        for block, gate in self._entries.items():
+            self._commit(block, gate(hidden_B1D))
+        for layer in self._layers:
+            hidden_B1D = finite(layer.attention(hidden_B1D, chooser.position_1, bias_1H1T))
+            hidden_B1D = finite(layer.cross(hidden_B1D, self._mask_B11S))
+            normed_B1D = layer.norm(hidden_B1D)
+            hidden_B1D = finite(hidden_B1D + layer.feed_forward(normed_B1D))
+        hidden_B1D = self._norm(hidden_B1D)
+        if self._scale is not None:
+            hidden_B1D = hidden_B1D * self._scale
+        chooser.choose(self._head(hidden_B1D)[:, 0], kind)
+        # handed to the allocator here, not at some later replay's begin
+        self._routes.clear()
+
+    def _commit(self, block: int, routing: Routing) -> None:
+        self._routes[block] = routing
+        self._experts.commit(block, routing.expert_ids_BTK, self.chooser.live_B)
+
+    def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
+        """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
+        own = None if mlp.router is None else keep_in_router_dtype(mlp.router)
+        ahead = None if mlp.pre_gate is None else keep_in_router_dtype(mlp.pre_gate)
+        block, target = mlp.index, mlp.target
+
+        def run(normed_B1D: Tensor) -> Tensor:
+            if own is not None:
+                self._commit(block, own(normed_B1D))
+            if ahead is not None and target is not None:
+                # behind the block's own route, which is needed first
+                self._commit(target, ahead(normed_B1D))
+            weights_BK = self._routes.pop(block).weights_BTK[:, 0]
+            return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
+
+        return run
+
+
+class _StaticLayer:
+    def __init__(self, layer: Any, decoder: StaticDecoder, max_source_len: int, max_new_tokens: int) -> None:
+        self.attention = StaticSelfAttention(layer.layer[0], decoder.batch, max_new_tokens)
+        self.cross = StaticCrossAttention(layer.layer[1], decoder.batch, max_source_len)
+        self.norm: nn.Module = layer.layer[-1].layer_norm
+        mlp = layer.layer[-1].mlp
+        self.feed_forward = decoder.sparse(mlp) if layer.is_sparse else mlp

@@ -1,0 +1,168 @@
+"""Measuring a row of the device-driven engine: inside a captured step nothing can be timed or asked, so all steps of a
+request are timed together, from the moment its first token is known to the moment its last is.
+
+Time spent waiting and the time of a block are therefore absent. Knows the device-driven engine and rows; what stands
+beside a row is `bench_row`'s matter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from pregate.config import CacheRule, Drive, Policy, SlabDtype
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.store import Store
+from pregate.measure.active_experts import forced_experts
+from pregate.measure.baselines import use_generation_config
+from pregate.measure.bench_grid import BenchModel, RowSpec
+from pregate.measure.bench_row import (
+    NEVER_AGAIN,
+    WARM_UP,
+    Beside,
+    Effort,
+    Requests,
+    figures,
+    first_logits,
+    logit_difference,
+    measure_engine_row,
+)
+from pregate.measure.latency import Timed
+from pregate.memory import PeakMemory
+
+
+@dataclass(frozen=True)
+class StepsTimed(Timed):
+    """One request: `seconds` until the first and until the last token were known; `steps` between them.
+
+    `counted`: what moved and what was there, the encoding of the source included; `readings`: bytes moved by then.
+    """
+
+    steps: int
+    counted: dict[str, int]
+    distinct: float
+    """Distinct experts a block and step, over all steps."""
+
+    @property
+    def tpot_ms(self) -> float | None:
+        return (self.seconds[-1] - self.seconds[0]) / self.steps * 1e3 if self.steps else None
+
+
+def captured_compute_ms(
+    spec: RowSpec, new_tokens: int, find: Callable[[RowSpec], dict[str, Any] | None]
+) -> float | None:
+    """T_compute of a device-driven row: a token's time with all experts on the device, driven the same way and for
+    `new_tokens`. None until that row is measured."""
+    row = find(
+        replace(spec, policy=str(Policy.gpu_only), cache=None, budget=None, host_budget=None, new_tokens=new_tokens)
+    )
+    return None if row is None else row["tpot_ms"]
+
+
+def serve_on_device(
+    spec: RowSpec,
+    model: BenchModel,
+    store: Store,
+    device: torch.device,
+    effort: Effort,
+    io_threads: int,
+    beside: Beside,
+) -> dict[str, Any]:
+    """What `spec` measures, as `bench_row` has it for the host-driven engine. Nothing is read by threads here, so
+    `io_threads` says nothing."""
+    requests = Requests.of(spec, model, device)
+    with (
+        PeakMemory(device) as peak,
+        DeviceEngine.open(
+            model.source,
+            batch=spec.batch,
+            max_source_len=spec.prompt_len,
+            max_new_tokens=spec.new_tokens,
+            policy=Policy(spec.policy),
+            device=device,
+            device_budget=spec.budget,
+            cache=CacheRule(spec.cache or CacheRule.none),
+            store=store,
+        ) as engine,
+        forced_experts(engine.model, spec.forced_experts),
+    ):
+        use_generation_config(engine.model, model)
+        for number in range(effort.warmup):
+            _serve_one(engine, requests, WARM_UP + number, spec.new_tokens)
+        timed: list[Any] = effort.run(lambda number: _serve_one(engine, requests, number, spec.new_tokens))
+        peak_bytes, expected = peak.read(), engine.expected_bytes()
+        logits = None
+        if beside.source_reference is not None and beside.source_reference.logits is not None:
+            logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
+        slots, slab_bytes = engine.num_slots, engine.slab_bytes
+    row = {
+        "slots": slots,
+        "slab_bytes": slab_bytes,
+        **{name: round(statistics.mean(t.counted[name] for t in timed), 2) for name in timed[0].counted},
+        "link_bytes_per_step": statistics.mean((t.readings[-1] - t.readings[0]) / t.steps for t in timed),
+        **figures(timed, spec, beside.reference),
+        "expected_bytes": sum(expected.values()),
+        "expected_bytes_parts": expected,
+    }
+    if spec.forced_experts is None and spec.policy in (Policy.on_demand, Policy.pre_gated):
+        # the other policies fetch without regard to routes, so their counts do not tell
+        row["active_experts"] = round(statistics.mean(t.distinct for t in timed), 2)
+    if peak_bytes is not None:
+        row["peak_device_bytes"] = peak_bytes
+    if logits is not None and beside.source_reference is not None and spec.slab_dtype != SlabDtype.source:
+        row |= logit_difference(logits, beside.source_reference.logits)
+    return row
+
+
+measure_device_row = partial(measure_engine_row, serve=serve_on_device)
+"""One row of the device-driven engine, complete; as `measure_engine_row`, but without a trace."""
+
+
+def _serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:
+    """The device is waited for at the ends of what is timed and nowhere between."""
+    request = engine.request(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=NEVER_AGAIN,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )
+    prompt = requests.prompt(number)
+    engine.host.reset_counters()
+    begun = _now(requests.device)
+    engine.prefill(prompt["input_ids"], prompt["attention_mask"], request.sampling)
+    engine.decode_one_token()
+    first = _now(requests.device) - begun
+    moved_first = engine.counters().bytes_moved
+    begun = _now(requests.device)
+    for _ in range(new_tokens - 1):
+        engine.decode_one_token()
+    rest = _now(requests.device) - begun
+    counted = engine.counters()
+    encoding = engine.host.counters.to_dict()
+    blocks = len(engine.family.layers["decoder"])
+    return StepsTimed(
+        tokens=engine.tokens()[:, : new_tokens + 1].clone().cpu(),
+        seconds=[first, first + rest],
+        readings=[moved_first, counted.bytes_moved],
+        spans=None,
+        steps=new_tokens - 1,
+        counted={name: value + encoding[name] for name, value in counted.to_dict().items()},
+        distinct=(counted.hits + counted.misses) / (blocks * new_tokens),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def is_device_driven(spec: RowSpec) -> bool:
+    return spec.drive == Drive.device
