@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._baseline = 0
+        self._highest = 0
         self.num_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
@@ -43,11 +46,24 @@ class PeakMemory:
         """The peak so far; may be read inside the block too."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            self.num_bytes = torch.cuda.max_memory_allocated(self._device) - self._baseline
+            high = torch.cuda.max_memory_allocated(self._device)
         else:
-            high = _status_bytes("VmHWM")
-            self.num_bytes = high - self._baseline if high is not None and self._reset else None
+            high = _status_bytes("VmHWM") if self._reset else None
+        if high is not None:
+            self._highest = max(self._highest, high - self._baseline)
+        self.num_bytes = None if high is None else self._highest
         return self.num_bytes
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """For work in between that is none of what is measured: what it takes does not count once it is given back."""
+        self.read()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _return_free_memory()
+            self._reset = self._reset and _reset_high_water_mark()
 
 
 def _return_free_memory() -> None:

@@ -24,7 +24,7 @@ from pregate.engine.decode import open_store
 from pregate.engine.pack import INDEX
 from pregate.engine.store import DiskStore, Store
 from pregate.measure.baselines import free_bytes
-from pregate.measure.bench_device import captured_compute_ms, is_device_driven, measure_device_row
+from pregate.measure.bench_device import captured_compute_ms, is_device_driven, serve_by_device
 from pregate.measure.bench_grid import (
     ACCELERATE_WARM,
     BASELINES,
@@ -35,10 +35,11 @@ from pregate.measure.bench_grid import (
     grid,
 )
 from pregate.measure.bench_plots import plot_bench
-from pregate.measure.bench_row import Beside, Effort, measure_engine_row
+from pregate.measure.bench_row import Beside, Effort, measure_row
 from pregate.measure.bench_table import command, print_bench, short_figures, write_bench
 from pregate.measure.bench_whole import HEADROOM, Accelerated, References, Whole, forget, resident_of
 from pregate.measure.planner import Profile, all_on_device, few_experts, predict, profile, step_ms
+from pregate.measure.probes import Ground
 from pregate.memory import PeakMemory
 from pregate.runtime import console, environment, human_bytes, pick_device, set_seed, to_jsonable
 from pregate.tracking import Tracker, say
@@ -95,6 +96,9 @@ class Study:
     def effort(self) -> Effort:
         bench = self.run.bench
         return Effort(bench.repeats, bench.warmup, bench.max_seconds_per_row)
+
+    def ground(self, store: Store) -> Ground:
+        return Ground(store, self.device, self.run.engine.io_threads, self.run.engine.io_uring)
 
     def pack_dir(self, model: BenchModel, slab_dtype: str) -> Path:
         return self.scratch / f"{model.label}-{slab_dtype}"
@@ -260,11 +264,10 @@ def _prediction(
         return {}  # the planner runs the host's scheduler
     load = (spec.batch, spec.prompt_len)
     if load not in profiles:
-        threads = study.run.engine.io_threads
-        taken = profile(few_experts(model), store, study.device, threads, spec.batch, spec.prompt_len)
-        profiles[load] = taken, row.get("compute_ms_after")
+        taken = profile(few_experts(model), study.ground(store), spec.batch, spec.prompt_len)
+        profiles[load] = taken, row.get("compute_ms_probes", [None])[-1]
     profiled, step_then = profiles[load]
-    factor = row["compute_ms"] / step_then if step_then is not None and "compute_ms_after" in row else None
+    factor = row["compute_ms"] / step_then if step_then is not None and "compute_ms_probes" in row else None
     said = predict(model, spec, profiled, row.get("link_gb_per_s"), factor)
     return {"predicted": said, "predicted_over_measured": said["tokens_per_s"] / row["tokens_per_s"]}
 
@@ -319,9 +322,9 @@ def _engine_row(
         references.get(spec) if spec.slab_dtype != SlabDtype.source else None,
     )
     try:
-        threads, traced = study.run.engine.io_threads, study.out_dir / "traces" / f"{spec.slug()}.json"
-        measure = measure_device_row if driven else measure_engine_row
-        return measure(spec, model, store, study.device, study.effort, threads, beside, traced)
+        traced = study.out_dir / "traces" / f"{spec.slug()}.json"
+        serve = serve_by_device if driven else None
+        return measure_row(spec, model, study.ground(store), study.effort, beside, traced, serve)
     except (DeviceFullError, torch.OutOfMemoryError):
         say(f"{spec.sentence()} is left out: it does not fit on the device.")
         return None

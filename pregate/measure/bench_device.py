@@ -11,14 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from pregate.config import CacheRule, Drive, Policy, SlabDtype
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.store import Store
 from pregate.measure.active_experts import forced_experts
 from pregate.measure.baselines import use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
@@ -31,9 +29,10 @@ from pregate.measure.bench_row import (
     figures,
     first_logits,
     logit_difference,
-    measure_engine_row,
+    moved,
 )
 from pregate.measure.latency import Timed
+from pregate.measure.probes import Ground, Probes
 from pregate.memory import PeakMemory
 
 
@@ -65,17 +64,11 @@ def captured_compute_ms(
     return None if row is None else row["tpot_ms"]
 
 
-def serve_on_device(
-    spec: RowSpec,
-    model: BenchModel,
-    store: Store,
-    device: torch.device,
-    effort: Effort,
-    io_threads: int,
-    beside: Beside,
+def serve_by_device(
+    spec: RowSpec, model: BenchModel, ground: Ground, effort: Effort, beside: Beside, probes: Probes
 ) -> dict[str, Any]:
-    """What `spec` measures, as `bench_row` has it for the host-driven engine. Nothing is read by threads here, so
-    `io_threads` says nothing."""
+    """See `Serve`. Nothing is read from a disk here."""
+    device, store = ground.device, ground.store
     requests = Requests.of(spec, model, device)
     with (
         PeakMemory(device) as peak,
@@ -95,7 +88,12 @@ def serve_on_device(
         use_generation_config(engine.model, model)
         for number in range(effort.warmup):
             _serve_one(engine, requests, WARM_UP + number, spec.new_tokens)
-        timed: list[Any] = effort.run(lambda number: _serve_one(engine, requests, number, spec.new_tokens))
+
+        def probe() -> None:
+            with peak.left_out():
+                probes.take()
+
+        timed: list[Any] = effort.run(lambda number: _serve_one(engine, requests, number, spec.new_tokens), probe)
         peak_bytes, expected = peak.read(), engine.expected_bytes()
         logits = None
         if beside.source_reference is not None and beside.source_reference.logits is not None:
@@ -105,7 +103,7 @@ def serve_on_device(
         "slots": slots,
         "slab_bytes": slab_bytes,
         **{name: round(statistics.mean(t.counted[name] for t in timed), 2) for name in timed[0].counted},
-        "link_bytes_per_step": statistics.mean((t.readings[-1] - t.readings[0]) / t.steps for t in timed),
+        **moved(timed, [(t.readings[-1] - t.readings[0]) / t.steps for t in timed]),
         **figures(timed, spec, beside.reference),
         "expected_bytes": sum(expected.values()),
         "expected_bytes_parts": expected,
@@ -118,10 +116,6 @@ def serve_on_device(
     if logits is not None and beside.source_reference is not None and spec.slab_dtype != SlabDtype.source:
         row |= logit_difference(logits, beside.source_reference.logits)
     return row
-
-
-measure_device_row = partial(measure_engine_row, serve=serve_on_device)
-"""One row of the device-driven engine, complete; as `measure_engine_row`, but without a trace."""
 
 
 def _serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.decode import OffloadEngine
-from pregate.engine.store import Store
 from pregate.engine.trace import Trace, write_perfetto
 from pregate.measure.active_experts import counted_experts, forced_experts
 from pregate.measure.baselines import Reference, use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
-from pregate.measure.drives import link_bandwidth
 from pregate.measure.latency import Timed, TokenClock, medians, time_request
+from pregate.measure.probes import Ground, Probes, Request, floors
 from pregate.memory import PeakMemory
 
 NEVER_AGAIN = 1e6
@@ -72,10 +71,13 @@ class Effort:
     warmup: int
     max_seconds: float
 
-    def run(self, serve: Callable[[int], Timed]) -> list[Timed]:
+    def run(self, serve: Callable[[int], Timed], probe: Callable[[], None] = lambda: None) -> list[Timed]:
+        """`probe` is called before each request and after the last."""
         begun, timed = time.perf_counter(), []
         while len(timed) < self.repeats and (not timed or time.perf_counter() - begun < self.max_seconds):
+            probe()
             timed.append(serve(len(timed)))
+        probe()
         return timed
 
 
@@ -114,48 +116,37 @@ def first_logits(forward: Callable[..., Any], requests: Requests, tokens_BT: Ten
         return forward(**requests.prompt(0), decoder_input_ids=targets).logits.float().cpu()
 
 
-def measure_engine_row(
+Serve = Callable[["RowSpec", "BenchModel", Ground, "Effort", "Beside", Probes], dict[str, Any]]
+"""Measures the requests of a row and takes probes between them; leaves `requests` for the floors, and `spans` if it
+saw any."""
+
+
+def measure_row(
     spec: RowSpec,
     model: BenchModel,
-    store: Store,
-    device: torch.device,
+    ground: Ground,
     effort: Effort,
-    io_threads: int,
     beside: Beside,
     trace_file: Path,
-    serve: Callable[..., dict[str, Any]] | None = None,
+    serve: Serve | None = None,
 ) -> dict[str, Any]:
-    """One row of the host-driven engine, complete, and a trace of its first request in `trace_file`; `serve` measures
-    another engine in its place. Raises what opening the engine raises."""
-    moves = spec.policy != Policy.gpu_only
-    keys = model.family.keys()
-
-    def bandwidth() -> float | None:
-        return link_bandwidth(store, keys, device, io_threads, spec.seed) if moves else None
-
-    steps: list[float] = [beside.step_ms()] if beside.step_ms is not None else []
-    before = bandwidth()
-    measured = (serve or _serve)(spec, model, store, device, effort, io_threads, beside)
-    after = bandwidth()
-    compute_ms = beside.compute_ms
-    if beside.step_ms is not None:
-        steps.append(beside.step_ms())
-        compute_ms = statistics.mean(steps)
-        measured |= {"compute_ms_before": steps[0], "compute_ms_after": steps[1]}
-    if "spans" in measured:
-        write_perfetto(trace_file, measured.pop("spans"), spec.sentence())
-    return {**spec.to_dict(), **measured, **floors(spec, measured, compute_ms, before, after)}
+    """One row, complete, and a trace of its first request in `trace_file` where there is one. `serve` measures another
+    engine than the host-driven one. Raises what opening the engine raises."""
+    keys, moves = model.family.keys(), spec.policy != Policy.gpu_only
+    link = (lambda: ground.gb_per_s(keys, spec.seed)) if moves else None
+    probes = Probes(link, beside.step_ms, beside.compute_ms)
+    measured = (serve or serve_by_host)(spec, model, ground, effort, beside, probes)
+    spans, requests = measured.pop("spans", None), measured.pop("requests")
+    if spans is not None:
+        write_perfetto(trace_file, spans, spec.sentence())
+    return {**spec.to_dict(), **measured, **floors(requests, probes, spec.batch)}
 
 
-def _serve(
-    spec: RowSpec,
-    model: BenchModel,
-    store: Store,
-    device: torch.device,
-    effort: Effort,
-    io_threads: int,
-    beside: Beside,
+def serve_by_host(
+    spec: RowSpec, model: BenchModel, ground: Ground, effort: Effort, beside: Beside, probes: Probes
 ) -> dict[str, Any]:
+    """See `Serve`."""
+    device, store = ground.device, ground.store
     requests, counts = Requests.of(spec, model, device), []
     with (
         PeakMemory(device) as peak,
@@ -167,7 +158,8 @@ def _serve(
             host_budget=spec.host_budget,
             cache=CacheRule(spec.cache or CacheRule.none),
             store=store,
-            io_threads=io_threads,
+            io_threads=ground.io_threads,
+            io_uring=ground.io_uring,
         ) as engine,
         forced_experts(engine.model, spec.forced_experts),
     ):
@@ -178,13 +170,17 @@ def _serve(
             for number in range(effort.warmup):
                 requests.serve(engine.generate, WARM_UP + number, spec.new_tokens, clock, None)
 
+        def probe() -> None:
+            with peak.left_out():
+                probes.take()
+
         def serve(number: int) -> Timed:
             engine.reset_counters()
             timed = requests.serve(engine.generate, number, spec.new_tokens, clock, engine.trace)
             counts.append(engine.counters.to_dict())
             return timed
 
-        timed = effort.run(serve)
+        timed = effort.run(serve, probe)
         peak_bytes = peak.read()
         expected = engine.expected_bytes()
         logits = None
@@ -195,10 +191,10 @@ def _serve(
         "spans": timed[0].spans or [],
         "slots": slots,
         "slab_bytes": slab_bytes,
-        "io_threads": io_threads,
+        "io_threads": ground.io_threads,
         "active_experts": _mean(active),
         **{name: _mean([count[name] for count in counts]) for name in counts[0]},
-        "link_bytes_per_step": statistics.mean(_decoded_bytes(request) for request in timed),
+        **moved(timed, [_decoded_bytes(request) for request in timed]),
         **figures(timed, spec, beside.reference),
         "expected_bytes": sum(expected.values()),
         "expected_bytes_parts": expected,
@@ -208,6 +204,13 @@ def _serve(
     if logits is not None and beside.source_reference is not None:
         row |= logit_difference(logits, beside.source_reference.logits)
     return row
+
+
+def moved(timed: Sequence[Timed], link_bytes: Sequence[float]) -> dict[str, Any]:
+    """The requests as the floors want them, `link_bytes` for each step of each, and the mean of those bytes."""
+    tpot_ms = [request.tpot_ms or 0.0 for request in timed]
+    requests = [Request(ms, num_bytes) for ms, num_bytes in zip(tpot_ms, link_bytes, strict=True)]
+    return {"requests": requests, "link_bytes_per_step": statistics.mean(link_bytes)}
 
 
 def _mean(numbers: Sequence[int]) -> int | float:
@@ -248,37 +251,4 @@ def logit_difference(logits: Tensor, source: Tensor | None) -> dict[str, float]:
     return {
         "logits_max_abs_diff": float(difference.abs().max()),
         "logits_rel_diff": float(difference.norm() / source.norm()),
-    }
-
-
-def floors(
-    spec: RowSpec, measured: dict[str, Any], compute_ms: float | None, before: float | None, after: float | None
-) -> dict[str, float]:
-    """What a token cannot be faster than: T_link, the bytes of a step over the bandwidth measured beside the row,
-    and T_compute, the whole model's time in memory; `serial_ms` adds them, `floor_ms` overlaps them perfectly.
-
-    Where nothing moves, T_link is 0 whatever the link; where a link or the whole model was not measured, what would
-    follow from it is absent.
-    """
-    found: dict[str, float] = {}
-    link_ms: float | None = None
-    if before is not None and after is not None:
-        bandwidth = (before + after) / 2
-        found = {"link_gb_per_s": bandwidth, "link_gb_per_s_before": before, "link_gb_per_s_after": after}
-        link_ms = measured["link_bytes_per_step"] / bandwidth / 1e6
-    elif measured["link_bytes_per_step"] == 0:
-        link_ms = 0.0
-    if link_ms is not None:
-        found["link_ms"] = link_ms
-    if compute_ms is not None:
-        found["compute_ms"] = compute_ms
-    if link_ms is None or compute_ms is None:
-        return found
-    floor_ms, serial_ms = max(link_ms, compute_ms), link_ms + compute_ms
-    return found | {
-        "floor_ms": floor_ms,
-        "serial_ms": serial_ms,
-        "over_floor": measured["tpot_ms"] / floor_ms,
-        "possible_gain": serial_ms / floor_ms,
-        "roofline_tokens_per_s": spec.batch * 1e3 / floor_ms,
     }

@@ -26,7 +26,9 @@ from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertKey
 
 PROBE_SECONDS = 1.0
-"""Long enough for a disk's queue and a link's clock to settle, short beside the row it stands next to."""
+"""Long enough for a disk to show more than its mood, short beside the requests it stands next to."""
+COPY_SECONDS = 0.2
+"""A link is steadier."""
 COPIES_AT_ONCE = 16
 
 
@@ -91,7 +93,7 @@ def _copy_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, s
     buffer = torch.empty(size, dtype=torch.uint8, device=device)
     stream: Any = torch.cuda.Stream(device)
     elapsed_ms, num_slabs = 0.0, 0
-    while elapsed_ms < PROBE_SECONDS * 1e3:
+    while elapsed_ms < COPY_SECONDS * 1e3:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             begin.record(stream)

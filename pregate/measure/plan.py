@@ -19,6 +19,7 @@ from pregate.measure.bench_grid import BenchModel, RowSpec
 from pregate.measure.bench_table import command
 from pregate.measure.planner import Profile, few_experts, is_predictable, predict, profile, verdict
 from pregate.measure.plots import three_digits
+from pregate.measure.probes import Ground
 from pregate.measure.summary import ABSENT
 from pregate.runtime import console, environment, human_bytes, write_json
 from pregate.tracking import say
@@ -57,7 +58,8 @@ def _profile(run: Run, small: BenchModel, spec: RowSpec, device: torch.device, s
     tier, slab_dtype = Tier(str(spec.tier)), SlabDtype(str(spec.slab_dtype))
     store = open_store(small.source, tier=tier, device=device, pack_dir=place, slab_dtype=slab_dtype)
     try:
-        return profile(small, store, device, run.engine.io_threads, spec.batch, spec.prompt_len)
+        ground = Ground(store, device, run.engine.io_threads, run.engine.io_uring)
+        return profile(small, ground, spec.batch, spec.prompt_len)
     finally:
         store.close()
 

@@ -8,7 +8,7 @@ scheduler is run against a clock (`simulation`). Knows engines and models; knows
 from __future__ import annotations
 
 import statistics
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +20,13 @@ import torch
 from pregate.config import CacheRule, Drive, Policy, SlabDtype
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.decode import OffloadEngine
-from pregate.engine.store import DramStore, Store
+from pregate.engine.store import DramStore
 from pregate.engine.trace import Span
 from pregate.measure.bench_grid import BenchModel, RowSpec, bench_model
 from pregate.measure.bench_row import Requests
-from pregate.measure.drives import link_bandwidth
+from pregate.measure.drives import SlabStream, slab_stream
 from pregate.measure.latency import Timed, TokenClock
+from pregate.measure.probes import Ground
 from pregate.measure.simulation import Durations, Load, Predicted, simulate
 from pregate.models.synthetic import synthetic_checkpoint
 
@@ -82,12 +83,11 @@ def step_ms(engine: OffloadEngine, batch: int, prompt_len: int, device: torch.de
     return _step_ms(_timed(engine, requests, 1))
 
 
-def profile(
-    small: BenchModel, store: Store, device: torch.device, io_threads: int, batch: int, prompt_len: int
-) -> Profile:
-    """Time the steps of `small`, all of whose experts are on the device as slabs like those of `store`, alone and
+def profile(small: BenchModel, ground: Ground, batch: int, prompt_len: int) -> Profile:
+    """Time the steps of `small`, all of whose experts are on the device as slabs like those of the store, alone and
     beside a busy link; and the link alone and beside the computation."""
-    link = link_bandwidth(store, small.family.keys(), device, io_threads)
+    keys, store, device = small.family.keys(), ground.store, ground.device
+    link = ground.gb_per_s(keys)
     requests = Requests(batch, prompt_len, small.vocab_size, 0, device)
     with all_on_device(small, store.layout.stored, device) as engine:
         _timed(engine, requests, 1)
@@ -95,12 +95,29 @@ def profile(
         slowdowns = {}
         if device.type == "cpu":
             # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
-            with _busy_link(store, small, io_threads) as moved:
+            with slab_stream(store, keys, ground.io_threads, ground.io_uring) as stream, _kept_going(engine, stream):
+                begun = time.perf_counter()
                 beside = _timed(engine, requests, 2)
-            slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / _step_ms(alone))
-            slowdowns["link_slowdown"] = max(1.0, link / moved.gb_per_s) if moved.gb_per_s else 1.0
+                moved = stream.num_arrived * store.layout.slab_bytes / (time.perf_counter() - begun) / 1e9
+            # the machine may have changed meanwhile: what stood still before and after is what counts
+            around = (_step_ms(alone) + _step_ms(_timed(engine, requests, 2))) / 2
+            link = (link + ground.gb_per_s(keys)) / 2
+            slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / around)
+            slowdowns["link_slowdown"] = max(1.0, link / moved) if moved else 1.0
     slab_bytes = store.layout.slab_bytes
     return Profile(replace(durations(alone, slab_bytes / link / 1e6), **slowdowns), link, slab_bytes)
+
+
+@contextmanager
+def _kept_going(engine: OffloadEngine, stream: SlabStream) -> Iterator[None]:
+    """`stream` goes on at every layer that computes, as the engine's own reads do."""
+    layers = [*engine.model.encoder.block, *engine.model.decoder.block]
+    hooks = [layer.register_forward_hook(lambda *_: stream.go_on()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _timed(engine: OffloadEngine, requests: Requests, number: int) -> Timed:
@@ -138,30 +155,6 @@ def _blocks(step: list[Span]) -> list[list[Span]]:
     for span in step:
         blocks.setdefault(span.name.rpartition(" expert ")[0], []).append(span)
     return list(blocks.values())
-
-
-@dataclass
-class _Moved:
-    gb_per_s: float | None = None
-
-
-@contextmanager
-def _busy_link(store: Store, small: BenchModel, io_threads: int) -> Iterator[_Moved]:
-    """Slabs are read all the time; afterwards the bandwidth they were read with is known."""
-    stop, moved, measured = threading.Event(), _Moved(), []
-
-    def read() -> None:
-        while not stop.is_set():
-            measured.append(link_bandwidth(store, small.family.keys(), torch.device("cpu"), io_threads))
-
-    thread = threading.Thread(target=read, name="pregate-busy-link")
-    thread.start()
-    try:
-        yield moved
-    finally:
-        stop.set()
-        thread.join()
-        moved.gb_per_s = statistics.median(measured) if measured else None
 
 
 def predict(

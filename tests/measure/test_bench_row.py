@@ -12,7 +12,7 @@ import torch
 from pregate.engine.trace import Span
 from pregate.measure.baselines import Reference
 from pregate.measure.bench_grid import RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, floors, logit_difference
+from pregate.measure.bench_row import Effort, Requests, figures, logit_difference
 from pregate.measure.latency import Timed, TokenClock, time_request
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
@@ -21,40 +21,6 @@ CPU = torch.device("cpu")
 
 def timed(*seconds: float, tokens: list[list[int]] | None = None, spans: list[Span] | None = None) -> Timed:
     return Timed(torch.tensor(tokens or [[0, 1, 2]]), list(seconds), [], spans)
-
-
-def test_floors_are_the_larger_of_link_and_computation() -> None:
-    measured = {"link_bytes_per_step": 60e6, "tpot_ms": 33.0}
-    found = floors(SPEC, measured, compute_ms=20.0, before=1.5, after=2.5)
-    assert found == pytest.approx(
-        {
-            "link_gb_per_s": 2.0,
-            "link_gb_per_s_before": 1.5,
-            "link_gb_per_s_after": 2.5,
-            "link_ms": 30.0,  # 60 MB at 2 GB/s
-            "compute_ms": 20.0,
-            "floor_ms": 30.0,
-            "serial_ms": 50.0,
-            "over_floor": 1.1,
-            "possible_gain": 5 / 3,
-            "roofline_tokens_per_s": 4 * 1000 / 30.0,
-        }
-    )
-    bound_by_computation = floors(SPEC, measured, compute_ms=40.0, before=2.0, after=2.0)
-    assert bound_by_computation["floor_ms"] == 40.0
-    assert bound_by_computation["possible_gain"] == pytest.approx(1.75)
-
-
-def test_what_was_not_measured_has_no_floor() -> None:
-    moving: dict[str, Any] = {"link_bytes_per_step": 60e6, "tpot_ms": 33.0}
-    assert floors(SPEC, moving, None, 2.0, 2.0) == pytest.approx(
-        {"link_gb_per_s": 2.0, "link_gb_per_s_before": 2.0, "link_gb_per_s_after": 2.0, "link_ms": 30.0}
-    )
-    assert floors(SPEC, moving, 20.0, None, None) == {"compute_ms": 20.0}
-    still = {"link_bytes_per_step": 0.0, "tpot_ms": 22.0}
-    found = floors(SPEC, still, 20.0, None, None)
-    assert (found["link_ms"], found["floor_ms"], found["over_floor"]) == (0.0, 20.0, 1.1)
-    assert "link_gb_per_s" not in found
 
 
 def test_figures_are_medians_with_their_spread() -> None:
@@ -136,7 +102,9 @@ def test_no_repeat_begins_after_the_time_is_up() -> None:
         time.sleep(0.02)
         return timed(0.1 * (number + 1), 1.0)
 
-    assert len(Effort(repeats=3, warmup=1, max_seconds=60).run(slow)) == 3
+    probed: list[int] = []
+    assert len(Effort(repeats=3, warmup=1, max_seconds=60).run(slow, lambda: probed.append(1))) == 3
+    assert len(probed) == 4, "before each and after the last"
     assert [t.seconds[0] for t in Effort(repeats=3, warmup=1, max_seconds=0.001).run(slow)] == [0.1]
     assert len(Effort(repeats=50, warmup=1, max_seconds=0.05).run(slow)) < 10
 

@@ -48,7 +48,13 @@ def gather_kernel(
 
 
 def launch_gather_slabs(
-    addresses_G: Tensor, plan: FetchPlan, slots_SB: Tensor, *, num_programs: int, unroll: int, num_warps: int = NUM_WARPS
+    addresses_G: Tensor,
+    plan: FetchPlan,
+    slots_SB: Tensor,
+    *,
+    num_programs: int,
+    unroll: int,
+    num_warps: int = NUM_WARPS,
 ) -> None:
     """See `gather_slabs`."""
     slots_SW = slots_SB.view(torch.int64)
