@@ -133,7 +133,8 @@ def measure_row(
     """One row, complete, and a trace of its first request in `trace_file` where there is one. `serve` measures another
     engine than the host-driven one. Raises what opening the engine raises."""
     keys, moves = model.family.keys(), spec.policy != Policy.gpu_only
-    link = (lambda: ground.gb_per_s(keys, spec.seed)) if moves else None
+    in_order = spec.policy == Policy.prefetch_all
+    link = (lambda: ground.gb_per_s(keys, spec.seed, in_order)) if moves else None
     probes = Probes(link, beside.step_ms, beside.compute_ms)
     measured = (serve or serve_by_host)(spec, model, ground, effort, beside, probes)
     spans, requests = measured.pop("spans", None), measured.pop("requests")

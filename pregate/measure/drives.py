@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ def link_bandwidth(
     io_threads: int,
     io_uring: bool = True,
     seed: int = 0,
+    in_order: bool = False,
 ) -> float:
-    """GB/s of whole slabs chosen at random: copies to a CUDA device where they lie in host memory, else reads into host
+    """GB/s of whole slabs chosen at random, or one behind the other as `prefetch_all` wants them: copies to a CUDA device where they lie in host memory, else reads into host
     memory as an engine with these settings does them, `io_threads` slabs under way."""
     if device.type == "cuda" and store.in_host_memory:
         return _copy_bandwidth(store, keys, device, seed)
     begun = time.perf_counter()
-    with slab_stream(store, keys, io_threads, io_uring, seed) as stream:
+    with slab_stream(store, keys, io_threads, io_uring, seed, in_order) as stream:
         while time.perf_counter() - begun < PROBE_SECONDS:
             stream.wait_for_one()
         num_bytes = stream.num_arrived * store.layout.slab_bytes
@@ -53,15 +55,15 @@ def link_bandwidth(
 
 
 class SlabStream:
-    """Slabs chosen at random on their way into a few slots in host memory, one after the other without an end."""
+    """Slabs without an end on their way into a few slots in host memory."""
 
-    def __init__(self, mover: Mover, slots_NB: Tensor, keys: list[ExpertKey], seed: int) -> None:
-        self._mover, self._keys, self._draw = mover, keys, random.Random(seed)
+    def __init__(self, mover: Mover, slots_NB: Tensor, keys: Iterator[ExpertKey]) -> None:
+        self._mover, self._keys = mover, keys
         self.num_arrived = 0
         self._under_way = deque((slot_B, self._start(slot_B)) for slot_B in slots_NB)
 
     def _start(self, slot_B: Tensor) -> Transfer:
-        return self._mover.start(self._draw.choice(self._keys), slot_B)
+        return self._mover.start(next(self._keys), slot_B)
 
     def wait_for_one(self) -> None:
         slot_B, transfer = self._under_way.popleft()
@@ -77,13 +79,22 @@ class SlabStream:
 
 @contextmanager
 def slab_stream(
-    store: Store, keys: list[ExpertKey], io_threads: int, io_uring: bool = True, seed: int = 0
+    store: Store,
+    keys: list[ExpertKey],
+    io_threads: int,
+    io_uring: bool = True,
+    seed: int = 0,
+    in_order: bool = False,
 ) -> Iterator[SlabStream]:
     """A stream through the mover that an engine on a CPU would use; twice as many are asked for as are in flight."""
     slots_NB = aligned_bytes(2 * io_threads * store.layout.slab_bytes).view(2 * io_threads, -1)
     mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
+    draw = random.Random(seed)
+    # in order, but not from the same place every time: a host may remember what it has read
+    first = draw.randrange(len(keys))
+    order = cycle(keys[first:] + keys[:first]) if in_order else iter(lambda: draw.choice(keys), None)
     try:
-        yield SlabStream(mover, slots_NB, keys, seed)
+        yield SlabStream(mover, slots_NB, order)
     finally:
         mover.close()
 

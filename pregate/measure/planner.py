@@ -28,19 +28,24 @@ from pregate.measure.drives import SlabStream, slab_stream
 from pregate.measure.latency import Timed, TokenClock
 from pregate.measure.probes import Ground
 from pregate.measure.simulation import Durations, Load, Predicted, simulate
+from pregate.models.adapter import ExpertKey
 from pregate.models.synthetic import synthetic_checkpoint
 
 FEW_EXPERTS = 8
 STEPS = 24
-"""Decoding steps that are timed for a profile; a median of so many is steady within a few percent."""
+"""Decoding steps that are timed at a time."""
+TURNS = 3
+"""Times that a profile compares computing and moving with and without each other."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`."""
+    """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`, and what the link gives
+    where slabs are read one behind the other."""
 
     durations: Durations
     link_gb_per_s: float
+    in_order_gb_per_s: float
     slab_bytes: int
 
     def at(self, link_gb_per_s: float | None, compute_factor: float | None) -> Durations:
@@ -78,7 +83,7 @@ def all_on_device(small: BenchModel, slab_dtype: SlabDtype, device: torch.device
 
 
 def step_ms(engine: OffloadEngine, batch: int, prompt_len: int, device: torch.device) -> float:
-    """The median time of a decoding step of `engine`, now."""
+    """The time of a decoding step of `engine`, now; a mean over steps, as that of a row is."""
     requests = Requests(batch, prompt_len, engine.model.config.vocab_size, 0, device)
     return _step_ms(_timed(engine, requests, 1))
 
@@ -87,25 +92,44 @@ def profile(small: BenchModel, ground: Ground, batch: int, prompt_len: int) -> P
     """Time the steps of `small`, all of whose experts are on the device as slabs like those of the store, alone and
     beside a busy link; and the link alone and beside the computation."""
     keys, store, device = small.family.keys(), ground.store, ground.device
-    link = ground.gb_per_s(keys)
     requests = Requests(batch, prompt_len, small.vocab_size, 0, device)
+    links, in_order = [ground.gb_per_s(keys)], ground.gb_per_s(keys, in_order=True)
     with all_on_device(small, store.layout.stored, device) as engine:
         _timed(engine, requests, 1)
-        alone = _timed(engine, requests, 2)
+        alone = [_timed(engine, requests, 2)]
         slowdowns = {}
         if device.type == "cpu":
-            # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
-            with slab_stream(store, keys, ground.io_threads, ground.io_uring) as stream, _kept_going(engine, stream):
-                begun = time.perf_counter()
-                beside = _timed(engine, requests, 2)
-                moved = stream.num_arrived * store.layout.slab_bytes / (time.perf_counter() - begun) / 1e9
-            # the machine may have changed meanwhile: what stood still before and after is what counts
-            around = (_step_ms(alone) + _step_ms(_timed(engine, requests, 2))) / 2
-            link = (link + ground.gb_per_s(keys)) / 2
-            slowdowns["compute_slowdown"] = max(1.0, _step_ms(beside) / around)
-            slowdowns["link_slowdown"] = max(1.0, link / moved) if moved else 1.0
-    slab_bytes = store.layout.slab_bytes
-    return Profile(replace(durations(alone, slab_bytes / link / 1e6), **slowdowns), link, slab_bytes)
+            # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory. The
+            # machine changes meanwhile: each turn is compared with what stood before and after it
+            computing, moving = [], []
+            for _ in range(TURNS):
+                beside_ms, gb_per_s = _beside_a_busy_link(engine, requests, keys, ground)
+                links.append(ground.gb_per_s(keys))
+                alone.append(_timed(engine, requests, 2))
+                computing.append(2 * beside_ms / (_step_ms(alone[-2]) + _step_ms(alone[-1])))
+                moving.append((links[-2] + links[-1]) / 2 / gb_per_s)
+            slowdowns["compute_slowdown"] = max(1.0, statistics.median(computing))
+            slowdowns["link_slowdown"] = max(1.0, statistics.median(moving))
+    link, slab_bytes = statistics.median(links), store.layout.slab_bytes
+    parts = durations(min(alone, key=_step_ms), slab_bytes / link / 1e6)
+    # its parts are medians over steps, which leave out what a step now and then takes longer
+    measured_ms, described_ms = statistics.median(_step_ms(timed) for timed in alone), parts.compute_ms
+    whole = Profile(replace(parts, **slowdowns), link, in_order, slab_bytes)
+    return replace(whole, durations=whole.at(link, measured_ms / described_ms))
+
+
+def _beside_a_busy_link(
+    engine: OffloadEngine, requests: Requests, keys: list[ExpertKey], ground: Ground
+) -> tuple[float, float]:
+    """Milliseconds of a step while slabs come without an end, and the GB/s they come with."""
+    with (
+        slab_stream(ground.store, keys, ground.io_threads, ground.io_uring) as stream,
+        _kept_going(engine, stream),
+    ):
+        begun = time.perf_counter()
+        timed = _timed(engine, requests, 2)
+        num_bytes = max(1, stream.num_arrived) * ground.store.layout.slab_bytes
+        return _step_ms(timed), num_bytes / (time.perf_counter() - begun) / 1e9
 
 
 @contextmanager
@@ -125,8 +149,8 @@ def _timed(engine: OffloadEngine, requests: Requests, number: int) -> Timed:
 
 
 def _step_ms(timed: Timed) -> float:
-    steps = [later - sooner for sooner, later in zip(timed.seconds, timed.seconds[1:], strict=False)]
-    return statistics.median(steps) * 1e3
+    assert timed.tpot_ms is not None
+    return timed.tpot_ms
 
 
 def durations(timed: Timed, slab_ms: float) -> Durations:
@@ -171,6 +195,8 @@ def predict(
     policy, cache = Policy(spec.policy), CacheRule(spec.cache or CacheRule.none)
     budget = None if policy is Policy.gpu_only else spec.budget
     slots = slots_within(budget, policy, model.family, layout.slab_bytes)
+    if link_gb_per_s is None and policy is Policy.prefetch_all:
+        link_gb_per_s = profiled.in_order_gb_per_s
     found: Predicted = simulate(
         model.family,
         model.gating,

@@ -28,8 +28,9 @@ class Ground:
     io_threads: int = 2
     io_uring: bool = True
 
-    def gb_per_s(self, keys: list[ExpertKey], seed: int = 0) -> float:
-        return link_bandwidth(self.store, keys, self.device, self.io_threads, self.io_uring, seed)
+    def gb_per_s(self, keys: list[ExpertKey], seed: int = 0, in_order: bool = False) -> float:
+        """See `link_bandwidth`."""
+        return link_bandwidth(self.store, keys, self.device, self.io_threads, self.io_uring, seed, in_order)
 
 
 @dataclass

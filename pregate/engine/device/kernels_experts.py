@@ -29,12 +29,11 @@ def numbers(raw, KIND: tl.constexpr):
     """float32 from what was loaded."""
     if KIND == "bf16":
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif KIND == "fp8":
+    if KIND == "fp8":
         # the bits of an e4m3 number, moved, are a float16 of 2 ** -8 times its value, subnormal ones included
         code = raw.to(tl.int16)
         return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    else:
-        return raw.to(tl.float32)
+    return raw.to(tl.float32)
 
 
 @triton.jit
@@ -42,15 +41,13 @@ def rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """The nearest number of `KIND` (ties to even), in float32. The interpreter's own cast to bfloat16 cuts off."""
     if KIND == "fp16":
         return value.to(tl.float16).to(tl.float32)
-    elif KIND == "bf16":
+    if KIND == "bf16":
         if NATIVE:
             return value.to(tl.bfloat16).to(tl.float32)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            return tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
-    else:
-        return value
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value
 
 
 @triton.jit
@@ -58,10 +55,9 @@ def stored(value, KIND: tl.constexpr):
     """What `numbers` reads back as `value`, a float32 that is rounded already."""
     if KIND == "bf16":
         return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
-    elif KIND == "fp16":
+    if KIND == "fp16":
         return value.to(tl.float16)
-    else:
-        return value
+    return value
 
 
 @triton.jit
@@ -69,10 +65,9 @@ def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """A rounded float32 as the tensor cores take it; the interpreter multiplies in float32, which is as exact."""
     if KIND == "fp16":
         return value.to(tl.float16)
-    elif KIND == "bf16" and NATIVE:
+    if KIND == "bf16" and NATIVE:
         return value.to(tl.bfloat16)
-    else:
-        return value
+    return value
 
 
 @triton.jit
@@ -81,8 +76,7 @@ def finished(sums, weight, KIND: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.co
     sums = rounded(sums, KIND, NATIVE)
     if LAST:
         return rounded(sums * weight, KIND, NATIVE)
-    else:
-        return tl.where(sums < 0, 0.0, sums)
+    return tl.where(sums < 0, 0.0, sums)
 
 
 @triton.jit
