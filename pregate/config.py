@@ -208,7 +208,8 @@ class EngineConfig:
     `drive: device` decodes without the host: experts in host memory, greedy decoding or sampling by temperature.
     `tier: auto` is page-locked host memory for a GPU, and the disk where the compute device is host memory itself.
     `host_budget`: host memory that caches slabs of the disk tier, in the units of `device_budget`; null is none.
-    `cache`: what becomes of used experts in their slots; `none` as in the paper.
+    `cache`: what becomes of used experts in their slots; `none` as in the paper. `io_threads`: slabs in flight from the
+    disk. `io_uring`: on a CPU let the kernel read by itself where it can, not threads.
     """
 
     policy: Policy = Policy.pre_gated
@@ -222,6 +223,7 @@ class EngineConfig:
     cache: CacheRule = CacheRule.none
     slab_dtype: SlabDtype = SlabDtype.source
     io_threads: int = 2
+    io_uring: bool = True
     bench_prompts: int = 4
     bench_new_tokens: int = 16
     bench_repeats: int = 3

@@ -21,7 +21,8 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import allocate_slots, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
-from pregate.engine.mover import CudaMover, Mover, ThreadMover
+from pregate.engine.mover import Mover
+from pregate.engine.movers import make_mover
 from pregate.engine.pack import default_pack_dir, expert_dtype, pack
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
@@ -137,6 +138,7 @@ class OffloadEngine:
         host_budget: str | None = None,
         pack_dir: str | Path | None = None,
         io_threads: int = 2,
+        io_uring: bool = True,
         cache: CacheRule = CacheRule.none,
         slab_dtype: SlabDtype = SlabDtype.source,
         store: Store | None = None,
@@ -145,9 +147,11 @@ class OffloadEngine:
 
         `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts. `cache`: which
         used slab leaves its slot first, or `none` to keep nothing. `host_budget`: host memory, in the same units,
-        that keeps slabs of the disk tier. `tier`, `pack_dir`, `slab_dtype`: see `open_store`. `store`: an opened one
-        of this checkpoint, used instead of those three; it stays open when the engine closes. Enumerations may
-        be given by name. Raises `UsageError` for a checkpoint or budget that cannot be served.
+        that keeps slabs of the disk tier. `io_threads`: slabs in flight from the disk. `io_uring`: let the kernel read
+        by itself where it can (a CPU, no host budget), not threads. `tier`, `pack_dir`, `slab_dtype`: see
+        `open_store`. `store`: an opened one of this checkpoint, used instead of those three; it stays open when the
+        engine closes. Enumerations may be given by name. Raises `UsageError` for a checkpoint or budget that cannot
+        be served.
         """
         device, policy = torch.device(device), Policy(policy)
         opened = _Opened(checkpoint)
@@ -170,10 +174,7 @@ class OffloadEngine:
             slots_NB = allocate_slots(num_slots, layout, device)
             if store.in_host_memory:
                 host_buffers = 0
-            if device.type == "cuda":
-                mover: Mover = CudaMover(store, trace, counters, io_threads, device, host_buffers)
-            else:
-                mover = ThreadMover(store, trace, counters, io_threads, host_buffers)
+            mover = make_mover(store, trace, counters, io_threads, slots_NB, host_buffers, io_uring)
             undo.append(mover.close)
             engine = cls(model, opened.family, store, mover, slots_NB, policy, CacheRule(cache), trace, counters)
         except BaseException:

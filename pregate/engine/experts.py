@@ -15,23 +15,19 @@ from pregate.engine.scheduler import Scheduler
 from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import Trace
 from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.moe import combine, group_by_expert
+from pregate.models.moe import Factor, combine, group_by_expert
 from pregate.models.routing import DROPPED, Routing
 
 
 class SlotMatrices:
-    """The matrices of the expert in a slot, in the compute dtype. Quantised slabs are dequantised into one scratch
-    place, valid until the next call."""
+    """The matrices of the expert in a slot, in the compute dtype. Those of quantised slabs pass through one scratch
+    place and are valid until the next call."""
 
     def __init__(self, slots_NB: Tensor, layout: SlabLayout) -> None:
         self._slots_NB, self._layout = slots_NB, layout
         self._views: list[list[Tensor]] | None = None
-        self._scratch: list[Tensor] = []
-        if layout.is_quantised:
-            self._scratch = [
-                torch.empty(place.shape, dtype=layout.dtype, device=slots_NB.device) for place in layout.matrices
-            ]
-        else:
+        self._scratch = layout.scratch(slots_NB.device)
+        if not layout.is_quantised:
             self._views = [layout.views(slab_B) for slab_B in slots_NB]
 
     @property
@@ -42,10 +38,10 @@ class SlotMatrices:
         """For an engine that is closed, so that its memory is free though the engine is still referred to."""
         self._slots_NB, self._views, self._scratch = self._slots_NB[:0].clone(), [], []
 
-    def __getitem__(self, slot: int) -> list[Tensor]:
+    def __getitem__(self, slot: int) -> Sequence[Factor]:
         if self._views is not None:
             return self._views[slot]
-        return self._layout.decode(self._slots_NB[slot], into=self._scratch)
+        return self._layout.factors(self._slots_NB[slot], self._scratch)
 
 
 class OffloadedExperts(nn.Module):

@@ -26,7 +26,7 @@ from pregate.models.checkpoint import SourceCheckpoint
 from pregate.runtime import human_bytes, write_json
 
 SLABS, INDEX = "slabs.bin", "index.json"
-FORMAT = 2
+FORMAT = 3
 MAPPED_BYTES = 64 << 20
 """Experts are read from the checkpoint in runs of about this size: mapped pages are resident memory until dropped."""
 

@@ -1,7 +1,7 @@
 """What a slab is: all matrices of one expert as one contiguous run of bytes, a multiple of 4 KiB.
 
-A slab holds the matrices as they are, or weight-only quantised to int8 or fp8 with a float32 scale for each row
-stored beside them. Knows tensors and bytes; knows nothing about files, slots or models' arithmetic.
+A slab holds the matrices as they are, or weight-only quantised to int8 or fp8 with a scale for each row, a power of
+two, stored beside them as float32. Knows tensors and bytes; knows nothing about files, slots or models' arithmetic.
 
 Letters: R rows and C columns of a matrix, B bytes of a slab.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
 from pregate.models.adapter import ExpertFamily
+from pregate.models.moe import Factor, RowScaled
 from pregate.runtime import human_bytes
 
 PAGE = 4096
@@ -30,7 +31,7 @@ LINE = 64
 HOST_REGISTER_MAPPED = 2
 """cudaHostRegisterMapped. Devices with unified addressing map registered memory without it; it is promised with it."""
 STRIP = 512
-"""Rows that are dequantised at a time on a CPU, so that the float32 intermediate stays in cache."""
+"""Rows of fp8 that are looked up at a time on a CPU, so that their 32-bit indices stay in cache."""
 
 STORED = {SlabDtype.int8: torch.int8, SlabDtype.fp8: torch.float8_e4m3fn}
 
@@ -105,16 +106,39 @@ class SlabLayout:
         for view, scale, matrix in zip(self.views(slab_B), self.scales(slab_B), matrices, strict=True):
             quantise(matrix, view, scale)
 
-    def decode(self, slab_B: Tensor, into: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The matrices in the compute dtype: views of the slab, or dequantised (into `into` if it is given)."""
+    def decode(self, slab_B: Tensor) -> list[Tensor]:
+        """The matrices in the compute dtype: views of the slab, or new tensors with the dequantised numbers."""
         stored = self.views(slab_B)
         if not self.is_quantised:
             return stored
-        if into is None:
-            into = [torch.empty(place.shape, dtype=self.dtype, device=slab_B.device) for place in self.matrices]
+        into = self.scratch(slab_B.device)
         for matrix, scale, out in zip(stored, self.scales(slab_B), into, strict=True):
             dequantise(matrix, scale, out)
-        return list(into)
+        return into
+
+    def scratch(self, device: torch.device) -> list[Tensor]:
+        """Room for one expert's matrices in the compute dtype; none where slabs hold them as they are."""
+        places = self.matrices if self.is_quantised else ()
+        return [torch.empty(place.shape, dtype=self.dtype, device=device) for place in places]
+
+    def factors(self, slab_B: Tensor, scratch: Sequence[Tensor]) -> list[Factor]:
+        """What an expert multiplies with, valid until `scratch` is used again.
+
+        The same products as with what `decode` gives, bit for bit, with the scales applied behind them, where there is
+        much less to multiply; but in float16, where a product without its scale could overflow.
+        """
+        stored = self.views(slab_B)
+        if not self.is_quantised:
+            return list(stored)
+        factors: list[Factor] = []
+        for matrix, scale_R1, wide in zip(stored, self.scales(slab_B), scratch, strict=True):
+            if self.dtype is torch.float16:
+                dequantise(matrix, scale_R1, wide)
+                factors.append(wide)
+            else:
+                widen(matrix, wide)
+                factors.append(RowScaled(wide, scale_R1.flatten().to(self.dtype)))
+        return factors
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -137,33 +161,57 @@ class SlabLayout:
 
 
 def quantise(matrix_RC: Tensor, stored_RC: Tensor, scale_R1: Tensor) -> None:
-    """Symmetric rounding with one scale a row, its largest magnitude mapped to the largest stored number."""
+    """Symmetric rounding with one scale a row, a power of two.
+
+    Such a scale costs up to one bit of int8, and buys that `stored * scale` is exact in every dtype that holds the
+    stored numbers, and that multiplying a product by it afterwards gives the same sum, bit for bit. The scale is the
+    smallest that no number overflows, or half of that where clipping the largest costs less than it saves.
+    """
     values_RC = matrix_RC.float()
     largest = 127.0 if stored_RC.dtype is torch.int8 else torch.finfo(stored_RC.dtype).max
-    scale = values_RC.abs().amax(1, keepdim=True) / largest
-    scale_R1.copy_(scale.masked_fill(scale == 0, 1.0))
-    scaled_RC = values_RC / scale_R1
-    stored_RC.copy_(scaled_RC.round() if stored_RC.dtype is torch.int8 else scaled_RC.clamp(-largest, largest))
+    peak_R1 = values_RC.abs().amax(1, keepdim=True)
+    exponent_R1 = (peak_R1 / largest).log2().ceil().nan_to_num(neginf=0.0).clamp(-125, 126)
+    rounded, scale = _rounded(values_RC, exponent_R1, stored_RC.dtype, largest)
+    if stored_RC.dtype is torch.int8:
+        finer, half_scale = _rounded(values_RC, exponent_R1 - 1, stored_RC.dtype, largest)
+        better = _row_errors(finer * half_scale, values_RC) < _row_errors(rounded * scale, values_RC)
+        rounded, scale = torch.where(better, finer, rounded), torch.where(better, half_scale, scale)
+    stored_RC.copy_(rounded)
+    scale_R1.copy_(scale)
+
+
+def _rounded(values_RC: Tensor, exponent_R1: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
+    """What `dtype` stores of `values / 2^exponent`, as float32, and the scales; made of bits, since `exp2` rounds."""
+    scale_R1 = ((exponent_R1.int() + 127) << 23).view(torch.float32)
+    scaled_RC = (values_RC / scale_R1).clamp(-largest, largest)
+    return scaled_RC.round() if dtype is torch.int8 else scaled_RC.to(dtype).float(), scale_R1
+
+
+def _row_errors(approximate_RC: Tensor, values_RC: Tensor) -> Tensor:
+    return (approximate_RC - values_RC).square().sum(1, keepdim=True)
 
 
 def dequantise(stored_RC: Tensor, scale_R1: Tensor, out_RC: Tensor) -> None:
     """`stored * scale` in float32, rounded to the dtype of `out_RC`."""
-    if stored_RC.device.type != "cpu":
-        torch.mul(stored_RC.float(), scale_R1, out=out_RC)
+    torch.mul(stored_RC.float(), scale_R1, out=out_RC)
+
+
+def widen(stored_RC: Tensor, out_RC: Tensor) -> None:
+    """The stored numbers, without their scale, in the dtype of `out_RC`."""
+    if stored_RC.device.type != "cpu" or stored_RC.dtype is not torch.float8_e4m3fn:
+        out_RC.copy_(stored_RC)
         return
+    # torch converts fp8 one number at a time on a CPU; looking up all 256 values is several times faster
+    values = _fp8_values(out_RC.dtype)
     for first in range(0, stored_RC.shape[0], STRIP):
-        rows = slice(first, first + STRIP)
-        strip = stored_RC[rows]
-        if strip.dtype is torch.float8_e4m3fn:
-            # torch converts fp8 one number at a time on a CPU; looking up all 256 values is three times faster
-            codes = strip.view(torch.uint8).flatten().int()
-            strip = _fp8_values().index_select(0, codes).view(strip.shape)
-        torch.mul(strip, scale_R1[rows], out=out_RC[rows])
+        strip = stored_RC[first : first + STRIP]
+        codes = strip.view(torch.uint8).flatten().int()
+        torch.index_select(values, 0, codes, out=out_RC[first : first + STRIP].view(-1))
 
 
-@lru_cache(maxsize=1)
-def _fp8_values() -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+@lru_cache(maxsize=4)
+def _fp8_values(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
 
 
 def _view(slab_B: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -140,6 +140,15 @@ class DiskStore:
         if not self.direct:
             warnings.warn(f"{path}: no O_DIRECT on this file system, reads go through the page cache", stacklevel=2)
 
+    @property
+    def file(self) -> int:
+        """The descriptor slabs are read from, -1 once closed; for whoever reads without `read_part`."""
+        return self._file
+
+    def offset(self, key: ExpertKey) -> int:
+        """Where in `file` the slab begins, in bytes."""
+        return self._offsets[key]
+
     def slab(self, key: ExpertKey) -> None:
         return None
 
@@ -152,9 +161,9 @@ class DiskStore:
             try:
                 got = os.preadv(self._file, [buffer[done:last]], offset + done)
             except OSError as error:
-                raise self._failed(key, error) from error
+                raise self.failed(key, error) from error
             if got <= 0:
-                raise self._ends_inside(key)
+                raise self.ends_inside(key)
             done += got
 
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
@@ -173,18 +182,20 @@ class DiskStore:
         self.read_part(key, slab_B, 0, self.layout.slab_bytes)
         self.arrived(key, slab_B)
 
-    def _failed(self, key: ExpertKey, error: OSError) -> SlabReadError:
+    def failed(self, key: ExpertKey, error: OSError) -> SlabReadError:
+        """The error to raise where reading `key` gave `error`."""
         if self._file < 0:
             return SlabReadError(f"{self._pack_dir / SLABS} was closed before {key.label} was read: open it again.")
         # where direct reads must be whole blocks, what is left of a block that the file ends in is refused, not short
         if error.errno == errno.EINVAL and os.fstat(self._file).st_size < self._offsets[key] + self.layout.slab_bytes:
-            return self._ends_inside(key)
+            return self.ends_inside(key)
         return SlabReadError(
             f"{self._pack_dir / SLABS} cannot be read at {key.label} ({error.strerror}): check the disk, or set "
             "engine.pack_dir to another."
         )
 
-    def _ends_inside(self, key: ExpertKey) -> DamagedPackError:
+    def ends_inside(self, key: ExpertKey) -> DamagedPackError:
+        """The error to raise where the file ended before `key` did."""
         return DamagedPackError(
             f"{self._pack_dir / SLABS} ends inside {key.label}: remove {self._pack_dir}, and the experts are packed "
             "again."

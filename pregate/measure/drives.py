@@ -9,15 +9,20 @@ import ctypes
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pregate.engine.mover import Mover, Transfer
+from pregate.engine.movers import make_mover
 from pregate.engine.slabs import aligned_bytes
 from pregate.engine.store import Store
+from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertKey
 
 PROBE_SECONDS = 1.0
@@ -25,28 +30,60 @@ PROBE_SECONDS = 1.0
 COPIES_AT_ONCE = 16
 
 
-def link_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, io_threads: int, seed: int = 0) -> float:
-    """GB/s of whole slabs chosen at random: copies to a CUDA device where they lie in host memory, else reads by
-    `io_threads` threads into host memory, each with one slab under way."""
+def link_bandwidth(
+    store: Store,
+    keys: list[ExpertKey],
+    device: torch.device,
+    io_threads: int,
+    io_uring: bool = True,
+    seed: int = 0,
+) -> float:
+    """GB/s of whole slabs chosen at random: copies to a CUDA device where they lie in host memory, else reads into host
+    memory as an engine with these settings does them, `io_threads` slabs under way."""
     if device.type == "cuda" and store.in_host_memory:
         return _copy_bandwidth(store, keys, device, seed)
-    return _read_bandwidth(store, keys, io_threads, seed)
-
-
-def _read_bandwidth(store: Store, keys: list[ExpertKey], io_threads: int, seed: int) -> float:
-    size = store.layout.slab_bytes
     begun = time.perf_counter()
-
-    def read(thread: int) -> int:
-        draw, slab, num_slabs = random.Random(f"{seed}/{thread}"), aligned_bytes(size), 0
+    with slab_stream(store, keys, io_threads, io_uring, seed) as stream:
         while time.perf_counter() - begun < PROBE_SECONDS:
-            store.read_into(draw.choice(keys), slab)
-            num_slabs += 1
-        return num_slabs
+            stream.wait_for_one()
+        num_bytes = stream.num_arrived * store.layout.slab_bytes
+        return num_bytes / (time.perf_counter() - begun) / 1e9
 
-    with ThreadPoolExecutor(io_threads, thread_name_prefix="pregate-probe") as pool:
-        num_slabs = sum(pool.map(read, range(io_threads)))
-    return num_slabs * size / (time.perf_counter() - begun) / 1e9
+
+class SlabStream:
+    """Slabs chosen at random on their way into a few slots in host memory, one after the other without an end."""
+
+    def __init__(self, mover: Mover, slots_NB: Tensor, keys: list[ExpertKey], seed: int) -> None:
+        self._mover, self._keys, self._draw = mover, keys, random.Random(seed)
+        self.num_arrived = 0
+        self._under_way = deque((slot_B, self._start(slot_B)) for slot_B in slots_NB)
+
+    def _start(self, slot_B: Tensor) -> Transfer:
+        return self._mover.start(self._draw.choice(self._keys), slot_B)
+
+    def wait_for_one(self) -> None:
+        slot_B, transfer = self._under_way.popleft()
+        transfer.wait()
+        self.num_arrived += 1
+        self._under_way.append((slot_B, self._start(slot_B)))
+
+    def go_on(self) -> None:
+        """Start further slabs in the place of those that have arrived; without waiting."""
+        while self._under_way[0][1].done():
+            self.wait_for_one()
+
+
+@contextmanager
+def slab_stream(
+    store: Store, keys: list[ExpertKey], io_threads: int, io_uring: bool = True, seed: int = 0
+) -> Iterator[SlabStream]:
+    """A stream through the mover that an engine on a CPU would use; twice as many are asked for as are in flight."""
+    slots_NB = aligned_bytes(2 * io_threads * store.layout.slab_bytes).view(2 * io_threads, -1)
+    mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
+    try:
+        yield SlabStream(mover, slots_NB, keys, seed)
+    finally:
+        mover.close()
 
 
 def _copy_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, seed: int) -> float:

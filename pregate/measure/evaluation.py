@@ -186,6 +186,7 @@ def open_engine(
         device_budget=None if policy is Policy.gpu_only else engine.device_budget,
         pack_dir=pack_dir,
         io_threads=engine.io_threads,
+        io_uring=engine.io_uring,
         cache=engine.cache,
         slab_dtype=engine.slab_dtype,
         host_budget=engine.host_budget,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pregate.config import PreGateConfig
+from pregate.models.moe import Factor
 from pregate.models.routing import Routing
 
 STACKS = ("encoder", "decoder")
@@ -107,7 +108,7 @@ class ExpertFamily:
     """How the experts of a checkpoint are stored and applied, known from its config alone.
 
     matrices: name and shape of each matrix of one expert. layers: the layer numbers of each stack's MoE blocks.
-    tensor_name: (stack, layer, expert, matrix) to the checkpoint's tensor name. apply: (matrices, hidden_ND) to
+    tensor_name: (stack, layer, expert, matrix) to the checkpoint's tensor name. apply: (its matrices, hidden_ND) to
     hidden_ND, the same arithmetic as the resident expert in evaluation.
     """
 
@@ -117,7 +118,7 @@ class ExpertFamily:
     matrices: dict[str, tuple[int, ...]]
     layers: dict[str, list[int]]
     tensor_name: Callable[[str, int, int, str], str]
-    apply: Callable[[Sequence[Tensor], Tensor], Tensor]
+    apply: Callable[[Sequence[Factor], Tensor], Tensor]
 
     def keys(self) -> list[ExpertKey]:
         """All experts, in the order of execution."""

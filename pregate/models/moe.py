@@ -4,7 +4,8 @@ A family gives `apply_expert(expert, hidden_ND) -> hidden_ND`; these functions g
 it and put the results back. The resident model and the offloading engine use the same functions, so their
 arithmetic is the same. Knows nothing about routers, slots or model families.
 
-Letters: T tokens (batch and sequence flattened), N tokens of one expert, D model width, K experts per token.
+Letters: T tokens (batch and sequence flattened), N tokens of one expert, D model width, K experts per token, R rows and
+C columns of a matrix.
 """
 
 from __future__ import annotations
@@ -18,6 +19,24 @@ from torch import Tensor
 from pregate.models.routing import DROPPED
 
 ApplyExpert = Callable[[int, Tensor], Tensor]
+
+
+class RowScaled(NamedTuple):
+    """A matrix (R, C) whose row r is `scale_R[r] * values_RC[r]`. Scales are powers of two, in the same dtype."""
+
+    values_RC: Tensor
+    scale_R: Tensor
+
+
+Factor = Tensor | RowScaled
+"""A matrix (R, C) that an expert multiplies its tokens with."""
+
+
+def project(hidden_NC: Tensor, factor: Factor) -> Tensor:
+    """`hidden` times the transposed matrix: (N, R)."""
+    if isinstance(factor, RowScaled):
+        return torch.nn.functional.linear(hidden_NC, factor.values_RC) * factor.scale_R
+    return torch.nn.functional.linear(hidden_NC, factor)
 
 
 def reference_experts(

@@ -22,7 +22,7 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from pregate.config import UsageError
 from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListener
-from pregate.models.moe import grouped_experts, reference_experts
+from pregate.models.moe import Factor, grouped_experts, project, reference_experts
 from pregate.models.routing import Routing, jitter, route, router_logits
 
 WITHOUT_EXPERTS = "_pregate_without_experts"
@@ -148,9 +148,9 @@ def switch_expert_family(config: PreGatedSwitchTransformersConfig) -> ExpertFami
     def tensor_name(stack: str, layer: int, expert: int, matrix: str) -> str:
         return f"{stack}.block.{layer}.layer.{feed_forward[stack]}.mlp.experts.expert_{expert}.{matrix}.weight"
 
-    def apply(matrices: Sequence[Tensor], hidden_ND: Tensor) -> Tensor:
+    def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
         wi_FD, wo_DF = matrices
-        return nn.functional.linear(activation(nn.functional.linear(hidden_ND, wi_FD)), wo_DF)
+        return project(activation(project(hidden_ND, wi_FD)), wo_DF)
 
     return ExpertFamily(
         num_experts=config.num_experts,

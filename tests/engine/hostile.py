@@ -80,6 +80,41 @@ class HostileStore:
         self.store.close()
 
 
+class HostileRing:
+    """The kernel's reads as they could be: in pieces, told late, and in another order than asked for.
+
+    Wraps the ring of an engine's mover. A piece is a whole number of pages; what has ended is kept back for a few
+    calls of `completed` unless the engine waits for it.
+    """
+
+    def __init__(self, engine: OffloadEngine, seed: int = 0) -> None:
+        mover: Any = engine._mover
+        self._ring, mover._ring = mover._ring, self
+        self._draw, self._kept = random.Random(seed), []
+        self.num_pieces = 0
+
+    def read(self, number: int, file: int, offset: int, address: int, length: int, piece: int) -> None:
+        self.num_pieces += 1
+        pages = self._draw.randint(1, length // PAGE) if self._draw.random() < 0.5 else length // PAGE
+        self._ring.read(number, file, offset, address, pages * PAGE, piece)
+
+    def completed(self) -> list[tuple[int, int]]:
+        self._kept += self._ring.completed()
+        self._draw.shuffle(self._kept)
+        return [self._kept.pop() for _ in range(len(self._kept)) if self._draw.random() < 0.3]
+
+    def wait(self) -> None:
+        if not self._kept:
+            self._ring.wait()
+
+    def settle(self) -> None:
+        self._ring.settle()
+        self._kept.clear()
+
+    def close(self) -> None:
+        self._ring.close()
+
+
 class MemoryStore:
     """Slabs made from given matrices; for experts that belong to no checkpoint."""
 

@@ -8,18 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from pregate.config import Policy
 from pregate.engine.decode import OffloadEngine
-from pregate.engine.slabs import SlabLayout, aligned_bytes
+from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes
+from pregate.engine.uring import Ring, RingUnavailableError
 from pregate.models.switch_layers import switch_expert_family
 from tests.tiny import batch
 
 SLAB = 8192
 """Bytes of one expert of `served`, which has 30."""
 OFFLOADED = [Policy.on_demand, Policy.prefetch_all, Policy.pre_gated]
+
+
+def has_io_uring() -> bool:
+    try:
+        Ring(1, [(aligned_bytes(PAGE).data_ptr(), PAGE)]).close()
+    except RingUnavailableError:
+        return False
+    return True
+
+
+needs_io_uring = pytest.mark.skipif(not has_io_uring(), reason="this system refuses io_uring to this process")
 
 
 class Served(NamedTuple):

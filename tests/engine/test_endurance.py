@@ -11,6 +11,7 @@ import torch
 
 from pregate.config import CacheRule, Policy, Tier
 from pregate.engine.decode import OffloadEngine
+from tests.engine.serving import needs_io_uring
 from tests.tiny import batch, pregated_model
 
 GROWTH_BYTES = 4 << 20
@@ -18,7 +19,9 @@ GROWTH_BYTES = 4 << 20
 
 
 @pytest.mark.timeout(200)
-def test_a_thousand_generations_leave_everything_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host_budget", ["30%", pytest.param(None, marks=needs_io_uring)])
+def test_a_thousand_generations_leave_everything_where_it_was(tmp_path: Path, host_budget: str | None) -> None:
+    """With a host budget threads read, without one the kernel does."""
     small = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
     model = pregated_model(3, lookahead=1, **small)
     model.save_pretrained(tmp_path)
@@ -31,7 +34,7 @@ def test_a_thousand_generations_leave_everything_where_it_was(tmp_path: Path) ->
         policy=Policy.pre_gated,
         tier=Tier.disk,
         device_budget="30%",
-        host_budget="30%",
+        host_budget=host_budget,
         cache=CacheRule.lru,
         io_threads=3,
     ) as engine:

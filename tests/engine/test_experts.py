@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from pregate.config import CacheRule, SlabDtype
 from pregate.engine.cache import SlotTable
@@ -23,7 +23,7 @@ from pregate.engine.scheduler import Scheduler
 from pregate.engine.slabs import SlabLayout, aligned_bytes
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.moe import grouped_experts
+from pregate.models.moe import Factor, grouped_experts, project
 from pregate.models.routing import DROPPED, Routing
 from tests.engine.hostile import POISON, HostileStore, MemoryStore
 
@@ -31,10 +31,10 @@ D, F = 12, 20
 CPU = torch.device("cpu")
 
 
-def gated(matrices: Sequence[Tensor], hidden_ND: Tensor) -> Tensor:
+def gated(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
     """A family unlike Switch: three matrices and a gated activation."""
     gate_FD, up_FD, down_DF = matrices
-    return linear(silu(linear(hidden_ND, gate_FD)) * linear(hidden_ND, up_FD), down_DF)
+    return project(silu(project(hidden_ND, gate_FD)) * project(hidden_ND, up_FD), down_DF)
 
 
 def family_of(num_experts: int, top_k: int) -> ExpertFamily:

@@ -20,9 +20,13 @@ from pregate.engine.decode import OffloadEngine, open_store
 from pregate.engine.pack import read_index
 from pregate.engine.slabs import PAGE
 from pregate.engine.store import DamagedPackError, DiskStore, SlabReadError
+from pregate.engine.uring import Ring
 from pregate.models.adapter import ExpertKey
 from tests.engine.hostile import Streamer
-from tests.engine.serving import OFFLOADED, SLAB, Served, assert_serves, request, serve
+from tests.engine.serving import OFFLOADED, SLAB, Served, assert_serves, needs_io_uring, request, serve
+
+ROADS = [pytest.param(True, id="io_uring", marks=needs_io_uring), pytest.param(False, id="threads")]
+"""Ways on which slabs come from a disk to a CPU."""
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
 
@@ -41,11 +45,15 @@ def one_sentence(error: BaseException) -> str:
     return text
 
 
-def test_a_pack_truncated_while_it_is_open(served: Served, pack_dir: Path, expected: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("io_uring", ROADS)
+def test_a_pack_truncated_while_it_is_open(
+    served: Served, pack_dir: Path, expected: tuple[Tensor, Tensor], io_uring: bool
+) -> None:
     file = pack_dir / "slabs.bin"
     whole = file.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2 + 100, 3 * PAGE, 0):
-        with OffloadEngine.open(served.directory, pack_dir=pack_dir, policy=Policy.prefetch_all) as engine:
+        options = {"pack_dir": pack_dir, "policy": Policy.prefetch_all, "io_uring": io_uring}
+        with OffloadEngine.open(served.directory, **options) as engine:
             os.truncate(file, size)
             with pytest.raises(
                 DamagedPackError, match=r"ends inside (en|de)coder block \d expert \d: remove .* packed a"
@@ -150,21 +158,29 @@ def test_an_altered_checksum_is_told_and_packing_again_helps(
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Of all reads from now on, `number` fails with EIO; returns the list of those made."""
-    preadv, made = os.preadv, []
+    preadv, completed, made = os.preadv, Ring.completed, []
+
+    def fails() -> bool:
+        made.append(1)
+        return len(made) == number
 
     def read(*arguments: Any) -> int:
-        made.append(1)
-        if len(made) == number:
+        if fails():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(*arguments)
 
+    def completions(ring: Ring) -> list[tuple[int, int]]:
+        return [(what, -errno.EIO if fails() else result) for what, result in completed(ring)]
+
     monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(Ring, "completed", completions)
     return made
 
 
 @pytest.mark.parametrize("policy", OFFLOADED)
 @pytest.mark.parametrize("host_budget", [None, str(2 * SLAB)])
 @pytest.mark.parametrize("number", [1, 9])
+@pytest.mark.parametrize("io_uring", ROADS)
 def test_a_read_error_in_the_middle(
     served: Served,
     expected: tuple[Tensor, Tensor],
@@ -172,6 +188,7 @@ def test_a_read_error_in_the_middle(
     policy: Policy,
     host_budget: str | None,
     number: int,
+    io_uring: bool,
 ) -> None:
     with OffloadEngine.open(
         served.directory,
@@ -181,6 +198,7 @@ def test_a_read_error_in_the_middle(
         host_budget=host_budget,
         cache=CacheRule.lru,
         io_threads=3,
+        io_uring=io_uring,
     ) as engine:
         made = failing_reads(monkeypatch, number)
         with pytest.raises(SlabReadError) as caught:
@@ -193,25 +211,33 @@ def test_a_read_error_in_the_middle(
         assert_serves(engine, expected)
 
 
-def test_a_read_error_while_everything_is_loaded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("io_uring", ROADS)
+def test_a_read_error_while_everything_is_loaded(
+    served: Served, monkeypatch: pytest.MonkeyPatch, io_uring: bool
+) -> None:
     shared = open_store(served.directory)
     failing_reads(monkeypatch, 17)
     with pytest.raises(SlabReadError, match=r"slabs\.bin cannot be read at .* check the disk"):
-        OffloadEngine.open(served.directory, policy=Policy.gpu_only, store=shared)
+        OffloadEngine.open(served.directory, policy=Policy.gpu_only, store=shared, io_uring=io_uring)
     shared.close()
 
 
+@pytest.mark.parametrize("io_uring", ROADS)
 def test_reads_may_come_in_pieces_and_out_of_the_blue(
-    served: Served, expected: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    served: Served, expected: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, io_uring: bool
 ) -> None:
     """A read may return less than was asked for; the rest is read, not made up."""
-    preadv = os.preadv
+    preadv, read = os.preadv, Ring.read
 
     def short(file: int, buffers: list[Any], offset: int) -> int:
         return preadv(file, [buffers[0][:PAGE]], offset)
 
+    def short_read(ring: Ring, number: int, file: int, offset: int, address: int, length: int, piece: int) -> None:
+        read(ring, number, file, offset, address, min(length, PAGE), piece)
+
     monkeypatch.setattr(os, "preadv", short)
-    with OffloadEngine.open(served.directory, cache=CacheRule.lru) as engine:
+    monkeypatch.setattr(Ring, "read", short_read)
+    with OffloadEngine.open(served.directory, cache=CacheRule.lru, io_uring=io_uring) as engine:
         assert_serves(engine, expected)
 
 
@@ -229,12 +255,17 @@ def test_a_pack_removed_while_it_is_open(tmp_path: Path, served: Served, expecte
         OffloadEngine.open(tmp_path / "copy", tier=Tier.disk)
 
 
-def test_a_disk_that_goes_away_and_comes_back(served: Served, pack_dir: Path, expected: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("io_uring", ROADS)
+def test_a_disk_that_goes_away_and_comes_back(
+    served: Served, pack_dir: Path, expected: tuple[Tensor, Tensor], io_uring: bool
+) -> None:
     """As when a network disk is unmounted: every read fails for a while."""
-    with OffloadEngine.open(served.directory, pack_dir=pack_dir) as engine:
+    completed = Ring.completed
+    with OffloadEngine.open(served.directory, pack_dir=pack_dir, io_uring=io_uring) as engine:
         assert_serves(engine, expected)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "preadv", gone)
+            patch.setattr(Ring, "completed", lambda ring: [(what, -errno.ESTALE) for what, _ in completed(ring)])
             for _ in range(3):
                 with pytest.raises(SlabReadError, match="Stale file handle"):
                     serve(engine)

@@ -16,8 +16,19 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier
 from pregate.engine.decode import OffloadEngine, open_store
+from pregate.engine.uring_mover import UringMover
 from tests.engine.hostile import HostileStore, Streamer, interrupted_expert
-from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, assert_serves, generated, request, serve
+from tests.engine.serving import (
+    OFFLOADED,
+    SLAB,
+    Served,
+    assert_same,
+    assert_serves,
+    generated,
+    needs_io_uring,
+    request,
+    serve,
+)
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
 
@@ -82,8 +93,14 @@ def test_a_second_interrupt_while_the_first_is_cleaned_up(
     slow.close()
 
 
-def test_many_interrupts_at_any_moment(served: Served, expected: tuple[Tensor, Tensor]) -> None:
-    """Real signals, as short after the call as they may come; some arrive twice."""
+@pytest.mark.parametrize("host_budget", ["20%", pytest.param(None, marks=needs_io_uring)])
+def test_many_interrupts_at_any_moment(
+    served: Served, expected: tuple[Tensor, Tensor], host_budget: str | None
+) -> None:
+    """Reads by threads with a host budget, by the kernel without.
+
+    Real signals, as short after the call as they may come; some arrive twice.
+    """
     armed = [0]
 
     def handler(*_: Any) -> None:
@@ -110,8 +127,14 @@ def test_many_interrupts_at_any_moment(served: Served, expected: tuple[Tensor, T
     interrupted = 0
     try:
         with OffloadEngine.open(
-            served.directory, tier=Tier.disk, device_budget="20%", host_budget="20%", cache=CacheRule.lru, io_threads=3
+            served.directory,
+            tier=Tier.disk,
+            device_budget="20%",
+            host_budget=host_budget,
+            cache=CacheRule.lru,
+            io_threads=3,
         ) as engine:
+            assert isinstance(engine._mover, UringMover) == (host_budget is None)
             begun = time.perf_counter()
             serve(engine)
             whole_s = time.perf_counter() - begun

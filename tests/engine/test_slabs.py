@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pregate.config import SlabDtype
 from pregate.engine.pack import pack
-from pregate.engine.slabs import LINE, PAGE, STRIP, SlabLayout, aligned_bytes, dequantise, quantise
+from pregate.engine.slabs import LINE, PAGE, STRIP, SlabLayout, aligned_bytes, dequantise, quantise, widen
 from pregate.engine.store import DiskStore, DramStore
 from pregate.models.adapter import ExpertFamily
 from pregate.models.checkpoint import open_checkpoint
+from pregate.models.moe import RowScaled, project
 from pregate.models.switch_layers import switch_expert_family
 from tests.engine.serving import Served
 
@@ -77,22 +78,51 @@ def test_quantised_slabs_are_within_half_a_step(
     layout = SlabLayout.of(family_of(*shapes), dtype, stored)
     matrices, slab = random_matrices(layout, seed), aligned_bytes(layout.slab_bytes).fill_(255)
     layout.encode(matrices, slab)
-    into = [torch.full(place.shape, float("nan"), dtype=dtype) for place in layout.matrices]
-    decoded = layout.decode(slab, into=into)
-    for matrix, scale_R1, got, again in zip(matrices, layout.scales(slab), decoded, layout.decode(slab), strict=True):
-        exact, back = matrix.double(), got.double()
-        largest_R1 = exact.abs().amax(1, keepdim=True)
-        if stored is SlabDtype.int8:
-            step = scale_R1.double().expand_as(exact)
-        else:  # three bits of mantissa, down to the smallest subnormal of e4m3, 2 to the -9
-            step = torch.maximum(exact.abs() / 8, scale_R1.double() * 2.0**-9)
-        # half a step, the float32 division and product, and the rounding of the compute dtype
+    for matrix, scale_R1, got, again in zip(
+        matrices, layout.scales(slab), layout.decode(slab), layout.decode(slab), strict=True
+    ):
+        exact, back, scale_R1 = matrix.double(), got.double(), scale_R1.double()
         tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        bound = step / 2 + largest_R1 * 1e-6 + exact.abs() * torch.finfo(dtype).eps + tiny
-        worst = ((back - exact).abs() - bound).max()
+        assert torch.equal(scale_R1.log2(), scale_R1.log2().round()), "every scale is a power of two"
+        if stored is SlabDtype.int8:
+            # clipping is chosen only where a row is no worse for it than with the scale that nothing overflows
+            coarse_R1 = torch.exp2((exact.abs().amax(1, keepdim=True) / 127).log2().ceil().nan_to_num(neginf=0))
+            assert ((scale_R1 == coarse_R1) | (scale_R1 == coarse_R1 / 2)).all()
+            rounding = (coarse_R1 / 2).expand_as(exact).norm(dim=1) + exact.norm(dim=1) * torch.finfo(dtype).eps
+            worst = ((back - exact).norm(dim=1) - rounding - tiny).max()
+        else:  # half a step: three bits of mantissa, down to the smallest subnormal of e4m3, 2 to the -9
+            step = torch.maximum(exact.abs() / 8, scale_R1 * 2.0**-9)
+            worst = ((back - exact).abs() - step / 2 - exact.abs() * torch.finfo(dtype).eps - tiny).max()
         assert worst <= 0, f"{stored} {dtype}: {worst} above the bound\n{matrix}\n{got}"
         assert torch.equal(got[0], torch.zeros_like(got[0])), got[0]
         assert torch.equal(got, again)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    num_tokens=st.integers(1, 9),
+    dtype=st.sampled_from(FLOATS),
+    stored=st.sampled_from(list(SlabDtype)),
+    seed=st.integers(0, 99),
+)
+@settings(derandomize=True, database=None, deadline=None, max_examples=80)
+def test_factors_give_the_products_of_the_decoded_matrices(
+    sizes: tuple[int, int], num_tokens: int, dtype: torch.dtype, stored: SlabDtype, seed: int
+) -> None:
+    """Bit for bit: a scale that is a power of two commutes with every rounding."""
+    layout = SlabLayout.of(family_of(sizes), dtype, stored)
+    slab, scratch = aligned_bytes(layout.slab_bytes), layout.scratch(torch.device("cpu"))
+    for number in range(2):
+        layout.encode(random_matrices(layout, seed + number), slab)
+        hidden = torch.randn(num_tokens, sizes[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
+        (decoded,), (factor,) = layout.decode(slab), layout.factors(slab, scratch)
+        # at the same alignment, where sums round alike
+        held = aligned_bytes(decoded.nbytes).view(dtype).view(decoded.shape).copy_(decoded)
+        if isinstance(factor, RowScaled):
+            aligned = aligned_bytes(factor.values_RC.nbytes).view(dtype).view(decoded.shape)
+            factor = factor._replace(values_RC=aligned.copy_(factor.values_RC))
+        got, expected = project(hidden, factor), torch.nn.functional.linear(hidden, held)
+        assert torch.equal(got, expected), f"{got}\n{expected}"
 
 
 def test_rows_may_be_zero_or_hold_the_largest_number_in_any_place() -> None:
@@ -100,10 +130,10 @@ def test_rows_may_be_zero_or_hold_the_largest_number_in_any_place() -> None:
     for dtype, largest in ((torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)):
         stored, scale, out = torch.empty(4, 3, dtype=dtype), torch.empty(4, 1), torch.empty(4, 3)
         quantise(matrix, stored, scale)
-        assert stored.float().abs().amax(1).tolist() == [0.0, largest, largest, largest]
+        assert stored[0].float().abs().max() == 0 and (stored[1:].float().abs().amax(1) > largest / 2.01).all(), stored
         dequantise(stored, scale, out)
         assert out.isfinite().all(), out
-        assert torch.allclose(out.abs().amax(1), matrix.abs().amax(1), rtol=1e-6, atol=0), f"{out}\n{matrix}"
+        assert torch.allclose(out.abs().amax(1), matrix.abs().amax(1), rtol=0.07, atol=0), f"{out}\n{matrix}"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -112,10 +142,9 @@ def test_every_fp8_code_is_what_torch_makes_of_it(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(STRIP // 256 + 1, 1).t().contiguous()
     codes = torch.cat([codes] * 3)
     assert codes.shape[0] > STRIP
-    stored, scale, out = codes.view(torch.float8_e4m3fn), torch.rand(codes.shape[0], 1) + 0.5, torch.empty(codes.shape)
-    out = out.to(dtype)
-    dequantise(stored, scale, out)
-    expected = (stored.to(torch.float32) * scale).to(dtype)
+    stored, out = codes.view(torch.float8_e4m3fn), torch.empty(codes.shape, dtype=dtype)
+    widen(stored, out)
+    expected = stored.to(dtype)
     numbers = ~expected.isnan()
     assert numbers.sum() == expected.numel() * 254 // 256
     assert torch.equal(out[numbers], expected[numbers])
@@ -130,6 +159,8 @@ def test_every_int8_code_times_its_scale(dtype: torch.dtype) -> None:
     dequantise(stored, scale, out)
     expected = (stored.float() * scale).to(dtype)
     assert torch.equal(out, expected), f"{out}\n{expected}"
+    widen(stored, out)
+    assert torch.equal(out, stored.to(dtype))
 
 
 def test_bytes_shrink_with_the_stored_dtype() -> None:

@@ -15,7 +15,7 @@ import xxhash
 
 from pregate.config import UsageError
 from pregate.engine import pack as pack_module
-from pregate.engine.pack import expert_dtype, pack, read_index
+from pregate.engine.pack import FORMAT, expert_dtype, pack, read_index
 from pregate.engine.slabs import SlabLayout, aligned_bytes
 from pregate.engine.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
@@ -84,7 +84,7 @@ def test_a_truncated_pack_is_refused(packed: dict[str, Any], tmp_path: Path) -> 
         DiskStore(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 2})])
+@pytest.mark.parametrize("damage", ["not json", json.dumps({"format": FORMAT})])
 def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
     (tmp_path / "index.json").write_text(damage)
     with pytest.raises(UsageError, match="cannot be read: remove"):
