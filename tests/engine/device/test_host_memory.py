@@ -23,17 +23,17 @@ class FakeDriver:
         self.allocated: list[tuple[int, int]] = []
         self.freed: list[int | None] = []
 
-    def cuPointerGetAttribute(self, found: Any, attribute: int, host: ctypes.c_uint64) -> int:  # noqa: N802
+    def cuPointerGetAttribute(self, found: Any, attribute: int, host: ctypes.c_uint64) -> int:
         assert attribute == 3
         found._obj.value = host.value + 4096
         return self.status
 
-    def cuMemHostAlloc(self, place: Any, size: ctypes.c_size_t, flags: int) -> int:  # noqa: N802
+    def cuMemHostAlloc(self, place: Any, size: ctypes.c_size_t, flags: int) -> int:
         self.allocated.append((size.value, flags))
         place._obj.value = None if self.status else self.memory.data_ptr()
         return self.status
 
-    def cuMemFreeHost(self, place: ctypes.c_void_p) -> int:  # noqa: N802
+    def cuMemFreeHost(self, place: ctypes.c_void_p) -> int:
         self.freed.append(place.value)
         return 0
 
