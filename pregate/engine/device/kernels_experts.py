@@ -182,6 +182,7 @@ def launch_expert_outputs(
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
     up, down = up_and_down(layout)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
+    assert scratch.hidden_NF.shape[0] >= num_choices == weights_N.numel(), (scratch.hidden_NF.shape, num_choices)
     top_k = num_choices // num_tokens
     weighted_ND = out_BD if top_k == 1 else scratch.weighted_ND[:num_choices]
     _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, scratch.hidden_NF, share=top_k, last=False)
