@@ -2,20 +2,31 @@
 # Everything worth measuring on a machine with one GPU, most valuable first, resumable: a part that has left its result
 # under OUT is skipped, and a benchmark that was cut short goes on with its next row. Without a GPU it runs on the CPU.
 #   OUT=DIR ./scripts/gpu_suite.sh        PYTHON=… for another interpreter; OUT defaults to runs/gpu_suite
-#   PARTS="gpu_tests fig10" ./scripts/gpu_suite.sh        only these
-#   EXTRA="bench.new_tokens=8 bench.models=[nano_switch]" ./scripts/gpu_suite.sh        a dry run of the benchmarks
+#   PARTS="gpu_tests device_base_64" ./scripts/gpu_suite.sh        only these
+#   SECONDS_LEFT=560 ./scripts/gpu_suite.sh                        begin no part after so many seconds
+#   DRY=1 ./scripts/gpu_suite.sh          every part at tiny geometry, in minutes on a CPU; says nothing about speed
 #
-# Time plan on an H200-class machine (estimates, not measurements):
-#   1 environment and GPU tests                 2 min
-#   2 Figures 10 to 12, 14 (host memory)        8 min
-#   3 Figure 15 and 16 (Switch-Large-128)       8 min
-#   4 quickstart end to end                     2 min
+# Time plan on an H100/H200-class machine (estimates, not measurements; no part runs longer than PART_SECONDS, 540):
+#   environment, gpu_tests                                                            3 min
+#   gather_probe      the gather kernel against the copy engine, 1 to 20 MB           1 min
+#   device_base_64    one CUDA graph a step: bf16, int8, fp8; beside it the host-
+#                     driven engine, Hugging Face generate and Accelerate             4 min
+#   device_base       Base-8, 128 and 256 in bf16 (Figures 11 and 12)                 4 min
+#   device_large      Large-128 in bf16                                               5 min
+#   device_batches    Base-128, batch 8 and 32                                        4 min
+#   fig10 fig11 fig12 fig15 fig16 fig14   the paper's own settings, host-driven      25 min
+#   quickstart        the whole road end to end                                       2 min
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${OUT:-runs/gpu_suite}"
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 mkdir -p "$out"
+begun=$SECONDS
+tiny=()
+if [ -n "${DRY:-}" ]; then
+  tiny=("bench.models=[nano_switch]" bench.prompt_len=8 bench.new_tokens=4 bench.repeats=1)
+fi
 
 part() { # name command...
   local name="$1"
@@ -25,31 +36,45 @@ part() { # name command...
     echo "== $name: done before"
     return
   fi
+  local left=$((${SECONDS_LEFT:-1000000} - (SECONDS - begun)))
+  if [ "$left" -lt 20 ]; then
+    echo "== $name: no time left"
+    return
+  fi
   echo "== $name"
-  if timeout "${PART_SECONDS:-540}" "$@" >>"$out/$name.log" 2>&1; then
+  if timeout "$((left < ${PART_SECONDS:-540} ? left : ${PART_SECONDS:-540}))" "$@" >>"$out/$name.log" 2>&1; then
     touch "$out/$name.done"
   else
     echo "   failed or out of time, see $out/$name.log"
+    tail -n 15 "$out/$name.log"
   fi
-  tail -n 30 "$out/$name.log"
 }
 
 bench() { # name experiment override...
   local name="$1" experiment="$2"
   shift 2
-  # shellcheck disable=SC2086 # EXTRA is a list of overrides
   part "$name" "$python" -m pregate.bench "+experiment=$experiment" tracking=jsonl resume=true run_dir="$out/$name" \
-    "$@" ${EXTRA:-}
+    "$@" ${tiny[@]+"${tiny[@]}"}
 }
 
 part environment "$python" -c 'from pregate.runtime import environment; import json; print(json.dumps(environment(), indent=1))'
 part gpu_tests "$python" -m pytest -m gpu
+part gather_probe "$python" -m pregate.measure.gather_probe --out "$out/gather_probe"
+bench device_base_64 device_driven
+bench device_base device_driven "bench.models=[switch_base_8,switch_base_128,switch_base_256]" \
+  "bench.slab_dtypes=[source]" "bench.drives=[device]"
+bench device_large device_driven "bench.models=[switch_large_128]" "bench.slab_dtypes=[source]" "bench.drives=[device]"
+bench device_batches device_driven "bench.models=[switch_base_128]" "bench.slab_dtypes=[source]" \
+  "bench.batches=[8,32]" "bench.budgets=[12%]"
 bench fig11 fig11_throughput
 bench fig10 fig10_block_latency
 bench fig15 fig15_cache
 bench fig16 fig16_disk
-bench fig14 fig14_active_experts
+bench fig14 fig14_active_experts ${DRY:+"bench.active_experts=[1,4]"} ${DRY:+"bench.budgets=[60%]"}
 bench fig12 fig12_peak_memory
 part quickstart "$python" -m pregate.train +experiment=quickstart tracking=jsonl resume=true run_dir="$out/quickstart"
 
-echo "== results: $(find "$out" -name bench.md -o -name eval.json | sort | tr '\n' ' ')"
+if compgen -G "$out/*/bench.jsonl" >/dev/null; then
+  "$python" scripts/suite_table.py "$out" --out "$out/suite.md"
+fi
+echo "== results: $(find "$out" -name bench.md -o -name eval.json -o -name suite.md | sort | tr '\n' ' ')"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pregate.engine.decode import OffloadEngine
+from pregate.engine.device.engine import DeviceEngine
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 
@@ -24,7 +25,7 @@ def length_sorted_batches(examples: Sequence[Example], batch_size: int) -> list[
 
 
 def predict(
-    engine: OffloadEngine,
+    engine: OffloadEngine | DeviceEngine,
     tokenizer: Any,
     examples: Sequence[Example],
     collate: Collator,
@@ -54,7 +55,7 @@ def predict(
 
 
 def first_choices(
-    engine: OffloadEngine, examples: Sequence[Example], collate: Collator, batch_size: int
+    engine: OffloadEngine | DeviceEngine, examples: Sequence[Example], collate: Collator, batch_size: int
 ) -> dict[str, list[Tensor]]:
     """For each stack and MoE block, the most probable expert of every unpadded token, with the targets as input."""
     device = engine.model.device

@@ -1,19 +1,14 @@
-"""Measuring a row of the device-driven engine: inside a captured step nothing can be timed or asked, so all steps of a
-request are timed together, from the moment its first token is known to the moment its last is.
+"""Measuring a row of the device-driven engine, and what T_compute means for it.
 
-Time spent waiting and the time of a block are therefore absent. Knows the device-driven engine and rows; what stands
-beside a row is `bench_row`'s matter.
+Knows the device-driven engine and rows; what stands beside a row is `bench_row`'s matter.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from pregate.config import CacheRule, Drive, Policy, SlabDtype
 from pregate.engine.device.engine import DeviceEngine
@@ -31,26 +26,9 @@ from pregate.measure.bench_row import (
     logit_difference,
     moved,
 )
-from pregate.measure.latency import Timed
+from pregate.measure.device_steps import StepsTimed, time_steps
 from pregate.measure.probes import Ground, Probes
 from pregate.memory import PeakMemory
-
-
-@dataclass(frozen=True)
-class StepsTimed(Timed):
-    """One request: `seconds` until the first and until the last token were known; `steps` between them.
-
-    `counted`: what moved and what was there, the encoding of the source included; `readings`: bytes moved by then.
-    """
-
-    steps: int
-    counted: dict[str, int]
-    distinct: float
-    """Distinct experts a block and step, over all steps."""
-
-    @property
-    def tpot_ms(self) -> float | None:
-        return (self.seconds[-1] - self.seconds[0]) / self.steps * 1e3 if self.steps else None
 
 
 def captured_compute_ms(
@@ -119,43 +97,12 @@ def serve_by_device(
 
 
 def _serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:
-    """The device is waited for at the ends of what is timed and nowhere between."""
-    request = engine.request(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=NEVER_AGAIN,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-    )
     prompt = requests.prompt(number)
-    engine.host.reset_counters()
-    begun = _now(requests.device)
-    engine.prefill(prompt["input_ids"], prompt["attention_mask"], request.sampling)
-    engine.decode_one_token()
-    first = _now(requests.device) - begun
-    moved_first = engine.counters().bytes_moved
-    begun = _now(requests.device)
-    for _ in range(new_tokens - 1):
-        engine.decode_one_token()
-    rest = _now(requests.device) - begun
-    counted = engine.counters()
-    encoding = engine.host.counters.to_dict()
-    blocks = len(engine.family.layers["decoder"])
-    return StepsTimed(
-        tokens=engine.tokens()[:, : new_tokens + 1].clone().cpu(),
-        seconds=[first, first + rest],
-        readings=[moved_first, counted.bytes_moved],
-        spans=None,
-        steps=new_tokens - 1,
-        counted={name: value + encoding[name] for name, value in counted.to_dict().items()},
-        distinct=(counted.hits + counted.misses) / (blocks * new_tokens),
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN}
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    return time_steps(
+        engine, prompt["input_ids"], prompt["attention_mask"], new_tokens, requests.device, **greedy, **length
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def is_device_driven(spec: RowSpec) -> bool:

@@ -42,8 +42,11 @@ def link_bandwidth(
     seed: int = 0,
     in_order: bool = False,
 ) -> float:
-    """GB/s of whole slabs chosen at random, or one behind the other as `prefetch_all` wants them: copies to a CUDA device where they lie in host memory, else reads into host
-    memory as an engine with these settings does them, `io_threads` slabs under way."""
+    """GB/s of whole slabs chosen at random, or `in_order`, one behind the other, as `prefetch_all` wants them.
+
+    Copies to a CUDA device where the slabs lie in host memory; else reads into host memory as an engine with these
+    settings does them, `io_threads` slabs under way.
+    """
     if device.type == "cuda" and store.in_host_memory:
         return _copy_bandwidth(store, keys, device, seed)
     begun = time.perf_counter()

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from pregate.config import Policy, Run, UsageError
+from pregate.config import Drive, Policy, Run, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import OffloadEngine, serving_dtype
+from pregate.engine.device.engine import DeviceEngine, slots_for
 from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
+from pregate.measure.eval_device import check_driven, measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
@@ -125,7 +127,10 @@ def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
     opened = open_checkpoint(directory)
     config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
     family = switch_expert_family(config)
-    return family, check_budget(run, family, serving_dtype(config, opened, family))
+    slab_bytes = check_budget(run, family, serving_dtype(config, opened, family))
+    if run.engine.drive is Drive.device:
+        check_driven(run, config, slab_bytes)
+    return family, slab_bytes
 
 
 def check_gates(run: Run, checkpoint: str) -> None:
@@ -146,8 +151,10 @@ def check_engine(run: Run) -> None:
     pick_device(run.engine.device)
     if run.then_eval:
         settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
-        family = switch_expert_family(PreGatedSwitchTransformersConfig.of_checkpoint(settings))
-        check_budget(run, family, torch.float32)
+        config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
+        slab_bytes = check_budget(run, switch_expert_family(config), torch.float32)
+        if run.engine.drive is Drive.device:
+            check_driven(run, config, slab_bytes)
 
 
 def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
@@ -160,8 +167,13 @@ def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
     return slab_bytes
 
 
-def open_engine(bench: Bench, checkpoint: str, policy: Policy) -> OffloadEngine:
+def open_engine(
+    bench: Bench, checkpoint: str, policy: Policy, batch: int | None = None
+) -> OffloadEngine | DeviceEngine:
+    """`batch`: the most rows of a request, for the device-driven engine; None for the evaluation's."""
     engine = bench.run.engine
+    if engine.drive is Drive.device:
+        return open_driven(bench.run, checkpoint, policy, bench.device, batch)
     pack_dir = None
     if engine.pack_dir is not None:
         # one place each, or the two models would replace each other's pack in turn
@@ -246,11 +258,14 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     records, traces = {}, {}
     for policy in engine.policies:
 
-        def opened(policy: Policy = policy) -> OffloadEngine:
-            return open_engine(bench, bench.checkpoint, policy)
+        def opened(policy: Policy = policy) -> Any:
+            return open_engine(bench, bench.checkpoint, policy, batch=1)
 
         keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
+            if engine.drive is Drive.device:
+                records[str(policy)] = measure_driven(opened, request, bench.device, expected)
+                continue
             records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
         except (DeviceFullError, torch.OutOfMemoryError):
             if policy is not Policy.gpu_only:
@@ -272,10 +287,16 @@ def settings(bench: Bench) -> dict[str, Any]:
     """What the engine's figures were measured with."""
     engine = bench.run.engine
     budget = None if engine.policy is Policy.gpu_only else engine.device_budget
-    slots = slots_within(budget, engine.policy, bench.family, bench.slab_bytes)
+    if engine.drive is Drive.device:
+        config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(bench.checkpoint))
+        slots, tier = slots_for(budget, engine.policy, config, bench.slab_bytes, 1), Tier.dram
+    else:
+        slots = slots_within(budget, engine.policy, bench.family, bench.slab_bytes)
+        tier = resolve_tier(engine.tier, bench.device)
     return {
         "device": str(bench.device),
-        "tier": str(resolve_tier(engine.tier, bench.device)),
+        "tier": str(tier),
+        "drive": str(engine.drive),
         "cache": str(engine.cache),
         "device_budget_bytes": slots * bench.slab_bytes,
         "expert_bytes": bench.slab_bytes,

@@ -40,8 +40,8 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`, and what the link gives
-    where slabs are read one behind the other."""
+    """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`, and what the link
+    gives where slabs are read one behind the other."""
 
     durations: Durations
     link_gb_per_s: float

@@ -13,7 +13,7 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.measure import drives
-from pregate.measure.bench_device import StepsTimed, captured_compute_ms
+from pregate.measure.bench_device import captured_compute_ms
 from pregate.measure.bench_grid import RowSpec, bench_models, grid
 from pregate.measure.bench_table import bench_tables
 from tests.measure.test_bench import MOE_BLOCKS, rows_of, tiny_run
@@ -140,13 +140,6 @@ def test_of_mixed_settings_the_device_drives_what_it_can(tmp_path: Path) -> None
 def test_an_empty_list_of_drives_is_refused() -> None:
     with pytest.raises(UsageError, match=r"bench\.drives is empty"):
         compose_run(["bench.drives=[]"])
-
-
-def test_time_per_token_is_that_of_the_steps_after_the_first() -> None:
-    timed = StepsTimed(torch.zeros(1, 5), [0.5, 0.9], [0, 40], None, steps=4, counted={}, distinct=1.0)
-    assert timed.ttft_ms == 500
-    assert timed.tpot_ms == pytest.approx(100)
-    assert timed.exposed_ms_per_token is None and timed.block_ms == []
 
 
 def test_compute_time_is_that_of_the_same_drive() -> None:

@@ -13,7 +13,7 @@ Letters: B rows of a request, S source places, T target places, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from pregate.engine.decode import Checkpoint, OffloadEngine, open_store
 from pregate.engine.device import require_triton
 from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import StepGraphs, side_stream
+from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
@@ -57,7 +58,9 @@ class DeviceEngine:
         self._device = host.model.device
         keys = host.family.keys()
         self.table = DeviceSlots.empty(len(keys), host.num_slots, self._device)
-        memory = SlabMemory(store.layout, host.lend_slots(), _addresses(store, keys, self._device), self.table, keep)
+        memory = SlabMemory(
+            store.layout, host.lend_slots(), device_addresses(_slabs(store, keys), self._device), self.table, keep
+        )
         config = host.model.config
         blocks = BlockShape(
             [keys.index(ExpertKey("decoder", b, 0)) for b in range(len(host.family.layers["decoder"]))],
@@ -102,7 +105,7 @@ class DeviceEngine:
         served this way.
         """
         policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
-        _refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
+        refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
         source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
         config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
         check_activation(config.dense_act_fn)
@@ -273,9 +276,10 @@ def slots_for(
     return slots
 
 
-def _refuse_settings(
+def refuse_settings(
     batch: int, max_source_len: int, max_new_tokens: int, cache: CacheRule, tier: Tier, store: Store | None
 ) -> None:
+    """Raises `UsageError` for settings that no checkpoint could be served with."""
     if not 1 <= batch <= MOST_ROWS:
         raise UsageError(f"engine.drive=device serves 1 to {MOST_ROWS} rows, not {batch}: use engine.drive=host.")
     for name, value in (("max_source_len", max_source_len), ("max_new_tokens", max_new_tokens)):
@@ -290,11 +294,8 @@ def _refuse_settings(
         )
 
 
-def _addresses(store: Store, keys: Sequence[ExpertKey], device: torch.device) -> Tensor:
-    """int64 (G,), on `device`: where each slab lies in host memory."""
-    addresses = []
+def _slabs(store: Store, keys: Sequence[ExpertKey]) -> Iterator[Tensor]:
     for key in keys:
         slab = store.slab(key)
         assert slab is not None, "a store in host memory gives its slabs"
-        addresses.append(slab.data_ptr())
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+        yield slab

@@ -10,43 +10,48 @@ neither needs a type that some devices, or the interpreter, lack.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pregate.config import SlabDtype
 from pregate.engine.device.experts import ExpertScratch, up_and_down
 from pregate.engine.slabs import MatrixPlace, SlabLayout
 
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 RAW = {"bf16": torch.int16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.uint8}
 """What tensors of each kind are viewed as."""
+NUM_WARPS = 4
 
 
 @triton.jit
 def numbers(raw, KIND: tl.constexpr):
     """float32 from what was loaded."""
     if KIND == "bf16":
-        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    if KIND == "fp8":
+        value = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "fp8":
         # the bits of an e4m3 number, moved, are a float16 of 2 ** -8 times its value, subnormal ones included
         code = raw.to(tl.int16)
-        return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return raw.to(tl.float32)
+        value = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        value = raw.to(tl.float32)
+    return value
 
 
 @triton.jit
 def rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """The nearest number of `KIND` (ties to even), in float32. The interpreter's own cast to bfloat16 cuts off."""
     if KIND == "fp16":
-        return value.to(tl.float16).to(tl.float32)
-    if KIND == "bf16":
-        if NATIVE:
-            return value.to(tl.bfloat16).to(tl.float32)
+        value = value.to(tl.float16).to(tl.float32)
+    elif KIND == "bf16" and NATIVE:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    elif KIND == "bf16":
         bits = value.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+        # a NaN stays one, whichever of its bits are cut off
+        value = tl.where(value == value, nearest, bits | 0x400000).to(tl.float32, bitcast=True)
     return value
 
 
@@ -54,9 +59,9 @@ def rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
 def stored(value, KIND: tl.constexpr):
     """What `numbers` reads back as `value`, a float32 that is rounded already."""
     if KIND == "bf16":
-        return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
-    if KIND == "fp16":
-        return value.to(tl.float16)
+        value = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+    elif KIND == "fp16":
+        value = value.to(tl.float16)
     return value
 
 
@@ -64,9 +69,9 @@ def stored(value, KIND: tl.constexpr):
 def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """A rounded float32 as the tensor cores take it; the interpreter multiplies in float32, which is as exact."""
     if KIND == "fp16":
-        return value.to(tl.float16)
-    if KIND == "bf16" and NATIVE:
-        return value.to(tl.bfloat16)
+        value = value.to(tl.float16)
+    elif KIND == "bf16" and NATIVE:
+        value = value.to(tl.bfloat16)
     return value
 
 
@@ -74,9 +79,7 @@ def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
 def finished(sums, weight, KIND: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr):
     """relu after the first matrix, the choice's combine weight after the second, rounded where torch rounds."""
     sums = rounded(sums, KIND, NATIVE)
-    if LAST:
-        return rounded(sums * weight, KIND, NATIVE)
-    return tl.where(sums < 0, 0.0, sums)
+    return rounded(sums * weight, KIND, NATIVE) if LAST else tl.where(sums < 0, 0.0, sums)
 
 
 @triton.jit
@@ -179,6 +182,7 @@ def launch_expert_outputs(
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
     up, down = up_and_down(layout)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
+    assert scratch.hidden_NF.shape[0] >= num_choices == weights_N.numel(), (scratch.hidden_NF.shape, num_choices)
     top_k = num_choices // num_tokens
     weighted_ND = out_BD if top_k == 1 else scratch.weighted_ND[:num_choices]
     _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, scratch.hidden_NF, share=top_k, last=False)
@@ -199,37 +203,47 @@ def _linear(
     share: int,
     last: bool,
 ) -> None:
-    num_choices, (rows, columns) = slot_N.shape[0], place.shape
-    kind = FLOATS[layout.dtype]
-    stored_kind = kind if layout.stored is SlabDtype.source else str(layout.stored)
-    choices = 1 if num_choices == 1 else max(16, triton.next_power_of_2(num_choices))
-    tile_rows, tile_columns = _tile(rows, columns, choices)
-    slabs, scales = slots_SB.view(RAW[stored_kind]), slots_SB.view(torch.float32)
-    raw = RAW[kind]
-    slot_linear_kernel[(triton.cdiv(rows, tile_rows), num_choices)](
+    constants = linear_constants(layout, place, slot_N.shape[0], share=share, last=last)
+    raw = RAW[constants["KIND"]]
+    launch: Any = slot_linear_kernel[(triton.cdiv(constants["R"], constants["TILE_R"]), slot_N.shape[0])]
+    launch(
         inputs.view(raw),
         slot_N,
         weights_N.view(raw),
-        slabs,
-        scales,
+        slots_SB.view(RAW[constants["STORED"]]),
+        slots_SB.view(torch.float32),
         outputs.view(raw),
-        num_choices=num_choices,
-        SHARE=share,
-        R=rows,
-        C=columns,
-        SLAB=slabs.shape[1],
-        MATRIX=place.offset // slabs.itemsize,
-        SCALE_SLAB=scales.shape[1],
-        SCALE=(place.scale_offset or 0) // scales.itemsize,
-        STORED=stored_kind,
-        KIND=kind,
-        LAST=last,
-        NATIVE=isinstance(slot_linear_kernel, triton.JITFunction),
-        CHOICES=choices,
-        TILE_R=tile_rows,
-        TILE_C=tile_columns,
-        num_warps=4,
+        **constants,
+        num_warps=NUM_WARPS,
     )
+
+
+def linear_constants(
+    layout: SlabLayout, place: MatrixPlace, num_choices: int, *, share: int, last: bool
+) -> dict[str, Any]:
+    """What `slot_linear_kernel` is compiled for, by the names of its arguments."""
+    rows, columns = place.shape
+    kind = FLOATS[layout.dtype]
+    stored_kind = str(layout.stored) if layout.is_quantised else kind
+    choices = 1 if num_choices == 1 else max(16, 1 << (num_choices - 1).bit_length())
+    tile_rows, tile_columns = _tile(rows, columns, choices)
+    return {
+        "num_choices": num_choices,
+        "SHARE": share,
+        "R": rows,
+        "C": columns,
+        "SLAB": layout.slab_bytes // RAW[stored_kind].itemsize,
+        "MATRIX": place.offset // RAW[stored_kind].itemsize,
+        "SCALE_SLAB": layout.slab_bytes // torch.float32.itemsize,
+        "SCALE": (place.scale_offset or 0) // torch.float32.itemsize,
+        "STORED": stored_kind,
+        "KIND": kind,
+        "LAST": last,
+        "NATIVE": isinstance(slot_linear_kernel, triton.JITFunction),
+        "CHOICES": choices,
+        "TILE_R": tile_rows,
+        "TILE_C": tile_columns,
+    }
 
 
 def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
@@ -238,7 +252,7 @@ def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
     widest = 1024 if choices == 1 else 128
     dividing = columns & -columns
     # whole tiles where the width allows it, else a masked one
-    tile_columns = min(widest, dividing if dividing >= 64 else triton.next_power_of_2(columns))
+    tile_columns = min(widest, dividing if dividing >= 64 else 1 << (columns - 1).bit_length())
     tile_columns = max(16, tile_columns)
     tile_rows = max(4, 4096 // tile_columns) if choices == 1 else 32
     while choices == 1 and tile_rows > 4 and rows // tile_rows < 192:

@@ -6,6 +6,8 @@ with several 16-byte loads a thread under way before the first of them is stored
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -59,14 +61,15 @@ def launch_gather_slabs(
     """See `gather_slabs`."""
     slots_SW = slots_SB.view(torch.int64)
     num_choices = plan.copy_slab_N.shape[0]
-    gather_kernel[(num_programs,)](
+    launch: Any = gather_kernel[(num_programs,)]
+    launch(
         addresses_G,
         plan.copy_slab_N,
         plan.copy_slot_N,
         slots_SW,
         slots_SW.shape[1],
         num_choices=num_choices,
-        CHOICES=triton.next_power_of_2(num_choices),
+        CHOICES=1 << (num_choices - 1).bit_length(),
         TILE=num_warps * WARP * WIDTH // 8 * unroll,
         num_warps=num_warps,
     )

@@ -5,6 +5,8 @@ Knows numbers in tables only. Stores that later loads of the same program depend
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -83,10 +85,7 @@ def assign_kernel(
 
     slot = tl.load(slot_of_G + wanted, mask=wanted >= 0, other=-1)
     tl.store(slot_N + order, slot, mask=inside)
-    if KEEP:
-        copied = placed
-    else:
-        copied = placed | present
+    copied = placed if KEEP else placed | present
     num_copied = tl.sum(copied.to(tl.int32), axis=0)
     before = tl.sum((copied[None, :] & earlier).to(tl.int32), axis=1)
     # copies come first, the rest of the list behind them
@@ -113,8 +112,9 @@ def launch_assign_slots(
             f"{num_slots} slots and {num_choices} choices a block are more than the device's slot table serves "
             f"({MAX_SLOTS} and {MAX_CHOICES}): lower engine.device_budget or the batch."
         )
-    slots_tile = max(32, triton.next_power_of_2(num_slots))
-    assign_kernel[(1,)](
+    slots_tile = max(32, 1 << (num_slots - 1).bit_length())
+    launch: Any = assign_kernel[(1,)]
+    launch(
         table.slot_of_G,
         table.slab_in_S,
         table.last_use_S,
@@ -128,7 +128,7 @@ def launch_assign_slots(
         num_slots=num_slots,
         protected_fetches=protected_fetches,
         KEEP=keep,
-        CHOICES=max(16, triton.next_power_of_2(num_choices)),
+        CHOICES=max(16, 1 << (num_choices - 1).bit_length()),
         SLOTS=slots_tile,
         num_warps=4 if slots_tile <= 1024 else 8,
     )

@@ -69,9 +69,12 @@ def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size
     """`options` over `defaults`, as Hugging Face `generate` reads them, except that sampling draws from all tokens
     where nothing is said of `top_k` (there: from the 50 likeliest). Raises `UsageError`."""
     config = copy.deepcopy(defaults)
-    unknown = config.update(**options)
-    unknown = {name: value for name, value in unknown.items() if value is not None}
-    _refuse(unknown)
+    for name, value in options.items():
+        # not `update`, which validates in sentences of its own
+        if hasattr(config, name):
+            setattr(config, name, value)
+        elif value is not None:
+            _refuse({name: value})
     sample = bool(config.do_sample)
     for name, value in config.to_dict().items():
         if name in UNDERSTOOD | WITHOUT_EFFECT or value is None or value in NEUTRAL.get(name, ()):

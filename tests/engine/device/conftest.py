@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +27,9 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def compiler() -> None:
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that compile kernels, which needs no GPU."""
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("this process interprets kernels")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

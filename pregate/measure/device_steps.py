@@ -1,0 +1,76 @@
+"""Timing a request of the device-driven engine: inside a captured step nothing can be timed or asked, so all steps are
+timed together, from the moment the first token is known to the moment the last is.
+
+Time spent waiting and the time of a block are therefore absent. Knows the device-driven engine; knows nothing about
+rows, policies or reports.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pregate.engine.device.engine import DeviceEngine
+from pregate.measure.latency import Timed
+
+
+@dataclass(frozen=True)
+class StepsTimed(Timed):
+    """One request: `seconds` until the first and until the last token were known; `steps` between them.
+
+    `counted`: what moved and what was there, the encoding of the source included; `readings`: bytes moved by then.
+    """
+
+    steps: int
+    counted: dict[str, int]
+    distinct: float
+    """Distinct experts a block and step, over all steps."""
+
+    @property
+    def tpot_ms(self) -> float | None:
+        return (self.seconds[-1] - self.seconds[0]) / self.steps * 1e3 if self.steps else None
+
+
+def time_steps(
+    engine: DeviceEngine,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    new_tokens: int,
+    device: torch.device,
+    **options: Any,
+) -> StepsTimed:
+    """One request of `new_tokens` whatever their ends, with the generation `options`. The device is waited for at the
+    ends of what is timed and nowhere between."""
+    request = engine.request(**options)
+    engine.host.reset_counters()
+    begun = _now(device)
+    engine.prefill(input_ids, attention_mask, request.sampling)
+    engine.decode_one_token()
+    first = _now(device) - begun
+    moved_first = engine.counters().bytes_moved
+    begun = _now(device)
+    for _ in range(new_tokens - 1):
+        engine.decode_one_token()
+    rest = _now(device) - begun
+    counted = engine.counters()
+    encoding = engine.host.counters.to_dict()
+    blocks = len(engine.family.layers["decoder"])
+    return StepsTimed(
+        tokens=engine.tokens()[: len(input_ids), : new_tokens + 1].clone().cpu(),
+        seconds=[first, first + rest],
+        readings=[moved_first, counted.bytes_moved],
+        spans=None,
+        steps=new_tokens - 1,
+        counted={name: value + encoding[name] for name, value in counted.to_dict().items()},
+        distinct=(counted.hits + counted.misses) / (blocks * new_tokens),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,96 @@
+"""The figures that the authors of "Pre-gated MoE" (ISCA 2024, arXiv:2308.12066) published, and measured rows beside them.
+
+Theirs: NVIDIA A100 80 GB, PCIe 4, float32, batch 1, 256 tokens in and 256 out; peak memory computed, of decoder experts
+only. Knows rows of a benchmark as dictionaries; measures nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+POLICIES = ("gpu_only", "pre_gated", "on_demand", "prefetch_all")
+MODELS = ("switch-base-8", "switch-base-64", "switch-base-128", "switch-base-256", "switch-large-128")
+BLOCK_MS = {
+    "switch-base-8": (0.946, 1.128, 1.887, 6.73),
+    "switch-base-64": (0.947, 1.129, 1.778, 51.0),
+    "switch-base-128": (0.946, 1.127, 1.790, 101.6),
+    "switch-base-256": (0.962, 1.157, 1.818, 199.7),
+    "switch-large-128": (None, 1.388, 2.631, 173.5),
+}
+"""Figure 10: a decoder layer that holds an MoE block, in the order of `POLICIES`; None is out of memory."""
+TOKENS_PER_S = {
+    "switch-base-8": (129, 112, 79, 24),
+    "switch-base-64": (142, 113, 78, 3),
+    "switch-base-128": (142, 109, 76, 2),
+    "switch-base-256": (140, 103, 73, 1),
+    "switch-large-128": (None, 42, 26, None),
+}
+"""Figure 11. Large-128 with prefetch_all is below 1."""
+PEAK_GB = {
+    "switch-base-8": (2.48, 1.62, 1.60, 1.88),
+    "switch-base-64": (9.40, 2.20, 2.18, 4.57),
+    "switch-base-128": (17.3, 2.85, 2.83, 7.64),
+    "switch-base-256": (33.1, 4.19, 4.17, 13.8),
+    "switch-large-128": (None, 5.47, 5.44, 14.0),
+}
+"""Figure 12."""
+
+FIGURES: dict[str, tuple[str, dict[str, tuple[float | None, ...]], str, float]] = {
+    "Block latency, ms (Figure 10)": ("block_ms", BLOCK_MS, "{:.3g}", 1.0),
+    "Tokens/s (Figure 11)": ("tokens_per_s", TOKENS_PER_S, "{:.3g}", 1.0),
+    "Peak memory of the GPU, GB (Figure 12)": ("peak_device_bytes", PEAK_GB, "{:.3g}", 1e9),
+}
+Kind = tuple[str, str, str]
+"""Compute dtype, drive and slab dtype of measured rows."""
+
+
+def beside_the_paper(rows: Sequence[Row]) -> str:
+    """Markdown: for each figure of the paper its values, and those of `rows` at batch 1 without a cache, a line for each
+    model and kind of row. A figure without measured rows is left out."""
+    found = []
+    for title, (field, published, form, unit) in FIGURES.items():
+        lines = _lines(rows, field, published, lambda value, form=form, unit=unit: form.format(value / unit))
+        if lines:
+            header = f"| model | measured | {' | '.join(POLICIES)} |\n|---|---|{'---:|' * len(POLICIES)}"
+            found.append(f"### {title}\n\n" + "\n".join([header, *lines]))
+    return "\n\n".join(found)
+
+
+def _lines(
+    rows: Sequence[Row], field: str, published: dict[str, tuple[float | None, ...]], show: Callable[[float], str]
+) -> list[str]:
+    lines = []
+    for model in MODELS:
+        ours = _by_kind(rows, model, field)
+        if not ours:
+            continue
+        paper = [f"{value:.3g}" if value is not None else "–" for value in published[model]]
+        lines.append(f"| {model} | the paper | {' | '.join(paper)} |")
+        for kind, values in ours.items():
+            cells = [show(values[policy]) if policy in values else "–" for policy in POLICIES]
+            lines.append(f"| | {', '.join(kind)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str, float]]:
+    kinds: dict[Kind, dict[str, float]] = {}
+    for row in rows:
+        plain = row.get("cache") in (None, "none") and row["batch"] == 1 and row.get("forced_experts") is None
+        if row["model"] == model and plain and row.get(field) is not None and row["policy"] in POLICIES:
+            kind = row["dtype"], f"{row.get('drive', 'host')}-driven", f"slabs {row.get('slab_dtype', 'source')}"
+            kinds.setdefault(kind, {})[row["policy"]] = row[field]
+    return kinds
+
+
+def share_of_gpu_only(rows: Sequence[Row], field: str, policy: str = "pre_gated") -> dict[Kind, float]:
+    """The geometric mean, over all models that have both, of `field` under `policy` ÷ under gpu_only."""
+    ratios: dict[Kind, list[float]] = {}
+    for model in MODELS:
+        for kind, values in _by_kind(rows, model, field).items():
+            if policy in values and "gpu_only" in values:
+                ratios.setdefault(kind, []).append(values[policy] / values["gpu_only"])
+    return {kind: statistics.geometric_mean(found) for kind, found in ratios.items()}

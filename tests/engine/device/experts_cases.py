@@ -1,0 +1,127 @@
+"""Random experts in slots, and the choices of a decoding step, for the tests of the twin and of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pregate.config import SlabDtype
+from pregate.engine.device.experts import ExpertScratch
+from pregate.engine.slabs import SlabLayout
+from pregate.models.adapter import ExpertFamily
+from pregate.models.moe import grouped_experts
+
+NOT_A_NUMBER = 255
+"""As a byte, in every place: NaN in all dtypes, or a scale of NaN."""
+
+
+def family_of(**matrices: tuple[int, int]) -> ExpertFamily:
+    return ExpertFamily(
+        num_experts=2,
+        top_k=1,
+        lookahead=0,
+        matrices=dict(matrices),
+        layers={"decoder": [0]},
+        tensor_name=lambda stack, layer, expert, matrix: f"{expert}.{matrix}",
+        apply=lambda matrices, hidden: nn.functional.linear(
+            torch.relu(nn.functional.linear(hidden, matrices[0])), matrices[1]
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """Everything `expert_outputs` takes; slots that no choice names, the scratch and the output hold NaN."""
+
+    family: ExpertFamily
+    layout: SlabLayout
+    hidden_BD: Tensor
+    slot_N: Tensor
+    weights_N: Tensor
+    slots_SB: Tensor
+    scratch: ExpertScratch
+    out_BD: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        seed: int,
+        slots: list[int],
+        *,
+        width: int,
+        hidden: int,
+        dtype: torch.dtype = torch.float32,
+        stored: SlabDtype = SlabDtype.source,
+        top_k: int = 1,
+    ) -> ExpertsCase:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, spread: float = 1.0) -> Tensor:
+            return torch.randn(shape, generator=generator) * spread
+
+        family = family_of(wi=(hidden, width), wo=(width, hidden))
+        layout = SlabLayout.of(family, dtype, stored)
+        slots_SB = torch.full((max(*slots, 0, 1) + 2, layout.slab_bytes), NOT_A_NUMBER, dtype=torch.uint8)
+        for slot in set(slots) - {-1}:
+            matrices = [normal(hidden, width, spread=width**-0.5), normal(width, hidden, spread=hidden**-0.5)]
+            layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
+        num_tokens = len(slots) // top_k
+        scratch = ExpertScratch.empty(len(slots), layout, "cpu")
+        for tensor in vars(scratch).values():
+            tensor.fill_(float("nan"))
+        return cls(
+            family,
+            layout,
+            normal(num_tokens, width).to(dtype),
+            torch.tensor(slots, dtype=torch.int32),
+            torch.rand(len(slots), generator=generator).to(dtype),
+            slots_SB,
+            scratch,
+            torch.full((num_tokens, width), float("nan"), dtype=dtype),
+        )
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> ExpertsCase:
+        """With every tensor replaced by what `convert` makes of it."""
+        tensors = {name: convert(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        scratch = ExpertScratch(*map(convert, vars(self.scratch).values()))
+        return replace(self, scratch=scratch, **tensors)
+
+    def copied_to(self, device: str) -> ExpertsCase:
+        return self.converted(lambda tensor: tensor.to(device, copy=True))
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any, Any, Any, Any, Any, str]:
+        return (
+            self.hidden_BD,
+            self.slot_N,
+            self.weights_N,
+            self.slots_SB,
+            self.layout,
+            self.scratch,
+            self.out_BD,
+            "relu",
+        )
+
+    def resident(self) -> Tensor:
+        """What the resident experts of a model make of it, each slot an expert."""
+        num_tokens = self.hidden_BD.shape[0]
+        return grouped_experts(
+            self.hidden_BD,
+            self.slot_N.long().view(num_tokens, -1),
+            self.weights_N.view(num_tokens, -1),
+            self.slots_SB.shape[0],
+            lambda slot, hidden_ND: self.family.apply(self.layout.decode(self.slots_SB[slot]), hidden_ND),
+        )
+
+
+def assert_close(got: Tensor, expected: Tensor, note: object = "") -> None:
+    """Within a few roundings of the largest number: sums in another order, and what that moves across a rounding."""
+    got, expected = got.cpu(), expected.cpu()
+    steps = 64 if expected.dtype is torch.float32 else 4
+    bound = steps * torch.finfo(expected.dtype).eps * max(expected.abs().max().item(), 1e-3)
+    worst = (got.double() - expected.double()).abs().max().item()
+    assert worst <= bound, f"{note} {worst} is above {bound}\n{got}\n{expected}"

@@ -1,0 +1,95 @@
+"""An evaluation driven by the device: the host-driven one's predictions and scores, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pregate import eval as command
+from pregate.cli import compose_run
+from pregate.config import GeneratedConfig, Run, UsageError
+from pregate.tasks.generated import generated_tokenizer
+from tests.tiny import pregated_model
+
+ROWS = [
+    {"question": f"who is {i}?", "context": f"it is number {i}", "answers": [f"number {i}"], "id": str(i)}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    pregated_model(0, 2, vocab_size=512).save_pretrained(directory)
+    generated_tokenizer(GeneratedConfig(train=200, validation=20)).save_pretrained(directory)
+    (directory / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    return directory
+
+
+def run_of(checkpoint: Path, output: Path, *overrides: str) -> Run:
+    return compose_run(
+        [
+            "task=qa",
+            f"task.files.validation={checkpoint / 'rows.jsonl'}",
+            "task.columns.id=id",
+            "task.max_source_tokens=40",
+            "task.max_target_tokens=6",
+            f"checkpoint={checkpoint}",
+            f"reference={checkpoint}",
+            f"output={output}",
+            f"run_dir={output}",
+            "tracking=jsonl",
+            "engine.device=cpu",
+            "engine.bench_prompts=2",
+            "engine.bench_new_tokens=5",
+            "engine.bench_repeats=2",
+            "eval.batch_size=4",
+            "eval.report=true",
+            *overrides,
+        ]
+    )
+
+
+def evaluated(run: Run, output: Path) -> tuple[dict[str, Any], str]:
+    command.main(run)
+    return json.loads((output / "eval.json").read_text()), (output / "predictions.jsonl").read_text()
+
+
+def test_it_predicts_what_the_host_driven_evaluation_predicts(checkpoint: Path, tmp_path: Path) -> None:
+    host, host_predictions = evaluated(run_of(checkpoint, tmp_path / "h", "engine.tier=dram"), tmp_path / "h")
+    device, predictions = evaluated(run_of(checkpoint, tmp_path / "d", "engine.drive=device"), tmp_path / "d")
+    assert predictions == host_predictions
+    for key in ("scores", "parity", "routing"):
+        assert device[key] == host[key]
+    assert device["engine_settings"]["drive"] == "device"
+    assert device["engine_settings"]["tier"] == "dram"
+    assert (tmp_path / "d" / "report.html").is_file()
+    for policy, record in device["engine"].items():
+        assert record["tokens_equal_resident"] is True
+        assert not {"exposed_ms_per_token", "block_ms"} & set(record)
+        assert set(record) <= set(host["engine"][policy])
+        assert record["bytes_moved"] == record["misses"] * 8192
+        if policy == "gpu_only":
+            assert record["misses"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["engine.tier=disk"], "not from the disk"),
+        (["eval.num_beams=2"], "eval.num_beams=2 needs the host"),
+        (["eval.batch_size=33"], "serves 1 to 32 rows, not 33"),
+        (["engine.cache=lifo"], "caches none and lru"),
+        (["engine.device_budget=10%"], "batch 4 can need"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        command.main(run_of(checkpoint, tmp_path / "out", "engine.drive=device", *overrides))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
