@@ -229,14 +229,15 @@ def _measure_store(
         )
         return
     with _opened_store(study, model, specs[0], packing) as store:
-        profiles: dict[tuple[Any, ...], tuple[Profile, float | None]] = {}
+        profiles: dict[tuple[Any, ...], Profile] = {}
         for spec in specs:
             with _beside(study, model, spec) as step:
                 row = _engine_row(study, model, spec, store, references, results, step)
-            if row is not None:
+                if row is None:
+                    continue
                 packed = packing.get(str(spec.slab_dtype)) if spec.tier == Tier.disk else None
                 row |= {} if packed is None else {"peak_bytes_packing": packed}
-                results.add(row | _prediction(study, model, spec, row, store, profiles))
+                results.add(row | _prediction(study, model, spec, row, store, profiles, step))
 
 
 @contextmanager
@@ -256,18 +257,18 @@ def _prediction(
     spec: RowSpec,
     row: dict[str, Any],
     store: Store,
-    profiles: dict[tuple[Any, ...], tuple[Profile, float | None]],
+    profiles: dict[tuple[Any, ...], Profile],
+    step: Callable[[], float] | None,
 ) -> dict[str, Any]:
     """What the planner says of a row, from a profile taken once for its load, and the link and the speed of
-    computation as they were beside the row."""
+    computation (`step` in a row's probes and in the profile) as they were beside the row."""
     if is_device_driven(spec):
         return {}  # the planner runs the host's scheduler
     load = (spec.batch, spec.prompt_len)
     if load not in profiles:
-        taken = profile(few_experts(model), study.ground(store), spec.batch, spec.prompt_len)
-        profiles[load] = taken, row.get("compute_ms_probes", [None])[-1]
-    profiled, step_then = profiles[load]
-    factor = row["compute_ms"] / step_then if step_then is not None and "compute_ms_probes" in row else None
+        profiles[load] = profile(few_experts(model), study.ground(store), spec.batch, spec.prompt_len, step)
+    profiled = profiles[load]
+    factor = row["compute_ms"] / profiled.step_ms if profiled.step_ms and "compute_ms_probes" in row else None
     said = predict(model, spec, profiled, row.get("link_gb_per_s"), factor)
     return {"predicted": said, "predicted_over_measured": said["tokens_per_s"] / row["tokens_per_s"]}
 

@@ -1,4 +1,4 @@
-"""The figures that the authors of "Pre-gated MoE" (ISCA 2024, arXiv:2308.12066) published, and measured rows beside them.
+"""The figures published in "Pre-gated MoE" (ISCA 2024, arXiv:2308.12066), and measured rows beside them.
 
 Theirs: NVIDIA A100 80 GB, PCIe 4, float32, batch 1, 256 tokens in and 256 out; peak memory computed, of decoder experts
 only. Knows rows of a benchmark as dictionaries; measures nothing.
@@ -49,8 +49,8 @@ Kind = tuple[str, str, str]
 
 
 def beside_the_paper(rows: Sequence[Row]) -> str:
-    """Markdown: for each figure of the paper its values, and those of `rows` at batch 1 without a cache, a line for each
-    model and kind of row. A figure without measured rows is left out."""
+    """Markdown: for each figure of the paper its values, and those of `rows` at batch 1 without a cache, a line for
+    each model and kind of row. A figure without measured rows is left out."""
     found = []
     for title, (field, published, form, unit) in FIGURES.items():
         lines = _lines(rows, field, published, lambda value, form=form, unit=unit: form.format(value / unit))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,12 +41,13 @@ TURNS = 3
 @dataclass(frozen=True)
 class Profile:
     """Measured once for a model, slab dtype and batch: `durations` on a link of `link_gb_per_s`, and what the link
-    gives where slabs are read one behind the other."""
+    gives where slabs are read one behind the other. `step_ms`: of whatever step was given, at the same time."""
 
     durations: Durations
     link_gb_per_s: float
     in_order_gb_per_s: float
     slab_bytes: int
+    step_ms: float | None = None
 
     def at(self, link_gb_per_s: float | None, compute_factor: float | None) -> Durations:
         """The durations at a moment when the link has another bandwidth and computing takes `compute_factor` times as
@@ -88,15 +89,18 @@ def step_ms(engine: OffloadEngine, batch: int, prompt_len: int, device: torch.de
     return _step_ms(_timed(engine, requests, 1))
 
 
-def profile(small: BenchModel, ground: Ground, batch: int, prompt_len: int) -> Profile:
+def profile(
+    small: BenchModel, ground: Ground, batch: int, prompt_len: int, step: Callable[[], float] | None = None
+) -> Profile:
     """Time the steps of `small`, all of whose experts are on the device as slabs like those of the store, alone and
-    beside a busy link; and the link alone and beside the computation."""
+    beside a busy link; the link alone and beside the computation; and `step`, by which the profile can be compared
+    with another moment."""
     keys, store, device = small.family.keys(), ground.store, ground.device
     requests = Requests(batch, prompt_len, small.vocab_size, 0, device)
     links, in_order = [ground.gb_per_s(keys)], ground.gb_per_s(keys, in_order=True)
     with all_on_device(small, store.layout.stored, device) as engine:
         _timed(engine, requests, 1)
-        alone = [_timed(engine, requests, 2)]
+        alone, steps = [_timed(engine, requests, 2)], [step()] if step is not None else []
         slowdowns = {}
         if device.type == "cpu":
             # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory. The
@@ -106,6 +110,7 @@ def profile(small: BenchModel, ground: Ground, batch: int, prompt_len: int) -> P
                 beside_ms, gb_per_s = _beside_a_busy_link(engine, requests, keys, ground)
                 links.append(ground.gb_per_s(keys))
                 alone.append(_timed(engine, requests, 2))
+                steps += [step()] if step is not None else []
                 computing.append(2 * beside_ms / (_step_ms(alone[-2]) + _step_ms(alone[-1])))
                 moving.append((links[-2] + links[-1]) / 2 / gb_per_s)
             slowdowns["compute_slowdown"] = max(1.0, statistics.median(computing))
@@ -114,7 +119,8 @@ def profile(small: BenchModel, ground: Ground, batch: int, prompt_len: int) -> P
     parts = durations(min(alone, key=_step_ms), slab_bytes / link / 1e6)
     # its parts are medians over steps, which leave out what a step now and then takes longer
     measured_ms, described_ms = statistics.median(_step_ms(timed) for timed in alone), parts.compute_ms
-    whole = Profile(replace(parts, **slowdowns), link, in_order, slab_bytes)
+    step_ms = statistics.median(steps) if steps else None
+    whole = Profile(replace(parts, **slowdowns), link, in_order, slab_bytes, step_ms)
     return replace(whole, durations=whole.at(link, measured_ms / described_ms))
 
 
