@@ -244,23 +244,29 @@ class OffloadEngine:
             "staging": self._mover.host_bytes,
         }
 
+    @property
+    def reader(self) -> str:
+        """Who reads slabs from a disk: `threads` or `io_uring`."""
+        return self._mover.reader
+
     def reset_counters(self) -> None:
         for name in self.counters.to_dict():
             setattr(self.counters, name, 0)
 
     def close(self) -> None:
         """Give back threads, files and memory; may be called again."""
-        if self._on_close:
-            self._scheduler.reset()
-        while self._on_close:
-            self._on_close[-1]()
-            self._on_close.pop()
-        self._scheduler.forget_slots()
-        self._matrices.forget_slots()
-        self._slots_NB = self._slots_NB[:0].clone()
-        self.model.set_listener(None)
-        for hook in self._hooks:
-            hook.remove()
+        with self._serving:
+            if self._on_close:
+                self._scheduler.reset()
+            while self._on_close:
+                self._on_close[-1]()
+                self._on_close.pop()
+            self._scheduler.forget_slots()
+            self._matrices.forget_slots()
+            self._slots_NB = self._slots_NB[:0].clone()
+            self.model.set_listener(None)
+            for hook in self._hooks:
+                hook.remove()
 
     def __enter__(self) -> OffloadEngine:
         return self

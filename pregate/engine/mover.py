@@ -32,6 +32,9 @@ class Transfer(Protocol):
 
 
 class Mover(Protocol):
+    reader: str
+    """Who reads slabs from a disk: `threads` or `io_uring`."""
+
     @property
     def host_bytes(self) -> int:
         """Host memory taken for buffers."""
@@ -133,6 +136,8 @@ class ThreadMover:
     With `host_buffers` slabs pass through a cache in host memory, as they do in front of a GPU.
     """
 
+    reader = "threads"
+
     def __init__(self, store: Store, trace: Trace, counters: Counters, num_threads: int, host_buffers: int = 0) -> None:
         self._store, self._trace, self._counters = store, trace, counters
         slab_bytes = store.layout.slab_bytes
@@ -186,6 +191,8 @@ class CudaMover:
 
     Slabs on disk pass through `host_buffers` page-locked buffers, at least a few for staging.
     """
+
+    reader = "threads"
 
     def __init__(
         self,

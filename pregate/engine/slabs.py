@@ -226,7 +226,8 @@ def aligned_bytes(size: int) -> Tensor:
     if size < HUGE_PAGE or huge is None:
         raw, unit = torch.empty(size + PAGE, dtype=torch.uint8), PAGE
     else:
-        memory, unit = mmap.mmap(-1, size + HUGE_PAGE), HUGE_PAGE
+        # private: the kernel gives shared memory no huge pages by default
+        memory, unit = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), HUGE_PAGE
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(huge)
         raw = torch.frombuffer(memory, dtype=torch.uint8)

@@ -10,8 +10,10 @@ with it. Only where loads and stores keep their order (x86-64) can Python share 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import io
 import mmap
 import os
 import platform
@@ -23,7 +25,7 @@ _SETUP, _ENTER, _REGISTER = 425, 426, 427
 """System call numbers."""
 _READ_FIXED = 4
 _GET_EVENTS = 1
-_REGISTER_BUFFERS = 0
+_REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 0, 1
 _AT_SUBMISSIONS, _AT_COMPLETIONS, _AT_ENTRIES = 0, 0x8000000, 0x10000000
 """Offsets at which the ring's memory is mapped."""
 _ENTRY = struct.Struct("<BBHiQQIIQHHiQQ")
@@ -64,40 +66,50 @@ class Ring:
     """One io_uring with registered memory. Used by one thread at a time.
 
     How many reads are under way is read off the memory shared with the kernel, never counted here, so an interrupt
-    between two lines of Python cannot falsify it.
+    between two lines of Python cannot falsify it: `settle` waits for all of them whatever the caller believes.
     """
 
-    def __init__(self, num_entries: int, memory: Sequence[tuple[int, int]]) -> None:
-        """`memory`: (address, length) of each piece, at most `MOST_REGISTERED` bytes long; it must outlive the ring.
+    def __init__(self, num_entries: int, memory: Sequence[tuple[int, int]], owner: object = None) -> None:
+        """`memory`: (address, length) of each piece, at most `MOST_REGISTERED` bytes long. `owner`: what must not be
+        freed while the kernel may write there.
 
         Raises `RingUnavailableError`.
         """
-        self._file = -1
+        self._owner, self._process = owner, os.getpid()
+        self._file: io.FileIO | None = None
+        self._sq = self._cq = memoryview(b"")
+        self._mapped: list[mmap.mmap] = []
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
             raise RingUnavailableError(errno.ENOSYS, "io_uring is used on Linux on x86-64 only")
         self._libc = ctypes.CDLL(None, use_errno=True)
         parameters = _Parameters()
         try:
-            self._file = self._call(_SETUP, num_entries, ctypes.byref(parameters))
-        except OSError as error:
-            raise RingUnavailableError(
-                error.errno, "the system refuses io_uring to this process (a container's profile often does)"
-            ) from error
-        try:
-            self._map(parameters)
+            self._file = io.FileIO(self._call(_SETUP, num_entries, ctypes.byref(parameters)))
+            self._map(self._file.fileno(), parameters)
             self._register(memory)
+        except RingUnavailableError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            refused = error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS)
+            profile = "the system refuses io_uring to this process (a container's profile often does)"
+            raise RingUnavailableError(error.errno, profile if refused else f"io_uring: {error.strerror}") from error
         except BaseException:
             self.close()
             raise
 
-    def _map(self, parameters: _Parameters) -> None:
+    def _map(self, file: int, parameters: _Parameters) -> None:
         self._num_entries = parameters.submissions
         sq, cq = parameters.submission, parameters.completion
-        self._entries = mmap.mmap(self._file, self._num_entries * _ENTRY.size, offset=_AT_ENTRIES)
-        self._sq_memory = mmap.mmap(self._file, sq.seventh + 4 * self._num_entries, offset=_AT_SUBMISSIONS)
-        self._cq_memory = mmap.mmap(
-            self._file, cq.sixth + _COMPLETION.size * parameters.completions, offset=_AT_COMPLETIONS
-        )
+        sizes = {
+            _AT_ENTRIES: self._num_entries * _ENTRY.size,
+            _AT_SUBMISSIONS: sq.seventh + 4 * self._num_entries,
+            _AT_COMPLETIONS: cq.sixth + _COMPLETION.size * parameters.completions,
+        }
+        for offset, size in sizes.items():
+            self._mapped.append(mmap.mmap(file, size, offset=offset))
+        self._entries, self._sq_memory, self._cq_memory = self._mapped
         self._sq, self._cq = memoryview(self._sq_memory).cast("I"), memoryview(self._cq_memory).cast("I")
         self._sq_head, self._sq_tail, self._array = sq.head // 4, sq.tail // 4, sq.seventh // 4
         self._cq_head, self._cq_tail, self._cqes = cq.head // 4, cq.tail // 4, cq.sixth
@@ -106,7 +118,7 @@ class Ring:
     def _register(self, memory: Sequence[tuple[int, int]]) -> None:
         pieces = (_Piece * len(memory))(*memory)
         try:
-            self._call(_REGISTER, self._file, _REGISTER_BUFFERS, ctypes.byref(pieces), len(memory))
+            self._call(_REGISTER, self._number, _REGISTER_BUFFERS, ctypes.byref(pieces), len(memory))
         except OSError as error:
             size = sum(length for _, length in memory)
             raise RingUnavailableError(
@@ -118,6 +130,7 @@ class Ring:
 
         `number` comes back with the completion. At most `num_entries` reads may be under way. Raises `OSError`.
         """
+        self._refuse_other_processes()
         tail = self._sq[self._sq_tail]
         place = tail % self._num_entries
         _ENTRY.pack_into(
@@ -128,12 +141,13 @@ class Ring:
         self._sq[self._sq_tail] = (tail + 1) % _U32
         while self._sq[self._sq_head] == tail:
             try:
-                self._call(_ENTER, self._file, 1, 0, 0, None, 0)
+                self._call(_ENTER, self._number, 1, 0, 0, None, 0)
             except InterruptedError:
                 continue
 
     def completed(self) -> list[tuple[int, int]]:
         """(number, bytes read or minus an errno) of what has ended since the last call. Asks the kernel nothing."""
+        self._refuse_other_processes()
         head, tail = self._cq[self._cq_head], self._cq[self._cq_tail]
         if head == tail:
             return []
@@ -151,37 +165,50 @@ class Ring:
         """Wait until something has ended that `completed` has not told yet; something must be under way."""
         while self._cq[self._cq_head] == self._cq[self._cq_tail]:
             try:
-                self._call(_ENTER, self._file, 0, 1, _GET_EVENTS, None, 0)
+                self._call(_ENTER, self._number, 0, 1, _GET_EVENTS, None, 0)
             except InterruptedError:
                 continue
 
     def settle(self) -> None:
-        """Wait until nothing is under way, and forget what has ended."""
-        if self._file < 0:
+        """Wait until nothing is under way, and forget what has ended. Nothing happens in a forked process, whose reads
+        these are not."""
+        if not self._sq or os.getpid() != self._process:
             return
         # what was prepared and never handed over is taken back
         self._sq[self._sq_tail] = self._sq[self._sq_head]
-        while self._cq[self._cq_tail] != self._sq[self._sq_head]:
-            self._cq[self._cq_head] = self._cq[self._cq_tail]
+        # looked at once a turn: a read may end between two looks
+        while (tail := self._cq[self._cq_tail]) != self._sq[self._sq_head]:
+            self._cq[self._cq_head] = tail
             self.wait()
-        self._cq[self._cq_head] = self._cq[self._cq_tail]
+        self._cq[self._cq_head] = tail
 
     def close(self) -> None:
-        """May be called again."""
-        file, self._file = self._file, -1
-        if file < 0:
+        """Wait for what is under way and give everything back. May be called again, also after an interrupted call."""
+        if self._file is None:
             return
-        os.close(file)  # what is under way ends into pages that the kernel keeps pinned until then
-        for name in ("_sq", "_cq"):
-            if hasattr(self, name):
-                getattr(self, name).release()
-        for name in ("_entries", "_sq_memory", "_cq_memory"):
-            if hasattr(self, name):
-                getattr(self, name).close()
+        self.settle()
+        if not self._file.closed and os.getpid() == self._process:
+            # closing alone would give the pinned pages back some time later
+            with contextlib.suppress(OSError):
+                self._call(_REGISTER, self._number, _UNREGISTER_BUFFERS, None, 0)
+        self._sq = self._cq = memoryview(b"")
+        for memory in self._mapped:
+            memory.close()
+        self._file.close()
+        self._owner = None
 
     def __del__(self) -> None:
         # an engine that was dropped unclosed would keep its slots pinned
         self.close()
+
+    @property
+    def _number(self) -> int:
+        assert self._file is not None
+        return self._file.fileno()
+
+    def _refuse_other_processes(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError("This engine was opened before the process forked: open one in each process.")
 
     def _call(self, number: int, *arguments: object) -> int:
         result = self._libc.syscall(ctypes.c_long(number), *arguments)

@@ -55,7 +55,7 @@ class UringMover:
     """Several reads in flight, in the order they were asked for. A trace sees a read end when the engine notices it,
     at its next call after the end."""
 
-    host_bytes = 0
+    host_bytes, reader = 0, "io_uring"
 
     def __init__(self, store: DiskStore, trace: Trace, counters: Counters, num_reads: int, slots_NB: Tensor) -> None:
         """`num_reads`: slabs in flight at a time. `slots_NB` (slots, bytes) is pinned until `close`.
@@ -73,7 +73,7 @@ class UringMover:
         for first in range(0, num_slots, self._slots_in_piece):
             num_bytes = min(self._slots_in_piece, num_slots - first) * self._slab_bytes
             pieces.append((self._address + first * self._slab_bytes, num_bytes))
-        self._ring = Ring(num_reads, pieces)
+        self._ring = Ring(num_reads, pieces, owner=slots_NB)
         self._waiting: deque[_SlotRead] = deque()
         self._reading: dict[int, _SlotRead] = {}
         self._number, self._closed = 0, False
@@ -122,14 +122,17 @@ class UringMover:
         self._number += 1
         self._reading[self._number] = read
         slot = (read.slot_B.data_ptr() - self._address) // self._slab_bytes
-        self._ring.read(
-            self._number,
-            self.store.file,
-            self.store.offset(read.key) + read.num_read,
-            read.slot_B.data_ptr() + read.num_read,
-            self._slab_bytes - read.num_read,
-            slot // self._slots_in_piece,
-        )
+        try:
+            self._ring.read(
+                self._number,
+                self.store.file,
+                self.store.offset(read.key) + read.num_read,
+                read.slot_B.data_ptr() + read.num_read,
+                self._slab_bytes - read.num_read,
+                slot // self._slots_in_piece,
+            )
+        except OSError as error:
+            raise self.store.failed(read.key, error) from error
 
     def _ended(self, read: _SlotRead, result: int) -> None:
         read.num_read += max(0, result)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,12 @@ def measure_row(
     engine than the host-driven one. Raises what opening the engine raises."""
     keys, moves = model.family.keys(), spec.policy != Policy.gpu_only
     in_order = spec.policy == Policy.prefetch_all
-    link = (lambda: ground.gb_per_s(keys, spec.seed, in_order)) if moves else None
-    probes = Probes(link, beside.step_ms, beside.compute_ms)
+
+    def link(reader: str, number: int) -> float:
+        same = replace(ground, io_uring=reader == "io_uring")
+        return same.gb_per_s(keys, 1000 * spec.seed + number, in_order)
+
+    probes = Probes(link if moves else None, beside.step_ms, beside.compute_ms)
     measured = (serve or serve_by_host)(spec, model, ground, effort, beside, probes)
     spans, requests = measured.pop("spans", None), measured.pop("requests")
     if spans is not None:
@@ -165,6 +169,7 @@ def serve_by_host(
         forced_experts(engine.model, spec.forced_experts),
     ):
         use_generation_config(engine.model, model)
+        probes.reader = engine.reader
         link = "bytes_moved" if device.type == "cuda" and store.in_host_memory else "bytes_read"
         clock = TokenClock(device, read=lambda: getattr(engine.counters, link))
         with counted_experts(engine.model) as active:
@@ -193,6 +198,7 @@ def serve_by_host(
         "slots": slots,
         "slab_bytes": slab_bytes,
         "io_threads": ground.io_threads,
+        "reader": probes.reader,
         "active_experts": _mean(active),
         **{name: _mean([count[name] for count in counts]) for name in counts[0]},
         **moved(timed, [_decoded_bytes(request) for request in timed]),

@@ -49,11 +49,12 @@ def link_bandwidth(
     """
     if device.type == "cuda" and store.in_host_memory:
         return _copy_bandwidth(store, keys, device, seed)
-    begun = time.perf_counter()
     with slab_stream(store, keys, io_threads, io_uring, seed, in_order) as stream:
+        stream.wait_for_one()
+        begun, before = time.perf_counter(), stream.num_arrived
         while time.perf_counter() - begun < PROBE_SECONDS:
             stream.wait_for_one()
-        num_bytes = stream.num_arrived * store.layout.slab_bytes
+        num_bytes = (stream.num_arrived - before) * store.layout.slab_bytes
         return num_bytes / (time.perf_counter() - begun) / 1e9
 
 
@@ -93,7 +94,6 @@ def slab_stream(
     slots_NB = aligned_bytes(2 * io_threads * store.layout.slab_bytes).view(2 * io_threads, -1)
     mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
     draw = random.Random(seed)
-    # in order, but not from the same place every time: a host may remember what it has read
     first = draw.randrange(len(keys))
     order = cycle(keys[first:] + keys[:first]) if in_order else iter(lambda: draw.choice(keys), None)
     try:

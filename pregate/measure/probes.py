@@ -30,25 +30,30 @@ class Ground:
 
     def gb_per_s(self, keys: list[ExpertKey], seed: int = 0, in_order: bool = False) -> float:
         """See `link_bandwidth`."""
-        return link_bandwidth(self.store, keys, self.device, self.io_threads, self.io_uring, seed, in_order)
+        io_uring = self.io_uring and self.device.type == "cpu"
+        return link_bandwidth(self.store, keys, self.device, self.io_threads, io_uring, seed, in_order)
 
 
 @dataclass
 class Probes:
-    """Measured again and again beside one row. `link` and `step_ms`: how, or None where nothing moves and where a step
-    cannot be timed beside the row; `compute_ms` then stands for all steps, if it is known."""
+    """Measured again and again beside one row. `link` (of who reads, and how often it was asked) and `step_ms`: how, or
+    None where nothing moves and where a step cannot be timed beside the row; `compute_ms` then stands for all steps, if
+    it is known."""
 
-    link: Callable[[], float] | None
+    link: Callable[[str, int], float] | None
     step_ms: Callable[[], float] | None
     compute_ms: float | None = None
     links_gb_per_s: list[float] = field(default_factory=list)
     steps_ms: list[float] = field(default_factory=list)
+    reader: str = "threads"
+    """Who reads from a disk for the row, so that the probe does it the same way."""
 
     def take(self) -> None:
         if self.step_ms is not None:
             self.steps_ms.append(self.step_ms())
         if self.link is not None:
-            self.links_gb_per_s.append(self.link())
+            # other slabs each time: a disk's host may remember what it has read
+            self.links_gb_per_s.append(self.link(self.reader, len(self.links_gb_per_s)))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class _VirtualTransfer:
 class VirtualMover:
     """The engine's mover with a clock for a link."""
 
-    host_bytes = 0
+    host_bytes, reader = 0, "threads"
 
     def __init__(self, clock: Clock, slab_ms: float, slab_bytes: int, counters: Counters) -> None:
         self._clock, self._slab_ms = clock, slab_ms

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +101,78 @@ def test_settling_forgets_what_has_ended_and_takes_back_what_never_began(file: i
     ring.close()
     ring.close()
     ring.settle()
+
+
+@needs_io_uring
+def test_settling_does_not_miss_a_read_that_ends_meanwhile(file: int, memory: Tensor) -> None:
+    """Short reads, settled at once: now and then one ends between two looks at the queue."""
+    ring = Ring(4, whole(memory))
+    for number in range(3000):
+        ring.read(number, file, 0, memory.data_ptr(), PAGE, 0)
+        ring.settle()
+        assert ring.completed() == []
+    ring.close()
+
+
+@needs_io_uring
+def test_another_process_may_not_use_the_ring(file: int, memory: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the reads of the one that opened it."""
+    ring = Ring(4, whole(memory))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(RuntimeError, match="before the process forked: open one in each"):
+            ring.read(1, file, 0, memory.data_ptr(), PAGE, 0)
+        with pytest.raises(RuntimeError, match="before the process forked"):
+            ring.completed()
+        ring.settle()
+    ring.read(1, file, 0, memory.data_ptr(), PAGE, 0)
+    assert all_of(ring, 1) == {1: PAGE}
+    ring.close()
+
+
+@needs_io_uring
+@pytest.mark.parametrize("where", ["settle", "_call"])
+def test_an_interrupted_close_can_be_repeated(
+    file: int, memory: Tensor, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ring = Ring(4, whole(memory))
+    ring.read(1, file, 0, memory.data_ptr(), memory.numel(), 0)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ring.close()
+    ring.close()
+    ring.close()
+
+
+@needs_io_uring
+def test_a_ring_that_is_dropped_waits_for_its_reads(file: int, memory: Tensor) -> None:
+    for _ in range(50):
+        ring = Ring(4, whole(memory))
+        memory.fill_(0xFF)
+        ring.read(1, file, 0, memory.data_ptr(), memory.numel(), 0)
+        del ring
+        seen = memory.clone()
+        time.sleep(1e-4)
+        assert torch.equal(memory, seen), "the kernel still wrote"
+
+
+def test_large_memory_is_private_and_may_have_huge_pages() -> None:
+    memory = aligned_bytes(16 << 20).fill_(1)
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file():
+        pytest.skip("no smaps on this system")
+    entries = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", maps.read_text())
+    inside = (e for e in entries if int(e.split("-")[0], 16) <= memory.data_ptr() < int(e.split()[0].split("-")[1], 16))
+    entry = next(inside)
+    assert entry.split()[1].endswith("p"), entry
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if enabled.is_file() and "[never]" not in enabled.read_text():
+        assert int(re.search(r"AnonHugePages: +(\d+)", entry)[1]) > 0, entry  # type: ignore[index]
 
 
 def test_it_says_why_there_is_no_ring(memory: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

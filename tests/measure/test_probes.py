@@ -65,11 +65,11 @@ def test_probes_taken_otherwise_count_for_all_requests() -> None:
 
 def test_only_what_can_be_probed_is_probed() -> None:
     calls: list[Any] = []
-    both = Probes(lambda: calls.append("link") or 2.0, lambda: calls.append("step") or 3.0)
+    both = Probes(lambda *how: calls.append(how) or 2.0, lambda: calls.append("step") or 3.0, reader="io_uring")
     both.take()
     both.take()
     assert (both.links_gb_per_s, both.steps_ms) == ([2.0, 2.0], [3.0, 3.0])
-    assert calls == ["step", "link"] * 2
+    assert calls == ["step", ("io_uring", 0), "step", ("io_uring", 1)]
     neither = Probes(None, None, 5.0)
     neither.take()
     assert (neither.links_gb_per_s, neither.steps_ms) == ([], [])
