@@ -65,8 +65,9 @@ def suite_markdown(rows: list[Row]) -> str:
     table = [HEADERS, rule, *(cells(row, rows) for row in rows)]
     parts = ["\n".join(f"| {' | '.join(line)} |" for line in table)]
     for field, what in (("tokens_per_s", "tokens/s"), ("peak_device_bytes", "peak memory")):
-        for kind, share in share_of_gpu_only(rows, field).items():
-            parts.append(f"{what} of pre_gated ÷ gpu_only, {', '.join(kind)}: {100 * share:.1f} % (geometric mean).")
+        for kind, (share, models) in share_of_gpu_only(rows, field).items():
+            over = f"geometric mean over {', '.join(models)}"
+            parts.append(f"{what} of pre_gated ÷ gpu_only, {', '.join(kind)}: {100 * share:.1f} % ({over}).")
     return "\n\n".join([*parts, beside_the_paper(rows)]).rstrip() + "\n"
 
 

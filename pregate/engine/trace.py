@@ -22,7 +22,7 @@ import torch
 class Counters:
     """Counted where they happen. A hit is an announced slab that was already on the device; a miss had to be moved, and
     evicts another where no slot was free. `bytes_moved` went into slots; of them, `bytes_read` were read from the
-    store by threads, and a host hit was not, because host memory in front of the disk held the slab."""
+    store, and a host hit was not, because host memory in front of the disk held the slab."""
 
     hits: int = 0
     misses: int = 0

@@ -123,7 +123,8 @@ def _draw(figure: Figure, plot: BarPlot, rows: Sequence[Row]) -> None:
                 line.set_label(plot.limit_name)
                 named.add(plot.limit_name)
         if len(rows) <= MOST_NUMBERS:
-            axes.annotate(three_digits(value), (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            top = max(value, limit or 0.0)
+            axes.annotate(three_digits(value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     if max(values) > LOG_ABOVE * min(values):
         axes.set_yscale("log")
     axes.margins(y=0.12)

@@ -13,7 +13,9 @@ from typing import Any
 Row = dict[str, Any]
 
 POLICIES = ("gpu_only", "pre_gated", "on_demand", "prefetch_all")
-MODELS = ("switch-base-8", "switch-base-64", "switch-base-128", "switch-base-256", "switch-large-128")
+LARGE = "switch-large-128"
+"""Which no GPU of the paper's holds whole."""
+MODELS = ("switch-base-8", "switch-base-64", "switch-base-128", "switch-base-256", LARGE)
 BLOCK_MS = {
     "switch-base-8": (0.946, 1.128, 1.887, 6.73),
     "switch-base-64": (0.947, 1.129, 1.778, 51.0),
@@ -77,20 +79,29 @@ def _lines(
 
 
 def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str, float]]:
-    kinds: dict[Kind, dict[str, float]] = {}
+    """Rows of the paper's setting: batch 1, experts in host memory, no cache and the policy's own budget; of several
+    the one that decoded the most tokens."""
+    found: dict[Kind, dict[str, Row]] = {}
     for row in rows:
-        plain = row.get("cache") in (None, "none") and row["batch"] == 1 and row.get("forced_experts") is None
+        plain = row.get("cache") in (None, "none") and row["batch"] == 1 and row.get("budget") is None
+        plain = plain and row.get("tier") in (None, "dram") and row.get("forced_experts") is None
         if row["model"] == model and plain and row.get(field) is not None and row["policy"] in POLICIES:
             kind = row["dtype"], f"{row.get('drive', 'host')}-driven", f"slabs {row.get('slab_dtype', 'source')}"
-            kinds.setdefault(kind, {})[row["policy"]] = row[field]
-    return kinds
+            same = found.setdefault(kind, {})
+            other = same.get(row["policy"])
+            if other is None or row.get("new_tokens", 0) > other.get("new_tokens", 0):
+                same[row["policy"]] = row
+    return {kind: {policy: row[field] for policy, row in same.items()} for kind, same in found.items()}
 
 
-def share_of_gpu_only(rows: Sequence[Row], field: str, policy: str = "pre_gated") -> dict[Kind, float]:
-    """The geometric mean, over all models that have both, of `field` under `policy` ÷ under gpu_only."""
-    ratios: dict[Kind, list[float]] = {}
+def share_of_gpu_only(
+    rows: Sequence[Row], field: str, policy: str = "pre_gated"
+) -> dict[Kind, tuple[float, list[str]]]:
+    """The geometric mean of `field` under `policy` ÷ under gpu_only over the Switch-Base models that have both, as
+    the paper averages, and which these are."""
+    ratios: dict[Kind, dict[str, float]] = {}
     for model in MODELS:
         for kind, values in _by_kind(rows, model, field).items():
-            if policy in values and "gpu_only" in values:
-                ratios.setdefault(kind, []).append(values[policy] / values["gpu_only"])
-    return {kind: statistics.geometric_mean(found) for kind, found in ratios.items()}
+            if model != LARGE and policy in values and "gpu_only" in values:
+                ratios.setdefault(kind, {})[model] = values[policy] / values["gpu_only"]
+    return {kind: (statistics.geometric_mean(found.values()), list(found)) for kind, found in ratios.items()}

@@ -32,25 +32,29 @@ def test_the_published_figures_say_what_the_paper_concludes_from_them() -> None:
             for policy, value in zip(POLICIES, values, strict=True)
             if value is not None
         ]
-        (shares[field],) = share_of_gpu_only(rows, field).values()
+        ((shares[field], models),) = share_of_gpu_only(rows, field).values()
+        assert models == list(MODELS[:4])
     assert shares == pytest.approx({"tokens_per_s": 0.79, "block_ms": 1.19, "peak_device_bytes": 0.237}, rel=0.03)
 
 
 def test_only_plain_rows_of_batch_1_stand_beside_the_paper() -> None:
     rows = [
         row("gpu_only", 500.0),
-        row("pre_gated", 400.0),
+        row("pre_gated", 400.0, new_tokens=256),
         row("pre_gated", 450.0, cache="lru"),
         row("pre_gated", 4000.0, batch=32),
         row("pre_gated", 333.0, slab_dtype="int8"),
         row("resident", 90.0, drive=None),
         row("pre_gated", 77.0, model="nano-switch"),
+        row("pre_gated", 11.0, tier="disk"),
+        row("pre_gated", 12.0, budget="20%"),
+        row("pre_gated", 13.0, new_tokens=16),
     ]
     text = beside_the_paper(rows)
     assert "| switch-base-64 | the paper | 142 | 113 | 78 | 3 |" in text
     assert "| | bfloat16, device-driven, slabs source | 500 | 400 | – | – |" in text
     assert "| | bfloat16, device-driven, slabs int8 | – | 333 | – | – |" in text
-    assert not any(number in text for number in ("450", "4e+03", "90", "77", "Base-8"))
+    assert not any(number in text for number in (" 450 ", "4e+03", " 90 ", " 77 ", " 11 ", " 12 ", " 13 ", "Base-8"))
     assert "Figure 11" in text and "Figure 10" not in text, "nothing was measured for that one"
     assert beside_the_paper([]) == ""
 
@@ -85,7 +89,8 @@ def test_the_suite_table_reads_all_parts(
     assert capsys.readouterr().out.strip() == text.strip()
     shown = "| switch-base-64, bfloat16 | device | pre_gated | source | none | 1 | 400 | 1.1 | 40 | 50 | 2 |"
     assert shown in text.splitlines(), text
-    assert "tokens/s of pre_gated ÷ gpu_only, bfloat16, device-driven, slabs source: 80.0 %" in text
+    share = "tokens/s of pre_gated ÷ gpu_only, bfloat16, device-driven, slabs source: 80.0 %"
+    assert f"{share} (geometric mean over switch-base-64)." in text
     assert "peak memory of pre_gated ÷ gpu_only, bfloat16, device-driven, slabs source: 25.0 %" in text
     assert "Figure 12" in text
 

@@ -162,7 +162,14 @@ class DeviceEngine:
 
     def forward(self, **inputs: Any) -> Any:
         """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
-        return self.host.forward(**inputs)
+        with self._serving:
+            self._wait_for_steps()
+            try:
+                return self.host.forward(**inputs)
+            finally:
+                # neither side may believe what the other has put into the slots
+                self.host.lend_slots()
+                self.table.clear()
 
     def request(self, **options: Any) -> Request:
         """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""
@@ -183,9 +190,7 @@ class DeviceEngine:
                 )
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            if self._device.type == "cuda":
-                # steps of the last request may still read slots that the host is about to fill
-                torch.cuda.current_stream(self._device).synchronize()
+            self._wait_for_steps()
             self._graphs.prepare(sampling.kind)
             states_BSD = self.host.encode(input_ids=input_ids, attention_mask=attention_mask)
             self.host.lend_slots()
@@ -234,9 +239,15 @@ class DeviceEngine:
 
     @torch.inference_mode()
     def _begin_nothing(self) -> None:
-        """A state in which a step may run: no row lives, so nothing is fetched."""
+        """A state in which a step may run: no row lives, and of the policies only `prefetch_all` fetches even so."""
+        self.host.lend_slots()
         self.table.clear()
         self.decoder.chooser.begin(Sampling(), rows=0)
+
+    def _wait_for_steps(self) -> None:
+        """Steps of the last request may still read slots that the host is about to fill."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _check_errors(self) -> list[int]:
         counted: list[int] = self.table.counters.tolist()

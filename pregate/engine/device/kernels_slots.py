@@ -16,7 +16,8 @@ from pregate.engine.device.slots import DeviceSlots, FetchPlan
 
 MAX_SLOTS = 1 << 14
 """The slots of a table are looked at as one tile, in registers."""
-MAX_CHOICES = 1 << 7
+MAX_CHOICES = 1 << 8
+"""As many as `prefetch_all` wants of a block of 256 experts; compared pair by pair."""
 SLOT_BITS = tl.constexpr(20)
 SLOT_MASK = tl.constexpr((1 << 20) - 1)
 NO_VICTIM = tl.constexpr((1 << 63) - 1)

@@ -259,6 +259,35 @@ def test_the_host_may_serve_in_between(served: Served) -> None:
                 assert torch.allclose(engine.host.forward(**labels).logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("cache", [CacheRule.none, CacheRule.lru])
+def test_steps_before_a_capture_spoil_nothing(
+    served: Served, policy: Policy, cache: CacheRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step is captured it runs a few times first, between what the host has left in the slots and what it
+    will put there."""
+    inputs = inputs_of(5, 2)
+    wanted = reference(served.model, inputs, STEPS, None)
+    with DeviceEngine.open(
+        served.directory, batch=2, max_source_len=11, max_new_tokens=STEPS + 1, policy=policy, cache=cache
+    ) as engine:
+
+        def prepare(kind: Any) -> None:
+            for _ in range(2):
+                engine._begin_nothing()
+                engine._graphs._step(kind)
+            engine._begin_nothing()
+
+        monkeypatch.setattr(engine._graphs, "prepare", prepare)
+        targets = torch.zeros(2, 3, dtype=torch.int64)
+        before = engine.forward(**inputs, decoder_input_ids=targets).logits
+        for _ in range(2):
+            got = served_by(engine, inputs, STEPS, None)
+            assert torch.equal(got[0], wanted[0]), f"{got[0]}\n{wanted[0]}"
+            again = engine.forward(**inputs, decoder_input_ids=targets).logits
+            assert torch.equal(again, before), f"{again}\n{before}"
+
+
 def test_after_an_error_it_serves_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with all experts resident, which the host engine forgets when a call of its own is cut short."""
     inputs = inputs_of(3, 2)
