@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import moves
+from pregate.engine.device import gather, moves
 from pregate.engine.device.graph import InOrder
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
 from pregate.engine.device.sampling import StepKind
@@ -32,7 +32,10 @@ from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
-SOURCES = ["static_step.py", "static_attention.py", "sampling.py", "moves.py", "slots.py", "gather.py", "experts.py"]
+SOURCES = [
+    *("static_step.py", "static_attention.py", "sampling.py", "moves.py"),
+    *("slots.py", "gather.py", "experts.py"),
+]
 FOLDER = Path(device.__file__).parent
 
 
@@ -124,6 +127,79 @@ def test_a_step_asks_nothing(
     names = [name for name, _ in runs[0][1]]
     assert names.count("expert_outputs") == 3
     assert names.count("assign_slots") == names.count("gather_slabs") == (0 if policy is Policy.gpu_only else 3)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """The real launchers; in the place of the kernels they launch, notes of their grids and constants."""
+    pytest.importorskip("triton")
+    from pregate.engine.device import kernels_experts, kernels_gather, kernels_slots
+
+    noted: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(type(size) is int for size in grid), grid
+            return lambda *_, **constants: noted.append((self.name, grid, constants))
+
+    for module, name in (
+        (kernels_slots, "assign_kernel"),
+        (kernels_gather, "gather_kernel"),
+        (kernels_experts, "slot_linear_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Kernel(name))
+
+    def gather_slabs(*args: Any) -> None:
+        kernels_gather.launch_gather_slabs(*args, num_programs=gather.NUM_PROGRAMS, unroll=gather.UNROLL)
+
+    monkeypatch.setattr(moves, "assign_slots", kernels_slots.launch_assign_slots)
+    monkeypatch.setattr(moves, "gather_slabs", gather_slabs)
+    monkeypatch.setattr(moves, "expert_outputs", kernels_experts.launch_expert_outputs)
+    return noted
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_launching_the_kernels_asks_nothing(
+    policy: Policy, launched: list[tuple[str, tuple[int, ...], dict[str, Any]]]
+) -> None:
+    """Their grids and constants are plain numbers, the same at every step."""
+    static = decoder(policy, lookahead=1)
+    runs = []
+    for _ in range(2):
+        launched.clear()
+        with Watch() as watch:
+            static.step(StepKind())
+        runs.append((watch.operations, list(launched)))
+    assert runs[0] == runs[1]
+    names = [name for name, _, _ in runs[0][1]]
+    fetches = 0 if policy is Policy.gpu_only else 3
+    assert names.count("assign_kernel") == names.count("gather_kernel") == fetches
+    assert names.count("slot_linear_kernel") == 2 * 3, "up and down, in each of three blocks"
+    for _, _, constants in runs[0][1]:
+        assert not any(isinstance(value, Tensor) for value in constants.values()), constants
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda table, *_, **__: int(table.tick),
+        lambda table, *_, **__: float(table.counters.sum()),
+        lambda table, *_, **__: table.slab_in_S.to("cpu"),
+        lambda table, wanted_N, *_, **__: bool(wanted_N[0]),
+    ],
+    ids=["int", "float", "to cpu", "if"],
+)
+def test_a_launcher_that_asks_is_noticed(
+    asks: Callable[..., Any], launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = decoder(Policy.pre_gated, lookahead=1)
+    monkeypatch.setattr(moves, "assign_slots", asks)
+    with Watch(), pytest.raises((HostAskedError, RuntimeError, NotImplementedError)):
+        static.step(StepKind())
 
 
 @pytest.mark.parametrize(
