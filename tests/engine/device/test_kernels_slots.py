@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import pytest
@@ -92,6 +93,21 @@ def test_more_than_a_program_looks_at_is_refused(kernel_device: str) -> None:
         wanted_N = torch.zeros(num_choices, dtype=torch.int32)
         with pytest.raises(UsageError, match="slots and"):
             launch_assign_slots(table, wanted_N, plan, keep=True, protected_fetches=0)
+
+
+def test_what_one_thread_writes_the_others_read_behind_a_barrier(compiler: None) -> None:
+    """The interpreter is one thread, so it cannot miss one: ages before victims are chosen, evictions once all have
+    read what they evict, the table before slots are looked up, and the tick when all have read it."""
+    from pregate.engine.device.kernels_slots import assign_kernel
+    from tests.engine.device.compiling import compiled
+
+    tables = {"slot_of_G": "*i32", "slab_in_S": "*i32", "last_use_S": "*i64", "tick_1": "*i64", "counters_4": "*i64"}
+    plans = dict.fromkeys(("wanted_N", "slot_N", "copy_slab_N", "copy_slot_N"), "*i32")
+    constants = {"num_choices": 3, "num_slots": 40, "protected_fetches": 1, "KEEP": True, "CHOICES": 16, "SLOTS": 64}
+    kernel = compiled(assign_kernel, {**tables, **plans}, constants, num_warps=4)
+    found = re.findall(r"tt\.load|tt\.store|\w+\.barrier", kernel.asm["ttgir"])
+    order = "".join({"tt.load": "L", "tt.store": "S"}.get(operation, "B") for operation in found)
+    assert re.fullmatch(r"L+SBL+BSSSSBLS.*BS", order), order
 
 
 @pytest.mark.gpu
