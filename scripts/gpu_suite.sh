@@ -76,7 +76,7 @@ bench device_batches device_driven "bench.models=[switch_base_128]" "bench.batch
 bench host_base_64 device_driven "bench.drives=[host]" "bench.slab_dtypes=[source]" "bench.baselines=[resident]"
 bench fig11 fig11_throughput
 bench fig10 fig10_block_latency
-bench fig15 fig15_cache
+bench fig15 fig15_cache ${DRY:+"bench.budgets=[10%,20%]"}
 bench fig16_dram fig16_disk "bench.tiers=[dram]"
 bench fig16_disk fig16_disk "bench.tiers=[disk]"
 bench fig14 fig14_active_experts ${DRY:+"bench.active_experts=[1,4]"} ${DRY:+"bench.budgets=[60%]"}
