@@ -41,7 +41,8 @@ class RingUnavailableError(OSError):
 
 
 class _Offsets(ctypes.Structure):
-    """Where the fields of one queue lie in its memory. `last`: the array of entry numbers, or the completions."""
+    """Where the fields of one queue lie in its memory. Both begin alike; the seventh of the submissions is the array of
+    entry numbers, the sixth of the completions is where those lie."""
 
     _fields_ = [
         (name, ctypes.c_uint32)
@@ -87,17 +88,13 @@ class Ring:
             self._file = io.FileIO(self._call(_SETUP, num_entries, ctypes.byref(parameters)))
             self._map(self._file.fileno(), parameters)
             self._register(memory)
-        except RingUnavailableError:
+        except BaseException as error:
             self.close()
-            raise
-        except OSError as error:
-            self.close()
+            if not isinstance(error, OSError) or isinstance(error, RingUnavailableError):
+                raise
             refused = error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS)
             profile = "the system refuses io_uring to this process (a container's profile often does)"
             raise RingUnavailableError(error.errno, profile if refused else f"io_uring: {error.strerror}") from error
-        except BaseException:
-            self.close()
-            raise
 
     def _map(self, file: int, parameters: _Parameters) -> None:
         self._num_entries = parameters.submissions

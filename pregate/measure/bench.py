@@ -38,7 +38,7 @@ from pregate.measure.bench_plots import plot_bench
 from pregate.measure.bench_row import Beside, Effort, measure_row
 from pregate.measure.bench_table import command, print_bench, short_figures, write_bench
 from pregate.measure.bench_whole import HEADROOM, Accelerated, References, Whole, forget, resident_of
-from pregate.measure.planner import Profile, all_on_device, few_experts, predict, profile, step_ms
+from pregate.measure.planner import Profile, all_on_device, few_experts, is_predictable, predict, profile, step_ms
 from pregate.measure.probes import Ground
 from pregate.memory import PeakMemory
 from pregate.runtime import console, environment, human_bytes, pick_device, set_seed, to_jsonable
@@ -262,8 +262,8 @@ def _prediction(
 ) -> dict[str, Any]:
     """What the planner says of a row, from a profile taken once for its load, and the link and the speed of
     computation (`step` in a row's probes and in the profile) as they were beside the row."""
-    if is_device_driven(spec):
-        return {}  # the planner runs the host's scheduler
+    if not is_predictable(spec):
+        return {}
     load = (spec.batch, spec.prompt_len)
     if load not in profiles:
         profiles[load] = profile(few_experts(model), study.ground(store), spec.batch, spec.prompt_len, step)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pregate.config import CacheRule, Drive, Policy, SlabDtype
+from pregate.config import CacheRule, Drive, Policy
 from pregate.engine.device.engine import DeviceEngine
 from pregate.measure.active_experts import forced_experts
 from pregate.measure.baselines import use_generation_config
@@ -21,10 +21,7 @@ from pregate.measure.bench_row import (
     Beside,
     Effort,
     Requests,
-    figures,
-    first_logits,
-    logit_difference,
-    moved,
+    both_report,
 )
 from pregate.measure.device_steps import StepsTimed, time_steps
 from pregate.measure.probes import Ground, Probes
@@ -66,33 +63,15 @@ def serve_by_device(
         use_generation_config(engine.model, model)
         for number in range(effort.warmup):
             _serve_one(engine, requests, WARM_UP + number, spec.new_tokens)
-
-        def probe() -> None:
-            with peak.left_out():
-                probes.take()
-
-        timed: list[Any] = effort.run(lambda number: _serve_one(engine, requests, number, spec.new_tokens), probe)
-        peak_bytes, expected = peak.read(), engine.expected_bytes()
-        logits = None
-        if beside.source_reference is not None and beside.source_reference.logits is not None:
-            logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
-        slots, slab_bytes = engine.num_slots, engine.slab_bytes
-    row = {
-        "slots": slots,
-        "slab_bytes": slab_bytes,
-        **{name: round(statistics.mean(t.counted[name] for t in timed), 2) for name in timed[0].counted},
-        **moved(timed, [(t.readings[-1] - t.readings[0]) / t.steps for t in timed]),
-        **figures(timed, spec, beside.reference),
-        "expected_bytes": sum(expected.values()),
-        "expected_bytes_parts": expected,
-    }
+        timed: list[Any] = effort.run(
+            lambda number: _serve_one(engine, requests, number, spec.new_tokens), lambda: probes.take(peak)
+        )
+        link_bytes = [(one.readings[-1] - one.readings[0]) / one.steps for one in timed]
+        row = both_report(engine, peak, requests, timed, link_bytes, spec, beside)
+    row |= {name: round(statistics.mean(one.counted[name] for one in timed), 2) for name in timed[0].counted}
     if spec.forced_experts is None and spec.policy in (Policy.on_demand, Policy.pre_gated):
         # the other policies fetch without regard to routes, so their counts do not tell
-        row["active_experts"] = round(statistics.mean(t.distinct for t in timed), 2)
-    if peak_bytes is not None:
-        row["peak_device_bytes"] = peak_bytes
-    if logits is not None and beside.source_reference is not None and spec.slab_dtype != SlabDtype.source:
-        row |= logit_difference(logits, beside.source_reference.logits)
+        row["active_experts"] = round(statistics.mean(one.distinct for one in timed), 2)
     return row
 
 

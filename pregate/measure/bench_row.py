@@ -176,39 +176,47 @@ def serve_by_host(
             for number in range(effort.warmup):
                 requests.serve(engine.generate, WARM_UP + number, spec.new_tokens, clock, None)
 
-        def probe() -> None:
-            with peak.left_out():
-                probes.take()
-
         def serve(number: int) -> Timed:
             engine.reset_counters()
             timed = requests.serve(engine.generate, number, spec.new_tokens, clock, engine.trace)
             counts.append(engine.counters.to_dict())
             return timed
 
-        timed = effort.run(serve, probe)
-        peak_bytes = peak.read()
-        expected = engine.expected_bytes()
-        logits = None
-        if beside.source_reference is not None and beside.source_reference.logits is not None:
-            logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
-        slots, slab_bytes = engine.num_slots, engine.slab_bytes
-    row = {
+        timed = effort.run(serve, lambda: probes.take(peak))
+        row = both_report(engine, peak, requests, timed, [_decoded_bytes(one) for one in timed], spec, beside)
+    return {
         "spans": timed[0].spans or [],
-        "slots": slots,
-        "slab_bytes": slab_bytes,
         "io_threads": ground.io_threads,
         "reader": probes.reader,
         "active_experts": _mean(active),
         **{name: _mean([count[name] for count in counts]) for name in counts[0]},
-        **moved(timed, [_decoded_bytes(request) for request in timed]),
+        **row,
+    }
+
+
+def both_report(
+    engine: Any,
+    peak: PeakMemory,
+    requests: Requests,
+    timed: Sequence[Timed],
+    link_bytes: Sequence[float],
+    spec: RowSpec,
+    beside: Beside,
+) -> dict[str, Any]:
+    """What a row has whoever drives the engine, which is still open; `link_bytes`: a step's, of each request."""
+    peak_bytes, expected = peak.read(), engine.expected_bytes()
+    row = {
+        "slots": engine.num_slots,
+        "slab_bytes": engine.slab_bytes,
+        **moved(timed, link_bytes),
         **figures(timed, spec, beside.reference),
         "expected_bytes": sum(expected.values()),
         "expected_bytes_parts": expected,
     }
     if peak_bytes is not None:
         row["peak_device_bytes"] = peak_bytes
-    if logits is not None and beside.source_reference is not None:
+    if beside.source_reference is not None and beside.source_reference.logits is not None:
+        logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
         row |= logit_difference(logits, beside.source_reference.logits)
     return row
 

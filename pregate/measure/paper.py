@@ -7,7 +7,7 @@ only. Knows rows of a benchmark as dictionaries; measures nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -41,11 +41,12 @@ PEAK_GB = {
 }
 """Figure 12."""
 
-FIGURES: dict[str, tuple[str, dict[str, tuple[float | None, ...]], str, float]] = {
-    "Block latency, ms (Figure 10)": ("block_ms", BLOCK_MS, "{:.3g}", 1.0),
-    "Tokens/s (Figure 11)": ("tokens_per_s", TOKENS_PER_S, "{:.3g}", 1.0),
-    "Peak memory of the GPU, GB (Figure 12)": ("peak_device_bytes", PEAK_GB, "{:.3g}", 1e9),
+FIGURES: dict[str, tuple[str, dict[str, tuple[float | None, ...]], float]] = {
+    "Block latency, ms (Figure 10)": ("block_ms", BLOCK_MS, 1.0),
+    "Tokens/s (Figure 11)": ("tokens_per_s", TOKENS_PER_S, 1.0),
+    "Peak memory of the GPU, GB (Figure 12)": ("peak_device_bytes", PEAK_GB, 1e9),
 }
+"""By title: the field of a row, the paper's values, and the unit these are in."""
 Kind = tuple[str, str, str]
 """Compute dtype, drive and slab dtype of measured rows."""
 
@@ -54,28 +55,29 @@ def beside_the_paper(rows: Sequence[Row]) -> str:
     """Markdown: for each figure of the paper its values, and those of `rows` at batch 1 without a cache, a line for
     each model and kind of row. A figure without measured rows is left out."""
     found = []
-    for title, (field, published, form, unit) in FIGURES.items():
-        lines = _lines(rows, field, published, lambda value, form=form, unit=unit: form.format(value / unit))
+    for title, (field, published, unit) in FIGURES.items():
+        lines = _lines(rows, field, published, unit)
         if lines:
             header = f"| model | measured | {' | '.join(POLICIES)} |\n|---|---|{'---:|' * len(POLICIES)}"
             found.append(f"### {title}\n\n" + "\n".join([header, *lines]))
     return "\n\n".join(found)
 
 
-def _lines(
-    rows: Sequence[Row], field: str, published: dict[str, tuple[float | None, ...]], show: Callable[[float], str]
-) -> list[str]:
+def _lines(rows: Sequence[Row], field: str, published: dict[str, tuple[float | None, ...]], unit: float) -> list[str]:
     lines = []
     for model in MODELS:
         ours = _by_kind(rows, model, field)
         if not ours:
             continue
-        paper = [f"{value:.3g}" if value is not None else "–" for value in published[model]]
-        lines.append(f"| {model} | the paper | {' | '.join(paper)} |")
+        lines.append(f"| {model} | the paper | {' | '.join(map(_cell, published[model]))} |")
         for kind, values in ours.items():
-            cells = [show(values[policy]) if policy in values else "–" for policy in POLICIES]
-            lines.append(f"| | {', '.join(kind)} | {' | '.join(cells)} |")
+            measured = [values[policy] / unit if policy in values else None for policy in POLICIES]
+            lines.append(f"| | {', '.join(kind)} | {' | '.join(map(_cell, measured))} |")
     return lines
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str, float]]:

@@ -16,6 +16,7 @@ import torch
 
 from pregate.engine.store import Store
 from pregate.measure.drives import link_bandwidth
+from pregate.memory import PeakMemory
 from pregate.models.adapter import ExpertKey
 
 
@@ -48,12 +49,14 @@ class Probes:
     reader: str = "threads"
     """Who reads from a disk for the row, so that the probe does it the same way."""
 
-    def take(self) -> None:
-        if self.step_ms is not None:
-            self.steps_ms.append(self.step_ms())
-        if self.link is not None:
-            # other slabs each time: a disk's host may remember what it has read
-            self.links_gb_per_s.append(self.link(self.reader, len(self.links_gb_per_s)))
+    def take(self, peak: PeakMemory) -> None:
+        """Measure both now; what that takes does not count in `peak`."""
+        with peak.left_out():
+            if self.step_ms is not None:
+                self.steps_ms.append(self.step_ms())
+            if self.link is not None:
+                # other slabs each time: a disk's host may remember what it has read
+                self.links_gb_per_s.append(self.link(self.reader, len(self.links_gb_per_s)))
 
 
 @dataclass(frozen=True)

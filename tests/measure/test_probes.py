@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from pregate.measure.probes import Probes, Request, floors
+from pregate.memory import PeakMemory
 
 
 def probes(links: list[float], steps: list[float], compute_ms: float | None = None) -> Probes:
@@ -66,10 +68,13 @@ def test_probes_taken_otherwise_count_for_all_requests() -> None:
 def test_only_what_can_be_probed_is_probed() -> None:
     calls: list[Any] = []
     both = Probes(lambda *how: calls.append(how) or 2.0, lambda: calls.append("step") or 3.0, reader="io_uring")
-    both.take()
-    both.take()
+    peak = PeakMemory(torch.device("cpu"))
+    with peak:
+        both.take(peak)
+        both.take(peak)
     assert (both.links_gb_per_s, both.steps_ms) == ([2.0, 2.0], [3.0, 3.0])
     assert calls == ["step", ("io_uring", 0), "step", ("io_uring", 1)]
     neither = Probes(None, None, 5.0)
-    neither.take()
+    with peak:
+        neither.take(peak)
     assert (neither.links_gb_per_s, neither.steps_ms) == ([], [])

@@ -107,16 +107,9 @@ def expert_outputs_twin(
         token = choice // top_k
         slot_1 = slot_N[choice : choice + 1]
         slab_B = slots_SB.index_select(0, slot_1.clamp_min(0).long())[0]
-        up_FD, down_DF = _matrices(slab_B, layout)
+        up_FD, down_DF = layout.decode(slab_B)
         hidden_1F = ACTIVATIONS[activation](F.linear(hidden_BD[token : token + 1], up_FD))
         weighted_1D = F.linear(hidden_1F, down_DF) * weights_N[choice]
         scratch.weighted_ND[choice : choice + 1] = torch.where(slot_1[:, None] >= 0, weighted_1D, 0)
     weighted_ND = scratch.weighted_ND[:num_choices]
     out_BD.copy_(weighted_ND if top_k == 1 else weighted_ND.view(num_tokens, top_k, -1).sum(1))
-
-
-def _matrices(slab_B: Tensor, layout: SlabLayout) -> list[Tensor]:
-    if not layout.is_quantised:
-        return layout.views(slab_B)
-    pairs = zip(layout.views(slab_B), layout.scales(slab_B), strict=True)
-    return [(stored_RC.float() * scale_R1).to(layout.dtype) for stored_RC, scale_R1 in pairs]
