@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from pregate.engine.decode import OffloadEngine
 from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes
 from pregate.engine.uring import Ring, RingUnavailableError
 from pregate.models.switch_layers import switch_expert_family
-from tests.tiny import batch
+from tests.tiny import batch, pregated_model
 
 SLAB = 8192
 """Bytes of one expert of `served`, which has 30."""
@@ -40,6 +41,15 @@ class Served(NamedTuple):
 
     directory: Path
     model: Any
+
+
+@lru_cache(maxsize=64)
+def saved(root: Path, options: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> tuple[Path, Any]:
+    """A `pregated_model` of `options` in a directory under `root`, made once."""
+    model = pregated_model(**dict(options)).to(dtype)
+    directory = root / str(len(list(root.iterdir())))
+    model.save_pretrained(directory)
+    return directory, model
 
 
 def as_stored(model: Any, layout: SlabLayout) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from pregate.engine.slabs import SlabLayout
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import switch_expert_family
 from tests.engine.hostile import HostileStore, poison_slots
-from tests.engine.serving import Served, as_stored, assert_same, generated, request
-from tests.tiny import batch, pregated_model, upstream_model
+from tests.engine.serving import Served, as_stored, assert_same, generated, request, saved
+from tests.tiny import batch, upstream_model
 
 bounded = settings(
     derandomize=True,
@@ -73,14 +72,6 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
 
 def num_bytes(share: float | None, num_experts: int, slab_bytes: int) -> str | None:
     return None if share is None else str(max(1, round(share * num_experts)) * slab_bytes)
-
-
-@lru_cache(maxsize=64)
-def saved(root: Path, options: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> tuple[Path, Any]:
-    model = pregated_model(**dict(options)).to(dtype)
-    directory = root / str(len(list(root.iterdir())))
-    model.save_pretrained(directory)
-    return directory, model
 
 
 @pytest.fixture(scope="module")

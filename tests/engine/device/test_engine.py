@@ -3,7 +3,6 @@ logits; what it counts. What it refuses: test_engine_refusals."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from pregate.models.switch import load_resident
 from pregate.models.switch_layers import switch_expert_family
 from tests.engine.device.stepping import assert_equal_while_live
 from tests.engine.device.test_static_step import ATOL, inputs_of, models, reference
-from tests.engine.serving import SLAB, Served, as_stored
-from tests.tiny import pregated_model
+from tests.engine.serving import SLAB, Served, as_stored, saved
 
 STEPS = 8
 OPTIONS: dict[str, Any] = {
@@ -38,14 +36,6 @@ FETCHING = [Policy.on_demand, Policy.prefetch_all, Policy.pre_gated]
 def served_by(engine: DeviceEngine, inputs: dict[str, Tensor], steps: int, eos: int | None) -> tuple[Tensor, Tensor]:
     found = engine.generate(**inputs, max_new_tokens=steps, eos_token_id=eos, **OPTIONS)
     return found.sequences, torch.stack(found.logits)
-
-
-@lru_cache(maxsize=64)
-def saved(root: Path, options: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> tuple[Path, Any]:
-    model = pregated_model(**dict(options)).to(dtype)
-    directory = root / str(len(list(root.iterdir())))
-    model.save_pretrained(directory)
-    return directory, model
 
 
 @pytest.fixture(scope="module")
