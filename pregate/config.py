@@ -24,6 +24,7 @@ class Entry(StrEnum):
 class Init(StrEnum):
     source = "source"
     random = "random"
+    calibrated = "calibrated"
 
 
 class TaskKind(StrEnum):
@@ -202,6 +203,22 @@ class TrainConfig:
 
 
 @dataclass
+class CalibrationConfig:
+    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.calibration`).
+
+    `examples` of the training split, of which the share `held_out` chooses between fits; `batch_size` of them at a
+    time pass through the models. `max_tokens`: most tokens of a stack that a gate is fitted and judged on. `steps`:
+    most iterations that refine a fit at each temperature; 0 leaves the closed form.
+    """
+
+    examples: int = 640
+    held_out: float = 0.2
+    batch_size: int = 64
+    max_tokens: int = 16384
+    steps: int = 40
+
+
+@dataclass
 class EngineConfig:
     """How the offloaded engine serves. `device_budget` is bytes ("4GB"), a share of all experts ("25%") or null.
 
@@ -304,6 +321,7 @@ class Run:
     task: TaskConfig = field(default_factory=TaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     source_train: TrainConfig | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

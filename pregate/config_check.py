@@ -24,6 +24,12 @@ def check_run(run: Run) -> None:
         bool(gate.stacks) and set(gate.stacks) <= {"encoder", "decoder"} and len(set(gate.stacks)) == len(gate.stacks),
         f"pregate.stacks={list(gate.stacks)} must name encoder, decoder or both, each once.",
     )
+    fit = run.calibration
+    need(fit.examples >= 2, f"calibration.examples={fit.examples} must be at least 2: some to fit on, some to judge by.")
+    need(fit.max_tokens >= 2, f"calibration.max_tokens={fit.max_tokens} must be at least 2.")
+    need(fit.batch_size > 0, f"calibration.batch_size={fit.batch_size} must be at least 1.")
+    need(fit.steps >= 0, f"calibration.steps={fit.steps} must be at least 0, which is the closed form alone.")
+    need(0 < fit.held_out < 1, f"calibration.held_out={fit.held_out} must lie between 0 and 1, such as 0.2.")
     for label, train in (("train", run.train), ("source_train", run.source_train)):
         if train is None:
             continue

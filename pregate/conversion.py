@@ -64,6 +64,18 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
+class FittedGates:
+    """Gates found otherwise than by copying: output tensors by name, and the account of it for the manifest."""
+
+    tensors: dict[str, Tensor]
+    account: dict[str, Any]
+
+
+GateFitter = Callable[[TensorPlan, package.PreGatedSwitchTransformersConfig], FittedGates]
+"""Given where tensors move and the config of the pre-gated model; called once nothing else can be refused."""
+
+
+@dataclass(frozen=True)
 class _Architecture:
     """The `config.json` to write, and the parsed configs of the model before and after."""
 
@@ -83,12 +95,14 @@ def convert(
     tokenizer: str | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fit: GateFitter | None = None,
 ) -> ConversionReport:
     """Write the pre-gated form of `source` (a directory or hub id) to the new directory `output`.
 
     `tokenizer` is a directory or hub id whose tokenizer files replace the source's. `seed` matters for
     `init: random` alone, which draws the gates that move: weights normal with the standard deviation
-    `initializer_factor / sqrt(d_model)`, biases zero. Memory stays near `max_shard_bytes`.
+    `initializer_factor / sqrt(d_model)`, biases zero. `fit` finds the gates of `init: calibrated`, which asks for it
+    (`pregate.calibration.calibrate` brings one). Without it, memory stays near `max_shard_bytes`.
 
     Raises `UsageError`, before anything is written, for an output in use, a source that is no conventional Switch
     model, damaged or incomplete weights, and a lookahead that a chosen stack has too few MoE blocks for. Whatever
@@ -105,11 +119,19 @@ def convert(
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
     _refuse_full_disk(output, output_bytes)
+    fitted = FittedGates({}, {})
+    if pregate.init is Init.calibrated and pregate.lookahead:
+        if fit is None:
+            raise UsageError(
+                "Gates are calibrated on examples of a task: run python -m pregate.convert pregate.init=calibrated "
+                "task=NAME, or call pregate.calibration.calibrate."
+            )
+        fitted = fit(plan, architecture.target)
 
     with _appearing(output) as partial, _progress(source_bytes + output_bytes) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
         for file, names in shards.items():
-            _write_shard(partial / file, checkpoint, plan, names, architecture.target, seed)
+            _write_shard(partial / file, checkpoint, plan, names, architecture.target, seed, fitted.tensors)
             advance(sizes[file])
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
@@ -119,7 +141,8 @@ def convert(
             shutil.copyfile(file, partial / file.name)
         _write_json(partial / CONFIG, architecture.json)
         origin = {"source": source, "revision": revision, "source_sha256": hashes}
-        _write_json(partial / MANIFEST, origin | _provenance(architecture, seed))
+        account = {"calibration": fitted.account} if fitted.account else {}
+        _write_json(partial / MANIFEST, origin | _provenance(architecture, seed) | account)
     return ConversionReport(
         output=output,
         gating=architecture.target.pregating,
@@ -255,6 +278,7 @@ def _write_shard(
     names: list[str],
     config: package.PreGatedSwitchTransformersConfig,
     seed: int,
+    fitted: dict[str, Tensor],
 ) -> None:
     mapped = checkpoint.read({plan.origins[name] for name in names})
     moved = {name for move in plan.moves for name in move.renamed()} if config.pregating.init == Init.random else set()
@@ -263,7 +287,10 @@ def _write_shard(
     stored: set[int] = set()
     for name in names:
         tensor = mapped[plan.origins[name]]
-        if name in moved:
+        if name in fitted:
+            assert fitted[name].shape == tensor.shape, (name, fitted[name].shape, tensor.shape)
+            tensor = fitted[name].detach().to("cpu", tensor.dtype).clone()
+        elif name in moved:
             tensor = _drawn(tensor, plan.origins[name], std, seed)
         elif tensor.data_ptr() in stored:
             tensor = tensor.clone()  # the safetensors writer refuses tensors that share memory

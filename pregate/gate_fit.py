@@ -1,0 +1,158 @@
+"""The best linear gate for given states: ridge regression on the source's logits, then cross-entropy with its routes.
+
+Pure functions of tensors. Knows nothing about models, blocks or where states come from.
+
+Letters: T tokens, D model width, E experts, F features of a token (D, and a constant 1 where the gate has a bias).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Penalties on the distance from the start, in units of the features' mean square."""
+TEMPERATURES = (1.0, 0.5, 0.25)
+"""Of both softmaxes, in units of the logits' standard deviation: from like the regression to like top-1 alone."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """states_TD: what a gate reads. logits_TE: what the source's gate said about the same tokens."""
+
+    states_TD: Tensor
+    logits_TE: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states_TD)
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """A gate, and the top-1 agreement with the source on held-out tokens: of the start (`copy`), of the best ridge fit
+    and of the best refined one. `chosen` says which of them the gate is."""
+
+    weight_ED: Tensor
+    bias_E: Tensor | None
+    copy: float
+    ridge: float
+    refined: float
+    chosen: str
+
+    @property
+    def agreement(self) -> float:
+        return max(self.copy, self.ridge, self.refined)
+
+
+def fit_gate(weight_ED: Tensor, bias_E: Tensor | None, fit: Tokens, held_out: Tokens, steps: int) -> GateFit:
+    """The gate that agrees most with the source on `held_out`, of several fitted on `fit` and the given start itself.
+
+    `steps`: most iterations at each temperature; 0 leaves the ridge fits alone. On equal agreement the simpler fit
+    wins, so the result is never worse than the start on the tokens held out.
+    """
+    start_EF = weight_ED if bias_E is None else torch.cat([weight_ED, bias_E[:, None]], dim=1)
+    start_EF = start_EF.double()
+    states_TF, judged_TF = (_features(tokens.states_TD, bias_E is not None) for tokens in (fit, held_out))
+    best_T = held_out.logits_TE.argmax(-1)
+
+    def agreement(gate_EF: Tensor) -> float:
+        return (judged_TF @ gate_EF.to(judged_TF.dtype).T).argmax(-1).eq(best_T).double().mean().item()
+
+    copy = agreement(start_EF)
+    gates: dict[str, Tensor] = {"copy": start_EF}
+    scores = {"copy": copy}
+    for penalty in reversed(RIDGES):
+        name = f"ridge {penalty:g}"
+        gates[name] = ridge_fit(start_EF, states_TF, fit.logits_TE, penalty)
+        scores[name] = agreement(gates[name])
+    closed = max((name for name in scores if name != "copy"), key=scores.__getitem__)
+    refined, gate_EF = scores[closed], gates[closed]
+    for temperature in TEMPERATURES if steps else ():
+        name = f"temperature {temperature:g}"
+        gate_EF = refine(gate_EF, start_EF, states_TF, fit.logits_TE, temperature, float(closed.split()[1]), steps)
+        gates[name], scores[name] = gate_EF, agreement(gate_EF)
+        refined = max(refined, scores[name])
+    chosen = max(scores, key=scores.__getitem__)
+    result_EF = gates[chosen].to(weight_ED.dtype)
+    D = weight_ED.shape[1]
+    return GateFit(
+        weight_ED=result_EF[:, :D].contiguous(),
+        bias_E=None if bias_E is None else result_EF[:, D].contiguous(),
+        copy=copy,
+        ridge=scores[closed],
+        refined=refined,
+        chosen=chosen,
+    )
+
+
+def ridge_fit(start_EF: Tensor, states_TF: Tensor, logits_TE: Tensor, penalty: float) -> Tensor:
+    """The gate whose logits are nearest to `logits_TE` up to a constant for each token, which routes do not see.
+
+    Minimises |states (gate - start) - (logits - start logits)|^2 + penalty m T |gate - start|^2, with m the mean square
+    of the features. In float64.
+    """
+    states_TF = states_TF.double()
+    missing_TE = _centred(logits_TE.double() - states_TF @ start_EF.T)
+    moments_FF = _moments(states_TF, penalty)
+    return start_EF + torch.linalg.solve(moments_FF, states_TF.T @ missing_TE / len(states_TF)).T
+
+
+def refine(
+    gate_EF: Tensor,
+    start_EF: Tensor,
+    states_TF: Tensor,
+    logits_TE: Tensor,
+    temperature: float,
+    penalty: float,
+    steps: int,
+) -> Tensor:
+    """Lower the cross-entropy between the source's routing probabilities and the gate's, beginning at `gate_EF`.
+
+    Both softmaxes are taken at `temperature` standard deviations of the logits, so that the gate keeps the source's
+    scale, which is that of its combine weights, whatever the temperature. The penalty is that of `ridge_fit`, which
+    this turns into as the temperature rises. Full-batch L-BFGS in coordinates in which the features are white: in
+    their own, a few directions of the residual stream carry almost all the variance and it stops far from the
+    minimum.
+    """
+    dtype, num_experts = states_TF.dtype, logits_TE.shape[-1]
+    logits_TE = _centred(logits_TE.double())
+    scale = temperature * logits_TE.std().clamp_min(1e-6).item()
+    wanted_TE = (logits_TE / scale).softmax(-1).to(dtype)
+    root_FF = torch.linalg.cholesky(_moments(states_TF.double(), penalty))
+    white_TF = torch.linalg.solve_triangular(root_FF.T, states_TF.double(), upper=True, left=False).to(dtype)
+    mean_square = states_TF.double().square().mean().item()
+    begin_TE = (states_TF.double() @ start_EF.T / scale).to(dtype)
+    step_EF = ((gate_EF - start_EF) @ root_FF / scale).to(dtype).requires_grad_()
+    root_FF = root_FF.to(dtype)
+    optimizer = torch.optim.LBFGS(
+        [step_EF], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        entropy = -(wanted_TE * (begin_TE + white_TF @ step_EF.T).log_softmax(-1)).sum(-1).mean()
+        moved_EF = torch.linalg.solve_triangular(root_FF, step_EF, upper=False, left=False)
+        loss = entropy + penalty * mean_square / (2 * num_experts) * moved_EF.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    moved_EF = torch.linalg.solve_triangular(root_FF.double(), step_EF.detach().double(), upper=False, left=False)
+    return start_EF + scale * moved_EF
+
+
+def _features(states_TD: Tensor, bias: bool) -> Tensor:
+    return torch.cat([states_TD, states_TD.new_ones(len(states_TD), 1)], dim=1) if bias else states_TD
+
+
+def _centred(logits_TE: Tensor) -> Tensor:
+    return logits_TE - logits_TE.mean(-1, keepdim=True)
+
+
+def _moments(states_TF: Tensor, penalty: float) -> Tensor:
+    """The second moments of the features, with the penalty on the diagonal; never singular."""
+    moments_FF = states_TF.T @ states_TF / len(states_TF)
+    ridge = (penalty * moments_FF.diagonal().mean()).clamp_min(torch.finfo(moments_FF.dtype).tiny ** 0.5)
+    return moments_FF + ridge * torch.eye(len(moments_FF), dtype=moments_FF.dtype, device=moments_FF.device)
