@@ -1,37 +1,44 @@
 """Gates fitted so that a pre-gated model routes as its conventional source does, with nothing else trained.
 
-Knows which gate reads which states, and in which order gates can be fitted: each on the states that the pre-gated
-model itself will hand it, towards what the source decides for the same tokens with the targets as input. How one
-gate is fitted is `gate_fit`'s; how the result is written, `conversion`'s. Holds the whole model in memory, once.
+Knows in which order gates can be fitted: each on the states that the pre-gated model itself will hand it, towards what
+the source decides for the same tokens with the targets as input. How states are caught is `gate_states`'s, how one
+gate is fitted `gate_fit`'s, how the result is written `conversion`'s. Holds the whole model in memory, once.
 
-Letters: B batch, S source length, T tokens, D model width, E experts.
+Letters: T tokens, D model width, E experts.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pregate.config import CalibrationConfig, PreGateConfig, UsageError
+from pregate.config import CalibrationConfig, Init, Run
 from pregate.conversion import ConversionReport, FittedGates, convert
 from pregate.conversion_plan import TensorPlan
 from pregate.gate_fit import GateFit, Tokens, fit_gate
-from pregate.models.adapter import STACKS, moe_blocks
+from pregate.gate_states import (
+    Agreement,
+    Batches,
+    agreement_of,
+    encode,
+    gate_seats,
+    mean_agreement,
+    router_logits,
+    states_read,
+)
+from pregate.models.adapter import STACKS
+from pregate.models.checkpoint import read_config
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
 from pregate.models.switch import load_resident
-from pregate.models.switch_layers import EmbeddingGate, PreGatedSwitchTransformersConfig, SwitchGate
-from pregate.tasks.base import Example
-from pregate.tasks.text import IGNORED_LABEL, Collator
-
-Agreement = dict[str, list[float]]
-"""stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
+from pregate.runtime import pick_device
+from pregate.tasks.base import Task, build_task
+from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,10 @@ class Calibration:
     num_examples: int
     seconds: float
 
-    def account(self, settings: CalibrationConfig, task: str | None) -> dict[str, Any]:
+    def account(self, settings: CalibrationConfig, task: str) -> dict[str, Any]:
         """For the manifest of the converted directory."""
         return {
-            **({"task": task} if task else {}),
+            "task": task,
             "settings": asdict(settings),
             "num_examples": self.num_examples,
             "num_tokens": {stack: {"fit": fit, "held_out": held} for stack, (fit, held) in self.tokens.items()},
@@ -87,181 +94,88 @@ class Calibration:
 
 
 def calibrate(
-    source: str,
-    output: Path,
-    pregate: PreGateConfig,
-    settings: CalibrationConfig,
-    examples: Callable[[], Sequence[Example]],
-    collate: Collator,
-    *,
-    revision: str | None = None,
-    tokenizer: str | None = None,
-    seed: int = 0,
-    device: torch.device | None = None,
-    task: str | None = None,
-) -> tuple[ConversionReport, Calibration | None]:
-    """Convert `source` into the new directory `output` as `convert` does, with gates fitted on `settings.examples` of
-    `examples()`, drawn by `seed`. None instead of an account where lookahead is 0 and no gate moves.
+    run: Run, source: str, output: Path, task: Task, tokenizer: Any, device: torch.device | None = None
+) -> tuple[ConversionReport, Calibration]:
+    """Convert `source` into the new directory `output` as `convert` does, with gates fitted on training examples.
 
-    `task` names the examples in the manifest. Raises `UsageError` as `convert` does, before any example is read, and
+    `run` says how: `pregate` (whose `init` must be calibrated and whose lookahead not 0), `calibration`, `seed`, which
+    draws the examples, and the task's lengths. Raises `UsageError` as `convert` does, before any example is read, and
     for fewer than two examples. Whatever fails leaves nothing behind.
     """
+    assert run.pregate.init is Init.calibrated and run.pregate.lookahead, run.pregate
     done: list[Calibration] = []
 
     def fit(plan: TensorPlan, config: PreGatedSwitchTransformersConfig) -> FittedGates:
         began = time.perf_counter()
-        fitting, held_out = _split(examples(), settings, seed)
-        model = load_resident(source, revision, dtype=torch.float32)
+        examples = task.examples(run.task.train_split, run.data.max_train_examples)
+        collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+        batches = Batches.of(examples, collate, run.calibration, run.seed)
+        model = load_resident(source, run.model.revision, dtype=torch.float32)
         if device is not None:
-            model.to(device)
-        tensors, calibration = _calibrated(
-            model, config, plan, _Batches.of(fitting, held_out, collate, settings, model.device, seed), settings.steps
-        )
-        seconds, count = time.perf_counter() - began, len(fitting) + len(held_out)
-        done.append(Calibration(**calibration, num_examples=count, seconds=seconds))
-        return FittedGates(tensors, done[-1].account(settings, task))
+            model.to(device)  # pyright: ignore[reportArgumentType]
+        batches.to(model.device)
+        tensors, found = fit_gates(model, config, plan, batches, run.calibration.steps)
+        done.append(Calibration(**found, num_examples=batches.num_examples, seconds=time.perf_counter() - began))
+        return FittedGates(tensors, done[-1].account(run.calibration, run.task.name))
 
-    report = convert(source, output, pregate, revision=revision, tokenizer=tokenizer, seed=seed, fit=fit)
-    return report, done[-1] if done else None
-
-
-def _split(
-    examples: Sequence[Example], settings: CalibrationConfig, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """A seeded draw to fit on and one to judge by, each ordered by length, which wastes the least padding."""
-    drawn = random.Random(seed).sample(list(examples), min(settings.examples, len(examples)))
-    if len(drawn) < 2:
-        raise UsageError(f"Calibration needs at least 2 training examples, and the task has {len(drawn)}: add some.")
-    cut = min(max(1, round(len(drawn) * settings.held_out)), len(drawn) - 1)
-    return tuple(sorted(part, key=lambda example: len(example.source)) for part in (drawn[cut:], drawn[:cut]))
+    report = convert(
+        source,
+        output,
+        run.pregate,
+        revision=run.model.revision,
+        tokenizer=run.model.tokenizer,
+        seed=run.seed,
+        fit=fit,
+    )
+    return report, done[-1]
 
 
-@dataclass
-class _Batch:
-    """Inputs of the models; which tokens count (stack -> mask_BT); and the encoder's output, once that is settled."""
+def calibrate_source(run: Run, source: str, output: Path) -> tuple[ConversionReport, Calibration]:
+    """`calibrate` with the task of `run`, in the tokens of `model.tokenizer` or else of the source.
 
-    inputs: dict[str, Tensor]
-    counted: dict[str, Tensor]
-    encoded_BSD: Tensor | None = None
-
-
-@dataclass
-class _Batches:
-    fit: list[_Batch]
-    held_out: list[_Batch]
-
-    @classmethod
-    def of(
-        cls,
-        fitting: list[Example],
-        held_out: list[Example],
-        collate: Collator,
-        settings: CalibrationConfig,
-        device: torch.device,
-        seed: int,
-    ) -> _Batches:
-        """Batches with at most `settings.max_tokens` counted tokens a stack, split as the examples are."""
-        generator = torch.Generator().manual_seed(seed)
-        most = round(settings.max_tokens * len(held_out) / (len(fitting) + len(held_out)))
-        most = min(max(1, most), settings.max_tokens - 1)
-        parts = []
-        for part, limit in ((fitting, settings.max_tokens - most), (held_out, most)):
-            batches = []
-            for start in range(0, len(part), settings.batch_size):
-                inputs = collate(part[start : start + settings.batch_size])
-                counted = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != IGNORED_LABEL}
-                batches.append(_Batch(inputs, counted))
-            for stack in STACKS:
-                _thin([batch.counted[stack] for batch in batches], limit, generator)
-            for batch in batches:
-                batch.inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-                batch.counted = {name: tensor.to(device) for name, tensor in batch.counted.items()}
-            parts.append(batches)
-        return cls(*parts)
-
-    def num_tokens(self, stack: str) -> tuple[int, int]:
-        fit, held = (sum(int(batch.counted[stack].sum()) for batch in part) for part in (self.fit, self.held_out))
-        return fit, held
-
-
-def _thin(masks: list[Tensor], limit: int, generator: torch.Generator) -> None:
-    """Leave `limit` of all true entries, drawn evenly, in place."""
-    total = sum(int(mask.sum()) for mask in masks)
-    if total <= limit:
-        return
-    keep = torch.zeros(total, dtype=torch.bool)
-    keep[torch.randperm(total, generator=generator)[:limit]] = True
-    for mask in masks:
-        count = int(mask.sum())
-        mask[mask.clone()] = keep[:count]
-        keep = keep[count:]
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """A gate of the pre-gated model. `reads`: the module whose input it reads. `after`: how many blocks of the stack
-    must be settled before that input is. `exact`: a copy reads, and decides, what it did in the source."""
-
-    stack: str
-    block: int
-    after: int
-    exact: bool
-    gate: SwitchGate = field(repr=False)
-    reads: nn.Module = field(repr=False)
-
-
-def _seats(model: Model) -> list[_Seat]:
-    """The gates that decide in another place than in the source or, as entry gates, possibly on other states."""
-    gating, found = model.config.pregating, []
-    for stack in (stack for stack in STACKS if gating.lookahead_of(stack)):
-        undisturbed = stack == STACKS[0] or STACKS[0] not in gating.stacks
-        for block, gate in getattr(model, stack).entry_gates.items():
-            found.append(_Seat(stack, int(block), 0, False, gate, gate))
-        for block in moe_blocks(model):
-            if block.stack == stack:
-                mlp = block.module
-                if mlp.router is not None:
-                    found.append(_Seat(stack, mlp.index, mlp.index, undisturbed, mlp.router, mlp))
-                if mlp.pre_gate is not None:
-                    found.append(_Seat(stack, mlp.target, mlp.index, False, mlp.pre_gate, mlp))
-    return found
+    Raises `UsageError` also where there is no tokenizer, or not one that the source could have been trained with.
+    """
+    task = build_task(run)
+    tokenizer = load_tokenizer(replace(run, checkpoint=None, model=replace(run.model, source=source)))
+    check_vocabulary(tokenizer, source, read_config(source, run.model.revision))
+    return calibrate(run, source, output, task, tokenizer, pick_device(run.engine.device))
 
 
 @torch.no_grad()
-def _calibrated(
-    source: Model, config: PreGatedSwitchTransformersConfig, plan: TensorPlan, batches: _Batches, steps: int
+def fit_gates(
+    source: Model, config: PreGatedSwitchTransformersConfig, plan: TensorPlan, batches: Batches, steps: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the fitted gates, and all of a `Calibration` but what its caller knows."""
     model = _twin(source, config, plan)
-    wanted = {"fit": _router_logits(source, batches.fit), "held_out": _router_logits(source, batches.held_out)}
-    before = _agreement(_router_logits(model, batches.held_out), wanted["held_out"])
+    wanted_fit, wanted_held = router_logits(source, batches.fit), router_logits(source, batches.held_out)
+    before = agreement_of(router_logits(model, batches.held_out), wanted_held)
     fitted: list[FittedGate] = []
-    originals = {seat: _weights(seat.gate) for seat in _seats(model)}
+    originals = {seat: _weights(seat.gate) for seat in gate_seats(model)}
     for stack in STACKS:
         waiting = [seat for seat in originals if seat.stack == stack and not seat.exact]
         while waiting:
             settled = min(seat.block for seat in waiting)
             wave = [seat for seat in waiting if seat.after <= settled]
             waiting = [seat for seat in waiting if seat not in wave]
-            fit_states, held_states = (_states(model, stack, wave, part) for part in (batches.fit, batches.held_out))
+            fit_states = states_read(model, stack, wave, batches.fit)
+            held_states = states_read(model, stack, wave, batches.held_out)
             for seat, fit_TD, held_TD in zip(wave, fit_states, held_states, strict=True):
-                fit, held = (
-                    Tokens(states_TD, wanted[part][stack][seat.block])
-                    for part, states_TD in (("fit", fit_TD), ("held_out", held_TD))
-                )
+                fit = Tokens(fit_TD, wanted_fit[stack][seat.block])
+                held = Tokens(held_TD, wanted_held[stack][seat.block])
                 with torch.enable_grad():
                     result = fit_gate(*_weights(seat.gate), fit, held, steps)
                 _set_weights(seat.gate, (result.weight_ED, result.bias_E))
                 fitted.append(FittedGate(stack, seat.block, result))
         if stack == STACKS[0]:
             for batch in (*batches.fit, *batches.held_out):
-                batch.encoded_BSD = _encode(model, batch)
-    after = _agreement(_router_logits(model, batches.held_out), wanted["held_out"])
-    if _mean(after) < _mean(before):
+                batch.encoded_BSD = encode(model, batch)
+    after = agreement_of(router_logits(model, batches.held_out), wanted_held)
+    if mean_agreement(after) < mean_agreement(before):
         # each gate is no worse than a copy on the states that it met; this holds for the model as a whole
         for seat, weights in originals.items():
             _set_weights(seat.gate, weights)
         after = before
+        fitted = [replace(gate, fit=replace(gate.fit, chosen="copy")) for gate in fitted]
     names = {module: name for name, module in model.named_modules()}
     tensors: dict[str, Tensor] = {}
     for seat in originals:
@@ -298,73 +212,3 @@ def _set_weights(gate: SwitchGate, weights: tuple[Tensor, Tensor | None]) -> Non
     gate.classifier.weight.copy_(weights[0])
     if weights[1] is not None:
         gate.classifier.bias.copy_(weights[1])
-
-
-def _router_logits(model: Model, batches: Sequence[_Batch]) -> dict[str, list[Tensor]]:
-    """stack -> the logits_TE of each MoE block for all counted tokens."""
-    found: dict[str, list[list[Tensor]]] = {}
-    for batch in batches:
-        output = model(**batch.inputs, output_router_logits=True, use_cache=False)
-        for stack in STACKS:
-            blocks = getattr(output, f"{stack}_router_logits") or ()
-            rows = found.setdefault(stack, [[] for _ in blocks])
-            for row, logits_BTE in zip(rows, blocks, strict=True):
-                row.append(logits_BTE[batch.counted[stack]].float())
-    return {stack: [torch.cat(row) for row in rows] for stack, rows in found.items()}
-
-
-def _encode(model: Model, batch: _Batch) -> Tensor:
-    inputs = batch.inputs
-    return model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-
-
-class _Enough(Exception):
-    """Raised within a forward pass when all states that were asked for have been seen."""
-
-
-def _states(model: Model, stack: str, wave: Sequence[_Seat], batches: Sequence[_Batch]) -> list[Tensor]:
-    """The states_TD that each gate of `wave` reads in `model`, of all counted tokens. Runs no deeper than needed."""
-    caught: list[list[Tensor]] = [[] for _ in wave]
-    mask_BT = torch.empty(0)
-    left = 0
-
-    def catcher(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def catch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
-            states_BTD = module.layer_norm(arguments[0]) if isinstance(module, EmbeddingGate) else arguments[0]
-            rows.append(states_BTD[mask_BT].float())
-            left -= 1
-            if not left:
-                raise _Enough
-
-        return catch
-
-    handles = [seat.reads.register_forward_pre_hook(catcher(rows)) for seat, rows in zip(wave, caught, strict=True)]
-    try:
-        for batch in batches:
-            mask_BT, left = batch.counted[stack], len(wave)
-            try:
-                if stack == STACKS[0]:
-                    _encode(model, batch)
-                else:
-                    model(**batch.inputs, encoder_outputs=(batch.encoded_BSD,), use_cache=False)
-            except _Enough:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(rows) for rows in caught]
-
-
-def _agreement(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> Agreement:
-    return {
-        stack: [
-            a.argmax(-1).eq(b.argmax(-1)).double().mean().item() for a, b in zip(blocks, other[stack], strict=True)
-        ]
-        for stack, blocks in one.items()
-    }
-
-
-def _mean(agreement: Agreement) -> float:
-    values = [value for blocks in agreement.values() for value in blocks]
-    return sum(values) / len(values)

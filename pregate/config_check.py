@@ -25,7 +25,7 @@ def check_run(run: Run) -> None:
         f"pregate.stacks={list(gate.stacks)} must name encoder, decoder or both, each once.",
     )
     fit = run.calibration
-    need(fit.examples >= 2, f"calibration.examples={fit.examples} must be at least 2: some to fit on, some to judge by.")
+    need(fit.examples >= 2, f"calibration.examples={fit.examples} must be at least 2, one to fit on, one to judge by.")
     need(fit.max_tokens >= 2, f"calibration.max_tokens={fit.max_tokens} must be at least 2.")
     need(fit.batch_size > 0, f"calibration.batch_size={fit.batch_size} must be at least 1.")
     need(fit.steps >= 0, f"calibration.steps={fit.steps} must be at least 0, which is the closed form alone.")

@@ -41,10 +41,6 @@ class GateFit:
     refined: float
     chosen: str
 
-    @property
-    def agreement(self) -> float:
-        return max(self.copy, self.ridge, self.refined)
-
 
 def fit_gate(weight_ED: Tensor, bias_E: Tensor | None, fit: Tokens, held_out: Tokens, steps: int) -> GateFit:
     """The gate that agrees most with the source on `held_out`, of several fitted on `fit` and the given start itself.

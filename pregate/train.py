@@ -27,7 +27,7 @@ def main(run: Run) -> None:
     is_main = PartialState().is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
-        converted = stages.get_converted(run, run_dir, source)
+        converted = stages.get_converted(run, run_dir, source, task, tokenizer)
         trained = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
         evaluation = None
         if run.then_eval and is_main:

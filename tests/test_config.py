@@ -109,7 +109,7 @@ def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
 LEVELS = {
     **dict.fromkeys(("config", "config_check", "cli", "runtime", "memory", "tracking"), 0),
     "models": 1,
-    **dict.fromkeys(("conversion", "conversion_plan", "calibration", "tasks", "engine"), 2),
+    **dict.fromkeys(("conversion", "conversion_plan", "calibration", "gate_fit", "gate_states", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),
     **dict.fromkeys(("train", "eval", "convert", "bench"), 4),
 }

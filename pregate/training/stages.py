@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from pregate.config import Run, UsageError, save_run
+from pregate.calibration import calibrate
+from pregate.config import Init, Run, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
@@ -110,8 +111,11 @@ def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tra
     return str(directory / CHECKPOINT)
 
 
-def get_converted(run: Run, run_dir: Path, source: str) -> str:
-    """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted."""
+def get_converted(run: Run, run_dir: Path, source: str, task: Task, tokenizer: Any) -> str:
+    """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted.
+
+    Gates are calibrated on the run's training examples, by one process.
+    """
     if run.pregate.lookahead == 0 or "pregate" in read_config(source, run.model.revision):
         return source
     directory = run_dir / CONVERTED
@@ -119,14 +123,18 @@ def get_converted(run: Run, run_dir: Path, source: str) -> str:
     if (directory / MANIFEST).is_file():
         _refuse_other_gating(run, directory)
     elif state.is_main_process:
-        convert(
-            source,
-            directory,
-            run.pregate,
-            revision=run.model.revision,
-            tokenizer=run.model.tokenizer,
-            seed=run.seed,
-        )
+        if run.pregate.init is Init.calibrated:
+            _, calibration = calibrate(run, source, directory, task, tokenizer, state.device)
+            print(calibration.table(), flush=True)
+        else:
+            convert(
+                source,
+                directory,
+                run.pregate,
+                revision=run.model.revision,
+                tokenizer=run.model.tokenizer,
+                seed=run.seed,
+            )
     state.wait_for_everyone()
     return str(directory)
 
@@ -138,6 +146,12 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
         raise UsageError(
             f"{converted} was converted with other pregate settings (lookahead {stored.lookahead}, entry "
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
+        )
+    calibration = json.loads((converted / MANIFEST).read_text()).get("calibration")
+    if calibration is not None and calibration["settings"] != asdict(run.calibration):
+        raise UsageError(
+            f"{converted} was calibrated with other settings ({calibration['settings']}): resume with those, or choose "
+            "another run_dir=DIR."
         )
 
 
