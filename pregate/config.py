@@ -30,6 +30,7 @@ class TaskKind(StrEnum):
     qa = "qa"
     summarization = "summarization"
     classification = "classification"
+    denoising = "denoising"
 
 
 class Optimizer(StrEnum):
@@ -149,7 +150,10 @@ class GeneratedConfig:
 
 @dataclass
 class TaskConfig:
-    """What is learned and scored. `columns` maps a record field to a column, with dots into structs."""
+    """What is learned and scored. `columns` maps a record field to a column, with dots into structs.
+
+    `noise_density` (share of tokens that are hidden) and `mean_span_tokens` are those of span corruption.
+    """
 
     name: str = "squad"
     kind: TaskKind = TaskKind.qa
@@ -167,6 +171,8 @@ class TaskConfig:
     primary_metric: str = "em"
     max_source_tokens: int = 256
     max_target_tokens: int = 32
+    noise_density: float = 0.15
+    mean_span_tokens: float = 3.0
 
 
 @dataclass

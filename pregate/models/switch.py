@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
+from pregate.models.head import linear_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
@@ -256,12 +257,14 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool | None = False,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> Seq2SeqMoEOutput:
         """As upstream's, except that the router losses are per block and never count padding.
 
         With `labels` (B, T; -100 is ignored) the loss is the mean cross-entropy over target tokens, and with
-        `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack.
+        `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack. With
+        `loss_only` there are no logits, and the loss is the cross-entropy alone, summed over target tokens.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -286,18 +289,23 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         states_BTD = decoded.last_hidden_state
         if self.config.tie_word_embeddings:
             states_BTD = states_BTD * (self.model_dim**-0.5)
-        logits_BTV = self.lm_head(states_BTD)
         losses: dict[str, Tensor] = {}
-        if output_router_logits:
+        if output_router_logits and not loss_only:
             target_mask = None if labels is None else labels != -100
             losses = {
                 **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
                 **self._router_losses("decoder", decoded.router_logits, target_mask),
             }
-        loss = None if labels is None else self._loss(logits_BTV, labels, losses)
+        logits_BTV = loss = None
+        if loss_only:
+            assert labels is not None, "a loss needs labels"
+            loss = linear_cross_entropy(states_BTD.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        else:
+            logits_BTV = self.lm_head(states_BTD)
+            loss = None if labels is None else self._loss(logits_BTV, labels, losses)
         return Seq2SeqMoEOutput(
             loss=loss,
-            logits=logits_BTV,
+            logits=logits_BTV,  # type: ignore[arg-type]
             **losses,  # type: ignore[arg-type]
             past_key_values=decoded.past_key_values,
             decoder_hidden_states=decoded.hidden_states,

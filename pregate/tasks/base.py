@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pregate.config import Run, TaskKind, UsageError
 from pregate.tasks.records import check_source, read_columns
 from pregate.tasks.text import prompt_fields
+
+if TYPE_CHECKING:
+    from pregate.tasks.span_corruption import SpanCorruption
 
 CHUNK_ROWS = 4096
 
@@ -95,6 +98,11 @@ class Task:
                 previous = key
         return self._checked(found, split)
 
+    def check(self, tokenizer: Any, splits: Sequence[str]) -> None:
+        """Refuse data that nothing can be learned from, by the first example of each split. Raises `UsageError`."""
+        for split in splits:
+            self.examples(split, limit=1)
+
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         """Score predictions, in percent; each counts against the best of its references.
 
@@ -146,12 +154,24 @@ class Task:
         return examples
 
 
+def build_training_task(run: Run) -> Task | SpanCorruption:
+    """What `run` learns from: a task, or text alone. Raises `UsageError` as `build_task` does."""
+    from pregate.tasks.span_corruption import SpanCorruption
+
+    return SpanCorruption(run) if run.task.kind is TaskKind.denoising else build_task(run)
+
+
 def build_task(run: Run) -> Task:
-    """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any."""
+    """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any, and for a task
+    that has no predictions to score."""
     from pregate.tasks.classification import Classification
     from pregate.tasks.qa import QuestionAnswering
     from pregate.tasks.summarization import Summarization
 
+    if run.task.kind is TaskKind.denoising:
+        raise UsageError(
+            f"Task {run.task.name!r} pre-trains and has no predictions to score: choose another task, or pregate.train."
+        )
     kinds: dict[TaskKind, type[Task]] = {
         TaskKind.qa: QuestionAnswering,
         TaskKind.summarization: Summarization,

@@ -1,7 +1,7 @@
-"""Fine-tuning, from a prepared model to its best checkpoint: step, log, validate, save, finish.
+"""Training, from a prepared model to its best checkpoint: step, log, validate, save, finish.
 
-Knows the order of events. What a step sees is decided in `batching`, its loss in `losses`, its update in `optim`, and
-what is written in `checkpoint`. Knows nothing about model families, task formats or trackers.
+Knows the order of events. What a step sees is decided in `feeds` and `batching`, its loss in `losses`, its update in
+`optim`, and what is written in `checkpoint`. Knows nothing about model families, task formats or trackers.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from pregate.training.losses import LossShare, TokenCounts, loss_share
 from pregate.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
-from pregate.training.validation import decoder_inputs, validate
+from pregate.training.validation import validate
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
+    from pregate.tasks.span_corruption import SpanCorruption
     from pregate.tracking import Tracker
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """The outcome of `fine_tune`. Scores in percent; `metrics` are the last logged values; `peak_device_bytes`
-    is what the caller measured around it, if it did."""
+    """The outcome of `fine_tune`. Scores in percent, or the loss where nothing is scored; `metrics` are the last logged
+    values; `peak_device_bytes` is what the caller measured around it, if it did."""
 
     steps: int
     best_score: float | None
@@ -51,7 +52,7 @@ class TrainSummary:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: Task | SpanCorruption,
     train: TrainConfig,
     *,
     run: Run,
@@ -141,7 +142,8 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
         outputs = session.wrapped(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            **decoder_inputs(session.model, batch["labels"]),
+            labels=batch["labels"],
+            loss_only=True,
             output_router_logits=bool(train.balance_loss or train.z_loss),
             use_cache=False,
         )
@@ -162,7 +164,7 @@ def advance(session: Session, metrics: dict[str, float], tokens: TokenCounts, se
     state, train = session.state, session.train
     state.step += 1
     state.sequences += session.batching.batch_sequences
-    state.epoch = state.sequences / session.num_examples
+    session.feed.mark(state)
     state.source_tokens += tokens.source
     state.target_tokens += tokens.target
     metrics["tokens_per_s"] = (tokens.source + tokens.target) / seconds
@@ -183,8 +185,9 @@ def evaluate(session: Session) -> str:
         session.model,
         session.tokenizer,
         session.task,
-        session.eval_examples,
-        collate=session.collate,
+        session.feed.eval_examples,
+        collate=session.feed.collate,
+        predicts=session.feed.predicts,
         batch_size=session.run.eval.batch_size,
         max_new_tokens=session.run.task.max_target_tokens,
         accelerator=session.accelerator,
@@ -192,7 +195,7 @@ def evaluate(session: Session) -> str:
     )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
-    if state.improves(score, loss):
+    if state.improves(score, loss, lower=not session.feed.predicts):
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
         if session.accelerator.is_main_process:
             save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)

@@ -70,13 +70,14 @@ def loss_share(
 ) -> LossShare:
     """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
 
-    `outputs` needs `.logits` (B, T, V) and, where a router weight is not zero, `.encoder_router_logits` and
-    `.decoder_router_logits`, one (B, S or T, E) a block. Cross-entropy and z loss are means over tokens, so their
-    shares add up to the value of one big batch exactly. The balance loss is not linear in its tokens: it is
-    evaluated per micro batch and weighted by that micro batch's share of the step's tokens. Router losses are
-    means over the blocks of both stacks.
+    `outputs` needs `.logits` (B, T, V), or in place of them `.loss`, the cross-entropy summed over target tokens, and
+    where a router weight is not zero, `.encoder_router_logits` and `.decoder_router_logits`, one (B, S or T, E) a
+    block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch exactly.
+    The balance loss is not linear in its tokens: it is evaluated per micro batch and weighted by that micro batch's
+    share of the step's tokens. Router losses are means over the blocks of both stacks.
     """
-    cross_entropy = cross_entropy_sum(outputs.logits, batch["labels"]) / step.target
+    summed = outputs.loss if outputs.logits is None else cross_entropy_sum(outputs.logits, batch["labels"])
+    cross_entropy = summed / step.target
     balance = z = cross_entropy.new_zeros(())
     if balance_weight or z_weight:
         blocks = _blocks_with_masks(outputs, batch, step)

@@ -1,4 +1,4 @@
-"""The stages of one training command: claim the run directory, get a source, convert it, fine-tune it.
+"""The stages of one training command: claim the run directory, get a source, convert it, train it.
 
 Each stage leaves a directory that the next reads, so a resumed run skips what is finished. Knows where things lie
 in a run directory; the loop itself is in `loop`.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from pregate.config import Run, UsageError, save_run
+from pregate.config import Run, TaskKind, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
@@ -29,11 +29,13 @@ from pregate.models.switch import (
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import set_seed, write_json
 from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.checkpoint import steps_done
+from pregate.training.checkpoint import save_model, steps_done
 from pregate.training.loop import TrainSummary, fine_tune
 
-SOURCE, CONVERTED, CHECKPOINT, SUMMARY = "source", "converted", "checkpoint", "summary.json"
+SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
+CHECKPOINT, SUMMARY = "checkpoint", "summary.json"
 VOCABULARY_MULTIPLE = 64
 
 
@@ -56,7 +58,8 @@ def claim_run_dir(run: Run) -> Path:
 def check_model(run: Run) -> None:
     """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
     if run.model.source is None:
-        if run.source_train is None or not run.model.geometry:
+        pre_trains = run.task.kind is TaskKind.denoising
+        if not run.model.geometry or (run.source_train is None and not pre_trains):
             raise UsageError(
                 f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
                 "trains its own."
@@ -89,16 +92,16 @@ def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwi
         raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
 
 
-def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tracker) -> str:
-    """The conventional checkpoint: `model.source`, or one trained from scratch in `run_dir/source`."""
+def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
+    """The conventional checkpoint: `model.source`, one trained from scratch in `run_dir/source`, or, where `train`
+    itself starts from scratch, a random one in `run_dir/initial`."""
     if run.model.source is not None:
         return run.model.source
-    assert run.source_train is not None
+    if run.source_train is None:
+        return _get_initial(run, run_dir, tokenizer)
     directory = run_dir / SOURCE
     if not (directory / SUMMARY).is_file():
-        set_seed(run.seed)
-        vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        model = PreGatedSwitchTransformersForConditionalGeneration(geometry_config(run, PreGating(), vocab_size))
+        model = _random_model(run, tokenizer)
         summary = fine_tune(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
         )
@@ -108,6 +111,21 @@ def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tra
             write_json(directory / SUMMARY, summary.to_dict())
         state.wait_for_everyone()
     return str(directory / CHECKPOINT)
+
+
+def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
+    set_seed(run.seed)
+    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return PreGatedSwitchTransformersForConditionalGeneration(geometry_config(run, PreGating(), vocab_size))
+
+
+def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
+    directory, state = run_dir / INITIAL, PartialState()
+    if state.is_main_process and not directory.is_dir():
+        save_model(directory, _random_model(run, tokenizer), tokenizer)
+        mark_conventional(directory)
+    state.wait_for_everyone()
+    return str(directory)
 
 
 def get_converted(run: Run, run_dir: Path, source: str) -> str:
@@ -142,7 +160,7 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
 
 
 def train_converted(
-    run: Run, run_dir: Path, converted: str, task: Task, tokenizer: Any, tracker: Tracker
+    run: Run, run_dir: Path, converted: str, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker
 ) -> TrainSummary:
     """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint."""
     set_seed(run.seed)
@@ -173,14 +191,16 @@ def train_converted(
 
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
-    """Write `summary.json`, and drop the converted checkpoint that the fine-tuned one replaces."""
+    """Write `summary.json`, and drop the untrained checkpoints that the trained one replaces."""
     if not PartialState().is_main_process:
         return
-    summary: dict[str, Any] = {"name": run.name, "source": source, "train": trained.to_dict()}
+    scratch = source == str(run_dir / INITIAL)
+    summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": trained.to_dict()}
     trained_source = run_dir / SOURCE / SUMMARY
     if trained_source.is_file():
         summary["source_train"] = json.loads(trained_source.read_text())
     if evaluation is not None:
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)
-    shutil.rmtree(run_dir / CONVERTED, ignore_errors=True)
+    for untrained in (INITIAL, CONVERTED):
+        shutil.rmtree(run_dir / untrained, ignore_errors=True)
