@@ -59,14 +59,6 @@ def check_run(run: Run) -> None:
     )
     need(0 < task.noise_density < 1, f"task.noise_density={task.noise_density} must lie between 0 and 1.")
     need(task.mean_span_tokens >= 1, f"task.mean_span_tokens={task.mean_span_tokens} must be at least 1.")
-    need(
-        task.kind is not TaskKind.denoising or task.primary_metric == "loss",
-        f"task.primary_metric={task.primary_metric} cannot judge denoising: set it to loss.",
-    )
-    need(
-        task.kind is not TaskKind.denoising or not run.then_eval,
-        f"Task {task.name!r} pre-trains and has no predictions to evaluate: set then_eval=false.",
-    )
     need(bool(run.engine.policies), "engine.policies is empty: name at least one of " + ", ".join(Policy) + ".")
     need(
         run.eval.examples is None or run.eval.examples > 0,

@@ -95,6 +95,8 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("train.clip_norm=0", "above 0, or null"),
         ("engine.policies=[]", "engine.policies is empty"),
         ("task=classification", "needs task.labels"),
+        ("task.noise_density=1", "must lie between 0 and 1"),
+        ("task.mean_span_tokens=0.5", "must be at least 1"),
         ("train.steps=[1", "cannot be read"),
         ("source_train.steps=3", "+experiment=quickstart"),
     ],

@@ -119,9 +119,15 @@ class SpanCollator:
 class SpanCorruption:
     """Plain text to pre-train on. Unlike a `Task` it has no examples with references, and is judged by its loss."""
 
+    metric_names = ("loss",)
+
     def __init__(self, run: Run) -> None:
         self.config, self.data_root, self.seed = run.task, run.data.root, run.seed
         self.name, self.primary_metric = run.task.name, run.task.primary_metric
+        if self.primary_metric not in self.metric_names:
+            raise UsageError(
+                f"task.primary_metric={self.primary_metric} is no metric of a {run.task.kind} task: set it to loss."
+            )
         self.lengths = self._lengths()
         check_source(run.task, run.data.root)
 

@@ -57,8 +57,10 @@ def claim_run_dir(run: Run) -> Path:
 
 def check_model(run: Run) -> None:
     """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
+    pre_trains = run.task.kind is TaskKind.denoising
+    if pre_trains and run.then_eval:
+        raise UsageError(f"Task {run.task.name!r} pre-trains and has no answers to evaluate: set then_eval=false.")
     if run.model.source is None:
-        pre_trains = run.task.kind is TaskKind.denoising
         if not run.model.geometry or (run.source_train is None and not pre_trains):
             raise UsageError(
                 f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "

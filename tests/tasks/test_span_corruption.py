@@ -170,10 +170,10 @@ def test_only_the_asked_for_blocks_are_tokenized(root: Path) -> None:
 def test_bad_input_is_refused(root: Path, tmp_path: Path) -> None:
     tokenizer = sentinel_tokenizer()
     corpus_task(root).check(tokenizer, ("train", "validation"))
-    with pytest.raises(UsageError, match="no <extra_id_1>, but 3 sentinels"):
+    with pytest.raises(UsageError, match="no <extra_id_1>, but 2 sentinels"):
         corpus_task(root, "task.mean_span_tokens=1").check(sentinel_tokenizer(1), ())
-    with pytest.raises(UsageError, match=r"targets of 4 tokens: set task.max_target_tokens=4"):
-        corpus_task(root, "task.max_target_tokens=3")
+    with pytest.raises(UsageError, match=r"targets of 5 tokens: set task.max_target_tokens=5"):
+        corpus_task(root, "task.max_target_tokens=4")
     with pytest.raises(UsageError, match="too little text for one row of 4"):
         corpus_task(root, "task.max_source_tokens=400", "task.max_target_tokens=400").check(
             sentinel_tokenizer(100), ("validation",)
@@ -185,7 +185,9 @@ def test_bad_input_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no directory 'corpus'"):
         corpus_task(root / "corpus")
     with pytest.raises(UsageError, match="has no source of data"):
-        corpus_task(root, "data.root=null")
+        corpus_task(root, "data.root=null", "task.hub=null")
+    with pytest.raises(UsageError, match="is no metric of a denoising task"):
+        corpus_task(root, "task.primary_metric=f1")
 
 
 def test_it_has_no_predictions_to_score(root: Path) -> None:

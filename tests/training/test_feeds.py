@@ -173,3 +173,13 @@ def test_a_model_without_a_source_still_needs_one_elsewhere(
     monkeypatch.chdir(tmp_path)
     assert command(["task=sst2", "model=study_nano", f"data.root={root}"], monkeypatch) == 2
     assert "names no source" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process_hydra")
+def test_an_evaluation_of_it_is_refused_before_any_work(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["+experiment=pretrain_nano", f"data.root={root}", "then_eval=true"], monkeypatch) == 2
+    assert "set then_eval=false" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
