@@ -4,7 +4,7 @@ Raffel et al. 2020, section 3.1.4, and `random_spans_noise_mask` of the referenc
 one sentinel each, the target lists every sentinel with what it hides, both are closed by EOS. Lengths are functions of
 the settings, so rows fill a batch without padding. Knows token ids; knows nothing about models or training steps.
 
-Letters: B rows, L tokens of a row, S source length, T target length, N hidden spans of a row.
+Letters: B rows of a batch, R rows of a block, L tokens of a row, S source length, T target length, N hidden spans.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BLOCK_DOCUMENTS = 1024
 
 
 class PackedRow(NamedTuple):
-    """`tokens` (L,) of a row, and the seed of its hidden spans."""
+    """`tokens` (L,) of a row, and which of them are hidden."""
 
     tokens: np.ndarray
-    seed: tuple[int, ...]
+    hidden: np.ndarray
 
 
 class Position(NamedTuple):
@@ -77,17 +77,18 @@ class SpanLengths:
         return cls.of_row(row, density, mean_span)
 
 
-def noise_mask(lengths: SpanLengths, rng: np.random.Generator) -> np.ndarray:
-    """(L,) bool, true where a token is hidden: visible and hidden spans in turn, of random lengths of at least 1."""
-    visible = _segments(lengths.row - lengths.hidden, lengths.spans, rng)
-    hidden = _segments(lengths.hidden, lengths.spans, rng)
-    return np.repeat(np.tile([False, True], lengths.spans), np.stack([visible, hidden], 1).ravel())
+def noise_masks(lengths: SpanLengths, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, L) bool, true where a token is hidden: visible and hidden spans in turn, of random lengths from 1."""
+    visible_RN = _segments(rows, lengths.row - lengths.hidden, lengths.spans, rng)
+    hidden_RN = _segments(rows, lengths.hidden, lengths.spans, rng)
+    kinds = np.tile([False, True], rows * lengths.spans)
+    return np.repeat(kinds, np.stack([visible_RN, hidden_RN], 2).ravel()).reshape(rows, lengths.row)
 
 
-def _segments(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
-    """(segments,) lengths of at least 1 that add up to `items`; every such partition is equally likely."""
-    cuts = np.sort(rng.permutation(items - 1)[: segments - 1]) + 1
-    return np.diff(np.concatenate([[0], cuts, [items]]))
+def _segments(rows: int, items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, segments) lengths of at least 1 that add up to `items`; every such partition is equally likely."""
+    cuts = np.sort(rng.random((rows, items - 1)).argsort(1)[:, : segments - 1], 1) + 1
+    return np.diff(cuts, axis=1, prepend=0, append=items)
 
 
 class SpanCollator:
@@ -97,12 +98,12 @@ class SpanCollator:
     """
 
     def __init__(self, lengths: SpanLengths, sentinels: Sequence[int], end: int) -> None:
-        self.lengths, self.end = lengths, end
+        self.end = end
         self.sentinels = np.asarray(sentinels[: lengths.spans])
 
     def __call__(self, rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
         tokens_BL = np.stack([row.tokens for row in rows])
-        hidden_BL = np.stack([noise_mask(self.lengths, np.random.default_rng(row.seed)) for row in rows])
+        hidden_BL = np.stack([row.hidden for row in rows])
         source = self._with_sentinels(tokens_BL, hidden_BL)
         target = self._with_sentinels(tokens_BL, ~hidden_BL)
         return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": target}
@@ -186,10 +187,10 @@ class SpanCorruption:
             for block, chunk in enumerate(islice(blocks, first_block, None), first_block):
                 rng = np.random.default_rng([seed, 1, epoch, block]) if shuffled else None
                 tokens_RL = self._packed(chunk["text"], tokenizer, rng)
+                hidden_RL = noise_masks(self.lengths, len(tokens_RL), np.random.default_rng([seed, 2, epoch, block]))
                 found |= len(tokens_RL) > 0
                 for row in range(first_row, len(tokens_RL)):
-                    drawn = PackedRow(tokens_RL[row], (seed, 2, epoch, block, row))
-                    yield drawn, Position(epoch, block, row + 1)
+                    yield PackedRow(tokens_RL[row], hidden_RL[row]), Position(epoch, block, row + 1)
                 first_row = 0
             if not found:
                 raise UsageError(

@@ -6,6 +6,7 @@ kinds give the same batches to a resumed run, and the same steps to any number o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,7 +118,10 @@ class StreamFeed:
         self._position = Position(*state.position)
         stream = _StepStream(self.task, self.tokenizer, self.collate, self.share, self._position, state.step)
         # one worker can read ahead; more would each need a part of the stream
-        for batch in self.share.loader(stream, min(1, self.share.run.data.num_workers), batch_size=None):
+        workers = min(1, self.share.run.data.num_workers)
+        if workers:  # a fork loses the tokenizer's threads; told before, it does not warn of it
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for batch in self.share.loader(stream, workers, batch_size=None):
             self._position = Position(*batch.pop(POSITION).tolist())
             yield batch
 

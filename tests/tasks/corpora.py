@@ -13,7 +13,10 @@ from pregate.cli import compose_run
 from pregate.tasks.span_corruption import SpanCorruption
 
 WORDS = [f"w{i}" for i in range(40)]
-SETTINGS = ["task=span_corruption", "then_eval=false", "task.max_source_tokens=16", "task.max_target_tokens=16"]
+SETTINGS = [
+    *("task=span_corruption", "then_eval=false", "task.max_source_tokens=16", "task.max_target_tokens=16"),
+    "task.mean_span_tokens=1",
+]
 
 
 def sentinel_tokenizer(sentinels: int = 8) -> PreTrainedTokenizerFast:
