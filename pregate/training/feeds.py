@@ -20,7 +20,8 @@ from pregate.training.batching import Batching, MicroBatchSampler
 from pregate.training.checkpoint import TrainState
 
 if TYPE_CHECKING:
-    from pregate.tasks.base import Task
+    from pregate.tasks.base import Example, Task
+    from pregate.tasks.text import Collator
 
 Batch = dict[str, Tensor]
 POSITION = "position"
@@ -88,7 +89,7 @@ class ExampleFeed:
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
         sampler = MicroBatchSampler(
-            [len(example.source) for example in self.examples],
+            _SourceLengths(self.examples, self.collate),
             self.share.batching,
             seed=self.share.run.seed,
             first_step=state.step,
@@ -100,6 +101,19 @@ class ExampleFeed:
 
     def mark(self, state: TrainState) -> None:
         state.epoch = state.sequences / len(self.examples)
+
+
+class _SourceLengths:
+    """Source lengths in tokens. The collator keeps what it tokenizes, so that nothing is tokenized for this alone."""
+
+    def __init__(self, examples: Sequence[Example], collate: Collator) -> None:
+        self.examples, self.collate = examples, collate
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        return self.collate.source_lengths([self.examples[index] for index in indices])
 
 
 class StreamFeed:
