@@ -50,6 +50,20 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Trainable(StrEnum):
+    """Which parameters learn: all, or the gates alone while the rest stays as it is."""
+
+    all = "all"
+    gates = "gates"
+
+
+class Keep(StrEnum):
+    """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
+
+    best = "best"
+    last = "last"
+
+
 class ExpertPath(StrEnum):
     reference = "reference"
     grouped = "grouped"
@@ -184,7 +198,12 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """One fine-tuning (or from-scratch) run. Batch sizes count sequences over all devices per optimizer step."""
+    """One fine-tuning (or from-scratch) run. Batch sizes count sequences over all devices per optimizer step.
+
+    `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
+    id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
+    `pregate.training.distill`, and `distill_temperature` softens the output logits.
+    """
 
     steps: int = 2048
     batch_sequences: int = 256
@@ -199,6 +218,12 @@ class TrainConfig:
     balance_loss: float = 1e-2
     z_loss: float = 1e-3
     dropout: float | None = None
+    teacher: str | None = None
+    distill_logits: float = 0.0
+    distill_routing: float = 0.0
+    distill_temperature: float = 1.0
+    trainable: Trainable = Trainable.all
+    keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
     eval_every: int = 256

@@ -21,6 +21,7 @@ def main(run: Run) -> None:
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
+    stages.check_teachers(run, tokenizer)
     task.check(tokenizer, (run.task.train_split, run.task.eval_split))
     run_dir = stages.claim_run_dir(run)
     is_main = PartialState().is_main_process

@@ -78,7 +78,14 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("model=switch_base_9", "no model named 'switch_base_9': choose one of"),
         ("pregate.lookahead=4", "outside 0 to 3"),
         ("pregate.stacks=[decoder,decoder]", "each once"),
-        ("train.steps=0", "must be at least 1"),
+        ("train.steps=-1", "train.steps=-1 must be at least 0"),
+        ("train.distill_logits=-1", "must be 0 or above"),
+        ("train.distill_routing=nan", "must be 0 or above"),
+        ("train.distill_temperature=0", "must be above 0"),
+        ("train.distill_logits=1", "need a teacher: set train.teacher=DIR_OR_ID"),
+        ("train.teacher=some/model", "teaches nothing: set train.distill_logits"),
+        ("train.trainable=experts", "expected one of [all, gates]"),
+        ("train.keep=first", "expected one of [best, last]"),
         ("train.warmup_steps=9999", "between 0 and train.steps"),
         ("train.learning_rate=-1", "above 0"),
         ("train.dropout=1.5", "must lie in [0, 1)"),
@@ -106,6 +113,12 @@ def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
         compose_run([override])
     assert said in str(refused.value), str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
+    assert compose_run(["+experiment=nano_sst2", "train.steps=0"]).train.steps == 0
+    with pytest.raises(UsageError, match=r"source_train\.steps=0 must be at least 1"):
+        compose_run(["+experiment=nano_sst2", "source_train.steps=0"])
 
 
 LEVELS = {

@@ -147,9 +147,11 @@ def check_gates(run: Run, checkpoint: str) -> None:
 
 
 def check_engine(run: Run) -> None:
-    """Refuse, before any training, engine settings that `then_eval` could not serve with. Raises `UsageError`."""
+    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`."""
     pick_device(run.engine.device)
     if run.then_eval:
+        if run.reference is not None:
+            check_servable(run, run.reference)
         settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
         config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
         slab_bytes = check_budget(run, switch_expert_family(config), torch.float32)

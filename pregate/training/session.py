@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 
-from pregate.config import Run, TrainConfig, UsageError
+from pregate.config import Keep, Run, Trainable, TrainConfig, UsageError
+from pregate.models.adapter import gates
 from pregate.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
 from pregate.training.checkpoint import TrainState, load_last, recover, set_random_state
+from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
-from pregate.training.optim import autocast_dtype, build_optimizer, set_dropout
+from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """The live objects of one training run; `wrapped` is `model` as Accelerate runs it."""
+    """The live objects of one training run; `wrapped` is `model` as Accelerate runs it, a teacher stays bare."""
 
     model: Any
     wrapped: Any
@@ -51,6 +53,7 @@ class Session:
     batching: Batching
     micro_batches: Iterator[dict[str, Tensor]]
     state: TrainState
+    distillation: Distillation | None = None
 
     @property
     def rank(self) -> int:
@@ -86,7 +89,7 @@ def prepare(
     configure(model, train)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, train)
-    state = restore(model, optimizer, run, out_dir, accelerator)
+    state = restore(model, optimizer, train, run, out_dir, accelerator)
     dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
     return Session(
         model=model,
@@ -106,6 +109,7 @@ def prepare(
         batching=batching,
         micro_batches=feed.micro_batches(state),
         state=state,
+        distillation=load_distillation(train, accelerator.device, dtype),
     )
 
 
@@ -115,13 +119,15 @@ def configure(model: Any, train: TrainConfig) -> None:
         set_dropout(model, train.dropout)
     if hasattr(model, "set_expert_path"):
         model.set_expert_path(train.expert_path)
+    if train.trainable == Trainable.gates:
+        freeze_all_but(model, gates(model))
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 
 
 def restore(
-    model: Any, optimizer: torch.optim.Optimizer, run: Run, out_dir: Path, accelerator: Accelerator
+    model: Any, optimizer: torch.optim.Optimizer, train: TrainConfig, run: Run, out_dir: Path, accelerator: Accelerator
 ) -> TrainState:
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
     if accelerator.is_main_process:
@@ -132,7 +138,7 @@ def restore(
     if found is None:
         return TrainState()
     state, random_states = found
-    if not (out_dir / "checkpoint").is_dir():
+    if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):
         set_random_state(random_states[accelerator.process_index])

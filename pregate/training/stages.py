@@ -20,7 +20,7 @@ from pregate.config import Run, TaskKind, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import read_config
+from pregate.models.checkpoint import CONFIG, SIDE_FILES, open_checkpoint, read_config, side_files
 from pregate.models.switch import (
     PreGatedSwitchTransformersForConditionalGeneration,
     load_resident,
@@ -31,11 +31,12 @@ from pregate.runtime import set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.checkpoint import save_model, steps_done
+from pregate.training.checkpoint import replaced, save_model, steps_done
+from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
 
 SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
-CHECKPOINT, SUMMARY = "checkpoint", "summary.json"
+CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
 VOCABULARY_MULTIPLE = 64
 
 
@@ -78,6 +79,24 @@ def check_model(run: Run) -> None:
             )
 
 
+def check_teachers(run: Run, tokenizer: Any) -> None:
+    """Refuse, before any work, a teacher that cannot teach the model of this run. Raises `UsageError`."""
+    for train in (run.train, run.source_train):
+        if train is not None and train.teacher is not None:
+            if run.model.source is None:
+                student = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+            else:
+                student = PreGatedSwitchTransformersConfig.of_checkpoint(
+                    read_config(run.model.source, run.model.revision)
+                )
+            check_teacher(train.teacher, student)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The number of embeddings of a model trained from scratch."""
+    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwitchTransformersConfig:
     """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
     settings: dict[str, Any] = {
@@ -117,8 +136,8 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
 
 def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
     set_seed(run.seed)
-    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return PreGatedSwitchTransformersForConditionalGeneration(geometry_config(run, PreGating(), vocab_size))
+    config = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+    return PreGatedSwitchTransformersForConditionalGeneration(config)
 
 
 def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
@@ -164,17 +183,33 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
 def train_converted(
     run: Run, run_dir: Path, converted: str, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker
 ) -> TrainSummary:
-    """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint."""
+    """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint.
+
+    With `train.steps=0` the converted model itself goes there.
+    """
+    revision = run.model.revision if converted == run.model.source else None
+    if run.train.steps == 0:
+        summary = keep_untrained(converted, revision, run_dir, tokenizer)
+    else:
+        summary = _fine_tune_converted(run, run_dir, converted, revision, task, tokenizer, tracker)
+    state = PartialState()
+    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
+        mark_conventional(Path(summary.checkpoint))
+    state.wait_for_everyone()
+    return summary
+
+
+def _fine_tune_converted(
+    run: Run, run_dir: Path, converted: str, revision: str | None, task: Task, tokenizer: Any, tracker: Tracker
+) -> TrainSummary:
     set_seed(run.seed)
     state = PartialState()
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
-    done = steps_done(run_dir / "last") if run.resume else 0
+    done = steps_done(run_dir / LAST) if run.resume else 0
     with PeakMemory(state.device) as peak:
         summary = fine_tune(
-            load_resident(
-                converted, run.model.revision if converted == run.model.source else None, dtype=torch.float32
-            ),
+            load_resident(converted, revision, dtype=torch.float32),
             tokenizer,
             task,
             run.train,
@@ -186,10 +221,39 @@ def train_converted(
         )
     if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
         summary = replace(summary, peak_device_bytes=peak.num_bytes)
-    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
-        mark_conventional(Path(summary.checkpoint))
-    state.wait_for_everyone()
     return summary
+
+
+def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenizer: Any) -> TrainSummary:
+    """Copy a converted (or a source) checkpoint to `run_dir/checkpoint`, file by file; the summary of no training.
+
+    Raises `UsageError` if `run_dir` holds a run that has been trained.
+    """
+    done = steps_done(run_dir / LAST)
+    if done:
+        raise UsageError(
+            f"{run_dir} holds a run of {done} steps, which train.steps=0 would replace: choose another run_dir=DIR."
+        )
+    state = PartialState()
+    directory = run_dir / CHECKPOINT
+    if state.is_main_process:
+        opened = open_checkpoint(converted, revision)
+        beside = side_files(converted, revision, (CONFIG, *SIDE_FILES, MANIFEST))
+        with replaced(directory) as fresh:
+            for path in {*opened.files, opened.entry, *beside}:
+                shutil.copy2(path, fresh / path.name)
+            tokenizer.save_pretrained(fresh)
+    state.wait_for_everyone()
+    return TrainSummary(
+        steps=0,
+        best_score=None,
+        best_step=None,
+        metrics={},
+        seconds=0.0,
+        target_tokens=0,
+        checkpoint=str(directory),
+        checkpoint_step=0,
+    )
 
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
