@@ -116,7 +116,7 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
                     points = [(n, 100 * v) for n, v in enumerate(values[stack]) if v is not None]
                     axes.plot(*zip(*points, strict=True), "o-", color=COLORS.get(arm, FAINT), lw=1.3, ms=4)
                     axes.set_xticks(range(0, len(values[stack]), 1 + (len(values[stack]) - 1) // 16))
-                axes.set_title(f"{TITLES.get(task, task)}, {stack}")
+                axes.set_title(f"{TITLES.get(task, task)}, {stack}: tokens routed as in (a)")
                 axes.set_ylim(0, 104)
                 axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)], color=FAINT)
                 _tidy(axes)

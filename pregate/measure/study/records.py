@@ -13,7 +13,7 @@ from typing import Any
 
 from pregate.conversion import MANIFEST
 from pregate.measure.study.cells import PRETRAINING, Cell
-from pregate.runtime import to_jsonable, write_json
+from pregate.runtime import environment, to_jsonable, write_json
 
 CELLS, BASELINES = "cells.jsonl", "baselines.json"
 DIGITS = 4
@@ -51,11 +51,11 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
     calibration = calibration_seconds(run_dir, summary)
     if calibration is not None:
         record["calibration_seconds"] = round(calibration, 2)
-    environment = summary.get("environment", {})
+    made_in = summary.get("environment")
     if cell.arm != PRETRAINING or (run_dir / "eval.json").is_file():
         evaluation = json.loads((run_dir / "eval.json").read_text())
         metric = evaluation["primary_metric"]
-        environment = evaluation.get("environment", environment)
+        made_in = evaluation.get("environment", made_in)
         record |= {
             "split": evaluation["split"],
             "num_examples": evaluation["num_examples"],
@@ -64,8 +64,9 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
             "routing": evaluation.get("routing"),
             "example_scores": example_scores(run_dir / "predictions.jsonl", metric),
         }
-    record["commit"] = environment.get("git")
-    record["environment"] = {key: value for key, value in environment.items() if key != "git"}
+    made_in = made_in or environment()  # a run without an evaluation does not say
+    record["commit"] = made_in.get("git")
+    record["environment"] = {key: value for key, value in made_in.items() if key != "git"}
     return {key: _rounded(value) for key, value in to_jsonable(record).items() if value not in (None, {})}
 
 

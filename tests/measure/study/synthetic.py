@@ -37,7 +37,7 @@ def synthetic_record(cell: Cell, examples: int = 200) -> Record:
     blocks = {stack: [1.0, share, share - 0.05, share + 0.04] for stack in ("encoder", "decoder")}
     models = ["pre_gated"] if cell.arm == CONVENTIONAL else ["pre_gated", "reference"]
     routing: dict[str, Any] = {} if cell.arm == CONVENTIONAL else {"agreement": blocks, "gate_mass": blocks}
-    routing |= {key: {model: blocks for model in models} for key in ("load_balance", "switch_rate")}
+    routing |= {key: dict.fromkeys(models, blocks) for key in ("load_balance", "switch_rate")}
     extra = {"calibration_seconds": 3.1} if cell.init == "calibrated" else {}
     curve = [{"step": step, metric: final - 2000 / step, "loss": 1.0} for step in (100, 200, 300, 400)]
     return {
