@@ -66,6 +66,17 @@ class Task:
         """The `evaluate.Metric` of this kind of task."""
         raise NotImplementedError
 
+    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
+        """Predictions for `examples` that need no model, by name; they may look at `train` but at no reference."""
+        raise NotImplementedError
+
+    def trivial_scores(self, split: str, limit: int | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each trivial prediction on the first `limit` examples of `split`, in percent."""
+        examples = self.examples(split, limit)
+        predictions = self.trivial(self.examples(self.config.train_split), examples)
+        right = [example.references for example in examples]
+        return {name: self.score(texts, right).overall for name, texts in predictions.items()}
+
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of `split` (all of them for None), in the order of the data.
 

@@ -52,6 +52,23 @@ def prompt_fields(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
+def prompt_values(prompt: str, text: str) -> dict[str, str]:
+    """The fields of a `text` that `prompt` has formatted; where that is ambiguous, the earlier fields are the shorter.
+
+    Raises `ValueError` for a text of another prompt.
+    """
+    pattern, seen = "", set()
+    for literal, field, _, _ in string.Formatter().parse(prompt):
+        pattern += re.escape(literal)
+        if field is not None:
+            pattern += f"(?P={field})" if field in seen else f"(?P<{field}>.*?)"
+            seen.add(field)
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{text[:80]!r} was not made with the prompt {prompt!r}.")
+    return found.groupdict()
+
+
 def load_tokenizer(run: Run) -> Any:
     """The tokenizer of `run`: the one saved in `checkpoint`, else `model.tokenizer`, else the generated set's own, else
     the one of `checkpoint` or `model.source` on the hub.
