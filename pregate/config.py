@@ -31,6 +31,7 @@ class TaskKind(StrEnum):
     qa = "qa"
     summarization = "summarization"
     classification = "classification"
+    denoising = "denoising"
 
 
 class Optimizer(StrEnum):
@@ -48,6 +49,20 @@ class Precision(StrEnum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Trainable(StrEnum):
+    """Which parameters learn: all, or the gates alone while the rest stays as it is."""
+
+    all = "all"
+    gates = "gates"
+
+
+class Keep(StrEnum):
+    """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
+
+    best = "best"
+    last = "last"
 
 
 class ExpertPath(StrEnum):
@@ -150,7 +165,10 @@ class GeneratedConfig:
 
 @dataclass
 class TaskConfig:
-    """What is learned and scored. `columns` maps a record field to a column, with dots into structs."""
+    """What is learned and scored. `columns` maps a record field to a column, with dots into structs.
+
+    `noise_density` (share of tokens that are hidden) and `mean_span_tokens` are those of span corruption.
+    """
 
     name: str = "squad"
     kind: TaskKind = TaskKind.qa
@@ -168,6 +186,8 @@ class TaskConfig:
     primary_metric: str = "em"
     max_source_tokens: int = 256
     max_target_tokens: int = 32
+    noise_density: float = 0.15
+    mean_span_tokens: float = 3.0
 
 
 @dataclass
@@ -179,7 +199,12 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """One fine-tuning (or from-scratch) run. Batch sizes count sequences over all devices per optimizer step."""
+    """One fine-tuning (or from-scratch) run. Batch sizes count sequences over all devices per optimizer step.
+
+    `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
+    id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
+    `pregate.training.distill`, and `distill_temperature` softens the output logits.
+    """
 
     steps: int = 2048
     batch_sequences: int = 256
@@ -194,6 +219,12 @@ class TrainConfig:
     balance_loss: float = 1e-2
     z_loss: float = 1e-3
     dropout: float | None = None
+    teacher: str | None = None
+    distill_logits: float = 0.0
+    distill_routing: float = 0.0
+    distill_temperature: float = 1.0
+    trainable: Trainable = Trainable.all
+    keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
     eval_every: int = 256

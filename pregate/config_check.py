@@ -5,7 +5,9 @@ Knows the schema (`config`) alone; what depends on a model, a checkpoint or a ma
 
 from __future__ import annotations
 
-from pregate.config import Policy, Run, TaskKind, UsageError
+from math import isfinite
+
+from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
 
 
 def check_run(run: Run) -> None:
@@ -25,6 +27,10 @@ def check_run(run: Run) -> None:
         f"pregate.stacks={list(gate.stacks)} must name encoder, decoder or both, each once.",
     )
     fit = run.calibration
+    need(
+        not (gate.init is Init.calibrated and gate.lookahead and run.task.kind is TaskKind.denoising),
+        "pregate.init=calibrated fits the gates of a trained model, which pre-training has none of: leave it out.",
+    )
     need(fit.examples >= 2, f"calibration.examples={fit.examples} must be at least 2, one to fit on, one to judge by.")
     need(fit.max_tokens >= 2, f"calibration.max_tokens={fit.max_tokens} must be at least 2.")
     need(fit.batch_size > 0, f"calibration.batch_size={fit.batch_size} must be at least 1.")
@@ -33,8 +39,9 @@ def check_run(run: Run) -> None:
     for label, train in (("train", run.train), ("source_train", run.source_train)):
         if train is None:
             continue
+        fewest = 0 if label == "train" else 1  # a run may leave its converted model as it is, a source must be trained
+        need(train.steps >= fewest, f"{label}.steps={train.steps} must be at least {fewest}.")
         for key in (
-            "steps",
             "batch_sequences",
             "micro_batch_tokens",
             "eval_examples",
@@ -45,7 +52,7 @@ def check_run(run: Run) -> None:
             need(getattr(train, key) > 0, f"{label}.{key}={getattr(train, key)} must be at least 1.")
         need(train.learning_rate > 0, f"{label}.learning_rate={train.learning_rate} must be above 0.")
         need(
-            0 <= train.warmup_steps <= train.steps,
+            train.warmup_steps >= 0 and (train.warmup_steps <= train.steps or train.steps == 0),
             f"{label}.warmup_steps={train.warmup_steps} must lie between 0 and {label}.steps={train.steps}.",
         )
         need(
@@ -56,6 +63,7 @@ def check_run(run: Run) -> None:
             train.dropout is None or 0 <= train.dropout < 1,
             f"{label}.dropout={train.dropout} must lie in [0, 1), or be null to keep the model's own.",
         )
+        check_distillation(label, train)
     task = run.task
     need(task.max_source_tokens > 1, f"task.max_source_tokens={task.max_source_tokens} must be at least 2.")
     need(task.max_target_tokens > 1, f"task.max_target_tokens={task.max_target_tokens} must be at least 2.")
@@ -63,6 +71,8 @@ def check_run(run: Run) -> None:
         task.kind is not TaskKind.classification or len(task.labels) >= 2,
         f"task {task.name!r} is a classification and needs task.labels=[first,second,…], one word a class.",
     )
+    need(0 < task.noise_density < 1, f"task.noise_density={task.noise_density} must lie between 0 and 1.")
+    need(task.mean_span_tokens >= 1, f"task.mean_span_tokens={task.mean_span_tokens} must be at least 1.")
     need(bool(run.engine.policies), "engine.policies is empty: name at least one of " + ", ".join(Policy) + ".")
     need(
         run.eval.examples is None or run.eval.examples > 0,
@@ -94,3 +104,24 @@ def check_run(run: Run) -> None:
     ):
         for key in keys:
             need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
+
+
+def check_distillation(label: str, train: TrainConfig) -> None:
+    """Refuse a teacher that teaches nothing, lessons without a teacher, and weights that are none."""
+    for key in ("distill_logits", "distill_routing"):
+        value = getattr(train, key)
+        if not (isfinite(value) and value >= 0):
+            raise UsageError(f"{label}.{key}={value} must be 0 or above.")
+    if not (isfinite(train.distill_temperature) and train.distill_temperature > 0):
+        raise UsageError(f"{label}.distill_temperature={train.distill_temperature} must be above 0.")
+    weighted = train.distill_logits > 0 or train.distill_routing > 0
+    if weighted and train.teacher is None:
+        raise UsageError(
+            f"{label}.distill_logits and {label}.distill_routing need a teacher: set {label}.teacher=DIR_OR_ID, or "
+            "both to 0."
+        )
+    if train.teacher is not None and not weighted:
+        raise UsageError(
+            f"{label}.teacher={train.teacher} teaches nothing: set {label}.distill_logits or {label}.distill_routing "
+            f"above 0, or {label}.teacher=null."
+        )

@@ -11,18 +11,18 @@ def main(run: Run) -> None:
 
     from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.models.checkpoint import read_config
-    from pregate.tasks.base import build_task
+    from pregate.tasks.base import build_training_task
     from pregate.tasks.text import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import stages
 
     stages.check_model(run)
     check_engine(run)
-    task, tokenizer = build_task(run), load_tokenizer(run)
+    task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
-    for split in (run.task.train_split, run.task.eval_split):
-        task.examples(split, limit=1)
+    stages.check_teachers(run, tokenizer)
+    task.check(tokenizer, (run.task.train_split, run.task.eval_split))
     run_dir = stages.claim_run_dir(run)
     is_main = PartialState().is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:

@@ -42,9 +42,12 @@ def test_every_experiment_begins_with_the_command_that_runs_it(experiment: str) 
     "group", sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "experiment")
 )
 def test_every_group_member_composes(group: str) -> None:
+    """Those that a command always has by their name, the others added to it."""
+    always = any(f"- {group}: " in line for line in (config_dir() / "config.yaml").read_text().splitlines())
     for path in sorted((config_dir() / group).glob("*.yaml")):
         extra = ["task.labels=[a,b]"] if path.stem == "classification" else []
-        assert compose_run([f"{group}={path.stem}", *extra]).run_dir.startswith("runs/")
+        extra += ["reference=some/reference"] if group == "arm" else []
+        assert compose_run([f"{'' if always else '+'}{group}={path.stem}", *extra]).run_dir.startswith("runs/")
 
 
 def test_the_papers_recipe_is_the_papers() -> None:
@@ -78,7 +81,14 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("model=switch_base_9", "no model named 'switch_base_9': choose one of"),
         ("pregate.lookahead=4", "outside 0 to 3"),
         ("pregate.stacks=[decoder,decoder]", "each once"),
-        ("train.steps=0", "must be at least 1"),
+        ("train.steps=-1", "train.steps=-1 must be at least 0"),
+        ("train.distill_logits=-1", "must be 0 or above"),
+        ("train.distill_routing=nan", "must be 0 or above"),
+        ("train.distill_temperature=0", "must be above 0"),
+        ("train.distill_logits=1", "need a teacher: set train.teacher=DIR_OR_ID"),
+        ("train.teacher=some/model", "teaches nothing: set train.distill_logits"),
+        ("train.trainable=experts", "expected one of [all, gates]"),
+        ("train.keep=first", "expected one of [best, last]"),
         ("train.warmup_steps=9999", "between 0 and train.steps"),
         ("train.learning_rate=-1", "above 0"),
         ("train.dropout=1.5", "must lie in [0, 1)"),
@@ -95,6 +105,8 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("train.clip_norm=0", "above 0, or null"),
         ("engine.policies=[]", "engine.policies is empty"),
         ("task=classification", "needs task.labels"),
+        ("task.noise_density=1", "must lie between 0 and 1"),
+        ("task.mean_span_tokens=0.5", "must be at least 1"),
         ("train.steps=[1", "cannot be read"),
         ("source_train.steps=3", "+experiment=quickstart"),
     ],
@@ -104,6 +116,12 @@ def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
         compose_run([override])
     assert said in str(refused.value), str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
+    assert compose_run(["+experiment=nano_sst2", "train.steps=0"]).train.steps == 0
+    with pytest.raises(UsageError, match=r"source_train\.steps=0 must be at least 1"):
+        compose_run(["+experiment=nano_sst2", "source_train.steps=0"])
 
 
 LEVELS = {

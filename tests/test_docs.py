@@ -43,7 +43,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
             assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/how_it_works.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/how_it_works.md", "docs/accuracy.md"])
 def test_settings_named_in_the_docs_exist(page: str) -> None:
     """Every `section.key` of a setting in backticks or a command is one of the schema's."""
     from pregate.cli import _known_keys

@@ -1,4 +1,4 @@
-"""Predictions through an engine, their uncertainty, and how far two models route alike.
+"""Predictions through an engine, and their uncertainty.
 
 Knows engines, tokenizers and tasks' examples; knows nothing about where results are written.
 """
@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
@@ -52,32 +50,6 @@ def predict(
             predictions[index] = text.strip()
         progress(len(batch))
     return predictions
-
-
-def first_choices(
-    engine: OffloadEngine | DeviceEngine, examples: Sequence[Example], collate: Collator, batch_size: int
-) -> dict[str, list[Tensor]]:
-    """For each stack and MoE block, the most probable expert of every unpadded token, with the targets as input."""
-    device = engine.model.device
-    chosen: dict[str, list[list[Tensor]]] = {}
-    for batch in length_sorted_batches(examples, batch_size):
-        inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
-        output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
-        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
-        for stack, mask_BT in masks.items():
-            blocks = getattr(output, f"{stack}_router_logits") or ()
-            rows = chosen.setdefault(stack, [[] for _ in blocks])
-            for row, logits_BTE in zip(rows, blocks, strict=True):
-                row.append(logits_BTE.argmax(-1)[mask_BT].cpu())
-    return {stack: [torch.cat(parts) for parts in rows] for stack, rows in chosen.items()}
-
-
-def agreement(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> dict[str, list[float]]:
-    """The share of tokens, for each stack and block, for which two models choose the same expert first."""
-    return {
-        stack: [(a == b).float().mean().item() for a, b in zip(blocks, other[stack], strict=True)]
-        for stack, blocks in one.items()
-    }
 
 
 def bootstrap_interval(values: Sequence[float], samples: int, seed: int) -> list[float]:

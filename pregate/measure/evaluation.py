@@ -21,11 +21,12 @@ from pregate.engine.decode import OffloadEngine, serving_dtype
 from pregate.engine.device.engine import DeviceEngine, slots_for
 from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import write_perfetto
-from pregate.measure.accuracy import agreement, bootstrap_interval, first_choices, predict
+from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import check_driven, measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
+from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.summary import print_summary
 from pregate.models.adapter import ExpertFamily, PreGating
 from pregate.models.checkpoint import open_checkpoint, read_config
@@ -57,7 +58,7 @@ class Subject:
     checkpoint: str
     predictions: list[str]
     scores: Scores
-    choices: dict[str, list[torch.Tensor]]
+    routes: dict[str, list[BlockRoutes]]
 
 
 @dataclass
@@ -147,9 +148,11 @@ def check_gates(run: Run, checkpoint: str) -> None:
 
 
 def check_engine(run: Run) -> None:
-    """Refuse, before any training, engine settings that `then_eval` could not serve with. Raises `UsageError`."""
+    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`."""
     pick_device(run.engine.device)
     if run.then_eval:
+        if run.reference is not None:
+            check_servable(run, run.reference)
         settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
         config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
         slab_bytes = check_budget(run, switch_expert_family(config), torch.float32)
@@ -207,13 +210,13 @@ def assess(bench: Bench, checkpoint: str, policy: Policy) -> Subject:
             num_beams=settings.num_beams,
         )
         routed = bench.examples[: settings.agreement_examples]
-        choices = first_choices(engine, routed, bench.collate, settings.batch_size) if routed else {}
+        routes = record_routes(engine, routed, bench.collate, settings.batch_size) if routed else {}
     scores = bench.task.score(predictions, [example.references for example in bench.examples])
-    return Subject(checkpoint, predictions, scores, choices)
+    return Subject(checkpoint, predictions, scores, routes)
 
 
 def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, Any]:
-    """Scores with intervals, and against a reference the paired difference of each metric and the routing agreement."""
+    """Scores with intervals and the analysis of routes; against a reference the paired difference of each metric."""
 
     def intervals(scores: Scores) -> dict[str, list[float]]:
         return {m: bootstrap_interval(v, run.eval.bootstrap_samples, run.seed) for m, v in scores.per_example.items()}
@@ -222,6 +225,8 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
         "scores": {"pre_gated": subject.scores.overall},
         "intervals": {"pre_gated": intervals(subject.scores)},
     }
+    if subject.routes:
+        section["routing"] = compare_routes(subject.routes, reference.routes if reference else None)
     if reference is None:
         return section
     section["scores"]["reference"] = reference.scores.overall
@@ -232,18 +237,12 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
         parity[f"{metric}_delta"] = subject.scores.overall[metric] - reference.scores.overall[metric]
         parity[f"{metric}_delta_interval"] = bootstrap_interval(differences, run.eval.bootstrap_samples, run.seed)
     section["parity"] = parity
-    if subject.choices and _same_shape(subject, reference):
-        section["routing"] = {"agreement": agreement(subject.choices, reference.choices)}
     return section
 
 
 def _is_source(reference: str | None) -> bool:
     """Whether the reference is the conventional model that a run trained for itself."""
     return reference is not None and Path(reference).parts[-2:] == ("source", "checkpoint")
-
-
-def _same_shape(one: Subject, other: Subject) -> bool:
-    return {s: len(b) for s, b in one.choices.items()} == {s: len(b) for s, b in other.choices.items()}
 
 
 def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
@@ -341,6 +340,17 @@ def write_results(
     write_json(out_dir / "eval.json", evaluation)
 
 
+def routing_scalars(routing: dict[str, Any]) -> dict[str, float]:
+    """The routing section as `routing/STACK/block_N/FIGURE`; of the figures of each model those of the checkpoint."""
+    return {
+        f"routing/{stack}/block_{block}/{name}": value
+        for name, figure in routing.items()
+        for stack, blocks in figure.get("pre_gated", figure).items()
+        for block, value in enumerate(blocks)
+        if value is not None
+    }
+
+
 def publish(
     tracker: Tracker, out_dir: Path, evaluation: dict[str, Any], traces: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -348,8 +358,7 @@ def publish(
     summary = {f"eval/{metric}": value for metric, value in evaluation["scores"]["pre_gated"].items()}
     for metric, value in evaluation["scores"].get("reference", {}).items():
         summary[f"reference/{metric}"] = value
-    for stack, blocks in evaluation.get("routing", {}).get("agreement", {}).items():
-        summary |= {f"routing/{stack}/block_{block}/agreement": value for block, value in enumerate(blocks)}
+    summary |= routing_scalars(evaluation.get("routing", {}))
     for policy, record in evaluation["engine"].items():
         summary |= {f"engine/{policy}/{name}": float(value) for name, value in record.items()}
     tracker.log(summary, 0)

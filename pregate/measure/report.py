@@ -24,6 +24,7 @@ from pregate.measure.summary import (
     metric_label,
     primary_metric,
     print_summary,
+    routing_table,
     score_headers,
     score_rows,
     token_verdict,
@@ -56,7 +57,7 @@ def write_report(
     sections = (
         _headline(evaluation),
         _scores(evaluation),
-        _agreement(evaluation),
+        _routing(evaluation),
         _engine(evaluation, traces),
         _samples(evaluation, predictions),
         _environment(evaluation),
@@ -144,13 +145,27 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _agreement(evaluation: Mapping[str, Any]) -> str:
+def _routing(evaluation: Mapping[str, Any]) -> str:
     caption = (
         "Share of tokens that the pre-gated model sends to the same expert as the reference does, block by block. "
         "It says how much the routing changed, not how good it is."
     )
     figure = _figure(plot_agreement, evaluation, "Bar chart of routing agreement for each MoE block", caption)
-    return f"<section><h2>Routing agreement</h2>{figure}</section>" if figure else ""
+    headers, rows = routing_table(evaluation)
+    if not (figure or rows):
+        return ""
+    head = "".join(f"<th>{_escape(header)}</th>" for header in headers)
+    body = "".join(
+        f"<tr><th>{_escape(row[0])}</th>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    about = (
+        "<caption>Mass: what the reference router gives to the experts taken, of what it gives to its own choice. "
+        "Load: entropy of the experts&#x27; loads, 100 is even. Switches: tokens routed elsewhere than the token "
+        "before them, which is what a cache cannot keep.</caption>"
+    )
+    table = f'<div class="scroll"><table>{about}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<section><h2>Routing</h2>{figure}{table if rows else ''}</section>"
 
 
 def _engine(evaluation: Mapping[str, Any], traces: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -174,6 +174,38 @@ def key_figures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]
     return figures
 
 
+ROUTING_FIGURES = {
+    "agreement": "Agreement, %",
+    "gate_mass": "Mass, %",
+    "load_balance": "Load",
+    "switch_rate": "Switches, %",
+}
+
+
+def routing_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows) of the routing section: one row a MoE block, in hundredths, with a column for each model where
+    a figure is of one model; nothing of an evaluation that only knows the agreement, which the plot shows."""
+    routing = evaluation.get("routing") or {}
+    names = {"pre_gated": "pre-gated", "reference": evaluation.get("reference_label", "reference")}
+    columns: dict[str, Mapping[str, Sequence[float | None]]] = {}
+    for figure, header in ROUTING_FIGURES.items():
+        found = routing.get(figure) or {}
+        if set(found) & set(names):
+            columns |= {f"{header}, {names[model]}": found[model] for model in names if found.get(model)}
+        elif found:
+            columns[header] = found
+    if set(columns) <= {ROUTING_FIGURES["agreement"]}:
+        return [], []
+    rows = []
+    for stack, first in next(iter(columns.values())).items():
+        for block in range(len(first)):
+            values = [
+                column[stack][block] if len(column.get(stack, ())) > block else None for column in columns.values()
+            ]
+            rows.append([f"{stack} {block}", *(ABSENT if value is None else f"{100 * value:.0f}" for value in values)])
+    return ["Block", *columns], rows
+
+
 TERMINAL_COLUMNS = ("ttft_ms", "tpot_ms", "tokens_per_s", "exposed_ms_per_token", "bytes_moved", "peak_device_bytes")
 
 

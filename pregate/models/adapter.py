@@ -137,3 +137,8 @@ class ExpertFamily:
 def moe_blocks(model: Any) -> Iterator[MoEBlock]:
     """All MoE blocks of a model, stack by stack, in the order of execution."""
     yield from model.moe_blocks()
+
+
+def gates(model: Any) -> Iterator[Any]:
+    """All gates of a model as modules, norms of theirs included: own routers, pre-gates and entry gates."""
+    yield from model.gates()

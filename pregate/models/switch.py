@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
+from pregate.models.head import linear_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
@@ -231,6 +232,10 @@ class PreGatedSwitchTransformersForConditionalGeneration(
                     mlp = layer.layer[-1].mlp
                     yield MoEBlock(name, mlp.index, number, mlp, layer)
 
+    def gates(self) -> Iterator[SwitchGate]:
+        """All gates, wherever they sit."""
+        yield from (module for module in self.modules() if isinstance(module, SwitchGate))
+
     def set_expert_path(self, path: str) -> None:
         """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""
         for block in self.moe_blocks():
@@ -256,13 +261,22 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool | None = False,
+        loss_only: bool = False,
+        logits_at: Tensor | None = None,
         **kwargs: Any,
     ) -> Seq2SeqMoEOutput:
         """As upstream's, except that the router losses are per block and never count padding.
 
         With `labels` (B, T; -100 is ignored) the loss is the mean cross-entropy over target tokens, and with
-        `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack.
+        `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack; without
+        `labels` no losses are computed. With `loss_only` there are no logits, and the loss is the cross-entropy alone,
+        summed over target tokens. `logits_at` (B, T), a mask, asks for the logits of those N positions alone, (N, V) in
+        row-major order: a vocabulary is wide, and padding needs none of it.
+
+        Raises `ValueError` for `labels` together with `logits_at`.
         """
+        if labels is not None and logits_at is not None:
+            raise ValueError("Give labels, for a loss over all positions, or logits_at, not both.")
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -286,18 +300,22 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         states_BTD = decoded.last_hidden_state
         if self.config.tie_word_embeddings:
             states_BTD = states_BTD * (self.model_dim**-0.5)
-        logits_BTV = self.lm_head(states_BTD)
         losses: dict[str, Tensor] = {}
-        if output_router_logits:
-            target_mask = None if labels is None else labels != -100
+        if output_router_logits and labels is not None and not loss_only:
             losses = {
                 **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
-                **self._router_losses("decoder", decoded.router_logits, target_mask),
+                **self._router_losses("decoder", decoded.router_logits, labels != -100),
             }
-        loss = None if labels is None else self._loss(logits_BTV, labels, losses)
+        logits = loss = None
+        if loss_only:
+            assert labels is not None, "a loss needs labels"
+            loss = linear_cross_entropy(states_BTD.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        else:
+            logits = self.lm_head(states_BTD if logits_at is None else states_BTD[logits_at])
+            loss = None if labels is None else self._loss(logits, labels, losses)
         return Seq2SeqMoEOutput(
             loss=loss,
-            logits=logits_BTV,
+            logits=logits,  # type: ignore[arg-type]
             **losses,  # type: ignore[arg-type]
             past_key_values=decoded.past_key_values,
             decoder_hidden_states=decoded.hidden_states,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pregate.config import Run, TaskKind, UsageError
 from pregate.tasks.records import check_source, read_columns
 from pregate.tasks.text import prompt_fields
+
+if TYPE_CHECKING:
+    from pregate.tasks.span_corruption import SpanCorruption
 
 CHUNK_ROWS = 4096
 
@@ -63,6 +66,17 @@ class Task:
         """The `evaluate.Metric` of this kind of task."""
         raise NotImplementedError
 
+    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
+        """Predictions for `examples` that need no model, by name; they may look at `train` but at no reference."""
+        raise NotImplementedError
+
+    def trivial_scores(self, split: str, limit: int | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each trivial prediction on the first `limit` examples of `split`, in percent."""
+        examples = self.examples(split, limit)
+        predictions = self.trivial(self.examples(self.config.train_split), examples)
+        right = [example.references for example in examples]
+        return {name: self.score(texts, right).overall for name, texts in predictions.items()}
+
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of `split` (all of them for None), in the order of the data.
 
@@ -94,6 +108,11 @@ class Task:
                     found.append(Example(str(identity), source, right[0] if right else "", right))
                 previous = key
         return self._checked(found, split)
+
+    def check(self, tokenizer: Any, splits: Sequence[str]) -> None:
+        """Refuse data that nothing can be learned from, by the first example of each split. Raises `UsageError`."""
+        for split in splits:
+            self.examples(split, limit=1)
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         """Score predictions, in percent; each counts against the best of its references.
@@ -146,12 +165,24 @@ class Task:
         return examples
 
 
+def build_training_task(run: Run) -> Task | SpanCorruption:
+    """What `run` learns from: a task, or text alone. Raises `UsageError` as `build_task` does."""
+    from pregate.tasks.span_corruption import SpanCorruption
+
+    return SpanCorruption(run) if run.task.kind is TaskKind.denoising else build_task(run)
+
+
 def build_task(run: Run) -> Task:
-    """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any."""
+    """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any, and for a task
+    that has no predictions to score."""
     from pregate.tasks.classification import Classification
     from pregate.tasks.qa import QuestionAnswering
     from pregate.tasks.summarization import Summarization
 
+    if run.task.kind is TaskKind.denoising:
+        raise UsageError(
+            f"Task {run.task.name!r} pre-trains and has no predictions to score: choose another task, or pregate.train."
+        )
     kinds: dict[TaskKind, type[Task]] = {
         TaskKind.qa: QuestionAnswering,
         TaskKind.summarization: Summarization,

@@ -5,10 +5,12 @@ Knows how a label column becomes a word; knows nothing about the number of class
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pregate.config import Run
-from pregate.tasks.base import Task
+from pregate.tasks.base import Example, Task
+from pregate.tasks.trivial import most_frequent
 
 
 class Classification(Task):
@@ -27,6 +29,10 @@ class Classification(Task):
     def references(self, values: list[Any]) -> list[tuple[str, ...]]:
         words = [self._words.get(_key(value)) for value in values]
         return [() if word is None else (word,) for word in words]
+
+    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
+        label = most_frequent([example.target for example in train])
+        return {"most frequent label": [label] * len(examples)}
 
     def metric(self) -> Any:
         from pregate.tasks.metrics import Accuracy

@@ -5,9 +5,12 @@ Knows what an answers column may look like; the prompt alone decides whether a c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from pregate.tasks.base import Task
+from pregate.tasks.base import Example, Task
+from pregate.tasks.text import prompt_values
+from pregate.tasks.trivial import first_new_name, most_frequent
 
 
 class QuestionAnswering(Task):
@@ -19,6 +22,15 @@ class QuestionAnswering(Task):
 
     def references(self, values: list[Any]) -> list[tuple[str, ...]]:
         return [_texts(value) for value in values]
+
+    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
+        """A name from the context needs prompt fields called `context` and `question`."""
+        answer = most_frequent([example.target for example in train])
+        found = {"most frequent answer": [answer] * len(examples)}
+        if {"context", "question"} <= set(self.prompt_fields):
+            shown = [prompt_values(self.config.prompt, example.source) for example in examples]
+            found["first name not asked for"] = [first_new_name(v["context"], v["question"]) for v in shown]
+        return found
 
     def metric(self) -> Any:
         from pregate.tasks.metrics import ExactMatchF1

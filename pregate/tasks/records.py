@@ -10,14 +10,17 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from pregate.config import TaskConfig, UsageError
 
 Chunk = dict[str, list[Any]]
+Shard = TypeVar("Shard")
 SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
 
@@ -45,10 +48,16 @@ def named_files(task: TaskConfig) -> dict[str, str]:
 
 
 def read_columns(
-    task: TaskConfig, data_root: str | None, split: str, columns: Mapping[str, str], chunk_rows: int
+    task: TaskConfig,
+    data_root: str | None,
+    split: str,
+    columns: Mapping[str, str],
+    chunk_rows: int,
+    shuffle: Sequence[int] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the rows of `split` in order, at most `chunk_rows` at a time, as {field: values}.
 
+    With `shuffle`, a seed, files come in a random order instead, and chunks do where there are no files (the hub).
     `columns` maps each field to a column name, or to a dotted path into a struct column (`answers.text`).
     Nothing is read before the first chunk is asked for, and nothing beyond the last one.
 
@@ -66,8 +75,13 @@ def read_columns(
     elif data_root is not None:
         files = _root_split(task, data_root, split)
     else:
-        return _hub_chunks(task, split, columns, chunk_rows)
-    return (chunk for path in files for chunk in _file_chunks(task, path, columns, chunk_rows))
+        return _hub_chunks(task, split, columns, chunk_rows, shuffle)
+    return (chunk for path in _ordered(files, shuffle) for chunk in _file_chunks(task, path, columns, chunk_rows))
+
+
+def _ordered(shards: Sequence[Shard], shuffle: Sequence[int] | None) -> list[Shard]:
+    order = range(len(shards)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(shards))
+    return [shards[i] for i in order]
 
 
 def _task_directory(task: TaskConfig, data_root: str) -> Path:
@@ -150,7 +164,9 @@ def _parquet_chunks(task: TaskConfig, path: Path, columns: Mapping[str, str], ch
             yield _arrow_chunk(batch, columns)
 
 
-def _hub_chunks(task: TaskConfig, split: str, columns: Mapping[str, str], chunk_rows: int) -> Iterator[Chunk]:
+def _hub_chunks(
+    task: TaskConfig, split: str, columns: Mapping[str, str], chunk_rows: int, shuffle: Sequence[int] | None
+) -> Iterator[Chunk]:
     import datasets
 
     assert task.hub, "check_source comes first"
@@ -168,7 +184,7 @@ def _hub_chunks(task: TaskConfig, split: str, columns: Mapping[str, str], chunk_
         ) from error
     heads = _heads(task, data.features.arrow_schema, columns, str(task.hub))
     table = data.select_columns(heads).with_format("arrow")
-    for start in range(0, len(table), chunk_rows):
+    for start in _ordered(range(0, len(table), chunk_rows), shuffle):
         yield _arrow_chunk(table[start : start + chunk_rows], columns)
 
 

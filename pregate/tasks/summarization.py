@@ -5,9 +5,12 @@ Knows only its target column; `task.group_by` is what gathers several summaries 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from pregate.tasks.base import Task
+from pregate.tasks.base import Example, Task
+from pregate.tasks.text import prompt_values
+from pregate.tasks.trivial import lead, medoid
 
 
 class Summarization(Task):
@@ -20,6 +23,17 @@ class Summarization(Task):
     def references(self, values: list[Any]) -> list[tuple[str, ...]]:
         texts = ["" if value is None else str(value).strip() for value in values]
         return [(text,) if text else () for text in texts]
+
+    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
+        """The document is the longest field of the prompt."""
+        metric = self.metric()
+
+        def score(text: str, reference: str) -> float:
+            return metric.best(text, [reference])[self.primary_metric]
+
+        documents = [max(prompt_values(self.config.prompt, e.source).values(), key=len) for e in examples]
+        constant = medoid([example.target for example in train], score)
+        return {"first line": [lead(text) for text in documents], "one training summary": [constant] * len(examples)}
 
     def metric(self) -> Any:
         from pregate.tasks.metrics import Rouge

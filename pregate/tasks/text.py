@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import string
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pregate.config import Run, UsageError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from pregate.tasks.base import Example
 
 IGNORED_LABEL = -100
+KEPT_TOKENS = 1 << 25
+"""Token ids that one `Collator` keeps: 128 MiB of them."""
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,6 +50,23 @@ def prompt_fields(prompt: str) -> tuple[str, ...]:
         what = f"holds {{{wrong[0]}}}" if wrong else "shows no field"
         raise UsageError(f"task.prompt={prompt!r} {what}: write fields as plain names, such as {{question}}.")
     return tuple(dict.fromkeys(named))
+
+
+def prompt_values(prompt: str, text: str) -> dict[str, str]:
+    """The fields of a `text` that `prompt` has formatted; where that is ambiguous, the earlier fields are the shorter.
+
+    Raises `ValueError` for a text of another prompt.
+    """
+    pattern, seen = "", set()
+    for literal, field, _, _ in string.Formatter().parse(prompt):
+        pattern += re.escape(literal)
+        if field is not None:
+            pattern += f"(?P={field})" if field in seen else f"(?P<{field}>.*?)"
+            seen.add(field)
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{text[:80]!r} was not made with the prompt {prompt!r}.")
+    return found.groupdict()
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -110,13 +131,16 @@ class Collator:
     """Turns examples into the tensors of one batch, padded on the right to the longest row.
 
     Texts are cut to `max_source_tokens` and `max_target_tokens`, both counted with the end-of-sequence token that
-    closes every row, so that a cut text still ends in one.
+    closes every row, so that a cut text still ends in one. Token ids are kept, up to `KEPT_TOKENS` of them, so that a
+    text seen again (the next epoch, the next validation, a label) is not tokenized again.
     """
 
     def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.max_source_tokens = max_source_tokens
         self.max_target_tokens = max_target_tokens
+        self._kept: dict[tuple[int, str], array[int]] = {}
+        self._kept_tokens = 0
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S), and `labels` (B, T) padded with -100, all int64."""
@@ -124,11 +148,27 @@ class Collator:
         targets = self._token_ids([example.target for example in examples], self.max_target_tokens)
         return {
             "input_ids": _padded(sources, self.tokenizer.pad_token_id),
-            "attention_mask": _padded([[1] * len(row) for row in sources], 0),
+            "attention_mask": _padded([array("i", [1]) * len(row) for row in sources], 0),
             "labels": _padded(targets, IGNORED_LABEL),
         }
 
-    def _token_ids(self, texts: list[str], max_tokens: int) -> list[list[int]]:
+    def source_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """How many source tokens each example has, cut and closed as in a batch."""
+        return [len(row) for row in self._token_ids([example.source for example in examples], self.max_source_tokens)]
+
+    def _token_ids(self, texts: list[str], max_tokens: int) -> list[array[int]]:
+        rows = {text: self._kept.get((max_tokens, text)) for text in texts}
+        new = [text for text, row in rows.items() if row is None]
+        for text, row in zip(new, self._tokenize(new, max_tokens), strict=True):
+            rows[text] = row
+            if self._kept_tokens < KEPT_TOKENS:
+                self._kept[max_tokens, text] = row
+                self._kept_tokens += len(row)
+        return [rows[text] for text in texts]  # type: ignore[misc]
+
+    def _tokenize(self, texts: list[str], max_tokens: int) -> list[array[int]]:
+        if not texts:
+            return []
         rows = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -137,9 +177,11 @@ class Collator:
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+        return [array("i", [*row, self.tokenizer.eos_token_id]) for row in rows]
 
 
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+def _padded(rows: Sequence[array[int]], value: int) -> torch.Tensor:
+    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from pregate.config import TrainConfig, UsageError
 
 WINDOW_BUCKETS = 64
 """Buckets of similar length are formed within a window of about this many of them."""
+
+
+class Lengths(Protocol):
+    """How long the examples are. Asked for many at a time, and only for those that are about to be used."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def of(self, indices: Sequence[int]) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,7 @@ def shuffled_stream(num_examples: int, seed: int, start: int, count: int) -> lis
     return indices
 
 
-def step_plan(
-    lengths: Sequence[int], batching: Batching, seed: int, first_step: int, last_step: int
-) -> Iterator[list[int]]:
+def step_plan(lengths: Lengths, batching: Batching, seed: int, first_step: int, last_step: int) -> Iterator[list[int]]:
     """Yield the example indices of each step in [first_step, last_step), ordered by length.
 
     A window of several steps is drawn from the shuffled stream and sorted by length; buckets of neighbours are then
@@ -100,12 +109,11 @@ def _window_steps(num_examples: int, batching: Batching) -> int:
     return max(1, min(wanted, num_examples // batching.batch_sequences))
 
 
-def _window_plan(
-    lengths: Sequence[int], batching: Batching, seed: int, window: int, window_steps: int
-) -> list[list[int]]:
+def _window_plan(lengths: Lengths, batching: Batching, seed: int, window: int, window_steps: int) -> list[list[int]]:
     size, bucket = batching.batch_sequences, batching.bucket_sequences
     drawn = shuffled_stream(len(lengths), seed, window * window_steps * size, window_steps * size)
-    drawn.sort(key=lambda index: lengths[index])
+    length = dict(zip(drawn, lengths.of(drawn), strict=True))
+    drawn.sort(key=length.__getitem__)
     slots = [(step, min(bucket, size - begin)) for step in range(window_steps) for begin in range(0, size, bucket)]
     plan: list[list[int]] = [[] for _ in range(window_steps)]
     taken = 0
@@ -126,7 +134,7 @@ class MicroBatchSampler:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Lengths,
         batching: Batching,
         *,
         seed: int,

@@ -31,7 +31,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 class TrainState:
     """How far a run has come. Separate from its configuration, saved with every checkpoint.
 
-    `epoch` counts passes over the training examples (fractional), the token counts leave padding out,
+    `epoch` counts passes over the training examples (fractional) or over a stream (whole ones), whose `position` is
+    that of `tasks.span_corruption`. The token counts leave padding out,
     `elapsed_seconds` adds up over resumed runs, `metrics` holds the latest logged values.
     """
 
@@ -40,15 +41,16 @@ class TrainState:
     sequences: int = 0
     source_tokens: int = 0
     target_tokens: int = 0
+    position: list[int] = field(default_factory=list)
     best_score: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
     elapsed_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def improves(self, score: float, loss: float) -> bool:
-        """Whether `score` is a new best; an equal score counts if its validation loss is lower."""
-        if self.best_score is None or score > self.best_score:
+    def improves(self, score: float, loss: float, lower: bool = False) -> bool:
+        """Whether `score` is a new best, the highest or the lowest; if equal, with a lower validation loss."""
+        if self.best_score is None or (score < self.best_score if lower else score > self.best_score):
             return True
         return score == self.best_score and (self.best_loss is None or loss < self.best_loss)
 

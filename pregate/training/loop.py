@@ -1,7 +1,8 @@
-"""Fine-tuning, from a prepared model to its best checkpoint: step, log, validate, save, finish.
+"""Training, from a prepared model to its checkpoint: step, log, validate, save, finish.
 
-Knows the order of events. What a step sees is decided in `batching`, its loss in `losses`, its update in `optim`, and
-what is written in `checkpoint`. Knows nothing about model families, task formats or trackers.
+Knows the order of events. What a step sees is decided in `feeds` and `batching`, its loss in `losses` and `distill`,
+its update in `optim`, and what is written in `checkpoint`. Knows nothing about model families, task formats or
+trackers.
 """
 
 from __future__ import annotations
@@ -17,23 +18,26 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from pregate.config import Run, TrainConfig, UsageError
+from pregate.config import Keep, Run, TrainConfig, UsageError
 from pregate.training.checkpoint import random_state, save_last, save_model
-from pregate.training.losses import LossShare, TokenCounts, loss_share
+from pregate.training.distill import target_rows
+from pregate.training.losses import TokenCounts, loss_share
 from pregate.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
-from pregate.training.validation import decoder_inputs, validate
+from pregate.training.validation import validate
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
+    from pregate.tasks.span_corruption import SpanCorruption
     from pregate.tracking import Tracker
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """The outcome of `fine_tune`. Scores in percent; `metrics` are the last logged values; `peak_device_bytes`
-    is what the caller measured around it, if it did."""
+    """The outcome of `fine_tune`. Scores in percent, or the loss where nothing is scored; `metrics` are the last logged
+    values; `checkpoint_step` is the step whose state `checkpoint` holds; `peak_device_bytes` is what the caller
+    measured around it, if it did."""
 
     steps: int
     best_score: float | None
@@ -42,6 +46,7 @@ class TrainSummary:
     seconds: float
     target_tokens: int
     checkpoint: str
+    checkpoint_step: int | None = None
     peak_device_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +56,7 @@ class TrainSummary:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: Task | SpanCorruption,
     train: TrainConfig,
     *,
     run: Run,
@@ -60,7 +65,7 @@ def fine_tune(
     stage: str,
     carry: Sequence[Path] = (),
 ) -> TrainSummary:
-    """Train `model` in place and leave its best state in `out_dir/checkpoint`, its latest in `out_dir/last`.
+    """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
     every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
@@ -117,35 +122,49 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     accelerator, optimizer, train = session.accelerator, session.optimizer, session.train
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
-    parts = torch.zeros(3, device=accelerator.device)
+    sums = torch.zeros(len(part_names(session)), device=accelerator.device)
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(session.wrapped):
-            share = forward(session, batch, tokens)
+            total, parts = forward(session, batch, tokens)
             # DDP averages gradients over processes, while shares are meant to add up
-            accelerator.backward(share.total * accelerator.num_processes)
-        parts += share.parts()
-    loss, balance, z = accelerator.reduce(parts, "sum").tolist()  # type: ignore[union-attr]
+            accelerator.backward(total * accelerator.num_processes)
+        sums += parts
+    losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
-    check_finite(session, loss, norm)
+    check_finite(session, losses["loss"], norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "balance": balance, "z": z, "grad_norm": norm, "lr": rate}
+    return {**losses, "grad_norm": norm, "lr": rate}
 
 
-def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> LossShare:
-    """The loss share of one micro batch; router logits are asked for only where their losses have weight."""
-    train = session.train
+def part_names(session: Session) -> list[str]:
+    """The terms of the loss, as logged; `loss` is the cross-entropy."""
+    return ["loss", "balance", "z", *(session.distillation.parts() if session.distillation else [])]
+
+
+def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> tuple[Tensor, Tensor]:
+    """The loss share of one micro batch to differentiate, and its unweighted `part_names`, detached.
+
+    Router logits are asked for only where a loss on them has weight, output logits only where a teacher's are met.
+    """
+    train, distillation = session.train, session.distillation
     batch = {key: value.to(session.accelerator.device, non_blocking=True) for key, value in batch.items()}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if distillation and distillation.logits_weight:
+        inputs |= target_rows(session.model, batch["labels"])
+    else:
+        inputs |= {"labels": batch["labels"], "loss_only": True}
+    routed = bool(train.balance_loss or train.z_loss or train.distill_routing)
     with session.autocast():
-        outputs = session.wrapped(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            **decoder_inputs(session.model, batch["labels"]),
-            output_router_logits=bool(train.balance_loss or train.z_loss),
-            use_cache=False,
-        )
-    return loss_share(outputs, batch, tokens, balance_weight=train.balance_loss, z_weight=train.z_loss)
+        # the teacher first: its activations are gone before the student's are kept
+        taught = distillation.answer(batch) if distillation else None
+        outputs = session.wrapped(**inputs, output_router_logits=routed, use_cache=False)
+    share = loss_share(outputs, batch, tokens, balance_weight=train.balance_loss, z_weight=train.z_loss)
+    if distillation is None:
+        return share.total, share.parts()
+    lesson = distillation.share(outputs, taught, batch, tokens)
+    return share.total + lesson.total, torch.cat([share.parts(), torch.stack([*lesson.parts.values()]).detach()])
 
 
 def check_finite(session: Session, loss: float, norm: float) -> None:
@@ -162,7 +181,7 @@ def advance(session: Session, metrics: dict[str, float], tokens: TokenCounts, se
     state, train = session.state, session.train
     state.step += 1
     state.sequences += session.batching.batch_sequences
-    state.epoch = state.sequences / session.num_examples
+    session.feed.mark(state)
     state.source_tokens += tokens.source
     state.target_tokens += tokens.target
     metrics["tokens_per_s"] = (tokens.source + tokens.target) / seconds
@@ -177,14 +196,15 @@ def log(session: Session, metrics: dict[str, float], prefix: str = "") -> None:
 
 
 def evaluate(session: Session) -> str:
-    """Validate, log, and keep the model in `out_dir/checkpoint` if it is the best so far; a line to print."""
-    state = session.state
+    """Validate, log, and keep the model in `out_dir/checkpoint` if it is the one to keep so far; a line to print."""
+    state, train = session.state, session.train
     metrics = validate(
         session.model,
         session.tokenizer,
         session.task,
-        session.eval_examples,
-        collate=session.collate,
+        session.feed.eval_examples,
+        collate=session.feed.collate,
+        predicts=session.feed.predicts,
         batch_size=session.run.eval.batch_size,
         max_new_tokens=session.run.task.max_target_tokens,
         accelerator=session.accelerator,
@@ -192,13 +212,15 @@ def evaluate(session: Session) -> str:
     )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
-    if state.improves(score, loss):
+    best = state.improves(score, loss, lower=not session.feed.predicts)
+    if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
+    if best if train.keep == Keep.best else state.step == train.steps:
         if session.accelerator.is_main_process:
             save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
         session.accelerator.wait_for_everyone()
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
-    return f"step {state.step}  validation {shown}" + ("  (best)" if state.best_step == state.step else "")
+    return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
 
 def save(session: Session) -> None:
@@ -229,4 +251,5 @@ def finish(session: Session) -> TrainSummary:
         seconds=state.elapsed_seconds,
         target_tokens=state.target_tokens,
         checkpoint=str(checkpoint),
+        checkpoint_step=state.best_step if session.train.keep == Keep.best else state.step,
     )

@@ -3,7 +3,7 @@
 Knows logits, labels, masks and the router losses of `pregate.models.routing`; knows nothing about optimizers,
 devices or where batches come from.
 
-Letters: B batch, S source length, T target length, V vocabulary, E experts.
+Letters: B batch, S source length, T target length, V vocabulary, E experts, N target tokens that are not padding.
 """
 
 from __future__ import annotations
@@ -55,9 +55,19 @@ class LossShare:
         return torch.stack([self.cross_entropy, self.balance, self.z]).detach()
 
 
-def cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in fp32, summed over the positions whose label is not `IGNORED`."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+def real_rows(logits: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (N, V), in fp32, and the labels (N,) of the positions whose label is not `IGNORED`.
+
+    `logits` are those of all positions (B, T, V), or those rows already (a model asked with `logits_at`).
+    """
+    real_BT = labels_BT != IGNORED
+    return (logits if logits.ndim == 2 else logits[real_BT]).float(), labels_BT[real_BT]
+
+
+def cross_entropy_sum(logits: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy in fp32, summed over the positions whose label is not `IGNORED`; `logits` as for `real_rows`."""
+    logits_NV, labels_N = real_rows(logits, labels_BT)
+    return F.cross_entropy(logits_NV, labels_N, reduction="sum")
 
 
 def loss_share(
@@ -70,13 +80,14 @@ def loss_share(
 ) -> LossShare:
     """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
 
-    `outputs` needs `.logits` (B, T, V) and, where a router weight is not zero, `.encoder_router_logits` and
-    `.decoder_router_logits`, one (B, S or T, E) a block. Cross-entropy and z loss are means over tokens, so their
-    shares add up to the value of one big batch exactly. The balance loss is not linear in its tokens: it is
-    evaluated per micro batch and weighted by that micro batch's share of the step's tokens. Router losses are
-    means over the blocks of both stacks.
+    `outputs` needs `.logits` (as for `real_rows`), or in place of them `.loss`, the cross-entropy summed over target
+    tokens, and where a router weight is not zero, `.encoder_router_logits` and `.decoder_router_logits`, one (B, S or
+    T, E) a block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch
+    exactly. The balance loss is not linear in its tokens: it is evaluated per micro batch and weighted by that micro
+    batch's share of the step's tokens. Router losses are means over the blocks of both stacks.
     """
-    cross_entropy = cross_entropy_sum(outputs.logits, batch["labels"]) / step.target
+    summed = outputs.loss if outputs.logits is None else cross_entropy_sum(outputs.logits, batch["labels"])
+    cross_entropy = summed / step.target
     balance = z = cross_entropy.new_zeros(())
     if balance_weight or z_weight:
         blocks = _blocks_with_masks(outputs, batch, step)

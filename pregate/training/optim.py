@@ -37,6 +37,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def freeze_all_but(model: nn.Module, learning: Iterable[nn.Module]) -> None:
+    """Let only the parameters of the modules `learning` have gradients."""
+    model.requires_grad_(False)
+    for module in learning:
+        module.requires_grad_(True)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Trainable parameters in two groups; norms and biases, relative position biases included, do not decay."""
     decayed, plain = [], []

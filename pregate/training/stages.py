@@ -1,4 +1,4 @@
-"""The stages of one training command: claim the run directory, get a source, convert it, fine-tune it.
+"""The stages of one training command: claim the run directory, get a source, convert it, train it.
 
 Each stage leaves a directory that the next reads, so a resumed run skips what is finished. Knows where things lie
 in a run directory; the loop itself is in `loop`.
@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 
 from pregate.calibration import calibrate
-from pregate.config import Init, Run, UsageError, save_run
+from pregate.config import Init, Run, TaskKind, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import read_config
+from pregate.models.checkpoint import CONFIG, SIDE_FILES, open_checkpoint, read_config, side_files
 from pregate.models.switch import (
     PreGatedSwitchTransformersForConditionalGeneration,
     load_resident,
@@ -30,11 +30,14 @@ from pregate.models.switch import (
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import set_seed, write_json
 from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.checkpoint import steps_done
+from pregate.training.checkpoint import replaced, save_model, steps_done
+from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
 
-SOURCE, CONVERTED, CHECKPOINT, SUMMARY = "source", "converted", "checkpoint", "summary.json"
+SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
+CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
 VOCABULARY_MULTIPLE = 64
 
 
@@ -56,8 +59,11 @@ def claim_run_dir(run: Run) -> Path:
 
 def check_model(run: Run) -> None:
     """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
+    pre_trains = run.task.kind is TaskKind.denoising
+    if pre_trains and run.then_eval:
+        raise UsageError(f"Task {run.task.name!r} pre-trains and has no answers to evaluate: set then_eval=false.")
     if run.model.source is None:
-        if run.source_train is None or not run.model.geometry:
+        if not run.model.geometry or (run.source_train is None and not pre_trains):
             raise UsageError(
                 f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
                 "trains its own."
@@ -72,6 +78,24 @@ def check_model(run: Run) -> None:
                 f"{run.model.source} has lookahead {stored.lookahead}, but pregate.lookahead={run.pregate.lookahead} "
                 f"was asked for: set pregate.lookahead={stored.lookahead}, or start from the conventional source."
             )
+
+
+def check_teachers(run: Run, tokenizer: Any) -> None:
+    """Refuse, before any work, a teacher that cannot teach the model of this run. Raises `UsageError`."""
+    for train in (run.train, run.source_train):
+        if train is not None and train.teacher is not None:
+            if run.model.source is None:
+                student = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+            else:
+                student = PreGatedSwitchTransformersConfig.of_checkpoint(
+                    read_config(run.model.source, run.model.revision)
+                )
+            check_teacher(train.teacher, student)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The number of embeddings of a model trained from scratch."""
+    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwitchTransformersConfig:
@@ -90,16 +114,16 @@ def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwi
         raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
 
 
-def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tracker) -> str:
-    """The conventional checkpoint: `model.source`, or one trained from scratch in `run_dir/source`."""
+def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
+    """The conventional checkpoint: `model.source`, one trained from scratch in `run_dir/source`, or, where `train`
+    itself starts from scratch, a random one in `run_dir/initial`."""
     if run.model.source is not None:
         return run.model.source
-    assert run.source_train is not None
+    if run.source_train is None:
+        return _get_initial(run, run_dir, tokenizer)
     directory = run_dir / SOURCE
     if not (directory / SUMMARY).is_file():
-        set_seed(run.seed)
-        vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        model = PreGatedSwitchTransformersForConditionalGeneration(geometry_config(run, PreGating(), vocab_size))
+        model = _random_model(run, tokenizer)
         summary = fine_tune(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
         )
@@ -111,7 +135,22 @@ def get_source(run: Run, run_dir: Path, task: Task, tokenizer: Any, tracker: Tra
     return str(directory / CHECKPOINT)
 
 
-def get_converted(run: Run, run_dir: Path, source: str, task: Task, tokenizer: Any) -> str:
+def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
+    set_seed(run.seed)
+    config = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+    return PreGatedSwitchTransformersForConditionalGeneration(config)
+
+
+def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
+    directory, state = run_dir / INITIAL, PartialState()
+    if state.is_main_process and not directory.is_dir():
+        save_model(directory, _random_model(run, tokenizer), tokenizer)
+        mark_conventional(directory)
+    state.wait_for_everyone()
+    return str(directory)
+
+
+def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorruption, tokenizer: Any) -> str:
     """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted.
 
     Gates are calibrated on the run's training examples, by one process.
@@ -124,6 +163,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task, tokenizer: A
         _refuse_other_gating(run, directory)
     elif state.is_main_process:
         if run.pregate.init is Init.calibrated:
+            assert not isinstance(task, SpanCorruption), "pre-training starts at random"
             _, calibration = calibrate(run, source, directory, task, tokenizer, state.device)
             print(calibration.table(), flush=True)
         else:
@@ -156,19 +196,35 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
 
 
 def train_converted(
-    run: Run, run_dir: Path, converted: str, task: Task, tokenizer: Any, tracker: Tracker
+    run: Run, run_dir: Path, converted: str, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker
 ) -> TrainSummary:
-    """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint."""
+    """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint.
+
+    With `train.steps=0` the converted model itself goes there.
+    """
+    revision = run.model.revision if converted == run.model.source else None
+    if run.train.steps == 0:
+        summary = keep_untrained(converted, revision, run_dir, tokenizer)
+    else:
+        summary = _fine_tune_converted(run, run_dir, converted, revision, task, tokenizer, tracker)
+    state = PartialState()
+    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
+        mark_conventional(Path(summary.checkpoint))
+    state.wait_for_everyone()
+    return summary
+
+
+def _fine_tune_converted(
+    run: Run, run_dir: Path, converted: str, revision: str | None, task: Task, tokenizer: Any, tracker: Tracker
+) -> TrainSummary:
     set_seed(run.seed)
     state = PartialState()
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
-    done = steps_done(run_dir / "last") if run.resume else 0
+    done = steps_done(run_dir / LAST) if run.resume else 0
     with PeakMemory(state.device) as peak:
         summary = fine_tune(
-            load_resident(
-                converted, run.model.revision if converted == run.model.source else None, dtype=torch.float32
-            ),
+            load_resident(converted, revision, dtype=torch.float32),
             tokenizer,
             task,
             run.train,
@@ -180,21 +236,52 @@ def train_converted(
         )
     if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
         summary = replace(summary, peak_device_bytes=peak.num_bytes)
-    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
-        mark_conventional(Path(summary.checkpoint))
-    state.wait_for_everyone()
     return summary
 
 
+def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenizer: Any) -> TrainSummary:
+    """Copy a converted (or a source) checkpoint to `run_dir/checkpoint`, file by file; the summary of no training.
+
+    Raises `UsageError` if `run_dir` holds a run that has been trained.
+    """
+    done = steps_done(run_dir / LAST)
+    if done:
+        raise UsageError(
+            f"{run_dir} holds a run of {done} steps, which train.steps=0 would replace: choose another run_dir=DIR."
+        )
+    state = PartialState()
+    directory = run_dir / CHECKPOINT
+    if state.is_main_process:
+        opened = open_checkpoint(converted, revision)
+        beside = side_files(converted, revision, (CONFIG, *SIDE_FILES, MANIFEST))
+        with replaced(directory) as fresh:
+            for path in {*opened.files, opened.entry, *beside}:
+                shutil.copy2(path, fresh / path.name)
+            tokenizer.save_pretrained(fresh)
+    state.wait_for_everyone()
+    return TrainSummary(
+        steps=0,
+        best_score=None,
+        best_step=None,
+        metrics={},
+        seconds=0.0,
+        target_tokens=0,
+        checkpoint=str(directory),
+        checkpoint_step=0,
+    )
+
+
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
-    """Write `summary.json`, and drop the converted checkpoint that the fine-tuned one replaces."""
+    """Write `summary.json`, and drop the untrained checkpoints that the trained one replaces."""
     if not PartialState().is_main_process:
         return
-    summary: dict[str, Any] = {"name": run.name, "source": source, "train": trained.to_dict()}
+    scratch = source == str(run_dir / INITIAL)
+    summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": trained.to_dict()}
     trained_source = run_dir / SOURCE / SUMMARY
     if trained_source.is_file():
         summary["source_train"] = json.loads(trained_source.read_text())
     if evaluation is not None:
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)
-    shutil.rmtree(run_dir / CONVERTED, ignore_errors=True)
+    for untrained in (INITIAL, CONVERTED):
+        shutil.rmtree(run_dir / untrained, ignore_errors=True)

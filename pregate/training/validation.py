@@ -8,30 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from pregate.training.losses import TokenCounts, cross_entropy_sum
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Example, Task
-
-
-def decoder_inputs(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Teacher-forcing inputs: `labels` (B, T) shifted right by the model, which then spares a loss of its own."""
-    return {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+from pregate.training.losses import TokenCounts
 
 
 @torch.no_grad()
 def validate(
     model: Any,
     tokenizer: Any,
-    task: Task,
-    examples: Sequence[Example],
+    task: Any,
+    examples: Sequence[Any],
     *,
-    collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]],
+    predicts: bool = True,
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
     batch_size: int,
     max_new_tokens: int,
     accelerator: Any,
@@ -39,13 +32,16 @@ def validate(
 ) -> dict[str, float]:
     """Loss per target token and the task's metrics (percent) of the unwrapped `model` on `examples`.
 
-    Examples are split over the processes and the predictions gathered; every process returns the same numbers.
+    Without `predicts` nothing is generated and the loss is all. Examples are split over the processes and the
+    predictions gathered; every process returns the same numbers.
     """
     was_training = model.training
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    # neighbours in length share a batch, and each process gets every world-th of them
-    mine = sorted(range(len(examples)), key=lambda i: len(examples[i].source))[rank::world]
+    order = list(range(len(examples)))
+    if predicts:  # neighbours in length share a batch; without answers all are alike
+        order.sort(key=lambda i: len(examples[i].source))
+    mine = order[rank::world]
     predictions: list[tuple[int, str]] = []
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
@@ -53,14 +49,18 @@ def validate(
         batch = {k: v.to(accelerator.device) for k, v in collate([examples[i] for i in chosen]).items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with autocast():
-            logits_BTV = model(**inputs, **decoder_inputs(model, batch["labels"]), use_cache=False).logits
+            loss = model(**inputs, labels=batch["labels"], loss_only=True, use_cache=False).loss.item()
+            sums += torch.tensor([loss, TokenCounts.of(batch).target], dtype=torch.float64)
+            if not predicts:
+                continue
             tokens_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        loss = cross_entropy_sum(logits_BTV, batch["labels"]).item()
-        sums += torch.tensor([loss, TokenCounts.of(batch).target], dtype=torch.float64)
         texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
         predictions += zip(chosen, (text.strip() for text in texts), strict=True)
     model.train(was_training)
-    everyone = dict(gather_object(predictions))
     totals = torch.tensor(gather_object([sums.tolist()])).sum(0)
+    loss = float(totals[0] / totals[1])
+    if not predicts:
+        return {"loss": loss}
+    everyone = dict(gather_object(predictions))
     scores = task.score([everyone[i] for i in range(len(examples))], [example.references for example in examples])
-    return {**scores.overall, "loss": float(totals[0] / totals[1])}
+    return {**scores.overall, "loss": loss}

@@ -118,7 +118,7 @@ def printed(evaluation, width=100):
 def test_full_report_is_one_file_with_every_section(tmp_path):
     page, checker = render(tmp_path, full_evaluation(), PREDICTIONS, TRACES)
     headings = re.findall(r"<h2>([^<]+)</h2>", page)
-    assert headings == ["Accuracy", "Routing agreement", "Offloaded inference", "Predictions", "Environment"]
+    assert headings == ["Accuracy", "Routing", "Offloaded inference", "Predictions", "Environment"]
     assert len(checker.resources) == 3
     assert all(resource.startswith("data:image/svg+xml;base64,") for resource in checker.resources)
     assert not re.search(r"https?://|@import|<script|url\(", page)
@@ -195,11 +195,38 @@ def test_absent_parts_are_left_out_not_invented(tmp_path, evaluation):
     assert "None" not in text
     assert "nan" not in text
     for section, heading in (
-        ("routing", "Routing agreement"),
+        ("routing", "Routing"),
         ("engine", "Offloaded inference"),
         ("scores", "Accuracy"),
     ):
         assert (f"<h2>{heading}</h2>" in page) == bool(evaluation.get(section)), heading
+
+
+def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
+    evaluation = full_evaluation()
+    assert summary.routing_table(evaluation) == ([], [])
+    evaluation["routing"] |= {
+        "gate_mass": {"encoder": [1.0, 0.91, 0.9], "decoder": [1.0, 0.8, 0.7]},
+        "load_balance": {"pre_gated": {"encoder": [0.9, 0.8, 0.7], "decoder": [0.6, 0.5, 0.4]}},
+        "switch_rate": {
+            "pre_gated": {"encoder": [0.5, 0.5, 0.5], "decoder": [None, 0.25, 0.5]},
+            "reference": {"encoder": [0.6, 0.6, 0.6], "decoder": [0.3, 0.3, 0.3]},
+        },
+    }
+    headers, rows = summary.routing_table(evaluation)
+    assert headers == [
+        "Block",
+        "Agreement, %",
+        "Mass, %",
+        "Load, pre-gated",
+        "Switches, %, pre-gated",
+        "Switches, %, reference",
+    ]
+    assert rows[0] == ["encoder 0", "100", "100", "90", "50", "60"]
+    assert rows[3] == ["decoder 0", "100", "100", "60", "–", "30"]
+    assert rows[5] == ["decoder 2", "–", "70", "40", "50", "30"]
+    _, checker = render(tmp_path, evaluation)
+    assert rows[3] in checker.rows
 
 
 def test_samples_are_the_first_and_then_mistakes():

@@ -213,3 +213,26 @@ def test_chunks_keep_order_size_and_dotted_columns(tmp_path, form):
     assert [len(chunk["n"]) for chunk in chunks] == [3, 3, 1]
     assert [n for chunk in chunks for n in chunk["n"]] == list(range(7))
     assert [t for chunk in chunks for t in chunk["target"]] == [[str(i)] for i in range(7)]
+
+
+@pytest.mark.parametrize("where", ["files", "hub"])
+def test_a_seed_decides_the_order_of_shards(tmp_path, monkeypatch, where):
+    import datasets
+
+    for shard in range(4):
+        write_parquet(tmp_path / f"{shard}.parquet", [{"n": 3 * shard + i} for i in range(3)])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([{"n": i} for i in range(12)])
+    )
+    source = f"task.files.train='{tmp_path}/*.parquet'" if where == "files" else "task.hub=x/y"
+    task = compose_run(["task=qa", source, "data.root=null"]).task
+
+    def read(shuffle):
+        return [chunk["n"] for chunk in read_columns(task, None, "train", {"n": "n"}, 3, shuffle)]
+
+    plain = read(None)
+    assert plain == [[3 * shard + i for i in range(3)] for shard in range(4)]
+    orders = [read([seed]) for seed in range(5)]
+    assert all(sorted(order) == plain for order in orders)
+    assert orders[0] == read([0])
+    assert len({str(order) for order in orders}) > 2

@@ -58,6 +58,38 @@ def test_cut_texts_still_end_in_end_of_sequence(tokenizer):
     assert batch["labels"].tolist() == [[7, 1], [3, 1]]
 
 
+def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(tokenizer, monkeypatch):
+    from pregate.tasks import text
+
+    seen = []
+
+    def counting(texts, **settings):
+        seen.extend(texts)
+        return tokenizer(texts, **settings)
+
+    counting.pad_token_id, counting.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    batches = [
+        [example("one two three four", "five"), example("two", "five")],
+        [example("two", "one"), example("one two three four", "two"), example("two", "three")],
+    ]
+    fresh = [Collator(tokenizer, 4, 3)(batch) for batch in batches]
+    for kept, expected in ((text.KEPT_TOKENS, 6), (4, 7)):
+        monkeypatch.setattr(text, "KEPT_TOKENS", kept)
+        seen.clear()
+        collate = Collator(counting, 4, 3)
+        for found, right in zip([collate(batch) for batch in batches], fresh, strict=True):
+            assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in right.items()}
+        # "two" is cut to another length as a source than as a target
+        assert len(seen) == expected, seen
+
+
+def test_source_lengths_are_those_of_the_batch(tokenizer):
+    examples = [example("one two three four five", "one"), example("two", "five"), example("", "one two")]
+    collate = Collator(tokenizer, 4, 9)
+    assert collate.source_lengths(examples) == [4, 2, 1]
+    assert collate(examples)["attention_mask"].sum(1).tolist() == [4, 2, 1]
+
+
 def test_a_tokenizer_that_adds_end_of_sequence_itself_adds_no_second():
     tokenizer = generated_tokenizer(GeneratedConfig())
     text = "Who leads Kelby Inn?"

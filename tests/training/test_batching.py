@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -56,9 +57,21 @@ def test_the_stream_is_one_permutation_after_another() -> None:
     assert shuffled_stream(7, seed=4, start=0, count=21) != stream
 
 
-def lengths_of(count: int) -> list[int]:
+class Known(list[int]):
+    """Lengths known beforehand, and which of them were asked for."""
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        super().__init__(lengths)
+        self.asked: list[int] = []
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        self.asked += indices
+        return [self[index] for index in indices]
+
+
+def lengths_of(count: int) -> Known:
     rng = random.Random(0)
-    return [rng.randint(5, 400) for _ in range(count)]
+    return Known(rng.randint(5, 400) for _ in range(count))
 
 
 @pytest.mark.parametrize(("examples", "batch", "bucket"), [(500, 8, 8), (500, 24, 5), (10, 16, 4), (37, 4, 4)])
@@ -112,3 +125,13 @@ def test_bucketing_leaves_little_padding_and_mixes_lengths_over_steps() -> None:
     # a step of 4 random buckets: its mean length varies half as much as single lengths, not as much
     means = [sum(lengths[i] for i in indices) / 32 for indices in step_plan(lengths, batching, 0, 0, 128)]
     assert statistics.pstdev(means) < 0.65 * statistics.pstdev(lengths)
+
+
+def test_lengths_are_asked_for_one_window_ahead_only() -> None:
+    lengths = lengths_of(4096)
+    batching = Batching(batch_sequences=8, world_size=1, micro_sequences=8, accumulation_steps=1, bucket_sequences=8)
+    plan = step_plan(lengths, batching, 0, 0, 512)
+    first = next(plan)
+    assert set(first) <= set(lengths.asked)
+    assert len(lengths.asked) == 8 * 64
+    assert lengths.asked == shuffled_stream(4096, 0, 0, 8 * 64)

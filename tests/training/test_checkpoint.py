@@ -100,3 +100,12 @@ def test_a_better_score_wins_and_a_lower_loss_breaks_ties() -> None:
     assert state.improves(50.0, 0.9)
     assert not state.improves(50.0, 1.0)
     assert not state.improves(49.9, 0.1)
+
+
+def test_a_loss_improves_downwards() -> None:
+    state = TrainState()
+    assert state.improves(3.0, 3.0, lower=True)
+    state.best_score = state.best_loss = 3.0
+    assert state.improves(2.9, 2.9, lower=True)
+    assert not state.improves(3.0, 3.0, lower=True)
+    assert not state.improves(3.1, 3.1, lower=True)

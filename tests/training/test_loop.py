@@ -9,13 +9,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import UsageError
-from tests.training.copying import FirstWords, Recorder, recipe, train_tiny
+from pregate.models.switch_layers import SwitchGate
+from tests.tiny import pregated_model, upstream_model
+from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +106,50 @@ def test_the_best_checkpoint_is_kept_and_carries_files(tmp_path: Path) -> None:
     assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
 
 
+def test_the_last_checkpoint_is_kept_where_validation_must_not_choose(tmp_path: Path) -> None:
+    settings = {"keep": "last", "eval_every": 1, "save_every": 1, "steps": 3}
+    scores = [30.0, 10.0, 20.0]
+    model, tracker, summary = train_tiny(tmp_path / "run", task=FirstWords(scripted=scores), **settings)
+    assert [tracker.at["tiny/eval/accuracy", step] for step in (1, 2, 3)] == scores
+    assert (summary.best_score, summary.best_step, summary.checkpoint_step) == (30.0, 1, 3)
+    assert_same_parameters(AutoModelForSeq2SeqLM.from_pretrained(summary.checkpoint), model)
+
+    interrupted = Recorder(interrupt_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "halves", task=FirstWords(scripted=scores[:2]), tracker=interrupted, **settings)
+    assert not (tmp_path / "halves" / "checkpoint").exists()
+    resumed, _, second = train_tiny(tmp_path / "halves", task=FirstWords(scripted=scores[2:]), resume=True, **settings)
+    assert (second.best_score, second.best_step, second.checkpoint_step) == (30.0, 1, 3)
+    assert_same_parameters(AutoModelForSeq2SeqLM.from_pretrained(second.checkpoint), model)
+    assert_same_parameters(resumed, model)
+
+
+@pytest.mark.parametrize("entry", ["own", "embedding"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_training_the_gates_leaves_every_other_bit_alone(tmp_path: Path, entry: str, optimizer: str) -> None:
+    before = pregated_model(entry=entry, **SHALLOW).state_dict()
+    model, _, summary = train_tiny(
+        tmp_path, steps=3, trainable="gates", optimizer=optimizer, model_changes={"entry": entry}, weight_decay=0.1
+    )
+    gates = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, SwitchGate)
+        for part, _ in module.named_parameters()
+    }
+    # an own router or an embedding gate with its norm, and a pre-gate, in each stack
+    assert len(gates) == (4 if entry == "own" else 6)
+    saved = AutoModelForSeq2SeqLM.from_pretrained(summary.checkpoint).state_dict()
+    assert saved.keys() == before.keys()
+    for name, value in saved.items():
+        assert torch.equal(value, before[name]) == (name not in gates), name
+    record = json.loads((tmp_path / "last" / "train_state.json").read_text())
+    with safe_open(tmp_path / "last" / "optimizer.safetensors", "pt") as stored:
+        named = {key.rpartition("/")[0] for key in [*stored.keys(), *record["optimizer"]]}
+    assert named == gates
+    assert all((p.grad is None and p.requires_grad) == (name in gates) for name, p in model.named_parameters())
+
+
 def test_the_summary_is_json(tmp_path: Path) -> None:
     _, _, summary = train_tiny(tmp_path, steps=1)
     assert json.loads(json.dumps(summary.to_dict())) == summary.to_dict()
@@ -154,14 +202,29 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from tests.training.copying import train_tiny
+settings = {"distill_logits": 0.5, "distill_routing": 0.5} if sys.argv[2] else {}
 train_tiny(Path(sys.argv[1]), steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0, z_loss=0.1,
-           eval_every=1)
+           eval_every=1, teacher=sys.argv[2] or None, trainable=sys.argv[3], **settings)
 """
 
 
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainable", ["all", "gates"])
+def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
+    settings: dict[str, Any] = {"trainable": trainable}
+    terms = ["loss", "z", "grad_norm", "eval/loss", "eval/accuracy"]
+    if trainable == "gates":
+        upstream_model(seed=7, **SHALLOW).save_pretrained(tmp_path / "teacher")
+        settings |= {"teacher": str(tmp_path / "teacher"), "distill_logits": 0.5, "distill_routing": 0.5}
+        terms += ["kl", "routing"]
     one, logged, summary = train_tiny(
-        tmp_path / "one", steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0, z_loss=0.1, eval_every=1
+        tmp_path / "one",
+        steps=2,
+        batch_sequences=5,
+        micro_batch_tokens=10,
+        balance_loss=0.0,
+        z_loss=0.1,
+        eval_every=1,
+        **settings,
     )
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
@@ -175,7 +238,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "two")],
+            [sys.executable, str(script), str(tmp_path / "two"), settings.get("teacher", ""), trainable],
             cwd=ROOT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
@@ -192,5 +255,5 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "two" / "last" / "train_state.json").read_text())
     assert len(state["random"]) == 2
     assert state["state"]["target_tokens"] == summary.target_tokens
-    for key in ("tiny/loss", "tiny/z", "tiny/grad_norm", "tiny/eval/loss", "tiny/eval/accuracy"):
-        assert state["state"]["metrics"][key] == pytest.approx(logged.at[key, 2], rel=1e-4), key
+    for term in terms:
+        assert state["state"]["metrics"][f"tiny/{term}"] == pytest.approx(logged.at[f"tiny/{term}", 2], rel=1e-4), term

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pregate.training.distill import target_rows
 from pregate.training.losses import TokenCounts, cross_entropy_sum, loss_share
 from tests.tiny import batch as random_batch
 from tests.tiny import pregated_model, upstream_model
@@ -77,6 +78,29 @@ def test_cross_entropy_is_computed_in_fp32() -> None:
     loss = cross_entropy_sum(logits_BTV, torch.tensor([[3, -100]]))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(naive_cross_entropy(logits_BTV.float(), torch.tensor([[3, -100]])), rel=1e-5)
+
+
+def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradients() -> None:
+    batch, model = random_batch(), pregated_model()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    tokens, results = TokenCounts.of(batch), []
+    rows = target_rows(model, batch["labels"])
+    asked = (rows, {"decoder_input_ids": rows["decoder_input_ids"]}, {"labels": batch["labels"], "loss_only": True})
+    for chosen, ndim in zip(asked, (2, 3, None), strict=True):
+        model.zero_grad(set_to_none=True)
+        outputs = model(**inputs, **chosen, output_router_logits=True)
+        assert (ndim is None and outputs.logits is None) or outputs.logits.ndim == ndim
+        share = loss_share(outputs, batch, tokens, balance_weight=0.3, z_weight=0.2)
+        share.total.backward()
+        results.append((share.parts(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (expected_parts, expected), *others = results
+    for parts, found in others:
+        torch.testing.assert_close(parts, expected_parts)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(ValueError, match="not both"):
+        model(**batch, logits_at=rows["logits_at"])
 
 
 @pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1)])

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from pregate.config import PreGateConfig, Run, UsageError
-from pregate.conversion import convert
+from pregate.config import CalibrationConfig, Init, ModelConfig, PreGateConfig, Run, TrainConfig, UsageError
+from pregate.conversion import MANIFEST, convert
+from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.training.checkpoint import steps_done
-from pregate.training.stages import CONVERTED, claim_run_dir, get_converted
-from tests.tiny import upstream_model
-from tests.training.copying import train_tiny
+from pregate.training.stages import CHECKPOINT, CONVERTED, check_teachers, claim_run_dir, get_converted, train_converted
+from tests.tiny import geometry, upstream_model
+from tests.training.copying import FirstWords, Recorder, short_run, train_tiny, word_tokenizer
 
 
 def test_a_conversion_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     upstream_model(0).save_pretrained(tmp_path / "source")
     convert(str(tmp_path / "source"), tmp_path / CONVERTED, PreGateConfig(lookahead=1))
     source = str(tmp_path / "source")
-    assert get_converted(Run(pregate=PreGateConfig(lookahead=1)), tmp_path, source) == str(tmp_path / CONVERTED)
+    nothing: Any = None  # neither a task nor a tokenizer is needed
+    run = Run(pregate=PreGateConfig(lookahead=1))
+    assert get_converted(run, tmp_path, source, nothing, nothing) == str(tmp_path / CONVERTED)
     for other in (PreGateConfig(lookahead=2), PreGateConfig(stacks=["decoder"])):
         with pytest.raises(UsageError, match="was converted with other pregate settings"):
-            get_converted(Run(pregate=other), tmp_path, source)
+            get_converted(Run(pregate=other), tmp_path, source, nothing, nothing)
 
 
 def test_the_steps_of_an_interrupted_run_are_known(tmp_path: Path) -> None:
@@ -34,3 +40,93 @@ def test_a_run_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot be written .*: choose another run_dir=DIR\."):
         claim_run_dir(Run(run_dir=str(tmp_path / "file" / "run")))
+
+
+def untrained(run: Run, run_dir: Path, source: str) -> dict[str, torch.Tensor]:
+    """The tensors of `run_dir/checkpoint` after a run of no steps."""
+    converted = get_converted(run, run_dir, source, FirstWords(), word_tokenizer())  # type: ignore[arg-type]
+    summary = train_converted(run, run_dir, converted, FirstWords(), word_tokenizer(), Recorder())  # type: ignore[arg-type]
+    assert (summary.steps, summary.checkpoint_step, summary.best_step) == (0, 0, None)
+    assert summary.checkpoint == str(run_dir / CHECKPOINT)
+    assert (run_dir / CHECKPOINT / "tokenizer.json").is_file()
+    opened = open_checkpoint(summary.checkpoint)
+    return opened.read(opened.names())
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_without_steps_the_converted_model_itself_is_the_checkpoint(tmp_path: Path, lookahead: int, shard: str) -> None:
+    source = str(tmp_path / "source")
+    upstream_model(0).to(torch.bfloat16).save_pretrained(source, max_shard_size=shard)
+    run = Run(pregate=PreGateConfig(lookahead=lookahead), train=TrainConfig(steps=0))
+    found = untrained(run, tmp_path, source)
+    expected = open_checkpoint(str(tmp_path / CONVERTED) if lookahead else source)
+    assert found.keys() == expected.tensors.keys()
+    for name, value in expected.read(expected.names()).items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    assert (tmp_path / CHECKPOINT / MANIFEST).is_file() == bool(lookahead)
+    assert ("pregate" in read_config(str(tmp_path / CHECKPOINT))) == bool(lookahead)
+    resumed = untrained(Run(resume=True, pregate=run.pregate, train=run.train), tmp_path, source)
+    assert resumed.keys() == found.keys()
+
+
+def test_a_pre_gated_source_keeps_its_manifest_without_steps(tmp_path: Path) -> None:
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / "ahead", PreGateConfig(lookahead=2))
+    run = Run(pregate=PreGateConfig(lookahead=2), train=TrainConfig(steps=0))
+    untrained(run, tmp_path / "run", str(tmp_path / "ahead"))
+    assert (tmp_path / "run" / CHECKPOINT / MANIFEST).read_bytes() == (tmp_path / "ahead" / MANIFEST).read_bytes()
+
+
+def test_a_trained_run_is_not_replaced_by_one_without_steps(tmp_path: Path) -> None:
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    train_tiny(tmp_path, steps=3)
+    run = Run(resume=True, pregate=PreGateConfig(lookahead=0), train=TrainConfig(steps=0))
+    with pytest.raises(UsageError, match="holds a run of 3 steps"):
+        untrained(run, tmp_path, str(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("which", ["train", "source_train"])
+def test_a_teacher_is_compared_with_the_model_to_train(tmp_path: Path, which: str) -> None:
+    upstream_model(0, vocab_size=64).save_pretrained(tmp_path / "teacher")
+    upstream_model(0, vocab_size=128).save_pretrained(tmp_path / "source")
+    taught = TrainConfig(teacher=str(tmp_path / "teacher"), distill_logits=1.0)
+    shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
+    source, scratch = ModelConfig(source=str(tmp_path / "source")), ModelConfig(geometry=shape)
+    tokenizer = word_tokenizer()
+    assert len(tokenizer) < 64
+    check_teachers(Run(model=scratch, **{which: taught}), tokenizer)
+    check_teachers(Run(model=source), tokenizer)
+    with pytest.raises(UsageError, match="has 64 ids in the vocabulary but the model to train has 128"):
+        check_teachers(Run(model=source, **{which: taught}), tokenizer)
+
+
+def calibrated_run(**calibration: Any) -> Run:
+    run = short_run(resume=True)
+    run.pregate = PreGateConfig(lookahead=1, init=Init.calibrated)
+    run.calibration = CalibrationConfig(**{"steps": 0, **calibration})
+    return run
+
+
+def test_gates_are_calibrated_once_and_with_one_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    given = (tmp_path, str(tmp_path / "source"), FirstWords(), word_tokenizer())
+    directory = get_converted(calibrated_run(), *given)  # type: ignore[arg-type]
+    assert "calibrated on 40 examples" in capsys.readouterr().out
+    assert read_config(directory)["pregate"]["init"] == "calibrated"
+    manifest = (Path(directory) / MANIFEST).read_text()
+    assert get_converted(calibrated_run(), *given) == directory  # type: ignore[arg-type]
+    assert (Path(directory) / MANIFEST).read_text() == manifest and capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="was calibrated with other settings"):
+        get_converted(calibrated_run(examples=12), *given)  # type: ignore[arg-type]
+
+
+def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) -> None:
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    run = calibrated_run()
+    run.train = TrainConfig(steps=0)
+    found = untrained(run, tmp_path, str(tmp_path / "source"))
+    fitted = open_checkpoint(str(tmp_path / CONVERTED)).read(found)
+    assert all(torch.equal(found[name], fitted[name]) for name in fitted)
+    told = json.loads((tmp_path / CHECKPOINT / MANIFEST).read_text())["calibration"]
+    assert told["seconds"] > 0 and told["task"] == "squad"

@@ -1,0 +1,135 @@
+"""How two models route the same tokens: agreement, captured mass, load of the experts, and switches between tokens.
+
+Knows tensors of one MoE block at a time and how to gather them through an engine; knows nothing about where results
+are written. T counts the real tokens of all sequences, one after the other; E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pregate.engine.decode import OffloadEngine
+from pregate.engine.device.engine import DeviceEngine
+from pregate.measure.accuracy import length_sorted_batches
+from pregate.tasks.base import Example
+from pregate.tasks.text import Collator
+
+
+@dataclass(frozen=True)
+class BlockRoutes:
+    """One MoE block over all tokens: router probabilities (T, E), the first choice of each token (T), and the
+    number of the sequence that it belongs to (T), never falling."""
+
+    probabilities_TE: Tensor
+    choices_T: Tensor
+    sequences_T: Tensor
+
+
+Routes = Mapping[str, Sequence[BlockRoutes]]
+"""By stack, the MoE blocks in order."""
+
+
+def record_routes(
+    engine: OffloadEngine | DeviceEngine, examples: Sequence[Example], collate: Collator, batch_size: int
+) -> dict[str, list[BlockRoutes]]:
+    """The routes of every unpadded token of `examples`, with the targets as the decoder's input.
+
+    Two models given the same examples and batch size list the same tokens in the same order.
+    """
+    device = engine.model.device
+    parts: dict[str, list[list[BlockRoutes]]] = {}
+    done = 0
+    for batch in length_sorted_batches(examples, batch_size):
+        inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
+        output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
+        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
+        for stack, mask_BT in masks.items():
+            blocks = getattr(output, f"{stack}_router_logits") or ()
+            sequences_T = (done + mask_BT.nonzero()[:, 0]).cpu()
+            rows = parts.setdefault(stack, [[] for _ in blocks])
+            for row, logits_BTE in zip(rows, blocks, strict=True):
+                logits_TE = logits_BTE[mask_BT].float().cpu()
+                row.append(BlockRoutes(logits_TE.softmax(-1), logits_TE.argmax(-1), sequences_T))
+        done += len(batch)
+    return {stack: [_joined(row) for row in rows] for stack, rows in parts.items()}
+
+
+def _joined(parts: Sequence[BlockRoutes]) -> BlockRoutes:
+    return BlockRoutes(
+        torch.cat([part.probabilities_TE for part in parts]),
+        torch.cat([part.choices_T for part in parts]),
+        torch.cat([part.sequences_T for part in parts]),
+    )
+
+
+def agreement(choices_T: Tensor, reference_T: Tensor) -> float:
+    """Share of tokens with the same first choice."""
+    return (choices_T == reference_T).float().mean().item()
+
+
+def gate_mass(choices_T: Tensor, reference_TE: Tensor) -> float:
+    """Probability that the reference router gives to the experts in `choices_T`, summed over tokens, relative to what
+    it gives to its own first choices: 1 where nothing is lost, and more than the agreement where the experts that
+    were taken instead are nearly as good to it."""
+    chosen = reference_TE.gather(1, choices_T[:, None]).sum()
+    return (chosen / reference_TE.max(-1).values.sum()).item()
+
+
+def load_balance(choices_T: Tensor, num_experts: int) -> float:
+    """Entropy of the experts' shares of the tokens over that of equal shares: 1 is even, 0 one expert for all."""
+    if num_experts < 2:
+        return 1.0
+    shares_E = torch.bincount(choices_T, minlength=num_experts).double() / len(choices_T)
+    return (torch.special.entr(shares_E).sum() / torch.tensor(float(num_experts)).log()).item()
+
+
+def switch_rate(choices_T: Tensor, sequences_T: Tensor) -> float | None:
+    """Share of tokens whose first choice differs from that of the token before them in their sequence.
+
+    The first token of a sequence has none before it; None where all sequences hold a single token.
+    """
+    together = sequences_T[1:] == sequences_T[:-1]
+    if not together.any():
+        return None
+    return (choices_T[1:] != choices_T[:-1])[together].float().mean().item()
+
+
+def compare_routes(routes: Routes, reference: Routes | None) -> dict[str, Any]:
+    """The `routing` section of `eval.json`: for each stack a list with one value a block.
+
+    `load_balance` and `switch_rate` of each model; `agreement` and `gate_mass` only where both have the same blocks.
+    """
+
+    def blocks(of: Routes, measure: Callable[[BlockRoutes], float | None]) -> dict[str, list[float | None]]:
+        return {stack: [measure(block) for block in found] for stack, found in of.items()}
+
+    def pairs(measure: Callable[[BlockRoutes, BlockRoutes], float], other: Routes) -> dict[str, list[float]]:
+        return {
+            stack: [measure(one, two) for one, two in zip(found, other[stack], strict=True)]
+            for stack, found in routes.items()
+        }
+
+    models = {"pre_gated": routes, **({"reference": reference} if reference else {})}
+    section: dict[str, Any] = {}
+    if reference and {s: len(b) for s, b in routes.items()} == {s: len(b) for s, b in reference.items()}:
+        section["agreement"] = pairs(lambda one, two: agreement(one.choices_T, two.choices_T), reference)
+        if all(
+            one.probabilities_TE.shape == two.probabilities_TE.shape
+            for stack, found in routes.items()
+            for one, two in zip(found, reference[stack], strict=True)
+        ):
+            section["gate_mass"] = pairs(lambda one, two: gate_mass(one.choices_T, two.probabilities_TE), reference)
+    section["load_balance"] = {
+        name: blocks(model, lambda block: load_balance(block.choices_T, block.probabilities_TE.shape[1]))
+        for name, model in models.items()
+    }
+    section["switch_rate"] = {
+        name: blocks(model, lambda block: switch_rate(block.choices_T, block.sequences_T))
+        for name, model in models.items()
+    }
+    return section

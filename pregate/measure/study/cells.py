@@ -1,0 +1,144 @@
+"""Which cells the accuracy study has, in the order of their worth, and the command of each.
+
+Knows names of tasks, arms and settings; knows nothing about how a cell is run or what it gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRETRAINING = "pretrain"
+CONVENTIONAL = "conventional"
+ARMS = (CONVENTIONAL, "shifted", "calibrated", "pre_gated", "distilled", "gates_only")
+"""Members of the config group `arm`, in the order (a) to (f)."""
+CALIBRATED = ("calibrated", "gates_only")
+UNTRAINED = ("shifted", "calibrated")
+SEEDS = ((1,), (2, 3))
+"""The first is run for all tasks before the others are."""
+BOTH = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What differs between the sizes of the study: tasks, and where the pre-trained model comes from."""
+
+    tasks: tuple[str, ...]
+    pretraining: str | None = None
+    source: str | None = None
+
+
+SIZES = {
+    "nano": Size(("sst2", "dialogsum"), pretraining="pretrain_nano"),
+    "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
+    "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command of the study. `variant`: what it changes in its arm, "" for nothing; `needs`: the cells whose
+    checkpoints it reads; `overrides`: the settings of the variant."""
+
+    name: str
+    arm: str
+    task: str
+    seed: int
+    variant: str = ""
+    lookahead: int = 1
+    init: str = "source"
+    entry: str = "own"
+    stacks: tuple[str, ...] = BOTH
+    needs: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        return self.arm not in UNTRAINED
+
+
+def plan(size: Size) -> list[Cell]:
+    """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, ablations."""
+    cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0)] if size.pretraining else []
+    for seeds in SEEDS:
+        cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in ARMS]
+    seeds = [seed for group in SEEDS for seed in group]
+    for task in size.tasks:
+        cells += [_variant(size, task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
+    first = size.tasks[0]
+    for variant, change in ABLATIONS.items():
+        cells += [_variant(size, first, seed, variant, **change) for seed in seeds]
+    return cells
+
+
+ABLATIONS: dict[str, dict[str, object]] = {
+    "init_random": {"init": "random"},
+    "init_calibrated": {"init": "calibrated"},
+    "entry_embedding": {"entry": "embedding"},
+    "encoder": {"stacks": ("encoder",)},
+    "decoder": {"stacks": ("decoder",)},
+}
+"""What is changed in arm (d), one at a time."""
+
+
+def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
+    reads_source = arm in (CONVENTIONAL, "pre_gated", "distilled")
+    needs = [PRETRAINING] if reads_source and size.pretraining else []
+    needs += [] if arm == CONVENTIONAL else [cell_name(task, CONVENTIONAL, seed)]
+    return Cell(
+        cell_name(task, arm, seed),
+        arm,
+        task,
+        seed,
+        lookahead=0 if arm == CONVENTIONAL else 1,
+        init="calibrated" if arm in CALIBRATED else "source",
+        needs=tuple(needs),
+    )
+
+
+def _variant(size: Size, task: str, seed: int, variant: str, **change: object) -> Cell:
+    base = _arm(size, "pre_gated", task, seed)
+    return Cell(
+        cell_name(task, "pre_gated", seed, variant),
+        "pre_gated",
+        task,
+        seed,
+        variant,
+        needs=base.needs,
+        overrides=tuple(f"pregate.{key}={_written(value)}" for key, value in change.items()),
+        **change,  # type: ignore[arg-type]
+    )
+
+
+def _written(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+def cell_name(task: str, arm: str, seed: int, variant: str = "") -> str:
+    return "_".join(part for part in (task, arm, variant, f"s{seed}") if part)
+
+
+def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, reference: str | None) -> list[str]:
+    """The settings of a cell's command. `source`: the pre-trained checkpoint; `reference`: arm (a)'s of the same task
+    and seed, which the arms that start from it read by themselves."""
+    if cell.arm == PRETRAINING:
+        return [f"+experiment={SIZES[size_name].pretraining}", f"run_dir={run_dir}"]
+    given = [f"+experiment=accuracy_{size_name}_{cell.task}", f"+arm={cell.arm}", f"seed={cell.seed}", *cell.overrides]
+    if source is not None and (cell.arm == CONVENTIONAL or PRETRAINING in cell.needs):
+        given.append(f"model.source={source}")
+    if reference is not None and cell.arm != CONVENTIONAL:
+        given.append(f"reference={reference}")
+    return [*given, f"name=accuracy_{size_name}_{cell.name}", f"run_dir={run_dir}"]
+
+
+TINY = (
+    *("train.eval_every=2", "train.eval_examples=4", "train.save_every=2", "train.batch_sequences=4"),
+    *("eval.examples=6", "eval.agreement_examples=3", "eval.batch_size=6", "eval.bootstrap_samples=50"),
+)
+
+
+def tiny_overrides(cell: Cell) -> list[str]:
+    """Settings that make any cell a matter of seconds and its figures meaningless."""
+    steps = ["train.steps=2", "train.warmup_steps=0"] if cell.trained else []
+    if cell.arm == PRETRAINING:
+        return [*steps, *TINY[:4], "train.micro_batch_tokens=2048"]
+    return [*steps, *TINY]

@@ -1,0 +1,279 @@
+"""Runs the cells of a study one after the other, each as a command of its own, and records what they give.
+
+Knows run directories, processes and time; knows nothing about what a cell's figures mean. A cell that is recorded is
+not run again, one that was cut short goes on where it stopped, and one that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from pregate.measure.study.cells import PRETRAINING, Cell, overrides_of, tiny_overrides
+from pregate.measure.study.records import (
+    Record,
+    add_baselines,
+    append_record,
+    build_record,
+    finished,
+    load_baselines,
+    load_records,
+    trivial_scores,
+)
+
+LEAST_SECONDS = 20
+"""No cell is begun with less time left."""
+GRACE_SECONDS = 120
+"""How long a command may take to save its state after it was asked to stop."""
+RENDER_EVERY = 4
+PROGRESS = re.compile(r"\w+: step \d+")
+TAIL_LINES = 15
+
+
+class Outcome(StrEnum):
+    done = "done"
+    failed = "failed"
+    stopped = "stopped"
+
+
+@dataclass
+class Study:
+    """What is to be run and where: `folder` takes the results, `work` the run directories.
+
+    `source`: a pre-trained conventional checkpoint that takes the place of pre-training. `only`: a pattern of cell
+    names; what these need is run as well. `program`: the command that overrides are given to.
+    """
+
+    size: str
+    cells: Sequence[Cell]
+    folder: Path
+    work: Path
+    source: str | None = None
+    only: str | None = None
+    seconds_left: float | None = None
+    tiny: bool = False
+    keep: bool = False
+    program: Sequence[str] = field(default_factory=lambda: [sys.executable, "-m", "pregate.train"])
+    baselines: Callable[[list[str]], dict[str, Any]] = trivial_scores
+    render: Callable[[Path], None] = lambda folder: None
+
+
+class Runner:
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.by_name = {cell.name: cell for cell in study.cells}
+        self.recorded = {record["cell"] for record in load_records(study.folder)}
+        self.failed: list[str] = []
+        self.begun = time.monotonic()
+        self.unrendered = 0
+
+    def run(self) -> int:
+        """Run what is missing; 0 if all that was asked for is recorded, 1 if a cell failed or time ran out.
+
+        Ctrl-C stops the running command, which saves its state, renders, and raises `KeyboardInterrupt`.
+        """
+        wanted = [cell for cell in self.study.cells if fnmatch(cell.name, self.study.only or "*")]
+        stopped = False
+        try:
+            for number, cell in enumerate(wanted, 1):
+                if cell.name in self.recorded:
+                    continue
+                outcome = self.attempt(cell, f"[{number}/{len(wanted)}] ")
+                if outcome is Outcome.stopped:
+                    stopped = True
+                    break
+        finally:
+            self.clean()
+            self.rendered()
+        missing = [cell.name for cell in wanted if cell.name not in self.recorded]
+        if stopped:
+            print(f"== no time left; {len(missing)} cells are missing: the same command goes on")
+        if self.failed:
+            print(f"== to be run again: {' '.join(self.failed)}")
+        return 1 if missing else 0
+
+    def attempt(self, cell: Cell, place: str = "") -> Outcome:
+        """Run a cell and first whatever it needs and is not there; record it unless it is recorded already."""
+        if cell.name in self.failed:
+            return Outcome.failed
+        for name in cell.needs:
+            if self.given(name) or finished(self.run_dir(name)):
+                continue
+            outcome = self.attempt(self.by_name[name], f"{place}needed by {cell.name}: ")
+            if outcome is not Outcome.done:
+                if outcome is Outcome.failed:
+                    self.failed.append(cell.name)
+                    print(f"== {cell.name}: not run, since {name} failed")
+                return outcome
+        left = self.time_left()
+        if left is not None and left < LEAST_SECONDS:
+            return Outcome.stopped
+        overrides = self.overrides(cell)
+        again = cell.name in self.recorded
+        extra = ["resume=true", *(["then_eval=false"] if again else [])]
+        print(f"== {place}{cell.name}{' once more, for its checkpoint' if again else ''}")
+        print(f"   {command_line([*overrides, *extra])}", flush=True)
+        began = time.monotonic()
+        log = self.study.work / "logs" / f"{cell.name}.log"
+        outcome = launch([*self.study.program, *overrides, *extra], log, left)
+        if outcome is Outcome.done and not again:
+            outcome = self.record(cell, overrides, time.monotonic() - began, log)
+        if outcome is Outcome.failed:
+            self.failed.append(cell.name)
+            print(f"   failed, see {log}")
+            print("".join(f"   | {line}\n" for line in tail(log)), end="")
+        return outcome
+
+    def record(self, cell: Cell, overrides: list[str], seconds: float, log: Path) -> Outcome:
+        try:
+            record = build_record(cell, self.run_dir(cell.name), command_line(overrides))
+        except (OSError, KeyError, ValueError) as error:
+            with log.open("a") as file:
+                file.write(f"{type(error).__name__}: {error}\n")
+            return Outcome.failed
+        append_record(self.study.folder, record)
+        self.recorded.add(cell.name)
+        self.add_baselines(record, overrides)
+        print(f"   {told(record)}{seconds:.0f} s in all", flush=True)
+        self.clean()
+        self.unrendered += 1
+        if self.unrendered >= RENDER_EVERY:
+            self.rendered()
+        return Outcome.done
+
+    def add_baselines(self, record: Record, overrides: list[str]) -> None:
+        task = record["task"]
+        if "metric" not in record or task == PRETRAINING or task in load_baselines(self.study.folder):
+            return
+        try:
+            add_baselines(self.study.folder, task, self.study.baselines(overrides))
+        except Exception as error:  # the cell itself is fine, and its figures are kept
+            print(f"   no baselines of {task}: {type(error).__name__}: {error}")
+
+    def rendered(self) -> None:
+        if self.unrendered:
+            self.unrendered = 0
+            self.study.render(self.study.folder)
+
+    def clean(self) -> None:
+        """Delete the run directories of recorded cells that no missing cell needs; the pre-trained model stays."""
+        if self.study.keep:
+            return
+        needed = {name for cell in self.study.cells if cell.name not in self.recorded for name in cell.needs}
+        for name in self.recorded - needed - {PRETRAINING}:
+            shutil.rmtree(self.run_dir(name), ignore_errors=True)
+
+    def overrides(self, cell: Cell) -> list[str]:
+        source = self.study.source
+        if source is None and PRETRAINING in self.by_name:
+            source = str(self.run_dir(PRETRAINING) / "checkpoint")
+        conventional = [name for name in cell.needs if name != PRETRAINING]
+        reference = str(self.run_dir(conventional[0]) / "checkpoint") if conventional else None
+        given = overrides_of(cell, self.study.size, str(self.run_dir(cell.name)), source, reference)
+        return given + (tiny_overrides(cell) if self.study.tiny else [])
+
+    def given(self, name: str) -> bool:
+        return name == PRETRAINING and self.study.source is not None
+
+    def run_dir(self, name: str) -> Path:
+        return self.study.work / name
+
+    def time_left(self) -> float | None:
+        whole = self.study.seconds_left
+        return None if whole is None else whole - (time.monotonic() - self.begun)
+
+
+def told(record: Record) -> str:
+    """The primary score and the training time, as far as there are any."""
+    score = f"{record['metric']} {record['scores'][record['metric']]:.1f}, " if "metric" in record else ""
+    return score + (f"trained {record['train_seconds']:.0f} s, " if record["train_seconds"] else "")
+
+
+def command_line(overrides: Sequence[str]) -> str:
+    """What a person types for a cell."""
+    return shlex.join(["python", "-m", "pregate.train", *overrides])
+
+
+def tail(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if log.is_file() else []
+
+
+def launch(command: Sequence[str], log: Path, seconds: float | None) -> Outcome:
+    """Run `command`, all its output into `log` and its progress to the terminal; stop it after `seconds`.
+
+    It is stopped with Ctrl-C's signal, so that it saves its state, and killed if it has not ended in time. Its own
+    session keeps the terminal's Ctrl-C from reaching it as well, which would count as a second, hard one.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        asked = threading.Event()
+        timer = None
+        if seconds is not None:
+            timer = threading.Timer(seconds, stop, (process, asked))
+            timer.start()
+        try:
+            follow(process, file)
+        except KeyboardInterrupt:
+            print("   stopping; the state is being saved, press Ctrl-C again to stop at once", flush=True)
+            try:
+                stop(process, asked)
+                follow(process, file)
+            except KeyboardInterrupt:
+                process.kill()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if process.returncode == 0:
+        return Outcome.done
+    return Outcome.stopped if asked.is_set() else Outcome.failed
+
+
+def follow(process: subprocess.Popen[str], file: Any) -> None:
+    """Copy the output until it ends."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        file.write(line)
+        file.flush()
+        if PROGRESS.match(line):
+            print(f"   {line.rstrip()}", flush=True)
+    process.wait()
+
+
+def stop(process: subprocess.Popen[str], asked: threading.Event) -> None:
+    """Ask the command to stop, and see to it that it does."""
+    asked.set()
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            process.kill()
+
+    timer = threading.Timer(GRACE_SECONDS, kill)
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,242 @@
+"""The report of a study: README.md with verdicts, tables and plots, made from its records alone.
+
+Knows records and what `statistics` says of them; knows nothing about how cells were run. A figure that no record has
+does not appear, and what is missing is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, PRETRAINING, Cell
+from pregate.measure.study.plots import plot_study
+from pregate.measure.study.records import load_baselines, load_records
+from pregate.measure.study.statistics import (
+    ArmSummary,
+    by_block,
+    overall,
+    recovery,
+    summaries,
+    tasks_of,
+    verdict,
+)
+from pregate.measure.summary import ABSENT, METRIC_LABELS, metric_label, signed
+
+LETTERS = {
+    "conventional": "(a) conventional",
+    "shifted": "(b) shifted, untrained",
+    "calibrated": "(c) shifted and calibrated",
+    "pre_gated": "(d) pre-gated",
+    "distilled": "(e) pre-gated, distilled",
+    "gates_only": "(f) gates only, distilled",
+}
+VARIANTS = {
+    "n2": "lookahead 2",
+    "n3": "lookahead 3",
+    "init_random": "random gates",
+    "init_calibrated": "calibrated gates",
+    "entry_embedding": "entry gate on the embeddings",
+    "encoder": "encoder only",
+    "decoder": "decoder only",
+}
+TASKS = {
+    "sst2": "SST-2",
+    "dialogsum": "DialogSum",
+    "squad": "SQuAD",
+    "xsum": "XSum",
+    "web_questions": "WebQuestions",
+}
+PLOTS = {
+    "lookahead": "Score of the arms against how far ahead the gates decide",
+    "agreement": "Routing agreement with the conventional model, block by block",
+    "curves": "Validation during fine-tuning",
+}
+
+
+def render(folder: Path, size: str, cells: Sequence[Cell]) -> None:
+    """Write README.md and plots/ into `folder` from its cells.jsonl and baselines.json."""
+    records, baselines = load_records(folder), load_baselines(folder)
+    drawn = plot_study(records, folder / "plots")
+    (folder / "README.md").write_text(study_markdown(records, baselines, size, cells, drawn), encoding="utf-8")
+
+
+def study_markdown(
+    records: Sequence[Mapping[str, Any]],
+    baselines: Mapping[str, Any],
+    size: str,
+    cells: Sequence[Cell],
+    plots: Sequence[str] = (),
+) -> str:
+    names = {record["cell"] for record in records}
+    missing = [cell.name for cell in cells if cell.name not in names]
+    done = f"{len(cells) - len(missing)} of {len(cells)} cells."
+    if missing:
+        done += f" Missing: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}."
+    parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
+    arms = {task: summaries(records, task) for task in tasks_of(records)}
+    parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
+    parts.append(how_to_repeat(records, size))
+    for task, found in arms.items():
+        parts += task_section(task, found, baselines.get(task, {}))
+    for name in plots:
+        parts.append(f"![{PLOTS[name]}](plots/{name}.png)")
+    parts += [pretraining_line(records), NOTES, machine(records)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdicts(task: str, arms: Sequence[ArmSummary]) -> list[str]:
+    """One line an arm, and what calibration wins back."""
+    lines = [f"- {label(arm)}: {verdict(arm)}" for arm in arms if arm.arm != CONVENTIONAL]
+    found = recovery(arms)
+    if found is not None:
+        line = f"- Calibration: routing agreement {100 * found.shifted:.1f} % shifted"
+        line += f", {100 * found.calibrated:.1f} % calibrated"
+        line += f", {100 * found.share:.0f} % of what the shift lost" if found.share is not None else ""
+        line += f", in {100 * found.time_share:.1f} % of fine-tuning's time" if found.time_share is not None else ""
+        lines.append(line)
+    return [f"**{task_label(task)}**", "\n".join(lines)] if lines else []
+
+
+def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]]) -> list[str]:
+    main = [arm for arm in arms if not arm.variant]
+    first = arms[0].records[0]
+    parts = [f"## {task_label(task)}", f"{first['num_examples']} examples of the {first['split']} split, in percent."]
+    parts.append(score_table(main, trivial))
+    ahead = [
+        arm for arm in arms if arm.arm == CONVENTIONAL or (arm.arm == "pre_gated" and arm.variant not in ABLATIONS)
+    ]
+    if any(arm.variant for arm in ahead):
+        parts += ["How far ahead:", score_table(ahead, {}, "lookahead")]
+    changed = [arm for arm in arms if arm.arm == "pre_gated" and (not arm.variant or arm.variant in ABLATIONS)]
+    if any(arm.variant for arm in changed):
+        parts += ["One change to (d) at a time:", score_table(changed, {})]
+    return [*parts, *routing_tables(arms)]
+
+
+def score_table(arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]], first: str = "arm") -> str:
+    """A row an arm with mean, spread and difference, trivial predictions below."""
+    metric = arms[0].metric
+    others = [name for name in next(iter(arms[0].by_seed.values())) if name != metric]
+    headers = [first, "seeds", metric_label(metric), "lowest to highest", "difference from (a)", "of each seed"]
+    headers += [*(metric_label(name) for name in others), "training, s"]
+    rows = []
+    for arm in arms:
+        change = arm.difference
+        told = f"{signed(change.mean)} [{signed(change.low)}, {signed(change.high)}]" if change else ABSENT
+        seeds = " ".join(signed(value) for value in change.by_seed.values()) if change else ABSENT
+        name = f"{arm.lookahead}, {label(arm)}" if first == "lookahead" else label(arm)
+        row = [name, str(len(arm.by_seed)), f"{arm.mean(metric):.1f}"]
+        row += [f"{min(arm.primary):.1f} to {max(arm.primary):.1f}", told, seeds]
+        row += [*(f"{arm.mean(other):.1f}" for other in others), _seconds(arm)]
+        rows.append(row)
+    for name, scores in trivial.items():
+        dashes = [ABSENT] * 3
+        extra = [f"{scores[other]:.1f}" if other in scores else ABSENT for other in others]
+        rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, ABSENT])
+    return table(headers, rows)
+
+
+def _seconds(arm: ArmSummary) -> str:
+    trained = f"{arm.train_seconds:.0f}" if arm.train_seconds else "0"
+    return trained if arm.calibration_seconds is None else f"{trained} + {arm.calibration_seconds:.1f} calibration"
+
+
+def routing_tables(arms: Sequence[ArmSummary]) -> list[str]:
+    """Agreement and mass of every block, then load and switches as means over the blocks."""
+    parts = []
+    for figure, title in (
+        ("agreement", "Routing agreement with (a) of the same seed, % of tokens:"),
+        ("gate_mass", "Gate mass, % of what (a)'s routers give to their own choice:"),
+    ):
+        found = {label(arm): by_block(arm.records, figure) for arm in arms}
+        found = {name: blocks for name, blocks in found.items() if blocks}
+        if found:
+            stacks = next(iter(found.values()))
+            heads = [f"{stack} {block}" for stack, blocks in stacks.items() for block in range(len(blocks))]
+            rows = [
+                [name, *(_percent(v) for stack in stacks for v in blocks[stack]), _percent(overall(blocks))]
+                for name, blocks in found.items()
+            ]
+            parts += [title, table(["arm", *heads, "mean"], rows)]
+    rows = []
+    for arm in arms:
+        cells = [
+            _percent(overall(by_block(arm.records, figure, model)))
+            for figure in ("load_balance", "switch_rate")
+            for model in ("pre_gated", "reference")
+        ]
+        if any(cell != ABSENT for cell in cells):
+            rows.append([label(arm), *cells])
+    if rows:
+        heads = ["arm", "load balance", "of its (a)", "switch rate, %", "of its (a)"]
+        parts += ["Load of the experts (100 is even) and switches between neighbouring tokens, mean of all blocks:"]
+        parts.append(table(heads, rows))
+    return parts
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.0f}"
+
+
+def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str) -> str:
+    """The commands that give these results again: everything, one cell, and one cell by hand."""
+    cells = [record for record in records if record["cell"] != PRETRAINING]
+    lines = [f"./scripts/reproduce_accuracy.sh {size}"]
+    if cells:
+        lines += [f"ONLY={cells[0]['cell']} ./scripts/reproduce_accuracy.sh {size}", cells[0]["command"]]
+    commands = "\n".join(f"PREGATE_DATA=DIR {line}" for line in lines)
+    return (
+        "## Repeat it\n\nAll of it, then one cell with what it needs, then that cell alone where its checkpoints are "
+        f"there; the command of every cell is in cells.jsonl.\n\n```bash\n{commands}\n```"
+    )
+
+
+def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
+    found = next((record for record in records if record["cell"] == PRETRAINING), None)
+    if found is None:
+        return ""
+    end = found["curve"][-1] if found.get("curve") else {}
+    figures = ", ".join(f"{METRIC_LABELS.get(k, k)} {v:.2f}" for k, v in end.items() if k != "step")
+    told = f" Validation at the end: {figures}." if figures else ""
+    return f"Pre-training: {found['steps']} steps in {found['train_seconds']:.0f} s.{told}"
+
+
+NOTES = (
+    "Difference: score minus that of arm (a) of the same seed on the same examples. Its 95 % interval resamples seeds "
+    "and examples with replacement, both at once, 10,000 times (`pregate.measure.study.statistics.paired_bootstrap`); "
+    "with three seeds it is rather too narrow than too wide. “Not worse beyond its interval” means that these examples "
+    "and seeds cannot tell the two apart, not that they are equal. Rows in italics need no model. Trained arms of a "
+    "task share data, steps, batch, schedule and seeds, and keep their last state, so no score has chosen a checkpoint."
+)
+
+
+def machine(records: Sequence[Mapping[str, Any]]) -> str:
+    """Every distinct environment and commit among the records."""
+    environments = list(
+        dict.fromkeys(
+            ", ".join(f"{k} {v}" for k, v in r["environment"].items()) for r in records if r.get("environment")
+        )
+    )
+    commits = dict.fromkeys(
+        f"{r['commit']['commit'][:12]}{' with changes' if r['commit'].get('dirty') else ''}"
+        for r in records
+        if r.get("commit")
+    )
+    lines = [f"Environment: {environment}." for environment in environments]
+    return "\n\n".join([*lines, *([f"Commit: {', '.join(commits)}."] if commits else [])])
+
+
+def label(arm: ArmSummary) -> str:
+    name = LETTERS.get(arm.arm, arm.arm)
+    return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
+
+
+def task_label(task: str) -> str:
+    return TASKS.get(task, task)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])

@@ -1,0 +1,161 @@
+"""Learning from a teacher: a frozen model of the same family whose output logits and routes the student imitates.
+
+Knows two models' outputs on one batch and how to load and refuse a teacher; knows nothing about optimizers, files that
+a run leaves, or what else is in the loss.
+
+Letters: B batch, S source length, T target length, V vocabulary, E experts, N tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pregate.config import TrainConfig, UsageError
+from pregate.models.adapter import STACKS
+from pregate.models.checkpoint import read_config
+from pregate.models.switch import load_resident
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.training.losses import IGNORED, TokenCounts, real_rows
+
+
+@dataclass(frozen=True)
+class DistillShare:
+    """What one micro batch contributes to the distillation loss of its step; shares of a step add up.
+
+    `total` is what to differentiate; `parts` are its unweighted terms by name, those of no weight left out. Scalars in
+    fp32.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def kl_sum(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over rows of T² KL(softmax(teacher / T) || softmax(student / T)), in fp32.
+
+    The soft targets of Hinton et al. (2015, "Distilling the knowledge in a neural network", section 2), whose
+    cross-entropy differs from this by the teacher's entropy, a constant; T² keeps the size of the gradients when T
+    changes. `student_NV` and `teacher_NV` are logits.
+    """
+    student = (student_NV.float() / temperature).log_softmax(-1)
+    teacher = (teacher_NV.float() / temperature).log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher and how much weight its two lessons have."""
+
+    teacher: Any
+    logits_weight: float
+    routing_weight: float
+    temperature: float
+
+    def parts(self) -> list[str]:
+        """The names of the terms that have weight, in their order."""
+        return ["kl"] * (self.logits_weight > 0) + ["routing"] * (self.routing_weight > 0)
+
+    @torch.no_grad()
+    def answer(self, batch: Mapping[str, Tensor]) -> Any:
+        """The teacher's outputs on `batch`: logits of target tokens and router logits, as far as they have weight."""
+        asked = target_rows(self.teacher, batch["labels"])
+        if not self.logits_weight:
+            asked["logits_at"] = torch.zeros_like(asked["logits_at"])
+        return self.teacher(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            **asked,
+            output_router_logits=self.routing_weight > 0,
+            use_cache=False,
+        )
+
+    def share(self, student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts) -> DistillShare:
+        """The share of one micro batch in the distillation loss of a step whose global batch has `step` tokens.
+
+        `student` and `teacher` are the outputs of both on `batch`, as `loss_share` needs them.
+        """
+        parts: dict[str, Tensor] = {}
+        if self.logits_weight:
+            parts["kl"] = logits_share(student, teacher, batch, step, self.temperature)
+        if self.routing_weight:
+            parts["routing"] = routing_share(student, teacher, batch, step)
+        weights = {"kl": self.logits_weight, "routing": self.routing_weight}
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return DistillShare(total, parts)
+
+
+def target_rows(model: Any, labels_BT: Tensor) -> dict[str, Tensor]:
+    """Inputs of a teacher-forced call for the logits of target tokens alone, (N, V), which leave padding out."""
+    return {
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels_BT),
+        "logits_at": labels_BT != IGNORED,
+    }
+
+
+def logits_share(
+    student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts, temperature: float
+) -> Tensor:
+    """The micro batch's part of the mean of `kl_sum` over the step's target tokens."""
+    student_NV, _ = real_rows(student.logits, batch["labels"])
+    teacher_NV, _ = real_rows(teacher.logits, batch["labels"])
+    return kl_sum(student_NV, teacher_NV, temperature) / step.target
+
+
+def routing_share(student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts) -> Tensor:
+    """The micro batch's part of KL(teacher's router || student's gate), mean over tokens, then over all MoE blocks.
+
+    For block i the teacher's distribution is that of its router on x_i, the student's that of whichever gate decides
+    for block i, wherever it sits. It is `kl_sum` at temperature 1 whatever softens the output: the probability of the
+    chosen expert is also its combine weight, so it has to be met and not only its rank. A mean over tokens, as of any
+    other loss here, makes micro batches add up; a mean over blocks keeps the weight's meaning when models get deeper.
+    """
+    masks = {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"] != IGNORED}
+    counts = {"encoder": step.source, "decoder": step.target}
+    losses = []
+    for stack in STACKS:
+        pairs = zip(_router_logits(student, stack), _router_logits(teacher, stack), strict=True)
+        losses += [kl_sum(one[masks[stack]], other[masks[stack]]) / counts[stack] for one, other in pairs]
+    return torch.stack(losses).mean()
+
+
+def _router_logits(outputs: Any, stack: str) -> tuple[Tensor, ...]:
+    return getattr(outputs, f"{stack}_router_logits") or ()
+
+
+def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Distillation | None:
+    """The teacher of `train` on `device`, frozen and in evaluation mode, with the weights of its lessons; or None.
+
+    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32.
+    """
+    if train.teacher is None:
+        return None
+    teacher: Any = load_resident(train.teacher, dtype=dtype or torch.float32)
+    teacher.requires_grad_(False)
+    teacher.set_expert_path(train.expert_path)
+    return Distillation(teacher.to(device), train.distill_logits, train.distill_routing, train.distill_temperature)
+
+
+def check_teacher(teacher: str, student: PreGatedSwitchTransformersConfig) -> None:
+    """Refuse a teacher whose answers cannot be compared with the student's, from its config alone. Raises `UsageError`.
+
+    Vocabulary, MoE blocks of each stack and experts of a block must be the same; widths and dense layers need not.
+    """
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(teacher))
+
+    def comparable(of: PreGatedSwitchTransformersConfig) -> dict[str, int]:
+        blocks = {f"MoE blocks in the {stack}": len(of.moe_layers(stack)) for stack in STACKS}
+        return {"ids in the vocabulary": of.vocab_size, **blocks, "experts a block": of.num_experts}
+
+    mine, theirs = comparable(student), comparable(config)
+    for what, count in mine.items():
+        if theirs[what] != count:
+            raise UsageError(
+                f"The teacher {teacher} has {theirs[what]} {what} but the model to train has {count}: choose a teacher "
+                "made from the same source."
+            )

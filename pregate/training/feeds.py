@@ -1,0 +1,170 @@
+"""Where the batches of a training run come from: examples held in memory, or rows packed from a stream of text.
+
+Knows tasks, data loaders and which process takes which part of a step; knows nothing about models or updates. Both
+kinds give the same batches to a resumed run, and the same steps to any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pregate.config import Run, TrainConfig, UsageError
+from pregate.tasks.span_corruption import PackedRow, Position, SpanCorruption
+from pregate.training.batching import Batching, MicroBatchSampler
+from pregate.training.checkpoint import TrainState
+
+if TYPE_CHECKING:
+    from pregate.tasks.base import Example, Task
+    from pregate.tasks.text import Collator
+
+Batch = dict[str, Tensor]
+POSITION = "position"
+
+
+class Feed(Protocol):
+    """`predicts`: validation generates answers and scores them; otherwise its loss is all there is, and judges."""
+
+    predicts: bool
+    eval_examples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+
+    def micro_batches(self, state: TrainState) -> Iterator[Batch]:
+        """This process's micro batches behind `state`, to the last step."""
+        ...
+
+    def mark(self, state: TrainState) -> None:
+        """Note in `state`, which counts its sequences already, where the data stand after the latest step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of each step this process takes, and how its loader is set up."""
+
+    run: Run
+    train: TrainConfig
+    batching: Batching
+    rank: int
+    pin_memory: bool
+
+    def loader(self, data: Any, num_workers: int, **options: Any) -> torch.utils.data.DataLoader[Batch]:
+        return torch.utils.data.DataLoader(
+            data,
+            num_workers=num_workers,
+            pin_memory=self.pin_memory,
+            # a generator of its own, so that starting the loader does not move the state that dropout draws from
+            generator=torch.Generator(),
+            **options,
+        )
+
+
+def build_feed(task: Task | SpanCorruption, tokenizer: Any, share: Share) -> Feed:
+    """The feed for `task`. Raises `UsageError` for data that is missing or cannot be used."""
+    kind = StreamFeed if isinstance(task, SpanCorruption) else ExampleFeed
+    return kind(task, tokenizer, share)  # type: ignore[arg-type]
+
+
+class ExampleFeed:
+    """All examples of the training split in memory; batches of like length."""
+
+    predicts = True
+
+    def __init__(self, task: Task, tokenizer: Any, share: Share) -> None:
+        from pregate.tasks.text import Collator
+
+        run = share.run
+        self.share = share
+        self.examples = task.examples(run.task.train_split, run.data.max_train_examples)
+        self.eval_examples = task.examples(run.task.eval_split, share.train.eval_examples)
+        for split, found in ((run.task.train_split, self.examples), (run.task.eval_split, self.eval_examples)):
+            if not found:
+                raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
+        self.collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+
+    def micro_batches(self, state: TrainState) -> Iterator[Batch]:
+        sampler = MicroBatchSampler(
+            _SourceLengths(self.examples, self.collate),
+            self.share.batching,
+            seed=self.share.run.seed,
+            first_step=state.step,
+            last_step=self.share.train.steps,
+            rank=self.share.rank,
+        )
+        workers = self.share.run.data.num_workers
+        return iter(self.share.loader(self.examples, workers, batch_sampler=sampler, collate_fn=self.collate))
+
+    def mark(self, state: TrainState) -> None:
+        state.epoch = state.sequences / len(self.examples)
+
+
+class _SourceLengths:
+    """Source lengths in tokens. The collator keeps what it tokenizes, so that nothing is tokenized for this alone."""
+
+    def __init__(self, examples: Sequence[Example], collate: Collator) -> None:
+        self.examples, self.collate = examples, collate
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        return self.collate.source_lengths([self.examples[index] for index in indices])
+
+
+class StreamFeed:
+    """Rows of span corruption, packed as they are read; `TrainState.position` says where the reading stands."""
+
+    predicts = False
+
+    def __init__(self, task: SpanCorruption, tokenizer: Any, share: Share) -> None:
+        run = share.run
+        self.task, self.tokenizer, self.share = task, tokenizer, share
+        self.collate = task.collator(tokenizer)
+        self.eval_examples = task.first_rows(run.task.eval_split, tokenizer, share.train.eval_examples)
+        self._position = Position()
+
+    def micro_batches(self, state: TrainState) -> Iterator[Batch]:
+        self._position = Position(*state.position)
+        stream = _StepStream(self.task, self.tokenizer, self.collate, self.share, self._position, state.step)
+        # one worker can read ahead; more would each need a part of the stream
+        workers = min(1, self.share.run.data.num_workers)
+        if workers:  # a fork loses the tokenizer's threads; told before, it does not warn of it
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for batch in self.share.loader(stream, workers, batch_size=None):
+            self._position = Position(*batch.pop(POSITION).tolist())
+            yield batch
+
+    def mark(self, state: TrainState) -> None:
+        state.position = list(self._position)
+        state.epoch = float(self._position.epoch)
+
+
+class _StepStream(torch.utils.data.IterableDataset[Batch]):
+    """The micro batches of one process, each with the position behind its whole step. Every process reads all rows."""
+
+    def __init__(
+        self,
+        task: SpanCorruption,
+        tokenizer: Any,
+        collate: Callable[[Sequence[PackedRow]], Batch],
+        share: Share,
+        start: Position,
+        first_step: int,
+    ) -> None:
+        super().__init__()
+        self.task, self.tokenizer, self.collate, self.share = task, tokenizer, collate, share
+        self.start, self.first_step = start, first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        batching = self.share.batching
+        rows = self.task.rows(self.share.run.task.train_split, self.tokenizer, self.start)
+        for _ in range(self.first_step, self.share.train.steps):
+            step = [next(rows) for _ in range(batching.batch_sequences)]
+            behind = torch.tensor(step[-1][1])
+            for indices in batching.micro_batches(range(len(step)), self.share.rank):
+                yield {**self.collate([step[i][0] for i in indices]), POSITION: behind}

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Run the accuracy study of one size cell by cell, or render what there is of it.
+
+    python scripts/accuracy_study.py nano [--list | --render]
+
+Settings come from the environment, see scripts/reproduce_accuracy.sh. Results go to the folder that the first run
+chose, so that a study goes on the next day where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from datetime import date
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from pregate.measure.study.cells import PRETRAINING, SIZES, plan
+from pregate.measure.study.records import load_records
+from pregate.measure.study.runner import Runner, Study
+from pregate.measure.study.tables import render
+
+
+def results_folder(size: str, work: Path, dry: bool) -> Path:
+    """OUT, else the folder noted in `work`, else one named by today's date and noted there."""
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    if dry:
+        return work / "results"
+    note = work / "results_folder"
+    if not note.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"results/accuracy_{size}_{date.today()}\n")
+    return Path(note.read_text().strip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--list", action="store_true", help="print the cells and which are done")
+    parser.add_argument("--render", action="store_true", help="only write README.md and plots again")
+    arguments = parser.parse_args()
+    environment, size = os.environ, SIZES[arguments.size]
+    dry, only = bool(environment.get("DRY")), environment.get("ONLY")
+    work = Path(environment.get("WORK") or f"runs/accuracy_{arguments.size}{'_dry' if dry else ''}")
+    folder, cells = results_folder(arguments.size, work, dry), plan(size)
+    known = {record["cell"] for record in load_records(folder)}
+    if arguments.list:
+        for cell in cells:
+            if fnmatch(cell.name, only or "*"):
+                print(f"{'done' if cell.name in known else '    '} {cell.name}")
+        return 0
+    write = partial(render, size=arguments.size, cells=cells)
+    if arguments.render:
+        write(folder)
+        return 0
+    if only and not any(fnmatch(cell.name, only) for cell in cells):
+        print(f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them.")
+        return 2
+    if not environment.get("PREGATE_DATA") and size.pretraining:
+        print(
+            "Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.", file=sys.stderr
+        )
+        return 2
+    source = environment.get("SOURCE") or size.source
+    if source is not None:
+        cells = [cell for cell in cells if cell.name != PRETRAINING]
+    seconds = environment.get("SECONDS_LEFT")
+    study = Study(
+        arguments.size,
+        cells,
+        folder,
+        work,
+        source=source,
+        only=only,
+        seconds_left=float(seconds) if seconds else None,
+        tiny=dry,
+        keep=bool(environment.get("KEEP")),
+        render=write,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
+    try:
+        return Runner(study).run()
+    except KeyboardInterrupt:
+        print("== stopped; the same command goes on")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

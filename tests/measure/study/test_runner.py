@@ -1,0 +1,150 @@
+"""The runner with a command that takes no time: order, records, resumption, failures, limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pregate.measure.study.cells import SIZES, plan
+from pregate.measure.study.records import load_baselines, load_records
+from pregate.measure.study.runner import Runner, Study
+
+FAKE = Path(__file__).with_name("fake_cell.py")
+CELLS = [
+    cell for cell in plan(SIZES["nano"]) if cell.task in ("pretrain", "sst2") and cell.seed < 2 and not cell.variant
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a study over the fake command; `run.calls()` lists the cells it was called for since the last look."""
+    log = tmp_path / "calls"
+    monkeypatch.setenv("FAKE_LOG", str(log))
+
+    def go(**settings: Any) -> int:
+        defaults: dict[str, Any] = {
+            "size": "nano",
+            "cells": CELLS,
+            "folder": tmp_path / "out",
+            "work": tmp_path / "work",
+        }
+        defaults |= {"program": [sys.executable, str(FAKE)], "baselines": lambda overrides: {"none": {"accuracy": 1.0}}}
+        return Runner(Study(**{**defaults, **settings})).run()
+
+    def calls() -> list[str]:
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    go.calls, go.folder, go.work = calls, tmp_path / "out", tmp_path / "work"  # type: ignore[attr-defined]
+    return go
+
+
+def recorded(run: Any) -> list[str]:
+    return [record["cell"] for record in load_records(run.folder)]
+
+
+def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
+    rendered: list[int] = []
+    assert run(render=lambda folder: rendered.append(len(load_records(folder)))) == 0
+    assert run.calls() == [f"{cell.name} true" for cell in CELLS]
+    assert recorded(run) == [cell.name for cell in CELLS]
+    assert rendered == [4, 7]
+    assert sorted(path.name for path in run.work.iterdir()) == ["logs", "pretrain"], "only the source stays"
+    assert load_baselines(run.folder) == {"sst2": {"none": {"accuracy": 1}}}
+    record = load_records(run.folder)[1]
+    assert record["example_scores"] == [100, 0] and record["scores"] == {"accuracy": 50}
+    assert record["curve"] == [{"step": 2, "accuracy": 50, "loss": 1}]
+    assert record["routing"] == {"switch_rate": {"pre_gated": {"encoder": [0.1235]}}}
+    assert record["commit"] == {"commit": "c0ffee", "dirty": False} and record["environment"] == {"torch": "1"}
+    assert record["command"].startswith(
+        "python -m pregate.train +experiment=accuracy_nano_sst2 +arm=conventional seed=1 "
+    )
+    assert "resume" not in record["command"]
+    assert (run.folder / "cells.jsonl").read_text().count('"environment"') == 2, "only where it changes"
+
+
+def test_what_is_recorded_is_not_run_again(run: Any) -> None:
+    assert run(only="sst2_conventional_s1") == 0
+    assert run.calls() == ["pretrain true", "sst2_conventional_s1 true"], "and what it needs"
+    assert run() == 0
+    assert run.calls() == [f"{cell.name} true" for cell in CELLS[2:]]
+    assert run() == 0
+    assert run.calls() == []
+
+
+def test_a_checkpoint_that_is_gone_is_trained_again_but_not_recorded_twice(run: Any) -> None:
+    import shutil
+
+    run(only="sst2_conventional_s1")
+    run.calls()
+    shutil.rmtree(run.work)
+    assert run(only="sst2_shifted_s1") == 0
+    assert run.calls() == ["pretrain false", "sst2_conventional_s1 false", "sst2_shifted_s1 true"]
+    assert recorded(run) == ["pretrain", "sst2_conventional_s1", "sst2_shifted_s1"]
+
+
+def test_a_failure_is_told_and_stops_no_other(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "sst2_distilled_s1")
+    assert run() == 1
+    assert recorded(run) == [cell.name for cell in CELLS if cell.name != "sst2_distilled_s1"]
+    said = capsys.readouterr().out
+    assert "what went wrong" in said and "to be run again: sst2_distilled_s1" in said
+    assert (run.work / "sst2_conventional_s1").is_dir(), "the failed cell will need it"
+    monkeypatch.setenv("FAKE_FAIL", "")
+    run.calls()
+    assert run() == 0
+    assert run.calls() == ["sst2_distilled_s1 true"]
+
+
+def test_what_needs_a_failed_cell_is_not_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "sst2_conventional_s1")
+    assert run() == 1
+    assert run.calls() == ["pretrain true", "sst2_conventional_s1 true"]
+    assert recorded(run) == ["pretrain"]
+
+
+def test_no_cell_begins_without_time_and_the_running_one_is_stopped(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(seconds_left=5) == 1
+    assert run.calls() == []
+    monkeypatch.setattr("pregate.measure.study.runner.LEAST_SECONDS", 0.1)
+    monkeypatch.setenv("FAKE_SLOW", "pretrain")
+    began = time.monotonic()
+    assert run(seconds_left=2) == 1
+    assert time.monotonic() - began < 30
+    assert run.calls() == ["pretrain true"] and recorded(run) == []
+    assert run(only="pretrain") == 0, "it goes on"
+    assert recorded(run) == ["pretrain"]
+
+
+def test_ctrl_c_stops_the_command_and_renders(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SLOW", "sst2_conventional_s1")
+    rendered: list[Path] = []
+
+    def interrupt() -> None:
+        while not (run.work / "sst2_conventional_s1" / "half").exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(render=rendered.append)
+    assert recorded(run) == ["pretrain"] and rendered == [run.folder]
+    assert "saved" in (run.work / "logs" / "sst2_conventional_s1.log").read_text()
+
+
+def test_a_source_takes_the_place_of_pretraining_and_tiny_settings_are_passed(run: Any) -> None:
+    cells = [cell for cell in CELLS if cell.arm != "pretrain"]
+    assert run(cells=cells, source="hub/source", tiny=True, keep=True) == 0
+    commands = {record["arm"]: record["command"] for record in load_records(run.folder)}
+    assert "model.source=hub/source" in commands["distilled"] and "train.steps=2" in commands["distilled"]
+    assert "train.steps" not in commands["shifted"]
+    assert (run.work / "sst2_shifted_s1" / "summary.json").is_file()

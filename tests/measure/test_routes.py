@@ -1,0 +1,96 @@
+"""The analysis of routes against values that can be worked out by hand, and their recording against one plain pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pregate.engine.decode import OffloadEngine
+from pregate.measure.routes import (
+    BlockRoutes,
+    agreement,
+    compare_routes,
+    gate_mass,
+    load_balance,
+    record_routes,
+    switch_rate,
+)
+from pregate.tasks.base import Example
+from tests.tiny import batch, pregated_model
+
+REFERENCE_TE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.3, 0.3, 0.4], [0.0, 0.0, 1.0]])
+
+
+def test_agreement_is_the_share_of_equal_choices() -> None:
+    assert agreement(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 3, 2])) == 0.5
+
+
+def test_gate_mass_counts_a_near_miss_for_what_it_is_worth() -> None:
+    assert gate_mass(torch.tensor([0, 1, 2, 2]), REFERENCE_TE) == 1.0
+    assert gate_mass(torch.tensor([0, 2, 0, 2]), REFERENCE_TE) == pytest.approx((0.7 + 0.4 + 0.3 + 1.0) / 2.6)
+    assert gate_mass(torch.tensor([1, 0, 0, 0]), REFERENCE_TE) == pytest.approx((0.2 + 0.1 + 0.3) / 2.6)
+
+
+def test_load_balance_is_one_for_equal_loads_and_zero_for_one_expert() -> None:
+    assert load_balance(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(1.0)
+    assert load_balance(torch.tensor([0, 0, 1, 1]), 4) == pytest.approx(0.5)
+    assert load_balance(torch.tensor([2, 2, 2]), 4) == 0.0
+    assert load_balance(torch.tensor([0, 0]), 1) == 1.0
+
+
+def test_switch_rate_looks_at_neighbours_in_one_sequence_only() -> None:
+    choices, sequences = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 2])
+    assert switch_rate(choices, sequences) == pytest.approx(1 / 3)
+    assert switch_rate(torch.tensor([0, 1]), torch.tensor([0, 1])) is None
+
+
+def routes(*choices: list[int], num_experts: int = 3) -> dict[str, list[BlockRoutes]]:
+    sequences = torch.zeros(len(choices[0]), dtype=torch.long)
+
+    def block(chosen: list[int]) -> BlockRoutes:
+        ids = torch.tensor(chosen)
+        return BlockRoutes(torch.nn.functional.one_hot(ids, num_experts).float(), ids, sequences)
+
+    return {"encoder": [block(chosen) for chosen in choices]}
+
+
+def test_the_section_has_one_value_a_block() -> None:
+    section = compare_routes(routes([0, 1], [0, 0]), routes([0, 1], [0, 1]))
+    assert section["agreement"] == {"encoder": [1.0, 0.5]}
+    assert section["gate_mass"] == {"encoder": [1.0, 0.5]}
+    assert section["switch_rate"] == {"pre_gated": {"encoder": [1.0, 0.0]}, "reference": {"encoder": [1.0, 1.0]}}
+    assert section["load_balance"]["pre_gated"]["encoder"] == pytest.approx([0.6309, 0.0], abs=1e-4)
+
+
+def test_what_cannot_be_compared_is_absent() -> None:
+    alone = compare_routes(routes([0, 1]), None)
+    assert set(alone) == {"load_balance", "switch_rate"} and set(alone["switch_rate"]) == {"pre_gated"}
+    assert "agreement" not in compare_routes(routes([0, 1]), routes([0, 1], [0, 1]))
+    other_experts = compare_routes(routes([0, 1]), routes([0, 1], num_experts=4))
+    assert "agreement" in other_experts and "gate_mass" not in other_experts
+
+
+def test_recorded_routes_are_those_of_real_tokens(tmp_path: Path) -> None:
+    """Through the engine, over padded batches of any size, the routes equal one resident pass with a mask."""
+    model = pregated_model(6, 1)
+    model.save_pretrained(tmp_path)
+    inputs = batch(8, size=3)
+    examples = [Example(str(row), "x" * row, "", ("",)) for row in range(3)]
+
+    def collate(chosen: list[Example]) -> dict[str, torch.Tensor]:
+        rows = [int(example.id) for example in chosen]
+        return {name: tensor[rows] for name, tensor in inputs.items()}
+
+    with torch.inference_mode():
+        output = model(**inputs, output_router_logits=True)
+    masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
+    with OffloadEngine.open(tmp_path) as engine:
+        for size in (3, 1):
+            found = record_routes(engine, examples, collate, size)  # type: ignore[arg-type]
+            for stack, mask in masks.items():
+                for block, logits in zip(found[stack], getattr(output, f"{stack}_router_logits"), strict=True):
+                    assert torch.equal(block.choices_T, logits.argmax(-1)[mask])
+                    assert torch.allclose(block.probabilities_TE, logits.softmax(-1)[mask], atol=1e-5)
+                    assert torch.equal(block.sequences_T, mask.nonzero()[:, 0])

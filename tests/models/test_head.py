@@ -1,0 +1,72 @@
+"""The loss of a head without its logits equals the plain one, in value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pregate.models import head
+from tests.tiny import batch, pregated_model
+
+
+@pytest.mark.parametrize("rows_a_block", [1, 5, 100])
+@pytest.mark.parametrize("ignored", [0, 4, 11])
+def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_a_block: int, ignored: int) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setitem(head.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
+    labels = torch.randint(37, (11,))
+    labels[torch.randperm(11)[:ignored]] = head.IGNORED
+    found = []
+    for function in (
+        lambda s, w: F.cross_entropy(F.linear(s, w), labels, ignore_index=-100, reduction="sum"),
+        lambda s, w: head.linear_cross_entropy(s, w, labels),
+    ):
+        torch.manual_seed(1)
+        states, weight = torch.randn(11, 6, requires_grad=True), torch.randn(37, 6, requires_grad=True)
+        loss = function(states * 2, weight)
+        (loss / 3).backward()
+        found.append((loss.detach(), states.grad, weight.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
+    states, weight = torch.randn(5, 6), torch.randn(37, 6, requires_grad=True)
+    head.linear_cross_entropy(states, weight, torch.arange(5)).backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert not head.linear_cross_entropy(states, weight, torch.arange(5)).requires_grad
+
+
+def test_under_autocast_it_follows_its_dtype() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(9)
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        states, weight = torch.randn(9, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if fused:
+                loss = head.linear_cross_entropy(states, weight, labels)
+            else:
+                loss = F.cross_entropy(F.linear(states, weight).float(), labels, reduction="sum")
+        loss.backward()
+        assert (loss.dtype, states.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+        found.append((loss.detach(), states.grad, weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
+def test_the_models_loss_alone_is_that_of_its_logits() -> None:
+    model, inputs = pregated_model(0), batch(0)
+    labels = inputs.pop("labels")
+    full = model(**inputs, labels=labels)
+    alone = model(**inputs, labels=labels, loss_only=True, output_router_logits=True)
+    assert alone.logits is None
+    assert alone.encoder_router_logits is not None
+    torch.testing.assert_close(alone.loss, full.loss * (labels != -100).sum())
+    grads = []
+    for loss in (full.loss * (labels != -100).sum(), alone.loss):
+        model.zero_grad()
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[0], grads[1])
