@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.config import CalibrationConfig, Init, Run
+from pregate.config import CalibrationConfig, Init, Run, UsageError
 from pregate.conversion import ConversionReport, FittedGates, convert
 from pregate.conversion_plan import TensorPlan
 from pregate.gate_fit import GateFit, Tokens, fit_gate
@@ -32,7 +32,7 @@ from pregate.gate_states import (
     states_read,
 )
 from pregate.models.adapter import STACKS
-from pregate.models.checkpoint import read_config
+from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
@@ -135,8 +135,13 @@ def calibrate_source(run: Run, source: str, output: Path) -> tuple[ConversionRep
 
     Raises `UsageError` also where there is no tokenizer, or not one that the source could have been trained with.
     """
-    task = build_task(run)
-    tokenizer = load_tokenizer(replace(run, checkpoint=None, model=replace(run.model, source=source)))
+    task, chosen = build_task(run), run.model.tokenizer
+    held = side_files(source, run.model.revision, TOKENIZER_FILES)
+    if not held and chosen is None and run.task.generated is None:
+        # transformers would make up a tokenizer that knows no words
+        raise UsageError(f"{source} holds no tokenizer to calibrate with: set model.tokenizer=DIRECTORY_OR_HUB_ID.")
+    own = source if held and chosen is None and Path(source).is_dir() else None
+    tokenizer = load_tokenizer(replace(run, checkpoint=own, model=replace(run.model, source=source)))
     check_vocabulary(tokenizer, source, read_config(source, run.model.revision))
     return calibrate(run, source, output, task, tokenizer, pick_device(run.engine.device))
 

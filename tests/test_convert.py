@@ -4,16 +4,28 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pregate import conversion
-from pregate.config import Entry, Init, PreGateConfig, Run, UsageError
+from pregate.cli import compose_run
+from pregate.config import (
+    CalibrationConfig,
+    Entry,
+    Init,
+    ModelConfig,
+    PreGateConfig,
+    Run,
+    TaskConfig,
+    UsageError,
+)
 from pregate.conversion import convert
 from pregate.convert import work
 from tests.make_switch_base import SWITCH_BASE_8, TINY, make, shapes, sparse_steps
+from tests.tiny import upstream_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,3 +206,35 @@ def test_summary_counts_what_moved(tiny, tmp_path, capsys):
     assert "encoder: 4 MoE blocks, gates stay in place" in text
     assert "decoder: 4 MoE blocks, 1 gates moved 3 ahead, 3 entry gates read the input embeddings" in text
     assert "at random" in text and "no tokenizer" in text and text.count("\n") == 7, text
+
+
+def test_gates_are_calibrated_on_a_task(tmp_path, capsys):
+    upstream_model(0, vocab_size=512).save_pretrained(tmp_path / "source")
+    task = compose_run(["task=generated", "task.generated.train=30"]).task
+    fit = CalibrationConfig(examples=20, steps=3, batch_size=8)
+    pregate = PreGateConfig(init=Init.calibrated)
+    run = Run(str(tmp_path), source=str(tmp_path / "source"), pregate=pregate, task=task, calibration=fit)
+    work(replace(run, output=str(tmp_path / "out")))
+    text = capsys.readouterr().out
+    assert "calibrated on 20 examples" in text and "moved gates start as fitted" in text
+    assert "decoder block 0: " in text and " -> " in text
+    manifest = json.loads((tmp_path / "out" / "pregate_manifest.json").read_text())
+    assert manifest["calibration"]["task"] == "generated" and manifest["init"] == "calibrated"
+
+    work(replace(run, output=str(tmp_path / "still"), pregate=PreGateConfig(0, init=Init.calibrated)))
+    assert "routing agreement" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"task": TaskConfig(name="mine")}, "task"),
+        ({"task": TaskConfig(hub="some/where")}, "holds no tokenizer to calibrate with: set model.tokenizer="),
+        ({"model": ModelConfig(tokenizer="no/such/place"), "task": TaskConfig(hub="some/where")}, "is not a directory"),
+    ],
+)
+def test_calibration_says_what_it_lacks(settings, said, tiny, tmp_path):
+    run = Run(source=str(tiny), output=str(tmp_path / "out"), pregate=PreGateConfig(init=Init.calibrated), **settings)
+    with pytest.raises(UsageError, match=said):
+        work(run)
+    assert list(tmp_path.iterdir()) == []
