@@ -237,16 +237,16 @@ class TrainConfig:
 class CalibrationConfig:
     """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.calibration`).
 
-    `examples` of the training split, of which the share `held_out` chooses between fits; `batch_size` of them at a
-    time pass through the models. `max_tokens`: most tokens of a stack that a gate is fitted and judged on. `steps`:
-    most iterations that refine a fit at each temperature; 0 leaves the closed form.
+    Examples of the training split are drawn until there are `examples` of them or `tokens` in their sources and targets
+    together, and pass through the models `batch_size` at a time. The share `held_out` of them chooses between fits.
+    `steps`: most iterations that refine a fit at each temperature; 0 leaves the closed form.
     """
 
-    examples: int = 640
+    examples: int = 1024
+    tokens: int = 24576
     held_out: float = 0.2
-    batch_size: int = 64
-    max_tokens: int = 16384
-    steps: int = 40
+    batch_size: int = 32
+    steps: int = 20
 
 
 @dataclass

@@ -32,7 +32,7 @@ def check_run(run: Run) -> None:
         "pregate.init=calibrated fits the gates of a trained model, which pre-training has none of: leave it out.",
     )
     need(fit.examples >= 2, f"calibration.examples={fit.examples} must be at least 2, one to fit on, one to judge by.")
-    need(fit.max_tokens >= 2, f"calibration.max_tokens={fit.max_tokens} must be at least 2.")
+    need(fit.tokens > 0, f"calibration.tokens={fit.tokens} must be at least 1.")
     need(fit.batch_size > 0, f"calibration.batch_size={fit.batch_size} must be at least 1.")
     need(fit.steps >= 0, f"calibration.steps={fit.steps} must be at least 0, which is the closed form alone.")
     need(0 < fit.held_out < 1, f"calibration.held_out={fit.held_out} must lie between 0 and 1, such as 0.2.")

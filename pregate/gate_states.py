@@ -45,26 +45,19 @@ class Batches:
 
     @classmethod
     def of(cls, examples: Sequence[Example], collate: Collator, settings: CalibrationConfig, seed: int) -> Batches:
-        """A seeded draw of `settings.examples`; of each stack at most `settings.max_tokens` tokens count.
-
-        Raises `UsageError` for fewer than two examples.
-        """
-        drawn = random.Random(seed).sample(list(examples), min(settings.examples, len(examples)))
+        """Of a seeded draw of `examples`, see `CalibrationConfig`. Raises `UsageError` for fewer than two."""
+        drawn = _drawn(examples, collate, settings, seed)
         if len(drawn) < 2:
             raise UsageError(f"Calibration needs at least 2 training examples, but there is {len(drawn)}: add more.")
         cut = min(max(1, round(len(drawn) * settings.held_out)), len(drawn) - 1)
-        most = min(max(1, round(settings.max_tokens * cut / len(drawn))), settings.max_tokens - 1)
-        generator = torch.Generator().manual_seed(seed)
         parts = []
-        for part, limit in ((drawn[cut:], settings.max_tokens - most), (drawn[:cut], most)):
+        for part in (drawn[cut:], drawn[:cut]):
             part.sort(key=lambda example: len(example.source))
             batches = []
             for start in range(0, len(part), settings.batch_size):
                 inputs = collate(part[start : start + settings.batch_size])
                 counted = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != IGNORED_LABEL}
                 batches.append(Batch(inputs, counted))
-            for stack in STACKS:
-                _thin([batch.counted[stack] for batch in batches], limit, generator)
             parts.append(batches)
         return cls(*parts, num_examples=len(drawn))
 
@@ -79,17 +72,21 @@ class Batches:
         return fit, held
 
 
-def _thin(masks: list[Tensor], limit: int, generator: torch.Generator) -> None:
-    """Leave `limit` of all true entries, drawn evenly, in place."""
-    total = sum(int(mask.sum()) for mask in masks)
-    if total <= limit:
-        return
-    keep = torch.zeros(total, dtype=torch.bool)
-    keep[torch.randperm(total, generator=generator)[:limit]] = True
-    for mask in masks:
-        count = int(mask.sum())
-        mask[mask.clone()] = keep[:count]
-        keep = keep[count:]
+def _drawn(examples: Sequence[Example], collate: Collator, settings: CalibrationConfig, seed: int) -> list[Example]:
+    """The first of a seeded order that fit into the token budget, and two whatever their length."""
+    order = random.Random(seed).sample(list(examples), min(settings.examples, len(examples)))
+    kept: list[Example] = []
+    left = settings.tokens
+    for start in range(0, len(order), settings.batch_size):
+        part = order[start : start + settings.batch_size]
+        inputs = collate(part)
+        lengths_B = inputs["attention_mask"].sum(1) + (inputs["labels"] != IGNORED_LABEL).sum(1)
+        for example, length in zip(part, lengths_B.tolist(), strict=True):
+            left -= length
+            if left < 0 and len(kept) >= 2:
+                return kept
+            kept.append(example)
+    return kept
 
 
 @dataclass(frozen=True)

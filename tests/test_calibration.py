@@ -139,16 +139,21 @@ def test_padding_does_not_count(source: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, tensors(tmp_path / "many")[name], atol=1e-3, rtol=1e-3)
 
 
-def test_tokens_are_capped_and_examples_kept_apart() -> None:
-    whole, capped = batches_of(settings()), batches_of(settings(max_tokens=50))
-    assert capped.num_tokens("encoder") == (40, 10) and sum(whole.num_tokens("encoder")) > 150
-    assert sum(len(batch.inputs["labels"]) for batch in whole.fit) == 32
-    assert sum(len(batch.inputs["labels"]) for batch in whole.held_out) == 8
-    for batch in (*capped.fit, *capped.held_out):
-        assert not (batch.counted["encoder"] & ~batch.inputs["attention_mask"].bool()).any()
-        assert not (batch.counted["decoder"] & (batch.inputs["labels"] == -100)).any()
-    for kept in (5, 2):
-        assert min(min(batches_of(settings(max_tokens=kept)).num_tokens(stack)) for stack in BOTH) == 1
+def test_examples_are_drawn_up_to_both_limits_and_kept_apart() -> None:
+    def sizes(**changes: Any) -> tuple[int, int]:
+        found = batches_of(settings(**changes))
+        fit, held = ([row for b in part for row in b.inputs["labels"]] for part in (found.fit, found.held_out))
+        assert found.num_examples == len(fit) + len(held)
+        return len(fit), len(held)
+
+    assert sizes() == (32, 8)
+    assert sizes(examples=10) == (8, 2)
+    assert sizes(tokens=1) == (1, 1)
+    for budget in (60, 150):
+        found = batches_of(settings(tokens=budget))
+        used = sum(sum(found.num_tokens(stack)) for stack in BOTH)
+        assert budget - 14 < used <= budget, (budget, used)
+    assert sizes(tokens=150) == sizes(tokens=150, batch_size=1)
 
 
 def test_what_the_directory_says(source: Path, tmp_path: Path) -> None:
@@ -158,7 +163,7 @@ def test_what_the_directory_says(source: Path, tmp_path: Path) -> None:
     config, manifest = read_config(str(tmp_path / "out")), json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert config["pregate"]["init"] == manifest["init"] == "calibrated"
     told = manifest["calibration"]
-    assert told["settings"] == {"examples": 640, "held_out": 0.2, "batch_size": 6, "max_tokens": 16384, "steps": 5}
+    assert told["settings"] == {"examples": 1024, "tokens": 24576, "held_out": 0.2, "batch_size": 6, "steps": 5}
     assert (told["num_examples"], told["task"], manifest["seed"]) == (40, "squad", 3)
     assert told["agreement"] == {"before": found.before, "after": found.after}
     assert told["seconds"] > 0 and told["num_tokens"]["encoder"]["held_out"] > 8

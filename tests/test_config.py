@@ -106,7 +106,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("engine.policies=[]", "engine.policies is empty"),
         ("task=classification", "needs task.labels"),
         ("calibration.examples=1", "at least 2"),
-        ("calibration.max_tokens=1", "at least 2"),
+        ("calibration.tokens=0", "at least 1"),
         ("calibration.held_out=1", "between 0 and 1"),
         ("calibration.steps=-1", "the closed form alone"),
         ("calibration.batch_size=0", "at least 1"),
