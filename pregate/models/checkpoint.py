@@ -55,14 +55,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """An opened checkpoint: its config, its weight files, and what tensors they hold.
-
-    `entry` is the file by which the weights are found: their only file, or the index of several.
-    """
+    """An opened checkpoint: its config, its weight files, and what tensors they hold."""
 
     directory: Path
     config: dict[str, Any]
-    entry: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
 
@@ -146,7 +142,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoin
             f"{directory / promised[lost[0]]} lacks {lost[0]} (and {len(lost) - 1} more), which {found.name} promises: "
             "fetch that shard and its index again."
         )
-    return SourceCheckpoint(directory, config, found, files, tensors)
+    return SourceCheckpoint(directory, config, files, tensors)
 
 
 def _locate_weights(source: str, revision: str | None) -> tuple[Path, Path]:

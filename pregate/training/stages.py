@@ -21,7 +21,7 @@ from pregate.config import Init, Run, TaskKind, UsageError, save_run
 from pregate.conversion import MANIFEST, convert
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import CONFIG, SIDE_FILES, open_checkpoint, read_config, side_files
+from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, open_checkpoint, read_config, side_files
 from pregate.models.switch import (
     PreGatedSwitchTransformersForConditionalGeneration,
     load_resident,
@@ -215,7 +215,13 @@ def train_converted(
 
 
 def _fine_tune_converted(
-    run: Run, run_dir: Path, converted: str, revision: str | None, task: Task, tokenizer: Any, tracker: Tracker
+    run: Run,
+    run_dir: Path,
+    converted: str,
+    revision: str | None,
+    task: Task | SpanCorruption,
+    tokenizer: Any,
+    tracker: Tracker,
 ) -> TrainSummary:
     set_seed(run.seed)
     state = PartialState()
@@ -254,8 +260,10 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
     if state.is_main_process:
         opened = open_checkpoint(converted, revision)
         beside = side_files(converted, revision, (CONFIG, *SIDE_FILES, MANIFEST))
+        # their only file, or the index by which several are found
+        weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())
         with replaced(directory) as fresh:
-            for path in {*opened.files, opened.entry, *beside}:
+            for path in {*opened.files, weights, *beside}:
                 shutil.copy2(path, fresh / path.name)
             tokenizer.save_pretrained(fresh)
     state.wait_for_everyone()

@@ -26,7 +26,7 @@ from tests.tiny import batch as random_batch
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, Recorder, train_tiny
 
-LESSONS = {"distill_logits": 0.7, "distill_routing": 0.4, "distill_temperature": 2.0}
+LESSONS: dict[str, Any] = {"distill_logits": 0.7, "distill_routing": 0.4, "distill_temperature": 2.0}
 
 
 def outputs_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -229,7 +229,7 @@ def test_a_teacher_may_be_wider_than_its_student_but_not_of_another_family(tmp_p
 
 
 def test_a_student_comes_closer_to_its_teacher_and_its_lessons_are_logged(tmp_path: Path, teacher: str) -> None:
-    settings = {"teacher": teacher, "distill_logits": 5.0, "distill_routing": 5.0, "learning_rate": 1e-2}
+    settings: dict[str, Any] = {"teacher": teacher, "distill_logits": 5.0, "distill_routing": 5.0}
     before = {name: p.clone() for name, p in upstream_model(seed=7, **SHALLOW).named_parameters()}
     _, tracker, summary = train_tiny(tmp_path / "run", steps=25, batch_sequences=16, micro_batch_tokens=80, **settings)
     for term in ("kl", "routing"):

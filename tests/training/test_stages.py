@@ -90,15 +90,15 @@ def test_a_trained_run_is_not_replaced_by_one_without_steps(tmp_path: Path) -> N
 def test_a_teacher_is_compared_with_the_model_to_train(tmp_path: Path, which: str) -> None:
     upstream_model(0, vocab_size=64).save_pretrained(tmp_path / "teacher")
     upstream_model(0, vocab_size=128).save_pretrained(tmp_path / "source")
-    taught = TrainConfig(teacher=str(tmp_path / "teacher"), distill_logits=1.0)
+    taught: Any = {which: TrainConfig(teacher=str(tmp_path / "teacher"), distill_logits=1.0)}
     shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
     source, scratch = ModelConfig(source=str(tmp_path / "source")), ModelConfig(geometry=shape)
     tokenizer = word_tokenizer()
     assert len(tokenizer) < 64
-    check_teachers(Run(model=scratch, **{which: taught}), tokenizer)
+    check_teachers(Run(model=scratch, **taught), tokenizer)
     check_teachers(Run(model=source), tokenizer)
     with pytest.raises(UsageError, match="has 64 ids in the vocabulary but the model to train has 128"):
-        check_teachers(Run(model=source, **{which: taught}), tokenizer)
+        check_teachers(Run(model=source, **taught), tokenizer)
 
 
 def calibrated_run(**calibration: Any) -> Run:
