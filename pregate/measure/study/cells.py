@@ -5,7 +5,7 @@ Knows names of tasks, arms and settings; knows nothing about how a cell is run o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PRETRAINING = "pretrain"
 CONVENTIONAL = "conventional"
@@ -55,6 +55,11 @@ class Cell:
     def trained(self) -> bool:
         return self.arm not in UNTRAINED
 
+    @property
+    def from_source(self) -> bool:
+        """Whether it starts from the pre-trained model, and not from arm (a)'s."""
+        return self.arm in (CONVENTIONAL, "pre_gated", "distilled")
+
 
 def plan(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, ablations."""
@@ -81,18 +86,17 @@ ABLATIONS: dict[str, dict[str, object]] = {
 
 
 def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
-    reads_source = arm in (CONVENTIONAL, "pre_gated", "distilled")
-    needs = [PRETRAINING] if reads_source and size.pretraining else []
-    needs += [] if arm == CONVENTIONAL else [cell_name(task, CONVENTIONAL, seed)]
-    return Cell(
+    cell = Cell(
         cell_name(task, arm, seed),
         arm,
         task,
         seed,
         lookahead=0 if arm == CONVENTIONAL else 1,
         init="calibrated" if arm in CALIBRATED else "source",
-        needs=tuple(needs),
     )
+    needs = [PRETRAINING] if cell.from_source and size.pretraining else []
+    needs += [] if arm == CONVENTIONAL else [cell_name(task, CONVENTIONAL, seed)]
+    return replace(cell, needs=tuple(needs))
 
 
 def _variant(size: Size, task: str, seed: int, variant: str, **change: object) -> Cell:
@@ -123,7 +127,7 @@ def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, r
     if cell.arm == PRETRAINING:
         return [f"+experiment={SIZES[size_name].pretraining}", f"run_dir={run_dir}"]
     given = [f"+experiment=accuracy_{size_name}_{cell.task}", f"+arm={cell.arm}", f"seed={cell.seed}", *cell.overrides]
-    if source is not None and (cell.arm == CONVENTIONAL or PRETRAINING in cell.needs):
+    if source is not None and cell.from_source:
         given.append(f"model.source={source}")
     if reference is not None and cell.arm != CONVENTIONAL:
         given.append(f"reference={reference}")
