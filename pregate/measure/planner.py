@@ -59,6 +59,7 @@ class Profile:
             before_block=tuple(factor * part for part in self.durations.before_block),
             expert=factor * self.durations.expert,
             after_blocks=factor * self.durations.after_blocks,
+            resume=factor * self.durations.resume,
             slab=slab,
         )
 
@@ -105,7 +106,7 @@ def profile(
         if device.type == "cpu":
             # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory. The
             # machine changes meanwhile: each turn is compared with what stood before and after it
-            computing, moving = [], []
+            computing, moving, resuming = [], [], []
             for _ in range(TURNS):
                 beside_ms, gb_per_s = _beside_a_busy_link(engine, requests, keys, ground)
                 links.append(ground.gb_per_s(keys))
@@ -113,8 +114,12 @@ def profile(
                 steps += [step()] if step is not None else []
                 computing.append(2 * beside_ms / (_step_ms(alone[-2]) + _step_ms(alone[-1])))
                 moving.append((links[-2] + links[-1]) / 2 / gb_per_s)
+                waiting = _with_waits(engine, requests, store.layout.slab_bytes / links[-1] / 1e9)
+                alone.append(_timed(engine, requests, 2))
+                resuming.append(waiting.resume_ms((_step_ms(alone[-2]) + _step_ms(alone[-1])) / 2))
             slowdowns["compute_slowdown"] = max(1.0, statistics.median(computing))
             slowdowns["link_slowdown"] = max(1.0, statistics.median(moving))
+            slowdowns["resume"] = max(0.0, statistics.median(resuming))
     link, slab_bytes = statistics.median(links), store.layout.slab_bytes
     parts = durations(min(alone, key=_step_ms), slab_bytes / link / 1e6)
     # its parts are medians over steps, which leave out what a step now and then takes longer
@@ -136,6 +141,38 @@ def _beside_a_busy_link(
         timed = _timed(engine, requests, 2)
         num_bytes = max(1, stream.num_arrived) * ground.store.layout.slab_bytes
         return _step_ms(timed), num_bytes / (time.perf_counter() - begun) / 1e9
+
+
+@dataclass(frozen=True)
+class _Waits:
+    """Steps that wait: a step's milliseconds, those spent waiting, and how many waits it has."""
+
+    step_ms: float
+    waited_ms: float
+    waits: int
+
+    def resume_ms(self, alone_ms: float) -> float:
+        """What a wait costs beyond its length, against a step of `alone_ms` without waits."""
+        return (self.step_ms - self.waited_ms - alone_ms) / self.waits
+
+
+def _with_waits(engine: OffloadEngine, requests: Requests, seconds: float) -> _Waits:
+    """Steps in which nothing moves, but the computing thread sleeps for `seconds` before the experts of every block."""
+    slept: list[float] = []
+
+    def wait(*_: Any) -> None:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        slept.append(time.perf_counter() - began)
+
+    decoder = [block for block in engine.model.moe_blocks() if block.stack == "decoder"]
+    hooks = [block.module.experts.register_forward_pre_hook(wait) for block in decoder]
+    try:
+        timed = _timed(engine, requests, 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Waits(_step_ms(timed), 1e3 * statistics.mean(slept) * len(decoder), len(decoder))
 
 
 @contextmanager

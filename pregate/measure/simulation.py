@@ -31,7 +31,8 @@ class Durations:
     before_block: the computation from the previous block's experts (or the step's begin) to those of each block.
     expert: one expert applied to its tokens. after_blocks: from the last block's experts to the next step.
     slab: one slab on the link while nothing computes. compute_slowdown and link_slowdown: how much longer either
-    takes while the other is busy, 1 for not at all.
+    takes while the other is busy, 1 for not at all. resume: what computing takes longer after a wait, because cores
+    that slept come back slowly.
     """
 
     before_block: tuple[float, ...]
@@ -40,6 +41,7 @@ class Durations:
     slab: float
     compute_slowdown: float = 1.0
     link_slowdown: float = 1.0
+    resume: float = 0.0
 
     @property
     def compute_ms(self) -> float:
@@ -237,7 +239,9 @@ class _Step:
         for key in self._scheduler.in_order_of_arrival(keys):
             before = self._clock.now
             self._scheduler.acquire(key)
-            self.waited += self._clock.now - before
+            if self._clock.now > before:
+                self.waited += self._clock.now - before
+                self._clock.compute(self._durations.resume)
             self._clock.compute(self._durations.expert)
             self._scheduler.release(key)
         self._scheduler.finish_block(stack, block)

@@ -90,6 +90,16 @@ def test_computing_beside_a_transfer_is_slower_and_so_is_the_transfer() -> None:
     assert clock.now == pytest.approx(10 + 2 + 3)
 
 
+def test_after_a_wait_computing_takes_longer_and_that_is_no_waiting() -> None:
+    """On demand every one of three slabs is waited for; a step that waits for nothing resumes nothing."""
+    plain = served(Policy.on_demand, times(), PreGating(1))
+    slow = served(Policy.on_demand, times(resume=0.5), PreGating(1))
+    assert slow.tpot_ms == pytest.approx(plain.tpot_ms + 3 * 0.5)
+    assert slow.exposed_ms_per_token == pytest.approx(plain.exposed_ms_per_token)
+    kept = served(Policy.on_demand, times(resume=0.5), PreGating(1), slots=30, cache=CacheRule.lru, load=Load(1, 5))
+    assert kept.tpot_ms == pytest.approx(12 + 3 * 5 * 1 + 5)
+
+
 def test_slabs_travel_in_the_order_they_were_asked_for() -> None:
     clock = Clock(times())
     mover = VirtualMover(clock, 3.0, SLAB, Counters())
