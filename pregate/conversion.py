@@ -44,6 +44,7 @@ MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
 SOURCE_TYPE = "switch_transformers"
+STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
 TARGET_TYPE = package.PreGatedSwitchTransformersConfig.model_type
 
 
@@ -61,6 +62,29 @@ class ConversionReport:
     output_bytes: int
     has_tokenizer: bool
     seconds: float
+
+    def told(self, source: str) -> str:
+        """What moved, sizes, time, where, and the next command; one line each."""
+        gating = self.gating
+        lines = [f"{source} -> {self.output}"]
+        for stack, blocks in self.num_blocks.items():
+            ahead = gating.lookahead_of(stack)
+            moved = sum(move.stack == stack and move.norm is None for move in self.moves)
+            entries = "read the input embeddings" if gating.entry == "embedding" else "stay where they are"
+            what = (
+                f"{moved} gates moved {ahead} ahead, {ahead} entry gates {entries}" if ahead else "gates stay in place"
+            )
+            lines.append(f"  {stack}: {blocks} MoE blocks, {what}")
+        if gating.lookahead:
+            lines.append("  moved gates start " + STARTS[Init(gating.init)])
+        lines.append(
+            f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
+            f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"
+        )
+        if not self.has_tokenizer:
+            lines.append("  no tokenizer in the source: add model.tokenizer=DIRECTORY_OR_HUB_ID to include one")
+        lines.append(f"next: python -m pregate.eval checkpoint={self.output} reference={source}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
