@@ -23,18 +23,17 @@ from pregate.measure.study.records import load_records
 from pregate.measure.study.runner import Runner, Study
 from pregate.measure.study.tables import render
 
+NOTE = "results_folder"
+
 
 def results_folder(size: str, work: Path, dry: bool) -> Path:
-    """OUT, else the folder noted in `work`, else one named by today's date and noted there."""
+    """OUT, else the folder noted in `work`, else one named by today's date."""
     if os.environ.get("OUT"):
         return Path(os.environ["OUT"])
     if dry:
         return work / "results"
-    note = work / "results_folder"
-    if not note.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"results/accuracy_{size}_{date.today()}\n")
-    return Path(note.read_text().strip())
+    note = work / NOTE
+    return Path(note.read_text().strip() if note.is_file() else f"results/accuracy_{size}_{date.today()}")
 
 
 def main() -> int:
@@ -58,7 +57,10 @@ def main() -> int:
         write(folder)
         return 0
     if only and not any(fnmatch(cell.name, only) for cell in cells):
-        print(f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them.")
+        print(
+            f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them.",
+            file=sys.stderr,
+        )
         return 2
     if not environment.get("PREGATE_DATA") and size.pretraining:
         print(
@@ -83,6 +85,8 @@ def main() -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / NOTE).write_text(f"{folder}\n")
     print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
     try:
         return Runner(study).run()

@@ -143,6 +143,7 @@ TINY = (
 def tiny_overrides(cell: Cell) -> list[str]:
     """Settings that make any cell a matter of seconds and its figures meaningless."""
     steps = ["train.steps=2", "train.warmup_steps=0"] if cell.trained else []
+    steps += ["calibration.examples=8", "calibration.steps=2"] if cell.init == "calibrated" else []
     if cell.arm == PRETRAINING:
         return [*steps, *TINY[:4], "train.micro_batch_tokens=2048"]
     return [*steps, *TINY]
