@@ -36,6 +36,7 @@ class TaskKind(StrEnum):
 
 class Optimizer(StrEnum):
     adamw = "adamw"
+    adamw_scaled = "adamw_scaled"
     adafactor = "adafactor"
 
 

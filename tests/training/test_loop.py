@@ -33,7 +33,7 @@ def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], fl
     return {k: v for k, v in recorder.at.items() if "tokens_per_s" not in k[0] and k[1] >= from_step}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_scaled", "adafactor"])
 def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) -> None:
     settings = {"optimizer": optimizer, "dropout": 0.1, "schedule": "cosine", "warmup_steps": 1, "eval_every": 2}
     straight, logged, summary = train_tiny(tmp_path / "straight", steps=4, **settings)

@@ -47,6 +47,19 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert any(n.endswith("relative_attention_bias.weight") for n in plain)
 
 
+def test_scaled_steps_are_relative_to_the_size_of_a_parameter() -> None:
+    """Adam's first step is the learning rate whatever the gradient; zeros move as if they were a thousandth."""
+    model = torch.nn.ParameterList([torch.full((4, 2), 3.0), torch.full((3,), 0.5), torch.zeros(5)])
+    train = TrainConfig(optimizer=Optimizer.adamw_scaled, learning_rate=0.01)
+    optimizer = build_optimizer(model, train)
+    before = [p.detach().clone() for p in model]
+    (7.0 * model[0].sum() + 0.1 * model[1].sum() + model[2].sum()).backward()
+    optimizer.step()
+    for parameter, old, size in zip(model, before, (3.0, 0.5, 1e-3), strict=True):
+        torch.testing.assert_close(old - parameter.detach(), torch.full_like(old, 0.01 * size), rtol=1e-4, atol=0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
 @pytest.mark.parametrize("kind", list(Optimizer))
 def test_an_optimizer_lowers_a_quadratic(kind: Optimizer) -> None:
     model = torch.nn.Linear(3, 2)
