@@ -28,7 +28,7 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(("sst2", "dialogsum"), pretraining="pretrain_nano"),
+    "nano": Size(("sst2", "web_questions"), pretraining="pretrain_nano"),
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
 }

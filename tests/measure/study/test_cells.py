@@ -15,9 +15,9 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
     assert names[0] == PRETRAINING
     assert names[1:7] == [f"sst2_{arm}_s1" for arm in ARMS]
     main = {(c.task, c.arm, c.seed) for c in cells if not c.variant and c.arm != PRETRAINING}
-    assert main == {(task, arm, seed) for task in ("sst2", "dialogsum") for arm in ARMS for seed in (1, 2, 3)}
+    assert main == {(task, arm, seed) for task in ("sst2", "web_questions") for arm in ARMS for seed in (1, 2, 3)}
     ahead = {(c.task, c.lookahead, c.seed) for c in cells if c.arm == "pre_gated" and c.variant in ("", "n2", "n3")}
-    assert ahead == {(task, n, seed) for task in ("sst2", "dialogsum") for n in (1, 2, 3) for seed in (1, 2, 3)}
+    assert ahead == {(task, n, seed) for task in ("sst2", "web_questions") for n in (1, 2, 3) for seed in (1, 2, 3)}
     assert (
         names.index("sst2_gates_only_s3")
         < names.index("sst2_pre_gated_n2_s1")
