@@ -67,7 +67,7 @@ def test_verdicts_say_what_the_interval_says() -> None:
 
 
 def test_tasks_are_those_with_scores() -> None:
-    assert tasks_of(synthetic_records()) == ["sst2", "dialogsum"]
+    assert tasks_of(synthetic_records()) == ["sst2", "web_questions"]
 
 
 def test_figures_of_blocks_are_means_over_records() -> None:
