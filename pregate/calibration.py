@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import CalibrationConfig, Init, Run, UsageError
-from pregate.conversion import ConversionReport, FittedGates, convert
+from pregate.conversion import ConversionReport, FittedGates, convert_for
 from pregate.conversion_plan import TensorPlan
 from pregate.gate_fit import GateFit, Tokens, fit_gate
 from pregate.gate_states import (
@@ -118,15 +118,7 @@ def calibrate(
         done.append(Calibration(**found, num_examples=batches.num_examples, seconds=time.perf_counter() - began))
         return FittedGates(tensors, done[-1].account(run.calibration, run.task.name))
 
-    report = convert(
-        source,
-        output,
-        run.pregate,
-        revision=run.model.revision,
-        tokenizer=run.model.tokenizer,
-        seed=run.seed,
-        fit=fit,
-    )
+    report = convert_for(run, source, output, fit)
     return report, done[-1]
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pregate as package
-from pregate.config import Init, PreGateConfig, UsageError
+from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion_plan import GateMove, TensorPlan, plan_shards, plan_tensors
 from pregate.models.adapter import STACKS, PreGating
 from pregate.models.checkpoint import (
@@ -178,6 +178,19 @@ def convert(
         output_bytes=output_bytes,
         has_tokenizer=any(file.name in TOKENIZER_FILES for file in sides),
         seconds=time.perf_counter() - began,
+    )
+
+
+def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = None) -> ConversionReport:
+    """`convert` with the settings of `run`."""
+    return convert(
+        source,
+        output,
+        run.pregate,
+        revision=run.model.revision,
+        tokenizer=run.model.tokenizer,
+        seed=run.seed,
+        fit=fit,
     )
 
 

@@ -20,16 +20,9 @@ def work(run: Run) -> None:
         report, calibration = calibrate_source(run, run.source, Path(run.output))
         print(calibration.table())
     else:
-        from pregate.conversion import convert
+        from pregate.conversion import convert_for
 
-        report = convert(
-            run.source,
-            Path(run.output),
-            run.pregate,
-            revision=run.model.revision,
-            tokenizer=run.model.tokenizer,
-            seed=run.seed,
-        )
+        report = convert_for(run, run.source, Path(run.output))
     print(report.told(run.source))
 
 

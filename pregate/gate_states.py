@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import CalibrationConfig, UsageError
-from pregate.models.adapter import STACKS, moe_blocks
+from pregate.models.adapter import STACKS, block_logits, moe_blocks, real_tokens
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
 from pregate.models.switch_layers import EmbeddingGate, SwitchGate
 from pregate.tasks.base import Example
-from pregate.tasks.text import IGNORED_LABEL, Collator
+from pregate.tasks.text import Collator
 
 Agreement = dict[str, list[float]]
 """stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""
@@ -56,8 +56,7 @@ class Batches:
             batches = []
             for start in range(0, len(part), settings.batch_size):
                 inputs = collate(part[start : start + settings.batch_size])
-                counted = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != IGNORED_LABEL}
-                batches.append(Batch(inputs, counted))
+                batches.append(Batch(inputs, real_tokens(inputs)))
             parts.append(batches)
         return cls(*parts, num_examples=len(drawn))
 
@@ -79,8 +78,7 @@ def _drawn(examples: Sequence[Example], collate: Collator, settings: Calibration
     left = settings.tokens
     for start in range(0, len(order), settings.batch_size):
         part = order[start : start + settings.batch_size]
-        inputs = collate(part)
-        lengths_B = inputs["attention_mask"].sum(1) + (inputs["labels"] != IGNORED_LABEL).sum(1)
+        lengths_B = torch.stack([mask.sum(1) for mask in real_tokens(collate(part)).values()]).sum(0)
         for example, length in zip(part, lengths_B.tolist(), strict=True):
             left -= length
             if left < 0 and len(kept) >= 2:
@@ -124,8 +122,7 @@ def router_logits(model: Model, batches: Sequence[Batch]) -> dict[str, list[Tens
     found: dict[str, list[list[Tensor]]] = {}
     for batch in batches:
         output = model(**batch.inputs, output_router_logits=True, use_cache=False)
-        for stack in STACKS:
-            blocks = getattr(output, f"{stack}_router_logits") or ()
+        for stack, blocks in block_logits(output).items():
             rows = found.setdefault(stack, [[] for _ in blocks])
             for row, logits_BTE in zip(rows, blocks, strict=True):
                 row.append(logits_BTE[batch.counted[stack]].float())

@@ -16,6 +16,7 @@ from torch import Tensor
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
 from pregate.measure.accuracy import length_sorted_batches
+from pregate.models.adapter import block_logits, real_tokens
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 
@@ -47,9 +48,9 @@ def record_routes(
     for batch in length_sorted_batches(examples, batch_size):
         inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
         output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
-        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
-        for stack, mask_BT in masks.items():
-            blocks = getattr(output, f"{stack}_router_logits") or ()
+        masks = real_tokens(inputs)
+        for stack, blocks in block_logits(output).items():
+            mask_BT = masks[stack]
             sequences_T = (done + mask_BT.nonzero()[:, 0]).cpu()
             rows = parts.setdefault(stack, [[] for _ in blocks])
             for row, logits_BTE in zip(rows, blocks, strict=True):

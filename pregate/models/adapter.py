@@ -6,13 +6,14 @@ what is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pregate.config import PreGateConfig
+from pregate.models.head import IGNORED
 from pregate.models.moe import Factor
 from pregate.models.routing import Routing
 
@@ -137,6 +138,16 @@ class ExpertFamily:
 def moe_blocks(model: Any) -> Iterator[MoEBlock]:
     """All MoE blocks of a model, stack by stack, in the order of execution."""
     yield from model.moe_blocks()
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which positions of a collated batch are no padding: stack -> mask (B, S) or (B, T)."""
+    return {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"] != IGNORED}
+
+
+def block_logits(outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+    """The router logits in a model's outputs: stack -> one (B, S or T, E) a MoE block."""
+    return {stack: getattr(outputs, f"{stack}_router_logits") or () for stack in STACKS}
 
 
 def gates(model: Any) -> Iterator[Any]:

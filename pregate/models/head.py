@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
+"""Label of a position that carries no target token."""
 BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are in memory together. On a CPU 16 MB, which stay in its cache."""
 

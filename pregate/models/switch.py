@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
-from pregate.models.head import linear_cross_entropy
+from pregate.models.head import IGNORED, linear_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
@@ -304,7 +304,7 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         if output_router_logits and labels is not None and not loss_only:
             losses = {
                 **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
-                **self._router_losses("decoder", decoded.router_logits, labels != -100),
+                **self._router_losses("decoder", decoded.router_logits, labels != IGNORED),
             }
         logits = loss = None
         if loss_only:
@@ -331,7 +331,7 @@ class PreGatedSwitchTransformersForConditionalGeneration(
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, router_losses: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy over target tokens plus the weighted router losses."""
         labels_BT = labels_BT.to(logits_BTV.device)
-        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
         for name, value in router_losses.items():
             loss = loss + value * (self.router_z_loss_coef if name.endswith("z_loss") else self.router_aux_loss_coef)
         return loss

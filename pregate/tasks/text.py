@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from pregate.config import Run, UsageError
+from pregate.models.head import IGNORED
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Example
 
-IGNORED_LABEL = -100
 KEPT_TOKENS = 1 << 25
 """Token ids that one `Collator` keeps: 128 MiB of them."""
 
@@ -149,7 +149,7 @@ class Collator:
         return {
             "input_ids": _padded(sources, self.tokenizer.pad_token_id),
             "attention_mask": _padded([array("i", [1]) * len(row) for row in sources], 0),
-            "labels": _padded(targets, IGNORED_LABEL),
+            "labels": _padded(targets, IGNORED),
         }
 
     def source_lengths(self, examples: Sequence[Example]) -> list[int]:

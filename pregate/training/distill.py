@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pregate.config import TrainConfig, UsageError
-from pregate.models.adapter import STACKS
+from pregate.models.adapter import STACKS, block_logits, real_tokens
 from pregate.models.checkpoint import read_config
+from pregate.models.head import IGNORED
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.training.losses import IGNORED, TokenCounts, real_rows
+from pregate.training.losses import TokenCounts, real_rows
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,13 @@ def routing_share(student: Any, teacher: Any, batch: Mapping[str, Tensor], step:
     chosen expert is also its combine weight, so it has to be met and not only its rank. A mean over tokens, as of any
     other loss here, makes micro batches add up; a mean over blocks keeps the weight's meaning when models get deeper.
     """
-    masks = {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"] != IGNORED}
-    counts = {"encoder": step.source, "decoder": step.target}
+    masks, counts = real_tokens(batch), step.by_stack()
+    mine, theirs = block_logits(student), block_logits(teacher)
     losses = []
-    for stack in STACKS:
-        pairs = zip(_router_logits(student, stack), _router_logits(teacher, stack), strict=True)
-        losses += [kl_sum(one[masks[stack]], other[masks[stack]]) / counts[stack] for one, other in pairs]
+    for stack, mask in masks.items():
+        pairs = zip(mine[stack], theirs[stack], strict=True)
+        losses += [kl_sum(one[mask], other[mask]) / counts[stack] for one, other in pairs]
     return torch.stack(losses).mean()
-
-
-def _router_logits(outputs: Any, stack: str) -> tuple[Tensor, ...]:
-    return getattr(outputs, f"{stack}_router_logits") or ()
 
 
 def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Distillation | None:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pregate.models.adapter import block_logits, real_tokens
+from pregate.models.head import IGNORED
 from pregate.models.routing import balance_loss, z_loss
-
-IGNORED = -100
-"""Label of a position that carries no target token."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,11 @@ class TokenCounts:
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> TokenCounts:
         """Count one collated batch (`attention_mask` (B, S), `labels` (B, T))."""
-        return cls(int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED).sum()))
+        masks = real_tokens(batch)
+        return cls(int(masks["encoder"].sum()), int(masks["decoder"].sum()))
+
+    def by_stack(self) -> dict[str, int]:
+        return {"encoder": self.source, "decoder": self.target}
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,14 @@ def _blocks_with_masks(
     outputs: Any, batch: Mapping[str, Tensor], step: TokenCounts
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each MoE block: its logits, the mask of its real tokens, and the micro batch's share of such tokens."""
-    source_BS, target_BT = batch["attention_mask"].bool(), batch["labels"] != IGNORED
-    source_share, target_share = source_BS.sum() / step.source, target_BT.sum() / step.target
-    encoder = [(logits, source_BS, source_share) for logits in outputs.encoder_router_logits or ()]
-    decoder = [(logits, target_BT, target_share) for logits in outputs.decoder_router_logits or ()]
-    assert encoder or decoder, "router losses are weighted but the model returned no router logits"
-    return encoder + decoder
+    masks, counts = real_tokens(batch), step.by_stack()
+    blocks = [
+        (logits, masks[stack], masks[stack].sum() / counts[stack])
+        for stack, found in block_logits(outputs).items()
+        for logits in found
+    ]
+    assert blocks, "router losses are weighted but the model returned no router logits"
+    return blocks
 
 
 def _mean_over_blocks(losses: Sequence[Tensor]) -> Tensor:

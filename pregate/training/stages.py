@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run
-from pregate.conversion import MANIFEST, convert
+from pregate.conversion import MANIFEST, convert_for
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, open_checkpoint, read_config, side_files
@@ -167,14 +167,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
             _, calibration = calibrate(run, source, directory, task, tokenizer, state.device)
             print(calibration.table(), flush=True)
         else:
-            convert(
-                source,
-                directory,
-                run.pregate,
-                revision=run.model.revision,
-                tokenizer=run.model.tokenizer,
-                seed=run.seed,
-            )
+            convert_for(run, source, directory)
     state.wait_for_everyone()
     return str(directory)
 
