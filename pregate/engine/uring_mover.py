@@ -51,14 +51,19 @@ class _SlotRead:
             raise self.error
 
 
+def _block(read: _SlotRead) -> tuple[str, int]:
+    return read.key.stack, read.key.block
+
+
 class UringMover:
-    """Several reads in flight, in the order they were asked for. A trace sees a read end when the engine notices it,
-    at its next call after the end."""
+    """Several reads in flight, in the order they were asked for and of one block at a time: the next block's would
+    share the link with those that are waited for, and some disks report no read while others still run. A trace sees
+    a read end when the engine notices it, at its next call after the end."""
 
     host_bytes, reader = 0, "io_uring"
 
     def __init__(self, store: DiskStore, trace: Trace, counters: Counters, num_reads: int, slots_NB: Tensor) -> None:
-        """`num_reads`: slabs in flight at a time. `slots_NB` (slots, bytes) is pinned until `close`.
+        """`num_reads`: slabs in flight at most. `slots_NB` (slots, bytes) is pinned until `close`.
 
         Raises `RingUnavailableError`.
         """
@@ -95,6 +100,8 @@ class UringMover:
         for number, result in self._ring.completed():
             self._ended(self._reading.pop(number), result)
         while self._waiting and len(self._reading) < self._num_reads:
+            if any(_block(read) != _block(self._waiting[0]) for read in self._reading.values()):
+                return
             self._hand_over(self._waiting.popleft())
 
     def await_one(self) -> None:

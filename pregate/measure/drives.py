@@ -90,16 +90,27 @@ def slab_stream(
     seed: int = 0,
     in_order: bool = False,
 ) -> Iterator[SlabStream]:
-    """A stream through the mover that an engine on a CPU would use; twice as many are asked for as are in flight."""
+    """A stream through the mover that an engine on a CPU would use; twice as many are asked for as are in flight. Where
+    no order is wanted, blocks drawn at random give all their slabs, shuffled: only those of one block are in flight
+    together."""
     slots_NB = aligned_bytes(2 * io_threads * store.layout.slab_bytes).view(2 * io_threads, -1)
     mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
     draw = random.Random(seed)
     first = draw.randrange(len(keys))
-    order = cycle(keys[first:] + keys[:first]) if in_order else iter(lambda: draw.choice(keys), None)
+    order = cycle(keys[first:] + keys[:first]) if in_order else _block_by_block(keys, draw)
     try:
         yield SlabStream(mover, slots_NB, order)
     finally:
         mover.close()
+
+
+def _block_by_block(keys: list[ExpertKey], draw: random.Random) -> Iterator[ExpertKey]:
+    blocks: dict[tuple[str, int], list[ExpertKey]] = {}
+    for key in keys:
+        blocks.setdefault((key.stack, key.block), []).append(key)
+    while True:
+        block = draw.choice(list(blocks.values()))
+        yield from draw.sample(block, len(block))
 
 
 def _copy_bandwidth(store: Store, keys: list[ExpertKey], device: torch.device, seed: int) -> float:

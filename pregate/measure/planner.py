@@ -36,6 +36,9 @@ STEPS = 24
 """Decoding steps that are timed at a time."""
 TURNS = 3
 """Times that a profile compares computing and moving with and without each other."""
+READS_BESIDE = 4
+"""Slabs in flight beside the computation, whose layers alone can put others in their place: enough for the link never
+to run out of them in between."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +135,15 @@ def profile(
 def _beside_a_busy_link(
     engine: OffloadEngine, requests: Requests, keys: list[ExpertKey], ground: Ground
 ) -> tuple[float, float]:
-    """Milliseconds of a step while slabs come without an end, and the GB/s they come with."""
+    """Milliseconds of a step while slabs come without an end, and the GB/s they come with between decoder layers."""
+    reads = max(READS_BESIDE, ground.io_threads)
     with (
-        slab_stream(ground.store, keys, ground.io_threads, ground.io_uring) as stream,
-        _kept_going(engine, stream),
+        slab_stream(ground.store, keys, reads, ground.io_uring) as stream,
+        _kept_going(engine, stream) as beside,
     ):
-        begun = time.perf_counter()
         timed = _timed(engine, requests, 2)
-        num_bytes = max(1, stream.num_arrived) * ground.store.layout.slab_bytes
-        return _step_ms(timed), num_bytes / (time.perf_counter() - begun) / 1e9
+        num_bytes = max(1, beside.num_arrived) * ground.store.layout.slab_bytes
+        return _step_ms(timed), num_bytes / beside.seconds / 1e9
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,37 @@ def _with_waits(engine: OffloadEngine, requests: Requests, seconds: float) -> _W
     return _Waits(_step_ms(timed), 1e3 * statistics.mean(slept) * len(decoder), len(decoder))
 
 
+@dataclass
+class _Beside:
+    """Slabs that arrived between two decoder layers of one request, and the seconds that passed between them. An
+    encoder's layers take too long for a link to have enough to do."""
+
+    num_arrived: int = 0
+    seconds: float = 0.0
+    last: float | None = None
+
+
 @contextmanager
-def _kept_going(engine: OffloadEngine, stream: SlabStream) -> Iterator[None]:
+def _kept_going(engine: OffloadEngine, stream: SlabStream) -> Iterator[_Beside]:
     """`stream` goes on at every layer that computes, as the engine's own reads do."""
-    layers = [*engine.model.encoder.block, *engine.model.decoder.block]
-    hooks = [layer.register_forward_hook(lambda *_: stream.go_on()) for layer in layers]
+    beside = _Beside()
+
+    def encoder_layer(*_: Any) -> None:
+        stream.go_on()
+        beside.last = None
+
+    def decoder_layer(*_: Any) -> None:
+        before, now = stream.num_arrived, time.perf_counter()
+        stream.go_on()
+        if beside.last is not None:
+            beside.num_arrived += stream.num_arrived - before
+            beside.seconds += now - beside.last
+        beside.last = now
+
+    hooks = [layer.register_forward_hook(encoder_layer) for layer in engine.model.encoder.block]
+    hooks += [layer.register_forward_hook(decoder_layer) for layer in engine.model.decoder.block]
     try:
-        yield
+        yield beside
     finally:
         for hook in hooks:
             hook.remove()

@@ -31,8 +31,8 @@ class Durations:
     before_block: the computation from the previous block's experts (or the step's begin) to those of each block.
     expert: one expert applied to its tokens. after_blocks: from the last block's experts to the next step.
     slab: one slab on the link while nothing computes. compute_slowdown and link_slowdown: how much longer either
-    takes while the other is busy, 1 for not at all. resume: what computing takes longer after a wait, because cores
-    that slept come back slowly.
+    takes while the other is busy, 1 for not at all. resume: what computing takes longer after a wait for a whole slab,
+    because cores that slept come back slowly; in proportion after a shorter one.
     """
 
     before_block: tuple[float, ...]
@@ -240,8 +240,9 @@ class _Step:
             before = self._clock.now
             self._scheduler.acquire(key)
             if self._clock.now > before:
-                self.waited += self._clock.now - before
-                self._clock.compute(self._durations.resume)
+                waited = self._clock.now - before
+                self.waited += waited
+                self._clock.compute(self._durations.resume * min(1.0, waited / self._durations.slab))
             self._clock.compute(self._durations.expert)
             self._scheduler.release(key)
         self._scheduler.finish_block(stack, block)

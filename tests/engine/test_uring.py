@@ -24,6 +24,7 @@ from pregate.engine.readers import ReaderClosedError
 from pregate.engine.slabs import PAGE, aligned_bytes
 from pregate.engine.uring import Ring, RingUnavailableError
 from pregate.engine.uring_mover import UringMover
+from pregate.models.adapter import ExpertKey
 from tests.engine.hostile import HostileRing, poison_slots
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, needs_io_uring, request
 
@@ -267,6 +268,36 @@ def test_slots_lie_in_several_registered_pieces(
     with OffloadEngine.open(served.directory, policy=policy, device_budget="60%", cache=CacheRule.lru) as engine:
         poison_slots(engine)
         assert_same(generated(engine.generate, request(2)), expected)
+
+
+@needs_io_uring
+def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would share the link with slabs that are needed sooner."""
+    with OffloadEngine.open(served.directory, device_budget="60%", io_threads=2) as engine:
+        mover: Any = engine._mover
+        slots = engine._scheduler._slots
+        under_way: list[int] = []
+        ended: list[tuple[int, int]] = []
+        monkeypatch.setattr(Ring, "read", lambda ring, number, *_: under_way.append(number))
+        monkeypatch.setattr(Ring, "completed", lambda ring: [ended.pop() for _ in ended[:]])
+        wanted = [
+            ExpertKey("decoder", 0, 0),
+            ExpertKey("decoder", 0, 1),
+            ExpertKey("decoder", 1, 0),
+            ExpertKey("decoder", 1, 1),
+        ]
+        reads = [mover.start(key, slots[number]) for number, key in enumerate(wanted)]
+        assert under_way == [1, 2]
+        ended.append((1, SLAB))
+        assert reads[0].done() and not reads[2].done()
+        assert under_way == [1, 2], "the other read of block 0 is still under way"
+        ended.append((2, SLAB))
+        assert reads[1].done()
+        assert under_way == [1, 2, 3, 4]
+        ended.extend([(3, SLAB), (4, SLAB)])
+        assert reads[2].done() and reads[3].done()
 
 
 @needs_io_uring
