@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -100,6 +100,27 @@ def slab_stream(
     order = cycle(keys[first:] + keys[:first]) if in_order else _block_by_block(keys, draw)
     try:
         yield SlabStream(mover, slots_NB, order)
+    finally:
+        mover.close()
+
+
+@contextmanager
+def lone_slabs(
+    store: Store, keys: list[ExpertKey], io_threads: int, io_uring: bool = True
+) -> Iterator[Callable[[], float]]:
+    """A function that has one slab come from the store, as fetching on demand does, and gives the seconds it waited."""
+    slots_NB = aligned_bytes(store.layout.slab_bytes).view(1, -1)
+    mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
+    draw = random.Random(0)
+
+    def fetch() -> float:
+        transfer = mover.start(draw.choice(keys), slots_NB[0])
+        began = time.perf_counter()
+        transfer.wait()
+        return time.perf_counter() - began
+
+    try:
+        yield fetch
     finally:
         mover.close()
 

@@ -24,7 +24,7 @@ from pregate.engine.store import DramStore
 from pregate.engine.trace import Span
 from pregate.measure.bench_grid import BenchModel, RowSpec, bench_model
 from pregate.measure.bench_row import Requests
-from pregate.measure.drives import SlabStream, slab_stream
+from pregate.measure.drives import SlabStream, lone_slabs, slab_stream
 from pregate.measure.latency import Timed, TokenClock
 from pregate.measure.probes import Ground
 from pregate.measure.simulation import Durations, Load, Predicted, simulate
@@ -34,7 +34,7 @@ from pregate.models.synthetic import synthetic_checkpoint
 FEW_EXPERTS = 8
 STEPS = 24
 """Decoding steps that are timed at a time."""
-TURNS = 3
+TURNS = 5
 """Times that a profile compares computing and moving with and without each other."""
 READS_BESIDE = 4
 """Slabs in flight beside the computation, whose layers alone can put others in their place: enough for the link never
@@ -117,7 +117,7 @@ def profile(
                 steps += [step()] if step is not None else []
                 computing.append(2 * beside_ms / (_step_ms(alone[-2]) + _step_ms(alone[-1])))
                 moving.append((links[-2] + links[-1]) / 2 / gb_per_s)
-                waiting = _with_waits(engine, requests, store.layout.slab_bytes / links[-1] / 1e9)
+                waiting = _with_waits(engine, requests, keys, ground)
                 alone.append(_timed(engine, requests, 2))
                 resuming.append(waiting.resume_ms((_step_ms(alone[-2]) + _step_ms(alone[-1])) / 2))
             slowdowns["compute_slowdown"] = max(1.0, statistics.median(computing))
@@ -159,23 +159,20 @@ class _Waits:
         return (self.step_ms - self.waited_ms - alone_ms) / self.waits
 
 
-def _with_waits(engine: OffloadEngine, requests: Requests, seconds: float) -> _Waits:
-    """Steps in which nothing moves, but the computing thread sleeps for `seconds` before the experts of every block."""
-    slept: list[float] = []
-
-    def wait(*_: Any) -> None:
-        began = time.perf_counter()
-        time.sleep(seconds)
-        slept.append(time.perf_counter() - began)
-
+def _with_waits(engine: OffloadEngine, requests: Requests, keys: list[ExpertKey], ground: Ground) -> _Waits:
+    """Steps before whose experts of every block a slab is fetched and waited for, though none is needed."""
+    waited: list[float] = []
     decoder = [block for block in engine.model.moe_blocks() if block.stack == "decoder"]
-    hooks = [block.module.experts.register_forward_pre_hook(wait) for block in decoder]
-    try:
-        timed = _timed(engine, requests, 2)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return _Waits(_step_ms(timed), 1e3 * statistics.mean(slept) * len(decoder), len(decoder))
+    with lone_slabs(ground.store, keys, ground.io_threads, ground.io_uring) as fetch:
+        hooks = [
+            block.module.experts.register_forward_pre_hook(lambda *_: waited.append(fetch())) for block in decoder
+        ]
+        try:
+            timed = _timed(engine, requests, 2)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return _Waits(_step_ms(timed), 1e3 * statistics.mean(waited) * len(decoder), len(decoder))
 
 
 @dataclass
