@@ -164,9 +164,7 @@ def _with_waits(engine: OffloadEngine, requests: Requests, keys: list[ExpertKey]
     waited: list[float] = []
     decoder = [block for block in engine.model.moe_blocks() if block.stack == "decoder"]
     with lone_slabs(ground.store, keys, ground.io_threads, ground.io_uring) as fetch:
-        hooks = [
-            block.module.experts.register_forward_pre_hook(lambda *_: waited.append(fetch())) for block in decoder
-        ]
+        hooks = [block.module.experts.register_forward_pre_hook(lambda *_: waited.append(fetch())) for block in decoder]
         try:
             timed = _timed(engine, requests, 2)
         finally:
