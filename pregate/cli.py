@@ -66,8 +66,23 @@ def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
     OmegaConf.update(cfg, "overrides", list(overrides))
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run), type(run)
+    _check_arm(run, overrides)
     check_run(run)
     return run
+
+
+def _check_arm(run: Run, overrides: Sequence[str]) -> None:
+    """An arm of the accuracy study changes an experiment, and may need the arm that it is compared with."""
+    places = {override.partition("=")[0].lstrip("+"): place for place, override in enumerate(overrides)}
+    if "arm" not in places:
+        return
+    if places["arm"] < places.get("experiment", -1):
+        raise UsageError("+arm=… changes settings of the experiment: put it behind +experiment=…, the later one wins.")
+    arm = overrides[places["arm"]].partition("=")[2]
+    if run.reference is None and arm in ARMS_WITH_REFERENCE:
+        raise UsageError(
+            f"+arm={arm} starts from a fine-tuned conventional model or learns from it: set reference=DIR."
+        )
 
 
 def _unknown_keys(node: Any, prefix: str) -> Iterator[str]:
@@ -144,6 +159,7 @@ def fail(message: str) -> None:
 
 
 # flags with which composing the plain arguments ahead of Hydra would be needless or wrong
+ARMS_WITH_REFERENCE = ("shifted", "calibrated", "distilled", "gates_only")
 HYDRA_FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--multirun", "-m"),
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"),

@@ -4,7 +4,7 @@
     python scripts/accuracy_study.py nano [--list | --render]
 
 Settings come from the environment, see scripts/reproduce_accuracy.sh. Results go to the folder that the first run
-chose, so that a study goes on the next day where it stopped.
+without OUT chose, so that a study goes on the next day where it stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from pregate.config import UsageError
 from pregate.measure.study.cells import PRETRAINING, SIZES, plan
-from pregate.measure.study.records import load_records
+from pregate.measure.study.records import CELLS, check_claim, claim, load_records
 from pregate.measure.study.runner import Runner, Study
 from pregate.measure.study.tables import render
 
 NOTE = "results_folder"
+
+
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
 
 
 def results_folder(size: str, work: Path, dry: bool) -> Path:
@@ -37,13 +42,21 @@ def results_folder(size: str, work: Path, dry: bool) -> Path:
 
 
 def main() -> int:
+    try:
+        return run()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--list", action="store_true", help="print the cells and which are done")
     parser.add_argument("--render", action="store_true", help="only write README.md and plots again")
     arguments = parser.parse_args()
     environment, size = os.environ, SIZES[arguments.size]
-    dry, only = bool(environment.get("DRY")), environment.get("ONLY")
+    dry, only = is_set("DRY"), environment.get("ONLY")
     work = Path(environment.get("WORK") or f"runs/accuracy_{arguments.size}{'_dry' if dry else ''}")
     folder, cells = results_folder(arguments.size, work, dry), plan(size)
     known = {record["cell"] for record in load_records(folder)}
@@ -53,24 +66,27 @@ def main() -> int:
                 print(f"{'done' if cell.name in known else '    '} {cell.name}")
         return 0
     write = partial(render, size=arguments.size, cells=cells)
+    given = environment.get("SOURCE") or None
+    identity = {"size": arguments.size, "dry": dry, "source": given}
     if arguments.render:
+        if not (folder / CELLS).is_file():
+            raise UsageError(f"{folder} holds no {CELLS}: there is nothing to render.")
+        check_claim(folder, identity)
         write(folder)
         return 0
-    if only and not any(fnmatch(cell.name, only) for cell in cells):
-        print(
-            f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them.",
-            file=sys.stderr,
-        )
-        return 2
-    if not environment.get("PREGATE_DATA") and size.pretraining:
-        print(
-            "Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.", file=sys.stderr
-        )
-        return 2
-    source = environment.get("SOURCE") or size.source
+    source = given or size.source
     if source is not None:
         cells = [cell for cell in cells if cell.name != PRETRAINING]
-    seconds = environment.get("SECONDS_LEFT")
+    if only and not any(fnmatch(cell.name, only) for cell in cells):
+        raise UsageError(
+            f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them."
+        )
+    if not environment.get("PREGATE_DATA") and size.pretraining:
+        raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
+    try:
+        seconds = float(environment.get("SECONDS_LEFT") or "inf")
+    except ValueError:
+        raise UsageError(f"SECONDS_LEFT={environment['SECONDS_LEFT']} is no number of seconds.") from None
     study = Study(
         arguments.size,
         cells,
@@ -78,16 +94,21 @@ def main() -> int:
         work,
         source=source,
         only=only,
-        seconds_left=float(seconds) if seconds else None,
+        seconds_left=None if seconds == float("inf") else seconds,
         tiny=dry,
-        keep=bool(environment.get("KEEP")),
+        keep=is_set("KEEP"),
         render=write,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / NOTE).write_text(f"{folder}\n")
+    check_claim(folder, identity)
+    claim(work, identity)
+    claim(folder, identity)
+    if not (dry or environment.get("OUT")):
+        (work / NOTE).write_text(f"{folder}\n")
     print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
+    if all(cell.name in known for cell in cells if fnmatch(cell.name, only or "*")):
+        print("== nothing to do: to run a cell again, begin a study of your own with another OUT and WORK")
     try:
         return Runner(study).run()
     except KeyboardInterrupt:

@@ -33,7 +33,9 @@ def test_every_experiment_composes_for_every_command(experiment: str, command: s
 def test_every_experiment_begins_with_the_command_that_runs_it(experiment: str) -> None:
     lines = (config_dir() / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    command = re.fullmatch(rf"# .*python -m pregate\.(train|bench) \+experiment={experiment}", lines[1])
+    command = re.fullmatch(
+        rf"# .*python -m pregate\.(train|bench) \+experiment={experiment}( \+arm=conventional( \\)?)?", lines[1]
+    )
     assert command, lines[1]
     assert ("bench:" in lines) == (command[1] == "bench")
 
@@ -154,3 +156,18 @@ def test_imports_go_downward_and_files_stay_short() -> None:
                     assert LEVELS[there] <= LEVELS[here], f"{file}:{node.lineno} imports {module}"
                     peers = {"training", "measure"}
                     assert {here, there} != peers, f"{file}:{node.lineno} imports its peer {module}"
+
+
+@pytest.mark.parametrize("arm", ["shifted", "calibrated", "distilled", "gates_only"])
+def test_an_arm_of_a_fine_tuned_model_needs_it(arm: str) -> None:
+    """Any other source looks fine and is another arm."""
+    with pytest.raises(UsageError, match=rf"\+arm={arm} .* set reference=DIR"):
+        compose_run(["+experiment=accuracy_nano_sst2", f"+arm={arm}", "model.source=some/pretrained"])
+
+
+def test_an_arm_ahead_of_its_experiment_is_refused() -> None:
+    """The experiment's steps would train an arm that is not to be trained."""
+    given = ["+arm=shifted", "+experiment=accuracy_nano_sst2", "reference=some/reference"]
+    with pytest.raises(UsageError, match=r"put it behind \+experiment"):
+        compose_run(given)
+    assert compose_run([given[1], given[0], given[2]]).train.steps == 0

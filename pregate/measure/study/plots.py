@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pregate.measure.plots import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
 from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL
-from pregate.measure.study.statistics import ArmSummary, by_block, mean_curve, summaries, tasks_of
+from pregate.measure.study.statistics import ArmSummary, by_block, mean_curve
 from pregate.measure.summary import metric_label
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ NAMES = {
 TITLES = {"sst2": "SST-2", "dialogsum": "DialogSum", "squad": "SQuAD", "xsum": "XSum", "web_questions": "WebQuestions"}
 
 
-def plot_study(records: Sequence[Record], folder: Path) -> list[str]:
+def plot_study(arms: Arms, folder: Path) -> list[str]:
     """Write every figure that has something to show as `folder`/NAME.png; returns their names."""
-    arms = {task: summaries(records, task) for task in tasks_of(records)}
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, plot in (("lookahead", plot_lookahead), ("agreement", plot_agreement), ("curves", plot_curves)):

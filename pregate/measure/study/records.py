@@ -5,19 +5,62 @@ Knows the files that a training command leaves; knows nothing about how cells ar
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pregate.config import UsageError
 from pregate.conversion import MANIFEST
 from pregate.measure.study.cells import PRETRAINING, Cell
 from pregate.runtime import environment, to_jsonable, write_json
 
-CELLS, BASELINES = "cells.jsonl", "baselines.json"
+CELLS, BASELINES, STUDY = "cells.jsonl", "baselines.json", "study.json"
 DIGITS = 4
 Record = dict[str, Any]
+
+
+def claim(folder: Path, identity: Record) -> None:
+    """Note in `folder` which study it is of. Raises `UsageError` where it is another's or cannot be written."""
+    check_claim(folder, identity)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STUDY, identity)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): choose another.") from error
+
+
+def check_claim(folder: Path, identity: Record) -> None:
+    """Raises `UsageError` where `folder` holds cells that no study, or another one, has claimed."""
+    path = folder / STUDY
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != identity:
+            raise UsageError(f"{folder} holds {_name(found)}, not {_name(identity)}: choose another with OUT and WORK.")
+    elif (folder / CELLS).is_file():
+        raise UsageError(f"{folder} holds cells but no {STUDY} that says of which study: choose another with OUT.")
+
+
+def _name(identity: Record) -> str:
+    source = f" of {identity['source']}" if identity.get("source") else ""
+    return f"{'a dry run of ' if identity.get('dry') else ''}the {identity.get('size')} study{source}"
+
+
+@contextmanager
+def alone(path: Path, waiting: str = "") -> Iterator[None]:
+    """Hold the lock file `path` against other processes; say `waiting` if another holds it and wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def finished(run_dir: Path) -> bool:
@@ -125,14 +168,18 @@ def _lines(folder: Path) -> list[Record]:
 
 def append_record(folder: Path, record: Record) -> None:
     """Add one line; the environment only where it differs from that of the line before."""
-    known = _lines(folder)
-    if known and known[-1]["environment"] == record.get("environment", {}):
-        record = {key: value for key, value in record.items() if key != "environment"}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / CELLS
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with alone(path):
+        known = _lines(folder)
+        if known and known[-1]["environment"] == record.get("environment", {}):
+            record = {key: value for key, value in record.items() if key != "environment"}
+        torn = not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        _write(path, ("\n" if torn else "") + json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, line: str) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 

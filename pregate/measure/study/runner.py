@@ -26,6 +26,7 @@ from pregate.measure.study.cells import PRETRAINING, Cell, overrides_of, tiny_ov
 from pregate.measure.study.records import (
     Record,
     add_baselines,
+    alone,
     append_record,
     build_record,
     finished,
@@ -77,6 +78,7 @@ class Runner:
         self.by_name = {cell.name: cell for cell in study.cells}
         self.recorded = {record["cell"] for record in load_records(study.folder)}
         self.failed: list[str] = []
+        self.told_failed: set[str] = set()
         self.begun = time.monotonic()
         self.unrendered = 0
 
@@ -102,7 +104,8 @@ class Runner:
         if stopped:
             print(f"== no time left; {len(missing)} cells are missing: the same command goes on")
         if self.failed:
-            print(f"== to be run again: {' '.join(self.failed)}")
+            more = f" and {len(self.failed) - 8} more" if len(self.failed) > 8 else ""
+            print(f"== to be run again: {' '.join(self.failed[:8])}{more}")
         return 1 if missing else 0
 
     def attempt(self, cell: Cell, place: str = "") -> Outcome:
@@ -116,26 +119,53 @@ class Runner:
             if outcome is not Outcome.done:
                 if outcome is Outcome.failed:
                     self.failed.append(cell.name)
-                    print(f"== {cell.name}: not run, since {name} failed")
+                    if name not in self.told_failed:
+                        print(f"== {cell.name}, and what else needs {name}: not run, since that failed")
+                    self.told_failed.add(name)
                 return outcome
         left = self.time_left()
         if left is not None and left < LEAST_SECONDS:
             return Outcome.stopped
-        overrides = self.overrides(cell)
         again = cell.name in self.recorded
-        extra = ["resume=true", *(["then_eval=false"] if again else [])]
+        waiting = f"== {place}{cell.name}: another process runs it, waiting"
+        with alone(self.study.work / "logs" / f"{cell.name}.lock", waiting):
+            self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+            if cell.name in self.recorded and (not again or finished(self.run_dir(cell.name))):
+                return Outcome.done  # by another process, meanwhile
+            return self.perform(cell, place, again, self.time_left())
+
+    def perform(self, cell: Cell, place: str, again: bool, left: float | None) -> Outcome:
+        """Run a cell whose needs are there. `again`: it is recorded, but its checkpoint is gone."""
+        overrides, extra = self.overrides(cell), ["resume=true"]
         print(f"== {place}{cell.name}{' once more, for its checkpoint' if again else ''}")
         print(f"   {command_line([*overrides, *extra])}", flush=True)
         began = time.monotonic()
         log = self.study.work / "logs" / f"{cell.name}.log"
         outcome = launch([*self.study.program, *overrides, *extra], log, left)
-        if outcome is Outcome.done and not again:
+        if outcome is Outcome.done:
+            if again:
+                return self.compare(cell, overrides)
             outcome = self.record(cell, overrides, time.monotonic() - began, log)
         if outcome is Outcome.failed:
             self.failed.append(cell.name)
             print(f"   failed, see {log}")
             print("".join(f"   | {line}\n" for line in tail(log)), end="")
         return outcome
+
+    def compare(self, cell: Cell, overrides: list[str]) -> Outcome:
+        """Whether a cell that was run again came out as recorded: else what is built on it would be compared with, and
+        paired with, a model that is not its own."""
+        kept = next(record for record in load_records(self.study.folder) if record["cell"] == cell.name)
+        made = build_record(cell, self.run_dir(cell.name), command_line(overrides))
+        if all(made.get(figure) == kept.get(figure) for figure in ("curve", "example_scores")):
+            return Outcome.done
+        shutil.rmtree(self.run_dir(cell.name), ignore_errors=True)
+        self.failed.append(cell.name)
+        print(
+            f"   {cell.name} came out different from its record, as it does on another machine or with other settings: "
+            "begin a study of your own with another OUT and WORK"
+        )
+        return Outcome.failed
 
     def record(self, cell: Cell, overrides: list[str], seconds: float, log: Path) -> Outcome:
         try:
@@ -166,7 +196,10 @@ class Runner:
     def rendered(self) -> None:
         if self.unrendered:
             self.unrendered = 0
-            self.study.render(self.study.folder)
+            try:
+                self.study.render(self.study.folder)
+            except Exception as error:  # the records are what counts; --render tells in full
+                print(f"   not rendered: {type(error).__name__}: {error}")
 
     def clean(self) -> None:
         """Delete the run directories of recorded cells that no missing cell needs; the pre-trained model stays."""

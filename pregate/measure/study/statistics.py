@@ -121,6 +121,8 @@ def verdict(arm: ArmSummary) -> str:
         return "no conventional model of the same seed to compare with"
     mean, low, high = arm.difference.mean, arm.difference.low, arm.difference.high
     bounds = f"[{low:+.1f}, {high:+.1f}]".replace("-", "−")
+    if len(arm.difference.by_seed) == 1:
+        bounds += " (one seed)"
     if high < 0:
         return f"worse by {-mean:.1f} points {bounds}"
     better = f", and better by {mean:.1f}" if low > 0 else ""

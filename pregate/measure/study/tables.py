@@ -58,12 +58,14 @@ PLOTS = {
 def render(folder: Path, size: str, cells: Sequence[Cell]) -> None:
     """Write README.md and plots/ into `folder` from its cells.jsonl and baselines.json."""
     records, baselines = load_records(folder), load_baselines(folder)
-    drawn = plot_study(records, folder / "plots")
-    (folder / "README.md").write_text(study_markdown(records, baselines, size, cells, drawn), encoding="utf-8")
+    arms = {task: summaries(records, task) for task in tasks_of(records)}
+    drawn = plot_study(arms, folder / "plots")
+    (folder / "README.md").write_text(study_markdown(records, arms, baselines, size, cells, drawn), encoding="utf-8")
 
 
 def study_markdown(
     records: Sequence[Mapping[str, Any]],
+    arms: Mapping[str, Sequence[ArmSummary]],
     baselines: Mapping[str, Any],
     size: str,
     cells: Sequence[Cell],
@@ -73,9 +75,8 @@ def study_markdown(
     missing = [cell.name for cell in cells if cell.name not in names]
     done = f"{len(cells) - len(missing)} of {len(cells)} cells."
     if missing:
-        done += f" Missing: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}."
+        done += f" Missing: {', '.join(missing[:8])}{f' and {len(missing) - 8} more' if len(missing) > 8 else ''}."
     parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
-    arms = {task: summaries(records, task) for task in tasks_of(records)}
     parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
     parts.append(how_to_repeat(records, size))
     for task, found in arms.items():
@@ -185,11 +186,13 @@ def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str) -> str:
     cells = [record for record in records if record["cell"] != PRETRAINING]
     lines = [f"./scripts/reproduce_accuracy.sh {size}"]
     if cells:
-        lines += [f"ONLY={cells[0]['cell']} ./scripts/reproduce_accuracy.sh {size}", cells[0]["command"]]
+        apart = f"OUT=runs/repeat/results WORK=runs/repeat ONLY={cells[0]['cell']}"
+        lines += [f"{apart} ./scripts/reproduce_accuracy.sh {size}", cells[0]["command"]]
     commands = "\n".join(f"PREGATE_DATA=DIR {line}" for line in lines)
     return (
-        "## Repeat it\n\nAll of it, then one cell with what it needs, then that cell alone where its checkpoints are "
-        f"there; the command of every cell is in cells.jsonl.\n\n```bash\n{commands}\n```"
+        "## Repeat it\n\nAll of it, going on with the cells that are missing here; one cell, and what it needs, from "
+        "the beginning and apart from these results; that cell alone where the checkpoints that it names are there. "
+        f"The command of every cell is in cells.jsonl.\n\n```bash\n{commands}\n```"
     )
 
 
@@ -206,9 +209,10 @@ def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
 NOTES = (
     "Difference: score minus that of arm (a) of the same seed on the same examples. Its 95 % interval resamples seeds "
     "and examples with replacement, both at once, 10,000 times (`pregate.measure.study.statistics.paired_bootstrap`); "
-    "with three seeds it is rather too narrow than too wide. “Not worse beyond its interval” means that these examples "
-    "and seeds cannot tell the two apart, not that they are equal. Rows in italics need no model. Trained arms of a "
-    "task share data, steps, batch, schedule and seeds, and keep their last state, so no score has chosen a checkpoint."
+    "with three seeds it is rather too narrow than too wide (where seeds differ more than examples do, it covers three "
+    "quarters at most), with one it holds no luck of the seed at all. “Not worse beyond its interval” means that these "
+    "examples and seeds cannot tell the two apart, not that they are equal. Rows in italics need no model. Trained arms "
+    "of a task share data, steps, batch, schedule and seeds, and keep their last state: no score has chosen a checkpoint."
 )
 
 

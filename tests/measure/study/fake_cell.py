@@ -10,7 +10,7 @@ given = dict(item.lstrip("+").split("=", 1) for item in sys.argv[1:])
 run_dir, name = Path(given["run_dir"]), Path(given["run_dir"]).name
 log = Path(os.environ["FAKE_LOG"])
 with log.open("a") as file:
-    file.write(f"{name} {given.get('then_eval', 'true')}\n")
+    file.write(f"{name}\n")
 for key in ("model.source", "reference"):
     if key in given and not Path(given[key]).is_dir() and given[key] != "hub/source":
         sys.exit(f"{key} is gone")
@@ -28,11 +28,12 @@ if name in os.environ.get("FAKE_SLOW", "").split() and not (run_dir / "half").ex
         sys.exit(130)
 (run_dir / "checkpoint").mkdir(exist_ok=True)
 (run_dir / "checkpoint" / "config.json").write_text("{}")
+as_ever = name != os.environ.get("FAKE_OTHER")
 train = {"steps": 2, "seconds": 1.5, "target_tokens": 8}
 (run_dir / "metrics.jsonl").write_text(
-    json.dumps({"step": 2, "train/eval/accuracy": 50.0, "train/eval/loss": 1.0}) + "\n"
+    json.dumps({"step": 2, "train/eval/accuracy": 50.0, "train/eval/loss": 1.0 if as_ever else 2.0}) + "\n"
 )
-if name != "pretrain" and given.get("then_eval") != "false":
+if name != "pretrain":
     evaluation = {
         "split": "validation",
         "num_examples": 2,

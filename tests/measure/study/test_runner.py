@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pregate.measure.study.cells import SIZES, plan
-from pregate.measure.study.records import load_baselines, load_records
+from pregate.measure.study.records import alone, append_record, load_baselines, load_records
 from pregate.measure.study.runner import Runner, Study
 
 FAKE = Path(__file__).with_name("fake_cell.py")
@@ -54,7 +54,7 @@ def recorded(run: Any) -> list[str]:
 def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
     rendered: list[int] = []
     assert run(render=lambda folder: rendered.append(len(load_records(folder)))) == 0
-    assert run.calls() == [f"{cell.name} true" for cell in CELLS]
+    assert run.calls() == [cell.name for cell in CELLS]
     assert recorded(run) == [cell.name for cell in CELLS]
     assert rendered == [4, 7]
     assert sorted(path.name for path in run.work.iterdir()) == ["logs", "pretrain"], "only the source stays"
@@ -73,9 +73,9 @@ def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
 
 def test_what_is_recorded_is_not_run_again(run: Any) -> None:
     assert run(only="sst2_conventional_s1") == 0
-    assert run.calls() == ["pretrain true", "sst2_conventional_s1 true"], "and what it needs"
+    assert run.calls() == ["pretrain", "sst2_conventional_s1"], "and what it needs"
     assert run() == 0
-    assert run.calls() == [f"{cell.name} true" for cell in CELLS[2:]]
+    assert run.calls() == [cell.name for cell in CELLS[2:]]
     assert run() == 0
     assert run.calls() == []
 
@@ -87,8 +87,55 @@ def test_a_checkpoint_that_is_gone_is_trained_again_but_not_recorded_twice(run: 
     run.calls()
     shutil.rmtree(run.work)
     assert run(only="sst2_shifted_s1") == 0
-    assert run.calls() == ["pretrain false", "sst2_conventional_s1 false", "sst2_shifted_s1 true"]
+    assert run.calls() == ["pretrain", "sst2_conventional_s1", "sst2_shifted_s1"]
     assert recorded(run) == ["pretrain", "sst2_conventional_s1", "sst2_shifted_s1"]
+
+
+@pytest.mark.parametrize("cell", ["pretrain", "sst2_conventional_s1"])
+def test_a_cell_that_comes_out_different_the_second_time_is_not_built_upon(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, cell: str
+) -> None:
+    import shutil
+
+    run(only="sst2_conventional_s1")
+    shutil.rmtree(run.work)
+    monkeypatch.setenv("FAKE_OTHER", cell)
+    assert run(only="sst2_shifted_s1") == 1
+    assert recorded(run) == ["pretrain", "sst2_conventional_s1"]
+    assert f"{cell} came out different from its record" in capsys.readouterr().out
+    assert not (run.work / cell).exists()
+
+
+def test_a_report_that_cannot_be_made_stops_nothing(run: Any, capsys: Any) -> None:
+    def broken(folder: Path) -> None:
+        raise ValueError("Cells of sst2 were scored on [6, 872] examples.")
+
+    assert run(render=broken) == 0
+    assert len(recorded(run)) == len(CELLS)
+    assert "not rendered: ValueError: Cells of sst2" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_work(run: Any, tmp_path: Path) -> None:
+    """What the other one holds is waited for, and not run again."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with alone(run.work / "logs" / "pretrain.lock"):
+            began.set()
+            go_on.wait(30)
+            run_dir = run.work / "pretrain"
+            (run_dir / "checkpoint").mkdir(parents=True)
+            (run_dir / "checkpoint" / "config.json").write_text("{}")
+            (run_dir / "summary.json").write_text("{}")
+            append_record(run.folder, {"cell": "pretrain", "task": "pretrain", "environment": {}})
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    began.wait(30)
+    threading.Timer(0.5, go_on.set).start()
+    assert run(only="sst2_conventional_s1") == 0
+    thread.join()
+    assert run.calls() == ["sst2_conventional_s1"]
 
 
 def test_a_failure_is_told_and_stops_no_other(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -101,13 +148,13 @@ def test_a_failure_is_told_and_stops_no_other(run: Any, monkeypatch: pytest.Monk
     monkeypatch.setenv("FAKE_FAIL", "")
     run.calls()
     assert run() == 0
-    assert run.calls() == ["sst2_distilled_s1 true"]
+    assert run.calls() == ["sst2_distilled_s1"]
 
 
 def test_what_needs_a_failed_cell_is_not_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAIL", "sst2_conventional_s1")
     assert run() == 1
-    assert run.calls() == ["pretrain true", "sst2_conventional_s1 true"]
+    assert run.calls() == ["pretrain", "sst2_conventional_s1"]
     assert recorded(run) == ["pretrain"]
 
 
@@ -119,7 +166,7 @@ def test_no_cell_begins_without_time_and_the_running_one_is_stopped(run: Any, mo
     began = time.monotonic()
     assert run(seconds_left=2) == 1
     assert time.monotonic() - began < 30
-    assert run.calls() == ["pretrain true"] and recorded(run) == []
+    assert run.calls() == ["pretrain"] and recorded(run) == []
     assert run(only="pretrain") == 0, "it goes on"
     assert recorded(run) == ["pretrain"]
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
-from pregate.measure.study.records import append_record
+from pregate.measure.study.records import append_record, claim
 from tests.measure.study.synthetic import synthetic_records
 
 ROOT = Path(__file__).parents[3]
 
 
 def call(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    plain = {key: value for key, value in os.environ.items() if key not in ("PREGATE_DATA", "ONLY", "OUT", "DRY")}
+    plain = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PREGATE_DATA", "ONLY", "OUT", "DRY", "WORK", "SOURCE")
+    }
     command = [sys.executable, str(ROOT / "scripts" / "accuracy_study.py"), *arguments]
     environment = {**plain, "PYTHONPATH": str(ROOT), **settings}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -23,6 +28,7 @@ def call(folder: Path, *arguments: str, **settings: str) -> subprocess.Completed
 
 def test_it_lists_and_renders_what_there_is(tmp_path: Path) -> None:
     folder = tmp_path / "results" / f"accuracy_nano_{date.today()}"
+    claim(folder, {"size": "nano", "dry": False, "source": None})
     for record in synthetic_records()[:3]:
         append_record(folder, record)
     done = call(tmp_path, "nano", "--list", ONLY="sst2_*_s1")
@@ -38,4 +44,44 @@ def test_it_refuses_before_any_work(tmp_path: Path) -> None:
     assert without_data.returncode == 2 and "Set PREGATE_DATA" in without_data.stderr
     no_cell = call(tmp_path, "nano", ONLY="sst2_conventional_s9", PREGATE_DATA="data")
     assert no_cell.returncode == 2 and "--list shows them" in no_cell.stdout + no_cell.stderr
+    given = call(tmp_path, "nano", ONLY="pretrain", PREGATE_DATA="data", SOURCE="hub/source")
+    assert given.returncode == 2 and "ONLY=pretrain is no cell" in given.stderr
+    no_time = call(tmp_path, "nano", PREGATE_DATA="data", SECONDS_LEFT="soon")
+    assert no_time.returncode == 2 and "SECONDS_LEFT=soon is no number" in no_time.stderr
+    nothing = call(tmp_path, "nano", "--render", OUT="nowhere")
+    assert nothing.returncode == 2 and "nowhere holds no cells.jsonl" in nothing.stderr
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    no_folder = call(tmp_path, "nano", PREGATE_DATA="data", OUT="file")
+    assert no_folder.returncode == 2 and "file cannot be written" in no_folder.stderr
+
+
+def test_a_folder_is_of_one_study(tmp_path: Path) -> None:
+    """Cells of another size bear the same names, and those of a dry run say nothing."""
+    folder = tmp_path / "out"
+    claim(folder, {"size": "nano", "dry": False, "source": None})
+    append_record(folder, synthetic_records()[0])
+    for size, settings, told in (
+        ("mini", {}, "not the mini study"),
+        ("nano", {"DRY": "1"}, "not a dry run of the nano study"),
+        ("nano", {"SOURCE": "hub/source"}, "not the nano study of hub/source"),
+    ):
+        refused = call(tmp_path, size, OUT="out", PREGATE_DATA="data", **settings)
+        assert refused.returncode == 2 and told in refused.stderr, (refused.stdout, refused.stderr)
+    refused = call(tmp_path, "mini", "--render", OUT="out")
+    assert refused.returncode == 2 and "holds the nano study" in refused.stderr
+    (folder / "study.json").unlink()
+    unknown = call(tmp_path, "nano", OUT="out", PREGATE_DATA="data")
+    assert unknown.returncode == 2 and "no study.json" in unknown.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_folder_given_once_is_not_the_next_one_s(tmp_path: Path) -> None:
+    for record in synthetic_records():
+        append_record(tmp_path / "out", record)
+    claim_later = {"size": "nano", "dry": False, "source": None}
+    (tmp_path / "out" / "study.json").write_text(json.dumps(claim_later))
+    done = call(tmp_path, "nano", OUT="out", PREGATE_DATA="data", DRY="0")
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+    assert "out" not in call(tmp_path, "nano", "--list").stdout
+    assert not (tmp_path / "runs" / "accuracy_nano" / "results_folder").exists()

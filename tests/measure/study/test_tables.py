@@ -29,7 +29,10 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert "| *most frequent label* | – | 50.9 |" in text
     assert "| 3, (d) pre-gated, lookahead 3 | 3 |" in text
     assert "| (b) shifted, untrained | 100 | 35 | 30 | 39 |" in text
-    assert "ONLY=sst2_conventional_s1 ./scripts/reproduce_accuracy.sh nano" in text
+    assert (
+        "OUT=runs/repeat/results WORK=runs/repeat ONLY=sst2_conventional_s1 ./scripts/reproduce_accuracy.sh nano"
+        in text
+    )
     assert text.count("Environment: torch 2.6, cores 2.") == 1 and "Commit: 0123456789ab." in text
     assert "None" not in text and not re.search(r"\bnan\b", text)
     for name in ("lookahead", "agreement", "curves"):
