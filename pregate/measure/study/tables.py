@@ -207,12 +207,13 @@ def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 NOTES = (
-    "Difference: score minus that of arm (a) of the same seed on the same examples. Its 95 % interval resamples seeds "
-    "and examples with replacement, both at once, 10,000 times (`pregate.measure.study.statistics.paired_bootstrap`); "
-    "with three seeds it is rather too narrow than too wide (where seeds differ more than examples do, it covers three "
-    "quarters at most), with one it holds no luck of the seed at all. “Not worse beyond its interval” means that these "
-    "examples and seeds cannot tell the two apart, not that they are equal. Rows in italics need no model. Trained arms "
-    "of a task share data, steps, batch, schedule and seeds, and keep their last state: no score has chosen a checkpoint."
+    "Difference: score minus that of arm (a) of the same seed on the same examples. Its 95 % interval resamples seeds"
+    " and examples with replacement, both at once, 10,000 times "
+    "(`pregate.measure.study.statistics.paired_bootstrap`); with three seeds it is rather too narrow than too wide "
+    "(where seeds differ more than examples do, it covers three quarters at most), with one it holds no luck of the "
+    "seed at all. “Not worse beyond its interval” means that these examples and seeds cannot tell the two apart, not "
+    "that they are equal. Rows in italics need no model. Trained arms of a task share data, steps, batch, schedule "
+    "and seeds, and keep their last state: no score has chosen a checkpoint."
 )
 
 
