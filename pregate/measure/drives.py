@@ -77,7 +77,9 @@ class SlabStream:
 
     def go_on(self) -> None:
         """Start further slabs in the place of those that have arrived; without waiting."""
-        while self._under_way[0][1].done():
+        for _ in range(len(self._under_way)):
+            if not self._under_way[0][1].done():
+                return
             self.wait_for_one()
 
 

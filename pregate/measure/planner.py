@@ -37,8 +37,8 @@ STEPS = 24
 TURNS = 5
 """Times that a profile compares computing and moving with and without each other."""
 READS_BESIDE = 4
-"""Slabs in flight beside the computation, whose layers alone can put others in their place: enough for the link never
-to run out of them in between."""
+"""Slabs in flight beside the computation, whose layers alone can put others in their place: enough for the link not
+to run out of them in between, but at the end of a block that has few."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def profile(
     measured_ms, described_ms = statistics.median(_step_ms(timed) for timed in alone), parts.compute_ms
     step_ms = statistics.median(steps) if steps else None
     whole = Profile(replace(parts, **slowdowns), link, in_order, slab_bytes, step_ms)
-    return replace(whole, durations=whole.at(link, measured_ms / described_ms))
+    # `resume` is a mean already
+    corrected = replace(whole.at(link, measured_ms / described_ms), resume=whole.durations.resume)
+    return replace(whole, durations=corrected)
 
 
 def _beside_a_busy_link(
