@@ -71,6 +71,10 @@ def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
+ARMS_WITH_REFERENCE = ("shifted", "calibrated", "distilled", "gates_only")
+"""Members of the config group `arm` that say ${reference}."""
+
+
 def _check_arm(run: Run, overrides: Sequence[str]) -> None:
     """An arm of the accuracy study changes an experiment, and may need the arm that it is compared with."""
     places = {override.partition("=")[0].lstrip("+"): place for place, override in enumerate(overrides)}
@@ -159,7 +163,6 @@ def fail(message: str) -> None:
 
 
 # flags with which composing the plain arguments ahead of Hydra would be needless or wrong
-ARMS_WITH_REFERENCE = ("shifted", "calibrated", "distilled", "gates_only")
 HYDRA_FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--multirun", "-m"),
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"),

@@ -84,6 +84,17 @@ class SlabStream:
 
 
 @contextmanager
+def _cpu_mover(store: Store, num_slots: int, io_threads: int, io_uring: bool) -> Iterator[tuple[Mover, Tensor]]:
+    """The mover that an engine on a CPU would use, and its slots_NB."""
+    slots_NB = aligned_bytes(num_slots * store.layout.slab_bytes).view(num_slots, -1)
+    mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
+    try:
+        yield mover, slots_NB
+    finally:
+        mover.close()
+
+
+@contextmanager
 def slab_stream(
     store: Store,
     keys: list[ExpertKey],
@@ -95,15 +106,11 @@ def slab_stream(
     """A stream through the mover that an engine on a CPU would use; twice as many are asked for as are in flight. Where
     no order is wanted, blocks drawn at random give all their slabs, shuffled: only those of one block are in flight
     together."""
-    slots_NB = aligned_bytes(2 * io_threads * store.layout.slab_bytes).view(2 * io_threads, -1)
-    mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
     draw = random.Random(seed)
     first = draw.randrange(len(keys))
     order = cycle(keys[first:] + keys[:first]) if in_order else _block_by_block(keys, draw)
-    try:
+    with _cpu_mover(store, 2 * io_threads, io_threads, io_uring) as (mover, slots_NB):
         yield SlabStream(mover, slots_NB, order)
-    finally:
-        mover.close()
 
 
 @contextmanager
@@ -111,20 +118,16 @@ def lone_slabs(
     store: Store, keys: list[ExpertKey], io_threads: int, io_uring: bool = True
 ) -> Iterator[Callable[[], float]]:
     """A function that has one slab come from the store, as fetching on demand does, and gives the seconds it waited."""
-    slots_NB = aligned_bytes(store.layout.slab_bytes).view(1, -1)
-    mover = make_mover(store, Trace(torch.device("cpu")), Counters(), io_threads, slots_NB, io_uring=io_uring)
     draw = random.Random(0)
+    with _cpu_mover(store, 1, io_threads, io_uring) as (mover, slots_NB):
 
-    def fetch() -> float:
-        transfer = mover.start(draw.choice(keys), slots_NB[0])
-        began = time.perf_counter()
-        transfer.wait()
-        return time.perf_counter() - began
+        def fetch() -> float:
+            transfer = mover.start(draw.choice(keys), slots_NB[0])
+            began = time.perf_counter()
+            transfer.wait()
+            return time.perf_counter() - began
 
-    try:
         yield fetch
-    finally:
-        mover.close()
 
 
 def _block_by_block(keys: list[ExpertKey], draw: random.Random) -> Iterator[ExpertKey]:
