@@ -232,7 +232,8 @@ def aligned_bytes(size: int) -> Tensor:
             memory.madvise(huge)
         raw = torch.frombuffer(memory, dtype=torch.uint8)
     start = -raw.data_ptr() % unit
-    return raw[start : start + size]
+    # a tensor of its own, not a view: of a view, torch asks whether what it is a view of is page-locked
+    return torch.from_numpy(raw.numpy()[start : start + size])
 
 
 def as_buffer(slab_B: Tensor) -> memoryview:

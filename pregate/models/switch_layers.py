@@ -107,7 +107,10 @@ class SwitchGate(nn.Module):
 
     def decide(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
         """Route by hidden states that `perturb` has seen; combine weights come out in `dtype`."""
-        logits_BTE = router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype)
+        return self.choose(router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype), dtype)
+
+    def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
+        """The family's rule. An engine may put a faster form of it in this place."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:

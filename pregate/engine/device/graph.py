@@ -105,7 +105,8 @@ class StepGraphs:
         self._pool = None
 
     def _capture(self, kind: StepKind) -> Any:
-        with torch.cuda.device(self._device):
+        # what is drawn here is forgotten with the steps, so that a seed set before the request still begins with it
+        with torch.cuda.device(self._device), torch.random.fork_rng([torch.cuda.current_device()]):
             aside: Any = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):

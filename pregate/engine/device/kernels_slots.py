@@ -1,4 +1,4 @@
-"""The Triton kernel behind `assign_slots`: the whole decision in one program, which is all that a fetch waits for.
+"""The Triton kernels behind `want_slabs` and `assign_slots`: one program each, because a fetch waits for them.
 
 Knows numbers in tables only. Stores that later loads of the same program depend on are separated by barriers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -101,6 +102,35 @@ def assign_kernel(
     tl.store(counters_4 + 3, tl.load(counters_4 + 3) + tl.sum((missing & (placed == 0)).to(tl.int32), axis=0))
     tl.debug_barrier()
     tl.store(tick_1, tick + 1)
+
+
+@triton.jit
+def want_kernel(
+    expert_ids_N, live_B, wanted_N, first_slab, num_choices: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr
+):
+    """CHOICES: the power of two at or above `num_choices`. Flags are bytes."""
+    order = tl.arange(0, CHOICES)
+    inside = order < num_choices
+    expert = tl.load(expert_ids_N + order, mask=inside, other=-1).to(tl.int32)
+    is_live = tl.load(live_B + order // TOP_K, mask=inside, other=0) != 0
+    tl.store(wanted_N + order, tl.where((expert >= 0) & is_live, expert + first_slab, -1), mask=inside)
+
+
+def launch_want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
+    """See `want_slabs`."""
+    num_choices = wanted_N.shape[0]
+    assert expert_ids_BTK.numel() == num_choices, (expert_ids_BTK.shape, num_choices)
+    launch: Any = want_kernel[(1,)]
+    launch(
+        expert_ids_BTK.contiguous(),
+        live_B.view(torch.uint8),
+        wanted_N,
+        first_slab,
+        num_choices=num_choices,
+        TOP_K=num_choices // live_B.shape[0],
+        CHOICES=1 << (num_choices - 1).bit_length(),
+        num_warps=1,
+    )
 
 
 def launch_assign_slots(

@@ -22,7 +22,7 @@ from pregate.config import Policy
 from pregate.engine.device.experts import ExpertScratch, expert_outputs
 from pregate.engine.device.gather import gather_slabs
 from pregate.engine.device.graph import SideStream
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots
+from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots, want_slabs
 from pregate.engine.slabs import SlabLayout
 from pregate.models.routing import DROPPED
 
@@ -95,10 +95,7 @@ class ResidentSlots:
 
     def commit(self, block: int, expert_ids_BTK: Tensor, live_B: Tensor) -> None:
         """Note the slabs that the rows that live need for `block`."""
-        # masked_fill: its value is an argument of the launch, where `torch.where` would make a tensor of it
-        unneeded = (expert_ids_BTK == DROPPED) | ~live_B[:, None, None]
-        slabs = (expert_ids_BTK + self._blocks.first_slab[block]).masked_fill(unneeded, DROPPED)
-        self._wanted[block].copy_(slabs.view(-1))
+        want_slabs(expert_ids_BTK, live_B, self._blocks.first_slab[block], self._wanted[block])
 
     def run(self, block: int, hidden_BD: Tensor, weights_BK: Tensor) -> Tensor:
         """The block's output (B, D), in a tensor that the next block's overwrites; 0 where nothing was needed."""

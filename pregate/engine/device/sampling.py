@@ -84,6 +84,26 @@ class TokenChooser:
 
     def choose(self, logits_BV: Tensor, kind: StepKind) -> None:
         """Append one token to every row that lives, padding to the others, and move on to the next place."""
+        if logits_BV.device.type == "cuda" and not kind.sample:
+            self.choose_greedily(logits_BV, kind)
+        else:
+            self.choose_twin(logits_BV, kind)
+
+    def choose_greedily(self, logits_BV: Tensor, kind: StepKind) -> None:
+        """`choose` without a draw, by a kernel."""
+        from pregate.engine.device.kernels_sampling import launch_choose
+
+        seen_BV, eos_V, live_B = (flags.view(torch.uint8) for flags in (self._seen_BV, self._eos_V, self.live_B))
+        settings = (self._min_new_1, self._pad_1, self._penalty_1)
+        launch_choose(
+            *(logits_BV, self.logits_BV, seen_BV, eos_V, self.tokens_BT, self.token_B, live_B, self.position_1),
+            *settings,
+            penalises=kind.penalise,
+        )
+        self.position_1 += 1
+
+    def choose_twin(self, logits_BV: Tensor, kind: StepKind) -> None:
+        """`choose` in plain torch."""
         self.logits_BV.copy_(logits_BV)
         scores_BV = self.logits_BV
         if kind.penalise:

@@ -82,6 +82,24 @@ class FetchPlan:
         return cls(*(torch.full((num_choices,), NONE, dtype=torch.int32, device=device) for _ in range(3)))
 
 
+def want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
+    """Into `wanted_N` (int32, B*K of one place a row): the slab of each choice of a block whose expert 0 is
+    `first_slab`; -1 for a dropped choice and for all of a row that does not live."""
+    if wanted_N.device.type == "cuda":
+        from pregate.engine.device.kernels_slots import launch_want_slabs
+
+        launch_want_slabs(expert_ids_BTK, live_B, first_slab, wanted_N)
+    else:
+        want_slabs_twin(expert_ids_BTK, live_B, first_slab, wanted_N)
+
+
+def want_slabs_twin(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
+    """`want_slabs` in plain torch."""
+    # masked_fill: its value is an argument of the launch, where `torch.where` would make a tensor of it
+    unneeded = (expert_ids_BTK < 0) | ~live_B[:, None, None]
+    wanted_N.copy_((expert_ids_BTK + first_slab).masked_fill(unneeded, NONE).view(-1))
+
+
 def assign_slots(table: DeviceSlots, wanted_N: Tensor, plan: FetchPlan, *, keep: bool, protected_fetches: int) -> None:
     """Give each slab of `wanted_N` (int32 slab numbers, -1 for a dropped choice, repeats allowed) a slot.
 

@@ -33,31 +33,61 @@ def join_projections(attention: Any) -> Tensor:
     return joined
 
 
+def self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
+    """Put this token's key and value into the cache at `position_1`, then attend to every place that the bias does not
+    hide; those behind the position must be hidden. qkv_B13HC: query, key and value, contiguous. Returns (B, 1, H*C)."""
+    if qkv_B13HC.device.type == "cuda":
+        from pregate.engine.device.kernels_attention import launch_self_attention
+
+        return launch_self_attention(qkv_B13HC, cache_2BHTC, position_1, bias_1H1T)
+    return self_attention_twin(qkv_B13HC, cache_2BHTC, position_1, bias_1H1T)
+
+
+def self_attention_twin(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
+    """`self_attention` in plain torch."""
+    qkv_3BH1C = qkv_B13HC.permute(2, 0, 3, 1, 4)
+    cache_2BHTC.index_copy_(3, position_1, qkv_3BH1C[1:])
+    return attend(qkv_3BH1C[0], cache_2BHTC[0], cache_2BHTC[1], bias_1H1T)
+
+
+def cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
+    """Attend to every source place that the mask does not hide: (B, 1, H*C)."""
+    if query_B1HC.device.type == "cuda":
+        from pregate.engine.device.kernels_attention import launch_cross_attention
+
+        return launch_cross_attention(query_B1HC, cache_2BHSC, mask_B11S)
+    return cross_attention_twin(query_B1HC, cache_2BHSC, mask_B11S)
+
+
+def cross_attention_twin(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
+    """`cross_attention` in plain torch."""
+    return attend(query_B1HC.transpose(1, 2), cache_2BHSC[0], cache_2BHSC[1], mask_B11S)
+
+
 class StaticSelfAttention:
-    """Self-attention of one decoder layer, norm and residual included, with room for `length` tokens."""
+    """Self-attention of one decoder layer, between its norm and its residual, with room for `length` tokens."""
 
     def __init__(self, layer: Any, batch: int, length: int) -> None:
         attention = layer.SelfAttention
-        self._norm, self._out = layer.layer_norm, attention.o
+        self.norm, self._out = layer.layer_norm, attention.o
         self._qkv = join_projections(attention)
         self._shape = (batch, 1, 3, attention.n_heads, attention.key_value_proj_dim)
         shape = (2, batch, attention.n_heads, length, attention.key_value_proj_dim)
         self.cache_2BHTC = torch.zeros(shape, dtype=self._qkv.dtype, device=self._qkv.device)
 
-    def __call__(self, hidden_B1D: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
+    def __call__(self, normed_B1D: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
         """`position_1`: the place of this token. Places behind it hold leftovers, which `bias_1H1T` must hide."""
-        qkv = nn.functional.linear(self._norm(hidden_B1D), self._qkv).view(self._shape).permute(2, 0, 3, 1, 4)
-        self.cache_2BHTC.index_copy_(3, position_1, qkv[1:])
-        return hidden_B1D + self._out(attend(qkv[0], self.cache_2BHTC[0], self.cache_2BHTC[1], bias_1H1T))
+        qkv_B13HC = nn.functional.linear(normed_B1D, self._qkv).view(self._shape)
+        return self._out(self_attention(qkv_B13HC, self.cache_2BHTC, position_1, bias_1H1T))
 
 
 class StaticCrossAttention:
-    """Attention of one decoder layer to the source, norm and residual included; keys and values are filled once a
-    request."""
+    """Attention of one decoder layer to the source, between its norm and its residual; keys and values are filled once
+    a request."""
 
     def __init__(self, layer: Any, batch: int, length: int) -> None:
         self._attention = attention = layer.EncDecAttention
-        self._norm = layer.layer_norm
+        self.norm = layer.layer_norm
         self._heads = (attention.n_heads, attention.key_value_proj_dim)
         weight = attention.q.weight
         shape = (2, batch, attention.n_heads, length, attention.key_value_proj_dim)
@@ -70,9 +100,9 @@ class StaticCrossAttention:
             projected = projection(states_BSD).view(rows, places, *self._heads).transpose(1, 2)
             cache_BHSC[:rows, :, :places].copy_(projected)
 
-    def __call__(self, hidden_B1D: Tensor, mask_B11S: Tensor) -> Tensor:
-        query = self._attention.q(self._norm(hidden_B1D)).view(-1, 1, *self._heads).transpose(1, 2)
-        return hidden_B1D + self._attention.o(attend(query, self.cache_2BHSC[0], self.cache_2BHSC[1], mask_B11S))
+    def __call__(self, normed_B1D: Tensor, mask_B11S: Tensor) -> Tensor:
+        query_B1HC = self._attention.q(normed_B1D).view(-1, 1, *self._heads)
+        return self._attention.o(cross_attention(query_B1HC, self.cache_2BHSC, mask_B11S))
 
 
 class PositionBias:

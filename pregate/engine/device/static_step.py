@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pregate.engine.device.gates import for_steps
+from pregate.engine.device.norms import add_norm
 from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
 from pregate.engine.device.static_attention import (
     PositionBias,
@@ -24,7 +26,7 @@ from pregate.engine.device.static_attention import (
     source_mask,
 )
 from pregate.models.routing import Routing
-from pregate.models.switch_layers import PreGatedSparseMLP, SwitchGate, finite
+from pregate.models.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
 
 
 class StepExperts(Protocol):
@@ -43,19 +45,11 @@ class StepExperts(Protocol):
         ...
 
 
-def keep_in_router_dtype(gate: SwitchGate) -> SwitchGate:
-    """Convert the gate's weights to the dtype it routes in for good, instead of at every step; the same logits."""
-    for name, parameter in list(gate.classifier.named_parameters()):
-        converted = parameter.detach().to(gate.dtype)
-        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
-    return gate
-
-
 class StaticDecoder:
     """The decoder of `model` for `batch` rows of at most `max_source_len` source and `max_new_tokens` new tokens.
 
     `begin` prepares a request, then each `step` appends a token a row. The parameters stay the model's own; those
-    of self-attention are laid out anew (`join_projections`), those of gates converted (`keep_in_router_dtype`).
+    of self-attention are laid out anew (`join_projections`), those of gates converted (`for_steps`).
     """
 
     def __init__(
@@ -69,7 +63,7 @@ class StaticDecoder:
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else None
         self._experts = experts
-        self._entries = {int(block): keep_in_router_dtype(gate) for block, gate in decoder.entry_gates.items()}
+        self._entries = {int(block): for_steps(gate) for block, gate in decoder.entry_gates.items()}
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
@@ -100,18 +94,26 @@ class StaticDecoder:
         bias_1H1T = self._bias(chooser.position_1)
         self._experts.begin_step()
         for block, gate in self._entries.items():
-            self._commit(block, gate(hidden_B1D))
+            self._commit(block, self._entry(gate, hidden_B1D))
+        added_B1D = None
         for layer in self._layers:
-            hidden_B1D = finite(layer.attention(hidden_B1D, chooser.position_1, bias_1H1T))
-            hidden_B1D = finite(layer.cross(hidden_B1D, self._mask_B11S))
-            normed_B1D = layer.norm(hidden_B1D)
-            hidden_B1D = finite(hidden_B1D + layer.feed_forward(normed_B1D))
-        hidden_B1D = self._norm(hidden_B1D)
+            hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.attention.norm)
+            added_B1D = layer.attention(normed_B1D, chooser.position_1, bias_1H1T)
+            hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.cross.norm)
+            added_B1D = layer.cross(normed_B1D, self._mask_B11S)
+            hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.norm)
+            added_B1D = layer.feed_forward(normed_B1D)
+        _, hidden_B1D = _add_norm(hidden_B1D, added_B1D, self._norm)
         if self._scale is not None:
             hidden_B1D = hidden_B1D * self._scale
         chooser.choose(self._head(hidden_B1D)[:, 0], kind)
         # handed to the allocator here, not at some later replay's begin
         self._routes.clear()
+
+    def _entry(self, gate: SwitchGate, embedded_B1D: Tensor) -> Routing:
+        if isinstance(gate, EmbeddingGate):
+            _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
+        return gate.decide(gate.perturb(embedded_B1D), embedded_B1D.dtype)
 
     def _commit(self, block: int, routing: Routing) -> None:
         self._routes[block] = routing
@@ -119,8 +121,8 @@ class StaticDecoder:
 
     def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-        own = None if mlp.router is None else keep_in_router_dtype(mlp.router)
-        ahead = None if mlp.pre_gate is None else keep_in_router_dtype(mlp.pre_gate)
+        own = None if mlp.router is None else for_steps(mlp.router)
+        ahead = None if mlp.pre_gate is None else for_steps(mlp.pre_gate)
         block, target = mlp.index, mlp.target
 
         def run(normed_B1D: Tensor) -> Tensor:
@@ -135,10 +137,17 @@ class StaticDecoder:
         return run
 
 
+def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """The residual stream behind a part of a layer, and the normed input of the next part."""
+    if hidden_B1D.dtype == torch.float16 and added_B1D is not None:
+        hidden_B1D, added_B1D = finite(hidden_B1D + added_B1D), None
+    return add_norm(hidden_B1D, added_B1D, norm.weight, norm.variance_epsilon)
+
+
 class _StaticLayer:
     def __init__(self, layer: Any, decoder: StaticDecoder, max_source_len: int, max_new_tokens: int) -> None:
         self.attention = StaticSelfAttention(layer.layer[0], decoder.batch, max_new_tokens)
         self.cross = StaticCrossAttention(layer.layer[1], decoder.batch, max_source_len)
-        self.norm: nn.Module = layer.layer[-1].layer_norm
+        self.norm: Any = layer.layer[-1].layer_norm
         mlp = layer.layer[-1].mlp
         self.feed_forward = decoder.sparse(mlp) if layer.is_sparse else mlp

@@ -18,14 +18,11 @@ import triton.language as tl  # noqa: E402
 
 from pregate.engine.device.kernels_experts import (  # noqa: E402
     NUM_WARPS,
-    RAW,
     launch_expert_outputs,
     linear_constants,
-    numbers,
-    rounded,
     slot_linear_kernel,
-    stored,
 )
+from pregate.engine.device.kernels_numbers import RAW, numbers, rounded, stored  # noqa: E402
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

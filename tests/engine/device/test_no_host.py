@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import gather, moves
+from pregate.engine.device import gates, gather, moves, static_attention, static_step
 from pregate.engine.device.graph import InOrder
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampling import StepKind, TokenChooser
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.device.static_step import StaticDecoder
 from pregate.engine.slabs import SlabLayout
@@ -34,7 +34,7 @@ BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
 SOURCES = [
     *("static_step.py", "static_attention.py", "sampling.py", "moves.py"),
-    *("slots.py", "gather.py", "experts.py"),
+    *("slots.py", "gather.py", "experts.py", "gates.py", "norms.py"),
 ]
 FOLDER = Path(device.__file__).parent
 
@@ -133,7 +133,15 @@ def test_a_step_asks_nothing(
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
     """The real launchers; in the place of the kernels they launch, notes of their grids and constants."""
     pytest.importorskip("triton")
-    from pregate.engine.device import kernels_experts, kernels_gather, kernels_slots
+    from pregate.engine.device import (
+        kernels_attention,
+        kernels_experts,
+        kernels_gates,
+        kernels_gather,
+        kernels_norms,
+        kernels_sampling,
+        kernels_slots,
+    )
 
     noted: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -150,6 +158,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
         (kernels_slots, "assign_kernel"),
         (kernels_gather, "gather_kernel"),
         (kernels_experts, "slot_linear_kernel"),
+        (kernels_slots, "want_kernel"),
+        (kernels_norms, "add_norm_kernel"),
+        (kernels_gates, "first_choice_kernel"),
+        (kernels_attention, "attention_kernel"),
+        (kernels_sampling, "choose_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel(name))
 
@@ -159,6 +172,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
     monkeypatch.setattr(moves, "assign_slots", kernels_slots.launch_assign_slots)
     monkeypatch.setattr(moves, "gather_slabs", gather_slabs)
     monkeypatch.setattr(moves, "expert_outputs", kernels_experts.launch_expert_outputs)
+    monkeypatch.setattr(moves, "want_slabs", kernels_slots.launch_want_slabs)
+    monkeypatch.setattr(static_step, "add_norm", kernels_norms.launch_add_norm)
+    monkeypatch.setattr(gates, "first_choice", kernels_gates.launch_first_choice)
+    monkeypatch.setattr(static_attention, "self_attention", kernels_attention.launch_self_attention)
+    monkeypatch.setattr(static_attention, "cross_attention", kernels_attention.launch_cross_attention)
+    monkeypatch.setattr(TokenChooser, "choose", TokenChooser.choose_greedily)
     return noted
 
 
@@ -179,6 +198,10 @@ def test_launching_the_kernels_asks_nothing(
     fetches = 0 if policy is Policy.gpu_only else 3
     assert names.count("assign_kernel") == names.count("gather_kernel") == fetches
     assert names.count("slot_linear_kernel") == 2 * 3, "up and down, in each of three blocks"
+    assert names.count("first_choice_kernel") == names.count("want_kernel") == 3
+    layers = len(static._layers)
+    assert names.count("attention_kernel") == 2 * layers and names.count("add_norm_kernel") == 3 * layers + 1
+    assert names.count("choose_kernel") == 1
     for _, _, constants in runs[0][1]:
         assert not any(isinstance(value, Tensor) for value in constants.values()), constants
 

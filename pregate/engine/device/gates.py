@@ -1,0 +1,46 @@
+"""A gate's decision for the tokens of a decoding step, in as few launches as it takes.
+
+Knows logits and routes; knows nothing about slots or experts. Letters: B rows, E experts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pregate.models.routing import Routing, route
+from pregate.models.switch_layers import SwitchGate
+
+
+def for_steps(gate: SwitchGate) -> SwitchGate:
+    """Have `gate` choose for a step's tokens by `first_choice`, and keep its weights in the dtype it routes in for
+    good, instead of converting them at every step; the same logits and the same routes."""
+    for name, parameter in list(gate.classifier.named_parameters()):
+        converted = parameter.detach().to(gate.dtype)
+        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    gate.choose = partial(_choose, gate.capacity)  # type: ignore[method-assign]
+    return gate
+
+
+def _choose(capacity: int, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
+    if logits_BTE.shape[1] > 1 or capacity < 1:
+        return route(logits_BTE, top_k=1, capacity=capacity, dtype=dtype)
+    return Routing(*first_choice(logits_BTE, dtype), logits_BTE)
+
+
+def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The most probable expert of each token and its probability in `dtype`: (expert_ids_B11, weights_B11). On equal
+    probabilities the first expert wins."""
+    if logits_B1E.device.type == "cuda":
+        from pregate.engine.device.kernels_gates import launch_first_choice
+
+        return launch_first_choice(logits_B1E, dtype)
+    return first_choice_twin(logits_B1E, dtype)
+
+
+def first_choice_twin(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`first_choice` by the rule that everything else routes by."""
+    chosen = route(logits_B1E, top_k=1, capacity=None, dtype=dtype)
+    return chosen.expert_ids_BTK, chosen.weights_BTK
