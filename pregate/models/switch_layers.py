@@ -107,10 +107,16 @@ class SwitchGate(nn.Module):
 
     def decide(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
         """Route by hidden states that `perturb` has seen; combine weights come out in `dtype`."""
-        return self.choose(router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype), dtype)
+        return self.choose(self.score(seen_BTD), dtype)
+
+    # an engine may put faster forms of these two in their place
+
+    def score(self, seen_BTD: Tensor) -> Tensor:
+        """The logits (B, T, E), in the router's dtype."""
+        return router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype)
 
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
-        """The family's rule. An engine may put a faster form of it in this place."""
+        """The family's rule."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:

@@ -3,9 +3,9 @@
     with DeviceEngine.open("checkpoint", device="cuda", device_budget="25%", cache="lru") as engine:
         tokens = engine.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64)
 
-The source is encoded by the host-driven engine over the same slots (`prefill`); then every token is one replay of a
-captured graph that routes, fetches and computes by itself (`decode_one_token`). Without CUDA the same code runs step by
-step. Knows stores, slots and requests; knows nothing about tasks or metrics.
+The source is encoded by the host-driven engine over the same slots (`prefill`); then captured graphs of one or several
+steps route, fetch and compute by themselves (`decode`). Without CUDA the same code runs step by step. Knows stores,
+slots and requests; knows nothing about tasks or metrics.
 
 Letters: B rows of a request, S source places, T target places, V vocabulary.
 """
@@ -25,7 +25,7 @@ from pregate.engine.budget import slots_within
 from pregate.engine.decode import Checkpoint, OffloadEngine, open_store
 from pregate.engine.device import require_triton
 from pregate.engine.device.experts import check_activation
-from pregate.engine.device.graph import StepGraphs, side_stream
+from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
 from pregate.engine.device.request import Request, read_request
@@ -42,7 +42,7 @@ from pregate.runtime import human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""
-EOS_CHECK_EVERY = 8
+EOS_CHECK_EVERY = STEPS_AT_ONCE
 """Steps between two looks at whether every row has ended; each look waits for the device."""
 
 
@@ -146,11 +146,12 @@ class DeviceEngine:
             request = self.request(**options)
             self.prefill(input_ids, attention_mask, request.sampling)
             logits = []
-            for step in range(request.new_tokens):
-                self.decode_one_token()
+            at_once = 1 if request.with_logits else EOS_CHECK_EVERY
+            for done in range(at_once, request.new_tokens + at_once, at_once):
+                self.decode(min(at_once, request.new_tokens - done + at_once))
                 if request.with_logits:
                     logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
-                looks = request.sampling.eos and step % EOS_CHECK_EVERY == EOS_CHECK_EVERY - 1
+                looks = request.sampling.eos and done % EOS_CHECK_EVERY == 0
                 if looks and not self.decoder.chooser.live_B.any().item():
                     break
             self._check_errors()
@@ -199,9 +200,14 @@ class DeviceEngine:
             self._kind = sampling.kind
 
     @torch.inference_mode()
+    def decode(self, num_tokens: int) -> None:
+        """So many more tokens for every row of the request that `prefill` began, in all at most what the engine was
+        opened for. Returns before the device has made them."""
+        self._graphs.run(self._kind, num_tokens)
+
     def decode_one_token(self) -> None:
         """One more token for every row of the request that `prefill` began. Returns before the device has done it."""
-        self._graphs.run(self._kind)
+        self.decode(1)
 
     def tokens(self) -> Tensor:
         """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next

@@ -1,6 +1,6 @@
 """A gate's decision for the tokens of a decoding step, in as few launches as it takes.
 
-Knows logits and routes; knows nothing about slots or experts. Letters: B rows, E experts.
+Knows logits and routes; knows nothing about slots or experts. Letters: B rows, D model width, E experts.
 """
 
 from __future__ import annotations
@@ -10,24 +10,45 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pregate.models.routing import Routing, route
+from pregate.models.routing import Routing, route, router_logits
 from pregate.models.switch_layers import SwitchGate
 
 
 def for_steps(gate: SwitchGate) -> SwitchGate:
-    """Have `gate` choose for a step's tokens by `first_choice`, and keep its weights in the dtype it routes in for
-    good, instead of converting them at every step; the same logits and the same routes."""
+    """Have `gate` decide a step's tokens by `gate_logits` and `first_choice`, and keep its weights in the dtype it
+    routes in for good, instead of converting them at every step; the same logits and the same routes."""
     for name, parameter in list(gate.classifier.named_parameters()):
         converted = parameter.detach().to(gate.dtype)
         setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    gate.score = partial(_score, gate.classifier)  # type: ignore[method-assign]
     gate.choose = partial(_choose, gate.capacity)  # type: ignore[method-assign]
     return gate
+
+
+def _score(classifier: nn.Linear, seen_BTD: Tensor) -> Tensor:
+    if seen_BTD.shape[1] > 1:
+        return router_logits(seen_BTD, classifier.weight, classifier.bias, classifier.weight.dtype)
+    return gate_logits(seen_BTD, classifier.weight, classifier.bias)
 
 
 def _choose(capacity: int, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
     if logits_BTE.shape[1] > 1 or capacity < 1:
         return route(logits_BTE, top_k=1, capacity=capacity, dtype=dtype)
     return Routing(*first_choice(logits_BTE, dtype), logits_BTE)
+
+
+def gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Expert logits (B, 1, E) of one token a row, in the dtype of the weights."""
+    if hidden_B1D.device.type == "cuda":
+        from pregate.engine.device.kernels_gates import launch_gate_logits
+
+        return launch_gate_logits(hidden_B1D, weight_ED, bias_E)
+    return gate_logits_twin(hidden_B1D, weight_ED, bias_E)
+
+
+def gate_logits_twin(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """`gate_logits` by the rule that everything else routes by."""
+    return router_logits(hidden_B1D, weight_ED, bias_E, weight_ED.dtype)
 
 
 def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,16 @@ import torch
 
 from pregate.engine.device.sampling import StepKind
 
+STEPS_AT_ONCE = 8
 WARM_UPS = 2
 """Steps before a capture: kernels are compiled and libraries make their workspaces, which a capture must not see."""
 
 
 class SideStream(Protocol):
     @contextmanager
-    def fork(self) -> Iterator[None]:
-        """Work submitted in the body begins behind all work submitted so far and runs beside what follows."""
+    def fork(self, behind: Any = None) -> Iterator[None]:
+        """Work submitted in the body begins behind all work submitted so far, or behind a mark of another side stream,
+        and runs beside what follows."""
         ...
 
     def mark(self) -> Any:
@@ -37,7 +39,7 @@ class InOrder:
     """Without streams: everything happens in the order it is written in."""
 
     @contextmanager
-    def fork(self) -> Iterator[None]:
+    def fork(self, behind: None = None) -> Iterator[None]:
         yield
 
     def mark(self) -> None:
@@ -58,8 +60,11 @@ class CudaSideStream:
         self._stream: Any = torch.cuda.Stream(device, priority=-1)
 
     @contextmanager
-    def fork(self) -> Iterator[None]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def fork(self, behind: Any = None) -> Iterator[None]:
+        if behind is None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        else:
+            self._stream.wait_event(behind)
         with torch.cuda.stream(self._stream):
             yield
 
@@ -77,34 +82,41 @@ def side_stream(device: torch.device) -> SideStream:
 
 
 class StepGraphs:
-    """Runs `step(kind)`: on CUDA as one graph for each kind, captured the first time it is asked for; else as it is.
+    """Runs `step(kind)`: on CUDA as graphs captured the first time a kind is asked for; else as it is.
 
-    `begin` brings the step's state to a place from which one step may run and be forgotten.
+    There are two graphs of a kind, of one step and of `STEPS_AT_ONCE`: between two replays the device waits for more
+    than ten microseconds, inside a graph for one or two. `begin` brings the step's state to a place from which
+    one step may run and be forgotten.
     """
 
     def __init__(self, step: Callable[[StepKind], None], begin: Callable[[], None], device: torch.device) -> None:
         self._step, self._begin, self._device = step, begin, device
-        self._graphs: dict[StepKind, Any] = {}
+        self._graphs: dict[tuple[StepKind, int], Any] = {}
         self._pool: Any = None
 
     def prepare(self, kind: StepKind) -> None:
         """Capture `kind` unless that was done. Runs a few steps, so whatever a request has prepared is lost."""
-        if self._device.type == "cuda" and kind not in self._graphs:
-            self._graphs[kind] = self._capture(kind)
+        if self._device.type == "cuda" and (kind, 1) not in self._graphs:
+            captured = {(kind, steps): self._capture(kind, steps) for steps in (1, STEPS_AT_ONCE)}
+            self._graphs |= captured
 
-    def run(self, kind: StepKind) -> None:
-        """One step of a prepared kind."""
-        if self._device.type == "cuda":
-            self._graphs[kind].replay()
-        else:
-            self._step(kind)
+    def run(self, kind: StepKind, steps: int = 1) -> None:
+        """So many steps of a prepared kind."""
+        if self._device.type != "cuda":
+            for _ in range(steps):
+                self._step(kind)
+            return
+        for _ in range(steps // STEPS_AT_ONCE):
+            self._graphs[kind, STEPS_AT_ONCE].replay()
+        for _ in range(steps % STEPS_AT_ONCE):
+            self._graphs[kind, 1].replay()
 
     def close(self) -> None:
         """Give back the memory of the graphs, which must not be running."""
         self._graphs.clear()
         self._pool = None
 
-    def _capture(self, kind: StepKind) -> Any:
+    def _capture(self, kind: StepKind, steps: int) -> Any:
         # what is drawn here is forgotten with the steps, so that a seed set before the request still begins with it
         with torch.cuda.device(self._device), torch.random.fork_rng([torch.cuda.current_device()]):
             aside: Any = torch.cuda.Stream()
@@ -118,6 +130,7 @@ class StepGraphs:
             graph = torch.cuda.CUDAGraph()
             # other threads of the process may use CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._step(kind)
+                for _ in range(steps):
+                    self._step(kind)
             self._pool = graph.pool()
         return graph

@@ -24,8 +24,10 @@ def add_norm_kernel(
     summed,
     normed,
     eps,
+    factor,
     D: tl.constexpr,
     ADDS: tl.constexpr,
+    SCALES: tl.constexpr,
     KIND: tl.constexpr,
     NATIVE: tl.constexpr,
     TILE: tl.constexpr,
@@ -41,11 +43,13 @@ def add_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / D + eps)
     weight = numbers(tl.load(weight_D + column, mask=inside, other=0), KIND)
     result = rounded(weight * rounded(value * scale, KIND, NATIVE), KIND, NATIVE)
+    if SCALES:
+        result = rounded(result * factor, KIND, NATIVE)
     tl.store(normed + row + column, stored(result, KIND), mask=inside)
 
 
 def launch_add_norm(
-    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float
+    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """See `add_norm`."""
     width, kind = hidden_B1D.shape[-1], FLOATS[hidden_B1D.dtype]
@@ -62,7 +66,9 @@ def launch_add_norm(
         summed_B1D.view(raw),
         normed_B1D.view(raw),
         eps,
+        factor,
         D=width,
+        SCALES=factor != 1.0,
         ADDS=added_B1D is not None,
         KIND=kind,
         NATIVE=isinstance(add_norm_kernel, triton.JITFunction),

@@ -21,7 +21,7 @@ from torch import Tensor
 from pregate.config import Policy
 from pregate.engine.device.experts import ExpertScratch, expert_outputs
 from pregate.engine.device.gather import gather_slabs
-from pregate.engine.device.graph import SideStream
+from pregate.engine.device.graph import SideStream, side_stream
 from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots, want_slabs
 from pregate.engine.slabs import SlabLayout
 from pregate.models.routing import DROPPED
@@ -130,17 +130,28 @@ class OnDemand(ResidentSlots):
         return self._plans[block].slot_N
 
     def _fetch(self, wanted_N: Tensor, plan: FetchPlan, protected_fetches: int) -> None:
+        self._assign(wanted_N, plan, protected_fetches)
+        self._copy(plan)
+
+    def _assign(self, wanted_N: Tensor, plan: FetchPlan, protected_fetches: int) -> None:
         memory = self._memory
         assign_slots(memory.table, wanted_N, plan, keep=memory.keep, protected_fetches=protected_fetches)
-        gather_slabs(memory.addresses_G, plan, memory.slots_SB)
+
+    def _copy(self, plan: FetchPlan) -> None:
+        gather_slabs(self._memory.addresses_G, plan, self._memory.slots_SB)
 
 
 class PreGated(OnDemand):
-    """The slabs of a block are fetched as soon as its route is committed, beside the blocks before it.
+    """The slabs of a block are fetched as soon as its route is committed, beside the blocks before it. Slots are
+    assigned on a stream of their own, beside the copies before, so that the link hardly rests between two copies.
 
     Of entry gates that decide late, the fetches behind them wait: with a lookahead of 2 block 2 is decided in block 0,
     and fetched in block 1 behind block 1's own. So at most the blocks from the running one on hold slots.
     """
+
+    def __init__(self, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> None:
+        super().__init__(memory, blocks, side)
+        self._assigning = side_stream(memory.slots_SB.device)
 
     def begin_step(self) -> None:
         self._known: set[int] = set()
@@ -152,8 +163,11 @@ class PreGated(OnDemand):
         self._known.add(block)
         while self._next_fetch in self._known:
             ready = self._next_fetch
-            with self._side.fork():
-                self._fetch(self._wanted[ready], self._plans[ready], ready - self._running)
+            with self._assigning.fork():
+                self._assign(self._wanted[ready], self._plans[ready], ready - self._running)
+                assigned = self._assigning.mark()
+            with self._side.fork(behind=assigned):
+                self._copy(self._plans[ready])
                 self._marks[ready] = self._side.mark()
             self._next_fetch += 1
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 
-def add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`hidden + added` (or `hidden` itself), and that divided by its root mean square and scaled by `weight_D`.
+def add_norm(
+    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`hidden + added` (or `hidden` itself), and that divided by its root mean square and scaled by `weight_D`, then by
+    `factor`.
 
     Both in the dtype of `hidden_B1D`, rounded where the family's own norm rounds; the mean is taken in float32
     (T5's layer norm: no mean subtracted, no bias).
@@ -18,11 +21,13 @@ def add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps
     if hidden_B1D.device.type == "cuda" and weight_D.dtype == hidden_B1D.dtype:
         from pregate.engine.device.kernels_norms import launch_add_norm
 
-        return launch_add_norm(hidden_B1D, added_B1D, weight_D, eps)
-    return add_norm_twin(hidden_B1D, added_B1D, weight_D, eps)
+        return launch_add_norm(hidden_B1D, added_B1D, weight_D, eps, factor)
+    return add_norm_twin(hidden_B1D, added_B1D, weight_D, eps, factor)
 
 
-def add_norm_twin(hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm_twin(
+    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """`add_norm` in plain torch, in the order of the family's own operations."""
     if added_B1D is not None:
         hidden_B1D = hidden_B1D + added_B1D
@@ -30,4 +35,5 @@ def add_norm_twin(hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor
     normed_B1D = hidden_B1D * torch.rsqrt(variance_B11 + eps)
     if weight_D.dtype in (torch.float16, torch.bfloat16):
         normed_B1D = normed_B1D.to(weight_D.dtype)
-    return hidden_B1D, weight_D * normed_B1D
+    normed_B1D = weight_D * normed_B1D
+    return hidden_B1D, normed_B1D if factor == 1.0 else normed_B1D * factor

@@ -100,7 +100,6 @@ class TokenChooser:
             *settings,
             penalises=kind.penalise,
         )
-        self.position_1 += 1
 
     def choose_twin(self, logits_BV: Tensor, kind: StepKind) -> None:
         """`choose` in plain torch."""

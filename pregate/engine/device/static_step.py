@@ -61,7 +61,7 @@ class StaticDecoder:
         # the last new token is never an input, the start token always is
         self.chooser = TokenChooser(batch, max_new_tokens + 1, config.vocab_size, weight.device)
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
-        self._scale = config.d_model**-0.5 if config.tie_word_embeddings else None
+        self._scale = config.d_model**-0.5 if config.tie_word_embeddings else 1.0
         self._experts = experts
         self._entries = {int(block): for_steps(gate) for block, gate in decoder.entry_gates.items()}
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
@@ -91,10 +91,11 @@ class StaticDecoder:
         """One token for every row. Never synchronises with the host; the same launches whatever the data."""
         chooser = self.chooser
         hidden_B1D = self._embed(chooser.token_B[:, None])
-        bias_1H1T = self._bias(chooser.position_1)
         self._experts.begin_step()
         for block, gate in self._entries.items():
             self._commit(block, self._entry(gate, hidden_B1D))
+        # behind the entry gates, for which fetches wait
+        bias_1H1T = self._bias(chooser.position_1)
         added_B1D = None
         for layer in self._layers:
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.attention.norm)
@@ -103,17 +104,15 @@ class StaticDecoder:
             added_B1D = layer.cross(normed_B1D, self._mask_B11S)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.norm)
             added_B1D = layer.feed_forward(normed_B1D)
-        _, hidden_B1D = _add_norm(hidden_B1D, added_B1D, self._norm)
-        if self._scale is not None:
-            hidden_B1D = hidden_B1D * self._scale
-        chooser.choose(self._head(hidden_B1D)[:, 0], kind)
+        _, normed_B1D = _add_norm(hidden_B1D, added_B1D, self._norm, self._scale)
+        chooser.choose(self._head(normed_B1D)[:, 0], kind)
         # handed to the allocator here, not at some later replay's begin
         self._routes.clear()
 
     def _entry(self, gate: SwitchGate, embedded_B1D: Tensor) -> Routing:
         if isinstance(gate, EmbeddingGate):
             _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
-        return gate.decide(gate.perturb(embedded_B1D), embedded_B1D.dtype)
+        return gate.decide(embedded_B1D, embedded_B1D.dtype)
 
     def _commit(self, block: int, routing: Routing) -> None:
         self._routes[block] = routing
@@ -127,21 +126,21 @@ class StaticDecoder:
 
         def run(normed_B1D: Tensor) -> Tensor:
             if own is not None:
-                self._commit(block, own(normed_B1D))
+                self._commit(block, own.decide(normed_B1D, normed_B1D.dtype))
             if ahead is not None and target is not None:
                 # behind the block's own route, which is needed first
-                self._commit(target, ahead(normed_B1D))
+                self._commit(target, ahead.decide(normed_B1D, normed_B1D.dtype))
             weights_BK = self._routes.pop(block).weights_BTK[:, 0]
             return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
 
         return run
 
 
-def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, norm: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """The residual stream behind a part of a layer, and the normed input of the next part."""
     if hidden_B1D.dtype == torch.float16 and added_B1D is not None:
         hidden_B1D, added_B1D = finite(hidden_B1D + added_B1D), None
-    return add_norm(hidden_B1D, added_B1D, norm.weight, norm.variance_epsilon)
+    return add_norm(hidden_B1D, added_B1D, norm.weight, norm.variance_epsilon, factor)
 
 
 class _StaticLayer:

@@ -3,6 +3,7 @@ logits; what it counts. What it refuses: test_engine_refusals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.decode import open_store
 from pregate.engine.device import moves
 from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine, slots_for
+from pregate.engine.device.sampling import StepKind
 from pregate.engine.slabs import SlabLayout
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import switch_expert_family
@@ -365,6 +367,14 @@ def test_captured_equals_the_resident_model(
             assert_equal_while_live(got, wanted, None, 1e-3, ties=1e-3)
 
 
+def eagerly(engine: DeviceEngine) -> Callable[..., None]:
+    def run(kind: StepKind, steps: int = 1) -> None:
+        for _ in range(steps):
+            engine.decoder.step(kind)
+
+    return run
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", list(Policy))
 @pytest.mark.parametrize("sample", [False, True])
@@ -377,7 +387,7 @@ def test_captured_equals_eager(served: Served, policy: Policy, sample: bool) -> 
         for captured in (True, False):
             if not captured:
                 engine._graphs.prepare = lambda kind: None  # type: ignore[method-assign]
-                engine._graphs.run = engine.decoder.step  # type: ignore[method-assign]
+                engine._graphs.run = eagerly(engine)  # type: ignore[method-assign]
             torch.manual_seed(0)
             first = engine.generate(**inputs, **options)
             torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.engine.device.graph import InOrder, StepGraphs, side_stream
+from pregate.engine.device.graph import STEPS_AT_ONCE, WARM_UPS, InOrder, StepGraphs, side_stream
 from pregate.engine.device.sampling import StepKind
 
 CPU = torch.device("cpu")
@@ -17,9 +17,9 @@ def test_on_a_cpu_steps_run_as_they_are() -> None:
     graphs = StepGraphs(ran.append, lambda: pytest.fail("nothing is captured here"), CPU)
     graphs.prepare(GREEDY)
     graphs.run(GREEDY)
-    graphs.run(SAMPLED)
+    graphs.run(SAMPLED, 3)
     graphs.close()
-    assert ran == [GREEDY, SAMPLED]
+    assert ran == [GREEDY, *[SAMPLED] * 3]
 
 
 def test_on_a_cpu_the_side_stream_is_the_only_one() -> None:
@@ -48,10 +48,11 @@ def test_each_kind_is_captured_once_and_replayed() -> None:
         graphs.prepare(kind)
     captured = len(calls)
     count.zero_()
-    for kind in (GREEDY, SAMPLED, SAMPLED):
-        graphs.run(kind)
-    assert count.item() == 21
-    assert len(calls) == captured == 6, "two warm-ups and a capture for each kind, and no call after that"
+    for kind, steps in ((GREEDY, 1), (SAMPLED, 2), (GREEDY, 2 * STEPS_AT_ONCE + 3)):
+        graphs.run(kind, steps)
+    assert count.item() == 21 + 2 * STEPS_AT_ONCE + 3
+    expected = 2 * (2 * WARM_UPS + 1 + STEPS_AT_ONCE)
+    assert len(calls) == captured == expected, "warm-ups and captures of each kind, and no call after that"
     graphs.close()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.engine.device.gates import first_choice_twin
+from pregate.engine.device.gates import first_choice_twin, gate_logits_twin
 from pregate.engine.device.norms import add_norm_twin
 from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
 from pregate.engine.device.slots import want_slabs_twin
@@ -17,7 +17,7 @@ from pregate.engine.device.static_attention import cross_attention_twin, self_at
 pytest.importorskip("triton")
 
 from pregate.engine.device.kernels_attention import launch_cross_attention, launch_self_attention
-from pregate.engine.device.kernels_gates import launch_first_choice
+from pregate.engine.device.kernels_gates import launch_first_choice, launch_gate_logits
 from pregate.engine.device.kernels_norms import launch_add_norm
 from pregate.engine.device.kernels_slots import launch_want_slabs
 
@@ -38,13 +38,13 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [8, 33, 768])
-@pytest.mark.parametrize("adds", [False, True])
-def test_norm(kernel_device: str, dtype: torch.dtype, width: int, adds: bool) -> None:
+@pytest.mark.parametrize(("adds", "factor"), [(False, 1.0), (True, 1.0), (True, 0.0361)])
+def test_norm(kernel_device: str, dtype: torch.dtype, width: int, adds: bool, factor: float) -> None:
     hidden, weight = random(3, 1, width, seed=0, dtype=dtype), random(width, seed=1, dtype=dtype)
     added = random(3, 1, width, seed=2, dtype=dtype) if adds else None
-    expected = add_norm_twin(hidden, added, weight, 1e-6)
+    expected = add_norm_twin(hidden, added, weight, 1e-6, factor)
     moved = None if added is None else added.to(kernel_device)
-    got = launch_add_norm(hidden.to(kernel_device), moved, weight.to(kernel_device), 1e-6)
+    got = launch_add_norm(hidden.to(kernel_device), moved, weight.to(kernel_device), 1e-6, factor)
     assert torch.equal(got[0].cpu(), expected[0]), "the sum is exact"
     assert_close(got[1], expected[1])
 
@@ -54,6 +54,21 @@ def test_the_norm_of_tiny_and_large_rows(kernel_device: str) -> None:
         hidden, weight = random(2, 1, 48, seed=3) * scale, torch.ones(48)
         _, got = launch_add_norm(hidden.to(kernel_device), None, weight.to(kernel_device), 1e-6)
         assert_close(got, add_norm_twin(hidden, None, weight, 1e-6)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routed", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_experts", "width"), [(2, 24), (8, 768), (61, 33), (256, 128)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_logits(
+    kernel_device: str, dtype: torch.dtype, routed: torch.dtype, num_experts: int, width: int, biased: bool
+) -> None:
+    hidden = random(3, 1, width, seed=0, dtype=dtype)
+    weight = (random(num_experts, width, seed=1) / width**0.5).to(routed)
+    bias = random(num_experts, seed=2, dtype=routed) if biased else None
+    expected = gate_logits_twin(hidden, weight, bias)
+    moved = None if bias is None else bias.to(kernel_device)
+    assert_close(launch_gate_logits(hidden.to(kernel_device), weight.to(kernel_device), moved), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,13 +23,17 @@ EXPERTS, BLOCKS, WIDTH, FIRST = 5, 4, 20, 15
 
 
 class NotedSide:
-    """Notes where the side stream forks off and joins again."""
+    """Notes where a side stream forks off and joins again; of a fork behind another's mark, that the mark is fresh."""
 
-    def __init__(self, notes: list[str]) -> None:
-        self.notes, self.marks = notes, 0
+    def __init__(self, notes: list[str], other: NotedSide | None = None) -> None:
+        self.notes, self.marks, self.other = notes, 0, other
 
     @contextmanager
-    def fork(self) -> Iterator[None]:
+    def fork(self, behind: int | None = None) -> Iterator[None]:
+        if behind is not None:
+            assert self.other is not None and behind == self.other.marks, "not behind the slots' assignment"
+            yield
+            return
         self.notes.append("(")
         yield
         self.notes.append(")")
@@ -115,9 +119,14 @@ def step(served: Any, order: str) -> None:
         ),
     ],
 )
-def test_fetches_begin_as_early_as_they_may(policy: Policy, order: str, expected: str, notes: list[str]) -> None:
-    """The second step is like the first, and every fork is joined before the step ends."""
-    side = NotedSide(notes)
+def test_fetches_begin_as_early_as_they_may(
+    policy: Policy, order: str, expected: str, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step is like the first, and every copy is joined before the step ends. The slots that `pre_gated`
+    copies to are assigned on a stream of their own, which forks off where the copies could."""
+    assigning = NotedSide(notes)
+    monkeypatch.setattr(moves, "side_stream", lambda device: assigning)
+    side = NotedSide(notes, assigning)
     served = experts(policy, side)
     for _ in range(2):
         notes.clear()

@@ -162,6 +162,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
         (kernels_norms, "add_norm_kernel"),
         (kernels_gates, "first_choice_kernel"),
         (kernels_attention, "attention_kernel"),
+        (kernels_gates, "gate_logits_kernel"),
+        (kernels_sampling, "best_kernel"),
         (kernels_sampling, "choose_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel(name))
@@ -174,6 +176,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
     monkeypatch.setattr(moves, "expert_outputs", kernels_experts.launch_expert_outputs)
     monkeypatch.setattr(moves, "want_slabs", kernels_slots.launch_want_slabs)
     monkeypatch.setattr(static_step, "add_norm", kernels_norms.launch_add_norm)
+    monkeypatch.setattr(gates, "gate_logits", kernels_gates.launch_gate_logits)
     monkeypatch.setattr(gates, "first_choice", kernels_gates.launch_first_choice)
     monkeypatch.setattr(static_attention, "self_attention", kernels_attention.launch_self_attention)
     monkeypatch.setattr(static_attention, "cross_attention", kernels_attention.launch_cross_attention)
@@ -198,10 +201,10 @@ def test_launching_the_kernels_asks_nothing(
     fetches = 0 if policy is Policy.gpu_only else 3
     assert names.count("assign_kernel") == names.count("gather_kernel") == fetches
     assert names.count("slot_linear_kernel") == 2 * 3, "up and down, in each of three blocks"
-    assert names.count("first_choice_kernel") == names.count("want_kernel") == 3
+    assert names.count("first_choice_kernel") == names.count("gate_logits_kernel") == names.count("want_kernel") == 3
     layers = len(static._layers)
     assert names.count("attention_kernel") == 2 * layers and names.count("add_norm_kernel") == 3 * layers + 1
-    assert names.count("choose_kernel") == 1
+    assert names[-2:] == ["best_kernel", "choose_kernel"]
     for _, _, constants in runs[0][1]:
         assert not any(isinstance(value, Tensor) for value in constants.values()), constants
 
