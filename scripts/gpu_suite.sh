@@ -64,15 +64,16 @@ bench() { # name experiment override...
 }
 
 part environment "$python" -c 'from pregate.runtime import environment; import json; print(json.dumps(environment(), indent=1))'
-part gpu_tests "$python" -m pytest -m gpu
+part gpu_tests "$python" -m pytest -m gpu -n "${TEST_WORKERS:-8}"
 part gather_probe "$python" -m pregate.measure.gather_probe --out "$out/gather_probe"
 device=("bench.drives=[device]" "bench.slab_dtypes=[source]")
-bench device_base_64 device_driven "${device[@]}"
-bench device_quantised device_driven "bench.drives=[device]" "bench.slab_dtypes=[int8,fp8]" "bench.baselines=[resident]"
-bench device_base device_driven "bench.models=[switch_base_8,switch_base_128,switch_base_256]" "${device[@]}"
-bench device_large device_driven "bench.models=[switch_large_128]" "${device[@]}"
-bench device_batches device_driven "bench.models=[switch_base_128]" "bench.batches=[8,32]" "bench.budgets=[$share]" \
+bench device_base_64 device_driven "bench.drives=[device]" "bench.slab_dtypes=[source,int8]"
+bench device_base device_driven "bench.models=[switch_base_8,switch_base_128,switch_base_256]" "bench.baselines=[]" \
   "${device[@]}"
+bench device_large device_driven "bench.models=[switch_large_128]" "bench.baselines=[]" "${device[@]}"
+bench device_fp8 device_driven "bench.drives=[device]" "bench.slab_dtypes=[fp8]" "bench.baselines=[]"
+bench device_batches device_driven "bench.models=[switch_base_128]" "bench.batches=[8,32]" "bench.budgets=[$share]" \
+  "bench.baselines=[resident]" "${device[@]}"
 bench host_base_64 device_driven "bench.drives=[host]" "bench.slab_dtypes=[source]" "bench.baselines=[resident]"
 bench fig11 fig11_throughput
 bench fig10 fig10_block_latency
