@@ -133,18 +133,22 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Reference:
-    """The tokens of the whole model, request by request (R, B, T), and its logits for the first ones (B, t, V)."""
+    """The tokens of the whole model, request by request (R, B, T), and its logits for the first ones (B, t, V).
+
+    leads: (R, B, T-1), for each token behind the start, by how much its logit was above the next best one's, as a share
+    of the largest logit's size there.
+    """
 
     tokens: Tensor
     logits: Tensor | None = None
+    leads: Tensor | None = None
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"tokens": self.tokens} | ({} if self.logits is None else {"logits": self.logits})
         scratch = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
+        save_file({name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}, scratch)
         scratch.replace(path)
 
     @classmethod
@@ -154,13 +158,20 @@ class Reference:
 
         try:
             tensors = load_file(path)
-            return cls(tensors["tokens"], tensors.get("logits"))
+            return cls(tensors["tokens"], tensors.get("logits"), tensors.get("leads"))
         except (OSError, KeyError, SafetensorError):
             return None
 
-    def agrees(self, number: int, tokens: Tensor) -> bool:
-        """Whether the tokens (B, t) of request `number` are the first of this model's."""
-        return torch.equal(self.tokens[number, :, : tokens.shape[1]], tokens)
+    def departures(self, number: int, tokens_BT: Tensor) -> list[tuple[int, float | None]]:
+        """Where rows of request `number` first have another token than this model, whose tokens may be more: how many
+        new tokens are equal up to there, and this model's lead at that place, if it is known."""
+        found = []
+        differs_BT = self.tokens[number, :, : tokens_BT.shape[1]] != tokens_BT
+        for row in differs_BT.any(1).nonzero()[:, 0].tolist():
+            place = int(differs_BT[row].int().argmax())
+            lead = None if self.leads is None or place == 0 else float(self.leads[number, row, place - 1])
+            found.append((max(place - 1, 0), lead))
+        return found
 
 
 def free_bytes(device: torch.device) -> int:
