@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.measure.bench_table import with_speedups
-from pregate.measure.paper import beside_the_paper, share_of_gpu_only
+from pregate.measure.paper import as_cell, beside_the_paper, share_of_gpu_only
 
 NAMES = ("model", "drive", "policy", "slabs", "cache")
 HEADERS = (*NAMES, "batch", "tokens/s", "÷ floor", "× Accelerate", "GB/s", "peak GB")
@@ -44,9 +44,6 @@ def times_accelerate(row: Row, rows: list[Row]) -> float | None:
 
 
 def cells(row: Row, rows: list[Row]) -> list[str]:
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3g}"
-
     names = [
         f"{row['model']}, {row['dtype']}",
         row.get("drive"),
@@ -56,7 +53,7 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
     ]
     measured = [row["tokens_per_s"], row.get("over_floor"), times_accelerate(row, rows), row.get("link_gb_per_s")]
     peak = row.get("peak_device_bytes")
-    return [*(name or "–" for name in names), str(row["batch"]), *map(number, measured), number(peak and peak / 1e9)]
+    return [*(name or "–" for name in names), str(row["batch"]), *map(as_cell, measured), as_cell(peak and peak / 1e9)]
 
 
 def suite_markdown(rows: list[Row]) -> str:

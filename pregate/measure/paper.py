@@ -69,15 +69,16 @@ def _lines(rows: Sequence[Row], field: str, published: dict[str, tuple[float | N
         ours = _by_kind(rows, model, field)
         if not ours:
             continue
-        lines.append(f"| {model} | the paper | {' | '.join(map(_cell, published[model]))} |")
+        lines.append(f"| {model} | the paper | {' | '.join(map(as_cell, published[model]))} |")
         for kind, values in ours.items():
             measured = [values[policy] / unit if policy in values else None for policy in POLICIES]
-            lines.append(f"| | {', '.join(kind)} | {' | '.join(map(_cell, measured))} |")
+            lines.append(f"| | {', '.join(kind)} | {' | '.join(map(as_cell, measured))} |")
     return lines
 
 
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def as_cell(value: float | None) -> str:
+    """At most three significant digits and no exponent; a dash for what is unknown."""
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str, float]]:
