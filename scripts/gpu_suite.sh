@@ -6,18 +6,19 @@
 #   SECONDS_LEFT=560 ./scripts/gpu_suite.sh                        begin no part after so many seconds
 #   DRY=1 ./scripts/gpu_suite.sh          every part at tiny geometry, in minutes on a CPU; says nothing about speed
 #
-# Time plan on an H100/H200-class machine (estimates, not measurements; no part runs longer than PART_SECONDS, 540):
-#   environment, gpu_tests                                                            4 min
-#   gather_probe       the gather kernel against the copy engine, 1 to 20 MB          1 min
-#   device_base_64     one CUDA graph a step, bf16; beside it Hugging Face generate
-#                      and Accelerate                                                 3 min
-#   device_quantised   the same with int8 and fp8 slabs                               4 min
-#   device_base        Base-8, 128 and 256 in bf16 (Figures 11 and 12)                4 min
-#   device_large       Large-128 in bf16                                              5 min
-#   device_batches     Base-128, batch 8 and 32                                       3 min
-#   host_base_64       the host-driven engine on the same                             2 min
-#   fig11 fig10 fig15 fig16_dram fig16_disk fig14 fig12   the paper's settings       25 min
-#   quickstart         the whole road end to end                                      2 min
+# Time plan (measured on an H200 with 16 cores, where a figure is not marked ~, which is an estimate; no part runs longer than
+# PART_SECONDS, 540):
+#   environment, gpu_tests     TEST_WORKERS processes, 8 unless set                  ~3 min
+#   gather_probe       the gather kernel against the copy engine, 1 to 20 MB          13 s
+#   device_base_64     captured steps, bf16 and int8 slabs; beside them Hugging Face
+#                      generate and Accelerate                                       105 s
+#   device_base        Base-8, 128 and 256 in bf16 (Figures 11 and 12)                90 s
+#   device_large       Large-128 in bf16                                             ~3 min
+#   device_fp8         Base-64 with fp8 slabs                                        ~1 min
+#   device_batches     Base-128, batch 8 and 32                                      ~2 min
+#   host_base_64       the host-driven engine on the same                            ~2 min
+#   fig11 fig10 fig15 fig16_dram fig16_disk fig14 fig12   the paper's settings      ~25 min
+#   quickstart         the whole road end to end                                     ~2 min
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${OUT:-runs/gpu_suite${DRY:+_dry}}"
