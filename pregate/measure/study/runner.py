@@ -91,6 +91,7 @@ class Runner:
         stopped = False
         try:
             for number, cell in enumerate(wanted, 1):
+                self.recorded = {record["cell"] for record in load_records(self.study.folder)}
                 if cell.name in self.recorded:
                     continue
                 outcome = self.attempt(cell, f"[{number}/{len(wanted)}] ")
@@ -143,20 +144,26 @@ class Runner:
         log = self.study.work / "logs" / f"{cell.name}.log"
         outcome = launch([*self.study.program, *overrides, *extra], log, left)
         if outcome is Outcome.done:
-            if again:
-                return self.compare(cell, overrides)
-            outcome = self.record(cell, overrides, time.monotonic() - began, log)
+            try:
+                record = build_record(cell, self.run_dir(cell.name), command_line(overrides))
+            except (OSError, KeyError, ValueError) as error:
+                with log.open("a") as file:
+                    file.write(f"{type(error).__name__}: {error}\n")
+                outcome = Outcome.failed
+            else:
+                if again:
+                    return self.compare(cell, record)
+                self.keep(cell, record, overrides, time.monotonic() - began)
         if outcome is Outcome.failed:
             self.failed.append(cell.name)
             print(f"   failed, see {log}")
             print("".join(f"   | {line}\n" for line in tail(log)), end="")
         return outcome
 
-    def compare(self, cell: Cell, overrides: list[str]) -> Outcome:
+    def compare(self, cell: Cell, made: Record) -> Outcome:
         """Whether a cell that was run again came out as recorded: else what is built on it would be compared with, and
         paired with, a model that is not its own."""
         kept = next(record for record in load_records(self.study.folder) if record["cell"] == cell.name)
-        made = build_record(cell, self.run_dir(cell.name), command_line(overrides))
         if all(made.get(figure) == kept.get(figure) for figure in ("curve", "example_scores")):
             return Outcome.done
         shutil.rmtree(self.run_dir(cell.name), ignore_errors=True)
@@ -167,13 +174,7 @@ class Runner:
         )
         return Outcome.failed
 
-    def record(self, cell: Cell, overrides: list[str], seconds: float, log: Path) -> Outcome:
-        try:
-            record = build_record(cell, self.run_dir(cell.name), command_line(overrides))
-        except (OSError, KeyError, ValueError) as error:
-            with log.open("a") as file:
-                file.write(f"{type(error).__name__}: {error}\n")
-            return Outcome.failed
+    def keep(self, cell: Cell, record: Record, overrides: list[str], seconds: float) -> None:
         append_record(self.study.folder, record)
         self.recorded.add(cell.name)
         self.add_baselines(record, overrides)
@@ -182,7 +183,6 @@ class Runner:
         self.unrendered += 1
         if self.unrendered >= RENDER_EVERY:
             self.rendered()
-        return Outcome.done
 
     def add_baselines(self, record: Record, overrides: list[str]) -> None:
         task = record["task"]
