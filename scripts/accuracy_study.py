@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from datetime import date
 from fnmatch import fnmatch
@@ -25,6 +26,8 @@ from pregate.measure.study.runner import Runner, Study
 from pregate.measure.study.tables import render
 
 NOTE = "results_folder"
+HELPS = "PREGATE_STUDY_HELPS"
+"""Set for the processes that one with JOBS has begun."""
 
 
 def is_set(name: str) -> bool:
@@ -87,6 +90,9 @@ def run() -> int:
         seconds = float(environment.get("SECONDS_LEFT") or "inf")
     except ValueError:
         raise UsageError(f"SECONDS_LEFT={environment['SECONDS_LEFT']} is no number of seconds.") from None
+    jobs = environment.get("JOBS") or "1"
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise UsageError(f"JOBS={jobs} is no number of processes: give 1 or more.")
     study = Study(
         arguments.size,
         cells,
@@ -97,6 +103,7 @@ def run() -> int:
         seconds_left=None if seconds == float("inf") else seconds,
         tiny=dry,
         keep=is_set("KEEP"),
+        several=int(jobs) > 1 or is_set(HELPS),
         render=write,
     )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -106,13 +113,26 @@ def run() -> int:
     claim(folder, identity)
     if not (dry or environment.get("OUT")):
         (work / NOTE).write_text(f"{folder}\n")
-    print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
+    if not is_set(HELPS):
+        print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
     if all(cell.name in known for cell in cells if fnmatch(cell.name, only or "*")):
         print("== nothing to do: to run a cell again, begin a study of your own with another OUT and WORK")
+    # sessions of their own keep the terminal's Ctrl-C from them, which would reach them twice
+    others = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env={**environment, "JOBS": "1", HELPS: "1"}, start_new_session=True
+        )
+        for _ in range(int(jobs) - 1)
+    ]
     try:
-        return Runner(study).run()
+        return max([Runner(study).run(), *(other.wait() for other in others)])
     except KeyboardInterrupt:
-        print("== stopped; the same command goes on")
+        for other in others:
+            other.send_signal(signal.SIGINT)
+        for other in others:
+            other.wait()
+        if not is_set(HELPS):
+            print("== stopped; the same command goes on")
         return 130
 
 

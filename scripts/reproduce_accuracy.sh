@@ -4,6 +4,7 @@
 #   PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano             two CPU cores; mini: one GPU; switch_base_8: a large one
 #   ONLY='sst2_*_s1' PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano     only these cells and what they need
 #   SECONDS_LEFT=560 …     begin no cell after so many seconds, and stop the running one then; the next call goes on
+#   JOBS=4 …               so many cells at a time, for a GPU that one does not fill
 #   DRY=1 …                every cell at two steps, in minutes; its figures mean nothing
 #   SOURCE=DIR_OR_ID …     a pre-trained conventional Switch in place of pre-training
 #   KEEP=1 …               keep every run directory under runs/accuracy_SIZE, not only those that a later cell needs

@@ -50,17 +50,17 @@ def _name(identity: Record) -> str:
 
 
 @contextmanager
-def alone(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold the lock file `path` against other processes; say `waiting` if another holds it and wait for it."""
+def alone(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path` against other processes and yield True. If another holds it, wait for it, or without
+    `wait` yield False."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting:
-                print(waiting, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            yield False
+        else:
+            yield True
 
 
 def finished(run_dir: Path) -> bool:

@@ -1,7 +1,8 @@
 """Runs the cells of a study one after the other, each as a command of its own, and records what they give.
 
 Knows run directories, processes and time; knows nothing about what a cell's figures mean. A cell that is recorded is
-not run again, one that was cut short goes on where it stopped, and one that fails does not stop the others.
+not run again, one that was cut short goes on where it stopped, and one that fails does not stop the others. Several
+runners may share a study: each takes the next cell that nobody runs and that needs nothing which is still running.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Outcome(StrEnum):
     done = "done"
     failed = "failed"
     stopped = "stopped"
+    busy = "busy"
+    """Another process runs the cell, or one that it needs."""
 
 
 @dataclass
@@ -67,6 +70,8 @@ class Study:
     seconds_left: float | None = None
     tiny: bool = False
     keep: bool = False
+    several: bool = False
+    """Whether other runners print to the same terminal, so that a cell's progress needs its name."""
     program: Sequence[str] = field(default_factory=lambda: [sys.executable, "-m", "pregate.train"])
     baselines: Callable[[list[str]], dict[str, Any]] = trivial_scores
     render: Callable[[Path], None] = lambda folder: None
@@ -81,6 +86,7 @@ class Runner:
         self.told_failed: set[str] = set()
         self.begun = time.monotonic()
         self.unrendered = 0
+        self.awaited: Path | None = None
 
     def run(self) -> int:
         """Run what is missing; 0 if all that was asked for is recorded, 1 if a cell failed or time ran out.
@@ -88,16 +94,8 @@ class Runner:
         Ctrl-C stops the running command, which saves its state, renders, and raises `KeyboardInterrupt`.
         """
         wanted = [cell for cell in self.study.cells if fnmatch(cell.name, self.study.only or "*")]
-        stopped = False
         try:
-            for number, cell in enumerate(wanted, 1):
-                self.recorded = {record["cell"] for record in load_records(self.study.folder)}
-                if cell.name in self.recorded:
-                    continue
-                outcome = self.attempt(cell, f"[{number}/{len(wanted)}] ")
-                if outcome is Outcome.stopped:
-                    stopped = True
-                    break
+            stopped = self.go_through(wanted)
         finally:
             self.clean()
             self.rendered()
@@ -108,6 +106,25 @@ class Runner:
             more = f" and {len(self.failed) - 8} more" if len(self.failed) > 8 else ""
             print(f"== to be run again: {' '.join(self.failed[:8])}{more}")
         return 1 if missing else 0
+
+    def go_through(self, wanted: Sequence[Cell]) -> bool:
+        """Attempt what is missing until all of it is recorded or has failed; whether time ran out before."""
+        while True:
+            outcomes = []
+            for number, cell in enumerate(wanted, 1):
+                self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+                if cell.name in self.recorded:
+                    continue
+                outcomes.append(self.attempt(cell, f"[{number}/{len(wanted)}] "))
+                if outcomes[-1] is Outcome.stopped:
+                    return True
+            if Outcome.busy not in outcomes:
+                return False
+            if Outcome.done not in outcomes:
+                assert self.awaited is not None
+                print(f"== {self.awaited.stem}: another process runs it, waiting", flush=True)
+                with alone(self.awaited):
+                    pass  # what it has done is seen in the next round
 
     def attempt(self, cell: Cell, place: str = "") -> Outcome:
         """Run a cell and first whatever it needs and is not there; record it unless it is recorded already."""
@@ -128,8 +145,11 @@ class Runner:
         if left is not None and left < LEAST_SECONDS:
             return Outcome.stopped
         again = cell.name in self.recorded
-        waiting = f"== {place}{cell.name}: another process runs it, waiting"
-        with alone(self.study.work / "logs" / f"{cell.name}.lock", waiting):
+        lock = self.study.work / "logs" / f"{cell.name}.lock"
+        with alone(lock, wait=False) as mine:
+            if not mine:
+                self.awaited = lock
+                return Outcome.busy
             self.recorded = {record["cell"] for record in load_records(self.study.folder)}
             if cell.name in self.recorded and (not again or finished(self.run_dir(cell.name))):
                 return Outcome.done  # by another process, meanwhile
@@ -142,7 +162,7 @@ class Runner:
         print(f"   {command_line([*overrides, *extra])}", flush=True)
         began = time.monotonic()
         log = self.study.work / "logs" / f"{cell.name}.log"
-        outcome = launch([*self.study.program, *overrides, *extra], log, left)
+        outcome = launch([*self.study.program, *overrides, *extra], log, left, cell.name if self.study.several else "")
         if outcome is Outcome.done:
             try:
                 record = build_record(cell, self.run_dir(cell.name), command_line(overrides))
@@ -244,8 +264,8 @@ def tail(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if log.is_file() else []
 
 
-def launch(command: Sequence[str], log: Path, seconds: float | None) -> Outcome:
-    """Run `command`, all its output into `log` and its progress to the terminal; stop it after `seconds`.
+def launch(command: Sequence[str], log: Path, seconds: float | None, name: str = "") -> Outcome:
+    """Run `command`, all its output into `log`, its progress to the terminal behind `name`; stop it after `seconds`.
 
     It is stopped with Ctrl-C's signal, so that it saves its state, and killed if it has not ended in time. Its own
     session keeps the terminal's Ctrl-C from reaching it as well, which would count as a second, hard one.
@@ -266,12 +286,12 @@ def launch(command: Sequence[str], log: Path, seconds: float | None) -> Outcome:
             timer = threading.Timer(seconds, stop, (process, asked))
             timer.start()
         try:
-            follow(process, file)
+            follow(process, file, name)
         except KeyboardInterrupt:
             print("   stopping; the state is being saved, press Ctrl-C again to stop at once", flush=True)
             try:
                 stop(process, asked)
-                follow(process, file)
+                follow(process, file, name)
             except KeyboardInterrupt:
                 process.kill()
             raise
@@ -286,14 +306,14 @@ def launch(command: Sequence[str], log: Path, seconds: float | None) -> Outcome:
     return Outcome.stopped if asked.is_set() else Outcome.failed
 
 
-def follow(process: subprocess.Popen[str], file: Any) -> None:
+def follow(process: subprocess.Popen[str], file: Any, name: str) -> None:
     """Copy the output until it ends."""
     assert process.stdout is not None
     for line in process.stdout:
         file.write(line)
         file.flush()
         if PROGRESS.match(line):
-            print(f"   {line.rstrip()}", flush=True)
+            print(f"   {name}{' ' if name else ''}{line.rstrip()}", flush=True)
     process.wait()
 
 

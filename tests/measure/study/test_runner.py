@@ -138,6 +138,38 @@ def test_two_processes_share_the_work(run: Any, tmp_path: Path) -> None:
     assert run.calls() == ["sst2_conventional_s1"]
 
 
+def test_what_another_process_runs_is_passed_over(run: Any) -> None:
+    """The cells behind it are run meanwhile; those that need it wait for it."""
+    assert run(only="sst2_conventional_s1") == 0
+    run.calls()
+    began, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with alone(run.work / "logs" / "sst2_shifted_s1.lock"):
+            began.set()
+            go_on.wait(30)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    began.wait(30)
+    threading.Timer(2.0, go_on.set).start()
+    assert run() == 0
+    thread.join()
+    rest = [cell.name for cell in CELLS[2:]]
+    assert run.calls() == [*rest[1:], "sst2_shifted_s1"], "it came to nothing there, so it is run at the end"
+
+
+def test_several_runners_at_once_run_each_cell_once(run: Any) -> None:
+    codes: list[int] = []
+    runners = [threading.Thread(target=lambda: codes.append(run(several=True))) for _ in range(3)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert codes == [0, 0, 0]
+    assert sorted(run.calls()) == sorted(recorded(run)) == sorted(cell.name for cell in CELLS)
+
+
 def test_a_failure_is_told_and_stops_no_other(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("FAKE_FAIL", "sst2_distilled_s1")
     assert run() == 1

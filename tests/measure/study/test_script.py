@@ -19,7 +19,7 @@ def call(folder: Path, *arguments: str, **settings: str) -> subprocess.Completed
     plain = {
         key: value
         for key, value in os.environ.items()
-        if key not in ("PREGATE_DATA", "ONLY", "OUT", "DRY", "WORK", "SOURCE")
+        if key not in ("PREGATE_DATA", "ONLY", "OUT", "DRY", "WORK", "SOURCE", "JOBS")
     }
     command = [sys.executable, str(ROOT / "scripts" / "accuracy_study.py"), *arguments]
     environment = {**plain, "PYTHONPATH": str(ROOT), **settings}
@@ -48,6 +48,8 @@ def test_it_refuses_before_any_work(tmp_path: Path) -> None:
     assert given.returncode == 2 and "ONLY=pretrain is no cell" in given.stderr
     no_time = call(tmp_path, "nano", PREGATE_DATA="data", SECONDS_LEFT="soon")
     assert no_time.returncode == 2 and "SECONDS_LEFT=soon is no number" in no_time.stderr
+    no_jobs = call(tmp_path, "nano", PREGATE_DATA="data", JOBS="many")
+    assert no_jobs.returncode == 2 and "JOBS=many is no number" in no_jobs.stderr
     nothing = call(tmp_path, "nano", "--render", OUT="nowhere")
     assert nothing.returncode == 2 and "nowhere holds no cells.jsonl" in nothing.stderr
     assert list(tmp_path.iterdir()) == []
