@@ -10,6 +10,7 @@
 # PART_SECONDS, 540):
 #   environment, gpu_tests     TEST_WORKERS processes, 8 unless set                  ~3 min
 #   gather_probe       the gather kernel against the copy engine, 1 to 20 MB          13 s
+#   step_profile       the kernels of captured steps of Base-8                       15 s
 #   device_base_64     captured steps, bf16 and int8 slabs; beside them Hugging Face
 #                      generate and Accelerate                                       105 s
 #   device_base        Base-8, 128 and 256 in bf16 (Figures 11 and 12)                90 s
@@ -67,6 +68,7 @@ bench() { # name experiment override...
 part environment "$python" -c 'from pregate.runtime import environment; import json; print(json.dumps(environment(), indent=1))'
 part gpu_tests "$python" -m pytest -m gpu -n "${TEST_WORKERS:-8}"
 part gather_probe "$python" -m pregate.measure.gather_probe --out "$out/gather_probe"
+part step_profile "$python" -m pregate.measure.step_profile --out "$out/step_profile" ${DRY:+--model nano_switch}
 device=("bench.drives=[device]" "bench.slab_dtypes=[source]")
 bench device_base_64 device_driven "bench.drives=[device]" "bench.slab_dtypes=[source,int8]"
 bench device_base device_driven "bench.models=[switch_base_8,switch_base_128,switch_base_256]" "bench.baselines=[]" \
