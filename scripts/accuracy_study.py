@@ -127,13 +127,15 @@ def run() -> int:
     try:
         return max([Runner(study).run(), *(other.wait() for other in others)])
     except KeyboardInterrupt:
-        for other in others:
-            other.send_signal(signal.SIGINT)
-        for other in others:
-            other.wait()
         if not is_set(HELPS):
             print("== stopped; the same command goes on")
         return 130
+    finally:
+        for other in others:
+            if other.poll() is None:
+                other.send_signal(signal.SIGINT)
+        for other in others:
+            other.wait()
 
 
 if __name__ == "__main__":

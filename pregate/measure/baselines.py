@@ -133,15 +133,10 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Reference:
-    """The tokens of the whole model, request by request (R, B, T), and its logits for the first ones (B, t, V).
-
-    leads: (R, B, T-1), for each token behind the start, by how much its logit was above the next best one's, as a share
-    of the largest logit's size there.
-    """
+    """The tokens of the whole model, request by request (R, B, T), and its logits for the first ones (B, t, V)."""
 
     tokens: Tensor
     logits: Tensor | None = None
-    leads: Tensor | None = None
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
@@ -158,20 +153,15 @@ class Reference:
 
         try:
             tensors = load_file(path)
-            return cls(tensors["tokens"], tensors.get("logits"), tensors.get("leads"))
+            return cls(tensors["tokens"], tensors.get("logits"))
         except (OSError, KeyError, SafetensorError):
             return None
 
-    def departures(self, number: int, tokens_BT: Tensor) -> list[tuple[int, float | None]]:
-        """Where rows of request `number` first have another token than this model, whose tokens may be more: how many
-        new tokens are equal up to there, and this model's lead at that place, if it is known."""
-        found = []
-        differs_BT = self.tokens[number, :, : tokens_BT.shape[1]] != tokens_BT
-        for row in differs_BT.any(1).nonzero()[:, 0].tolist():
-            place = int(differs_BT[row].int().argmax())
-            lead = None if self.leads is None or place == 0 else float(self.leads[number, row, place - 1])
-            found.append((max(place - 1, 0), lead))
-        return found
+    def equal_until(self, number: int, tokens_BT: Tensor) -> int | None:
+        """How many new tokens of request `number` are equal in all rows before the first that is not; None if all are
+        that were decoded."""
+        differs_T = (self.tokens[number, :, : tokens_BT.shape[1]] != tokens_BT).any(0)
+        return max(int(differs_T.int().argmax()) - 1, 0) if differs_T.any() else None
 
 
 def free_bytes(device: torch.device) -> int:

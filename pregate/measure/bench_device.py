@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pregate.config import CacheRule, Drive, Policy
 from pregate.engine.device.engine import DeviceEngine
 from pregate.measure.active_experts import forced_experts
@@ -22,6 +25,7 @@ from pregate.measure.bench_row import (
     Effort,
     Requests,
     both_report,
+    logit_difference,
 )
 from pregate.measure.device_steps import StepsTimed, time_steps
 from pregate.measure.probes import Ground, Probes
@@ -68,6 +72,10 @@ def serve_by_device(
         )
         link_bytes = [(one.readings[-1] - one.readings[0]) / one.steps for one in timed]
         row = both_report(engine, peak, requests, timed, link_bytes, spec, beside)
+        if spec.forced_experts is None and beside.reference is not None and beside.reference.logits is not None:
+            wanted_BtV = beside.reference.logits[:, : spec.new_tokens]
+            got_BtV = stepped_logits(engine, requests, beside.reference.tokens[0], wanted_BtV.shape[1])
+            row["step_logits_rel_diff"] = logit_difference(got_BtV, wanted_BtV)["logits_rel_diff"]
     row |= {name: round(statistics.mean(one.counted[name] for one in timed), 2) for name in timed[0].counted}
     if spec.forced_experts is None and spec.policy in (Policy.on_demand, Policy.pre_gated):
         # the other policies fetch without regard to routes, so their counts do not tell
@@ -82,6 +90,21 @@ def _serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens
     return time_steps(
         engine, prompt["input_ids"], prompt["attention_mask"], new_tokens, requests.device, **greedy, **length
     )
+
+
+@torch.inference_mode()
+def stepped_logits(engine: DeviceEngine, requests: Requests, tokens_BT: Tensor, steps: int) -> Tensor:
+    """Float32 logits (B, steps, V) of captured steps for request 0, each given the token of `tokens_BT` at its place
+    whatever the step before has chosen. As many tokens as the engine was opened for are enough."""
+    prompt = requests.prompt(0)
+    request = engine.request(do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
+    engine.prefill(prompt["input_ids"], prompt["attention_mask"], request.sampling)
+    chooser, found = engine.decoder.chooser, []
+    for place in range(steps):
+        chooser.token_B.copy_(tokens_BT[:, place])
+        engine.decode_one_token()
+        found.append(chooser.logits_BV.clone())
+    return torch.stack(found, dim=1).cpu()
 
 
 def is_device_driven(spec: RowSpec) -> bool:

@@ -116,23 +116,6 @@ def first_logits(forward: Callable[..., Any], requests: Requests, tokens_BT: Ten
         return forward(**requests.prompt(0), decoder_input_ids=targets).logits.float().cpu()
 
 
-@torch.inference_mode()
-def leads(forward: Callable[..., Any], requests: Requests, number: int, tokens_BT: Tensor, eos: int) -> Tensor:
-    """`Reference.leads` (B, T-1) of request `number` of the whole model, its tokens given as input. Logits of tokens
-    that may not come (earlier ones, the end) do not count."""
-    found = []
-    for row, tokens_T in enumerate(tokens_BT.to(requests.device)):
-        prompt = {name: tensor[row : row + 1] for name, tensor in requests.prompt(number).items()}
-        logits_TV = forward(**prompt, decoder_input_ids=tokens_T[None, :-1]).logits[0].float()
-        largest_T = logits_TV.abs().amax(-1)
-        for place, token in enumerate(tokens_T[:-1].tolist()):
-            logits_TV[place:, token] = -torch.inf
-        logits_TV[:, eos] = -torch.inf
-        best_T2 = logits_TV.topk(2, dim=-1).values
-        found.append((best_T2[:, 0] - best_T2[:, 1]) / largest_T)
-    return torch.stack(found).cpu()
-
-
 Serve = Callable[["RowSpec", "BenchModel", Ground, "Effort", "Beside", Probes], dict[str, Any]]
 """Measures the requests of a row and takes probes between them; leaves `requests` for the floors, and `spans` if it
 saw any."""
@@ -259,8 +242,7 @@ def _decoded_bytes(timed: Timed) -> float:
 def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) -> dict[str, Any]:
     """What any server is measured by: medians over repeats, the spread of `tpot_ms`, and whether the tokens are the
     whole model's. `tokens_per_s` is while decoding, of the whole batch. Where tokens differ, `tokens_equal_until`: new
-    tokens before the first difference of any row and request; `lead_at_difference`: the largest lead (see `Reference`)
-    that the whole model's token had where one of them departs."""
+    tokens before the first difference of any row and request."""
     tpot = [request.tpot_ms for request in timed if request.tpot_ms is not None]
     found: dict[str, Any] = medians(timed)
     found |= {
@@ -273,13 +255,11 @@ def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) 
         found["active_experts"] = spec.forced_experts
     if reference is not None:
         compared = zip(range(reference.tokens.shape[0]), timed, strict=False)
-        departures = [gone for number, request in compared for gone in reference.departures(number, request.tokens)]
-        found["tokens_equal_resident"] = not departures
-        if departures:
-            found["tokens_equal_until"] = min(equal for equal, _ in departures)
-        known = [lead for _, lead in departures if lead is not None]
-        if known and len(known) == len(departures):
-            found["lead_at_difference"] = max(known)
+        equal = [reference.equal_until(number, request.tokens) for number, request in compared]
+        departs = [tokens for tokens in equal if tokens is not None]
+        found["tokens_equal_resident"] = not departs
+        if departs:
+            found["tokens_equal_until"] = min(departs)
     return found
 
 

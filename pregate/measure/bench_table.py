@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pregate.config import Run
 from pregate.measure.plots import three_digits
 from pregate.measure.summary import ABSENT
@@ -75,25 +73,12 @@ def _spread(row: Row) -> str | None:
 
 def _equal(row: Row) -> str | None:
     same = row.get("tokens_equal_resident")
-    if same is False and departs_at_tie(row):
-        return f"first {row['tokens_equal_until']:,}"
-    return None if same is None else "yes" if same else "**NO**"
+    until = row.get("tokens_equal_until")
+    return None if same is None else "yes" if same else "**NO**" if until is None else f"**NO**, first {until:,}"
 
 
-ROUNDINGS = 2
-"""Logits computed in another order may differ by so many roundings of the largest."""
-
-
-def departs_at_tie(row: Row) -> bool:
-    """Whether a row whose tokens are not the whole model's departs only where that one's two best logits lie closer
-    together than the row's dtype tells apart."""
-    lead = row.get("lead_at_difference")
-    return lead is not None and lead <= ROUNDINGS * torch.finfo(getattr(torch, row["dtype"])).eps
-
-
-def _relative(row: Row) -> str | None:
-    value = row.get("logits_rel_diff")
-    return None if value is None else f"{100 * value:.2g}"
+def _relative(key: str) -> Callable[[Row], str | None]:
+    return lambda row: None if row.get(key) is None else f"{100 * row[key]:.2g}"
 
 
 def _predicted(key: str) -> Callable[[Row], str | None]:
@@ -130,7 +115,8 @@ COLUMNS = (
     Column("peak GB", PEAK, terminal=PEAK),
     Column("expected GB", _number("expected_bytes", 1e9)),
     Column("tokens equal", _equal, terminal=_equal),
-    Column("logits off %", _relative),
+    Column("logits off %", _relative("logits_rel_diff")),
+    Column("step off %", _relative("step_logits_rel_diff")),
 )
 ORDER = ("resident", "gpu_only", "pre_gated", "on_demand", "prefetch_all", "accelerate")
 CACHES = ("none", "lru", "lfu", "lifo")
@@ -223,16 +209,9 @@ def short_figures(row: Row) -> str:
         (_number("tokens_per_s")(row), "{} tokens/s"),
         (_number("over_floor")(row), "{} × floor"),
         (_number("peak_device_bytes", 1e9)(row), "peak {} GB"),
-        (_said_equal(row), "tokens {}"),
+        ({True: "equal", False: "DIFFER"}.get(row.get("tokens_equal_resident")), "tokens {}"),  # type: ignore[arg-type]
     ]
     return ", ".join(text.format(value) for value, text in parts if value is not None)
-
-
-def _said_equal(row: Row) -> str | None:
-    same = row.get("tokens_equal_resident")
-    if same is False and departs_at_tie(row):
-        return f"equal up to a tie behind {row['tokens_equal_until']}"
-    return None if same is None else "equal" if same else "DIFFER"
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------
@@ -276,20 +255,10 @@ def command(overrides: Sequence[str]) -> str:
 def verdict(rows: Sequence[Row]) -> str:
     """Whether all rows decoded the whole model's tokens, as a sentence; empty if nobody looked."""
     looked = [row for row in rows if row.get("tokens_equal_resident") is not None]
-    other = [row for row in looked if not row["tokens_equal_resident"]]
-    tied = [row for row in other if departs_at_tie(row)]
-    wrong = [str(row.get("policy")) for row in other if not departs_at_tie(row)]
+    wrong = [str(row.get("policy")) for row in looked if not row["tokens_equal_resident"]]
     if wrong:
         return f"**Tokens differ from the whole model's in {len(wrong)} of {len(looked)} rows: {', '.join(wrong)}.**"
-    equal = len(looked) - len(tied)
-    said = [f"Tokens equal the whole model's in {equal} of {len(looked)} rows compared."] if looked else []
-    if tied:
-        said.append(
-            f"In {len(tied)} they do so up to a tie: where they depart, its best logit was above the second by at most "
-            f"{max(row['lead_at_difference'] for row in tied):.1%} of the largest, which {ROUNDINGS} roundings of "
-            f"{tied[0]['dtype']} change."
-        )
-    return " ".join(said)
+    return f"Tokens equal the whole model's in {len(looked)} of {len(looked)} rows compared." if looked else ""
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -332,10 +301,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Accelerate reads its files through the page cache, which was dropped before every step (untimed), since "
             "the engine reads past it; the row with a warm page cache is the same without that."
         )
-    if any(departs_at_tie(row) for row in rows):
+    if any(row.get("tokens_equal_until") is not None for row in rows):
         found.append(
-            "Tokens equal, first N: so many new tokens, in the request that departs first; behind a tie another text "
-            "is decoded."
+            "Tokens equal, first N: so many new tokens before a row has another one than the whole model, in the "
+            "request that departs first. In bfloat16 two best logits are often equal, and steps that sum in another "
+            "order then decode another text; so do wrong ones, and the logits tell which it is."
+        )
+    if any(row.get("step_logits_rel_diff") is not None for row in rows):
+        found.append(
+            "Step off: the logits of captured steps, given the whole model's tokens, from those of the whole model "
+            "with the same weights; norm of the difference ÷ norm."
         )
     if any(row.get("logits_rel_diff") is not None for row in rows):
         found.append(

@@ -29,7 +29,7 @@ from pregate.measure.baselines import (
     write_offload_folder,
 )
 from pregate.measure.bench_grid import ACCELERATE, BASELINES, RESIDENT, BenchModel, RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, first_logits, leads, measure_whole
+from pregate.measure.bench_row import Effort, Requests, figures, first_logits, measure_whole
 from pregate.measure.drives import cached_share, drop_page_cache, fill_page_cache
 from pregate.memory import PeakMemory
 from pregate.runtime import human_bytes
@@ -103,11 +103,10 @@ class Whole:
     def _in_memory(self, rows: Sequence[RowSpec], missing: dict[tuple[RowSpec, str], RowSpec], record: Record) -> None:
         with PeakMemory(self.device) as peak:
             whole = resident_model(self.model, self.device)
-            wants_logits = any(weights != SlabDtype.source for _, weights in missing)
             # quantised weights replace the model's own, so those come last
             loads = dict.fromkeys([*rows, *(spec for spec, _ in missing)])
             for spec in loads:
-                found = self._request(whole, spec, SlabDtype.source, wants_logits, peak)
+                found = self._request(whole, spec, SlabDtype.source, peak)
                 if spec in rows:
                     peak_bytes = peak.read()
                     memory = {} if peak_bytes is None else {"peak_device_bytes": peak_bytes}
@@ -117,20 +116,16 @@ class Whole:
             with self.open_store(next(iter(specs.values()))) as store:
                 dequantised_resident(whole, self.model, store)
             for load in specs:
-                self._request(whole, load, weights, False)  # for its tokens: dequantised, it is as fast as before
+                self._request(whole, load, weights)  # dequantised, it is as fast as before
 
-    def _request(
-        self, whole: Any, spec: RowSpec, weights: str, wants_logits: bool, peak: PeakMemory | None = None
-    ) -> dict[str, Any]:
+    def _request(self, whole: Any, spec: RowSpec, weights: str, peak: PeakMemory | None = None) -> dict[str, Any]:
         requests = Requests.of(spec, self.model, self.device)
         with forced_experts(whole, spec.forced_experts):
             timed = measure_whole(whole.generate, requests, spec.new_tokens, self.effort)
             tokens = torch.stack([request.tokens for request in timed])
             with nullcontext() if peak is None else peak.left_out():
-                logits = first_logits(whole, requests, tokens[0]) if wants_logits else None
-                eos = whole.config.eos_token_id
-                ahead = torch.stack([leads(whole, requests, n, some, eos) for n, some in enumerate(tokens)])
-        Reference(tokens, logits, ahead).save(self.references.path(spec, weights))
+                logits = first_logits(whole, requests, tokens[0])
+        Reference(tokens, logits).save(self.references.path(spec, weights))
         return figures(timed, spec, None)
 
 

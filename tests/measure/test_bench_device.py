@@ -12,6 +12,7 @@ import torch
 from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
+from pregate.engine.device.moves import ResidentSlots
 from pregate.measure import drives
 from pregate.measure.bench_device import captured_compute_ms
 from pregate.measure.bench_grid import RowSpec, bench_models, grid
@@ -45,6 +46,7 @@ def test_device_driven_rows_stand_beside_the_hosts(tmp_path: Path) -> None:
     for key, row in device.items():
         beside = host[key]
         assert row["tokens_equal_resident"] is True, row
+        assert row["step_logits_rel_diff"] < 1e-5 and "step_logits_rel_diff" not in beside
         assert not {"exposed_ms_per_token", "block_ms", "predicted", "io_threads"} & set(row), row
         assert row["tpot_ms_min"] <= row["tpot_ms"] <= row["tpot_ms_max"]
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["tpot_ms"])
@@ -91,6 +93,18 @@ def test_forced_experts_reach_the_static_step(tmp_path: Path) -> None:
     assert one["link_bytes_per_step"] == MOE_BLOCKS * one["slab_bytes"]
     assert four["link_bytes_per_step"] == 4 * MOE_BLOCKS * four["slab_bytes"]
     assert one["tokens_equal_resident"] is four["tokens_equal_resident"] is True
+
+
+def test_steps_that_go_wrong_show_in_their_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of one block give nothing: the tokens may still agree for a while, the logits do not."""
+    whole = ResidentSlots.run
+
+    def half(self: ResidentSlots, block: int, *rest: Any) -> torch.Tensor:
+        return whole(self, block, *rest) * (block != 1)
+
+    monkeypatch.setattr(ResidentSlots, "run", half)
+    command.main(tiny_run(tmp_path, "bench.tiers=[dram]", "bench.drives=[device]", "engine.policies=[gpu_only]"))
+    assert rows_of(tmp_path)[-1]["step_logits_rel_diff"] > 1e-3
 
 
 def test_a_checkpoints_own_generation_settings_are_followed(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from pregate.engine.trace import Span
 from pregate.measure.baselines import Reference
 from pregate.measure.bench_grid import RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, leads, logit_difference
+from pregate.measure.bench_row import Effort, Requests, figures, logit_difference
 from pregate.measure.latency import Timed, TokenClock, time_request
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
@@ -63,43 +62,21 @@ def test_tokens_are_compared_request_by_request_as_far_as_both_go() -> None:
     assert figures([*same, third], SPEC, reference)["tokens_equal_resident"] is True, "the whole model had two"
 
 
-def test_where_tokens_depart_the_lead_is_told() -> None:
-    ahead = torch.tensor([[[0.5, 0.01, 0.4]], [[0.3, 0.2, 0.02]]])
-    reference = Reference(torch.tensor([[[0, 1, 2, 3]], [[0, 4, 5, 6]]]), leads=ahead)
-    served = [timed(0.1, 0.2, tokens=[[0, 1, 9, 3]]), timed(0.1, 0.2, tokens=[[0, 4, 5, 9]])]
+def test_where_tokens_depart_is_told() -> None:
+    reference = Reference(torch.tensor([[[0, 1, 2, 3]], [[0, 4, 5, 6]]]))
+    served = [timed(0.1, 0.2, tokens=[[0, 1, 2, 9]]), timed(0.1, 0.2, tokens=[[0, 4, 9, 6]])]
     found = figures(served, SPEC, reference)
     assert found["tokens_equal_resident"] is False
-    assert found["tokens_equal_until"] == 1, "one new token of the first request, two of the second"
-    assert found["lead_at_difference"] == pytest.approx(0.02), "the larger of the two"
-    equal = figures([timed(0.1, 0.2, tokens=[[0, 1, 2]])], SPEC, reference)
-    assert "tokens_equal_until" not in equal and "lead_at_difference" not in equal
-    unknown = figures(served, SPEC, Reference(reference.tokens))
-    assert unknown["tokens_equal_until"] == 1 and "lead_at_difference" not in unknown
-
-
-def test_leads_are_of_the_tokens_that_may_come() -> None:
-    """A model whose logits are written down: the best of each place, those that may not come left out."""
-    logits = torch.tensor([[[9.0, 5.0, 4.0, 8.0], [9.0, 6.0, 2.0, 8.0]], [[9.0, 1.0, 3.0, 8.0], [9.0, 7.0, 6.0, 8.0]]])
-    calls: list[Any] = []
-
-    def forward(input_ids: torch.Tensor, decoder_input_ids: torch.Tensor, **_: Any) -> Any:
-        calls.append(decoder_input_ids.tolist())
-        return SimpleNamespace(logits=logits[len(calls) - 1][None])
-
-    requests = Requests(2, 3, 30, 0, torch.device("cpu"))
-    tokens = torch.tensor([[0, 1, 2], [0, 2, 1]])
-    found = leads(forward, requests, 0, tokens, eos=3)
-    assert calls == [[[0, 1]], [[0, 2]]]
-    assert found[:, 0].tolist() == pytest.approx([1 / 9, 2 / 9])
+    assert found["tokens_equal_until"] == 1, "two new tokens of the first request, one of the second"
+    assert "tokens_equal_until" not in figures([timed(0.1, 0.2, tokens=[[0, 1, 2]])], SPEC, reference)
 
 
 def test_a_reference_survives_its_file(tmp_path: Any) -> None:
     path = tmp_path / "kept" / "reference.safetensors"
     assert Reference.load(path) is None
-    Reference(torch.tensor([[[1, 2]]]), torch.ones(1, 1, 3), torch.full((1, 1, 1), 0.5)).save(path)
+    Reference(torch.tensor([[[1, 2]]]), torch.ones(1, 1, 3)).save(path)
     loaded = Reference.load(path)
-    assert loaded is not None and loaded.logits is not None and loaded.leads is not None
-    assert loaded.leads.tolist() == [[[0.5]]]
+    assert loaded is not None and loaded.logits is not None
     assert torch.equal(loaded.tokens, torch.tensor([[[1, 2]]])) and torch.equal(loaded.logits, torch.ones(1, 1, 3))
     path.write_bytes(b"damaged")
     assert Reference.load(path) is None

@@ -115,20 +115,13 @@ def test_wrong_tokens_are_shouted(tmp_path: Path) -> None:
     assert "NO" in out.getvalue() and "Tokens differ" in out.getvalue()
 
 
-def test_a_departure_at_a_tie_is_told_apart(tmp_path: Path) -> None:
+def test_how_far_tokens_were_equal_is_said(tmp_path: Path) -> None:
     rows = study()
-    departs = {"tokens_equal_resident": False, "tokens_equal_until": 35, "dtype": "bfloat16"}
-    rows[3] |= departs | {"lead_at_difference": 0.004}
+    rows[3] |= {"tokens_equal_resident": False, "tokens_equal_until": 35, "step_logits_rel_diff": 0.0042}
     text = markdown(rows, tmp_path)
-    assert "first 35" in text and "**NO**" not in text
-    assert (
-        "Tokens equal the whole model's in 3 of 4 rows compared. In 1 they do so up to a tie: where they depart, its "
-        "best logit was above the second by at most 0.4% of the largest, which 2 roundings of bfloat16 change." in text
-    )
-    rows[3] |= {"lead_at_difference": 0.02}
-    assert "**Tokens differ from the whole model's in 1 of 4 rows: pre_gated.**" in markdown(rows, tmp_path)
-    rows[3] |= {"lead_at_difference": 0.004, "dtype": "float32"}
-    assert "**NO**" in markdown(rows, tmp_path), "no rounding of float32 is so large"
+    assert "**NO**, first 35" in text and "step off %" in text and " 0.42 |" in text
+    assert "**Tokens differ from the whole model's in 1 of 4 rows: pre_gated.**" in text
+    assert "Tokens equal, first N:" in text and "Step off:" in text
 
 
 def test_a_speedup_needs_the_same_load() -> None:

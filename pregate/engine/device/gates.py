@@ -20,20 +20,21 @@ def for_steps(gate: SwitchGate) -> SwitchGate:
     for name, parameter in list(gate.classifier.named_parameters()):
         converted = parameter.detach().to(gate.dtype)
         setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
-    gate.score = partial(_score, gate.classifier)  # type: ignore[method-assign]
-    gate.choose = partial(_choose, gate.capacity)  # type: ignore[method-assign]
+    gate.score = partial(_score, gate)  # type: ignore[method-assign]
+    gate.choose = partial(_choose, gate)  # type: ignore[method-assign]
     return gate
 
 
-def _score(classifier: nn.Linear, seen_BTD: Tensor) -> Tensor:
-    if seen_BTD.shape[1] > 1:
-        return router_logits(seen_BTD, classifier.weight, classifier.bias, classifier.weight.dtype)
-    return gate_logits(seen_BTD, classifier.weight, classifier.bias)
+def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
+    weight, bias = gate.classifier.weight, gate.classifier.bias
+    if seen_BTD.shape[1] > 1 or weight.dtype != gate.dtype:
+        return router_logits(seen_BTD, weight, bias, gate.dtype)
+    return gate_logits(seen_BTD, weight, bias)
 
 
-def _choose(capacity: int, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
-    if logits_BTE.shape[1] > 1 or capacity < 1:
-        return route(logits_BTE, top_k=1, capacity=capacity, dtype=dtype)
+def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
+    if logits_BTE.shape[1] > 1 or gate.capacity < 1:
+        return route(logits_BTE, top_k=1, capacity=gate.capacity, dtype=dtype)
     return Routing(*first_choice(logits_BTE, dtype), logits_BTE)
 
 

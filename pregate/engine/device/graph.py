@@ -97,8 +97,12 @@ class StepGraphs:
     def prepare(self, kind: StepKind) -> None:
         """Capture `kind` unless that was done. Runs a few steps, so whatever a request has prepared is lost."""
         if self._device.type == "cuda" and (kind, 1) not in self._graphs:
-            captured = {(kind, steps): self._capture(kind, steps) for steps in (1, STEPS_AT_ONCE)}
-            self._graphs |= captured
+            pool = self._pool
+            try:
+                self._graphs |= {(kind, steps): self._capture(kind, steps) for steps in (1, STEPS_AT_ONCE)}
+            except BaseException:
+                self._pool = pool  # the one of a graph that is dropped is gone with it
+                raise
 
     def run(self, kind: StepKind, steps: int = 1) -> None:
         """So many steps of a prepared kind."""

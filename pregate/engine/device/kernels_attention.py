@@ -61,7 +61,8 @@ def attention_kernel(
         tl.store(keys + position * C + channel, new_key, mask=inside)
         tl.store(values + position * C + channel, new_value, mask=inside)
         new_key, new_value = numbers(new_key, KIND), numbers(new_value, KIND)
-    most = tl.full((), -float("inf"), tl.float32)
+    # the lowest float32, not -inf: all scores of a tile may be -inf, where it is hidden in float16
+    most = tl.full((), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((), tl.float32)
     seen = tl.zeros((TILE_C,), tl.float32)
     for first in range(0, length, TILE):

@@ -191,7 +191,8 @@ def load_baselines(folder: Path) -> dict[str, Any]:
 
 def add_baselines(folder: Path, task: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     """Keep the metrics of trivial predictions of a task: by name, in percent."""
-    write_json(folder / BASELINES, {**load_baselines(folder), task: _rounded(to_jsonable(dict(scores)))})
+    with alone(folder / CELLS):
+        write_json(folder / BASELINES, {**load_baselines(folder), task: _rounded(to_jsonable(dict(scores)))})
 
 
 def trivial_scores(overrides: list[str]) -> dict[str, dict[str, float]]:

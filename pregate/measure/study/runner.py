@@ -84,7 +84,7 @@ class Runner:
         self.recorded = {record["cell"] for record in load_records(study.folder)}
         self.failed: list[str] = []
         self.told_failed: set[str] = set()
-        self.begun = time.monotonic()
+        self.begun, self.begun_at = time.monotonic(), time.time()
         self.unrendered = 0
         self.awaited: Path | None = None
 
@@ -99,6 +99,7 @@ class Runner:
         finally:
             self.clean()
             self.rendered()
+        self.recorded = {record["cell"] for record in load_records(self.study.folder)}
         missing = [cell.name for cell in wanted if cell.name not in self.recorded]
         if stopped:
             print(f"== no time left; {len(missing)} cells are missing: the same command goes on")
@@ -153,7 +154,14 @@ class Runner:
             self.recorded = {record["cell"] for record in load_records(self.study.folder)}
             if cell.name in self.recorded and (not again or finished(self.run_dir(cell.name))):
                 return Outcome.done  # by another process, meanwhile
-            return self.perform(cell, place, again, self.time_left())
+            note = lock.with_suffix(".failed")
+            if note.is_file() and note.stat().st_mtime >= self.begun_at:
+                self.failed.append(cell.name)
+                return Outcome.failed  # likewise
+            outcome = self.perform(cell, place, again, self.time_left())
+            if outcome is Outcome.failed:
+                note.touch()
+            return outcome
 
     def perform(self, cell: Cell, place: str, again: bool, left: float | None) -> Outcome:
         """Run a cell whose needs are there. `again`: it is recorded, but its checkpoint is gone."""

@@ -58,8 +58,7 @@ def test_the_norm_of_tiny_and_large_rows(kernel_device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routed", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("num_experts", "width"), [(2, 24), (8, 768), (61, 33), (256, 128)])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("num_experts", "width", "biased"), [(2, 24, False), (8, 768, False), (61, 33, True)])
 def test_gate_logits(
     kernel_device: str, dtype: torch.dtype, routed: torch.dtype, num_experts: int, width: int, biased: bool
 ) -> None:
@@ -73,7 +72,7 @@ def test_gate_logits(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routed", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_experts", [2, 8, 60, 256])
+@pytest.mark.parametrize("num_experts", [2, 60, 256])
 def test_first_choice(kernel_device: str, dtype: torch.dtype, routed: torch.dtype, num_experts: int) -> None:
     logits = (3 * random(5, 1, num_experts, seed=num_experts)).to(routed)
     logits[1] = 0.5  # all equal: the first wins
@@ -124,6 +123,20 @@ def test_cross_attention(kernel_device: str, dtype: torch.dtype, length: int) ->
     mask[0, ..., length // 2 :] = torch.finfo(dtype).min
     mask[2] = torch.finfo(dtype).min
     expected = cross_attention_twin(query, cache, mask)
+    got = launch_cross_attention(query.to(kernel_device), cache.to(kernel_device), mask.to(kernel_device))
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_source_that_begins_far_behind(kernel_device: str, dtype: torch.dtype) -> None:
+    """Padding on the left that fills a tile: in float16 score and mask are then -inf, in all of it."""
+    query, cache = random(1, 1, 2, 16, seed=0, dtype=dtype), random(2, 1, 2, 300, 16, seed=1, dtype=dtype)
+    mask = torch.zeros(1, 1, 1, 300, dtype=dtype)
+    mask[..., :150] = torch.finfo(dtype).min
+    query *= 8
+    cache[0, ..., :150, :] = -8 * query[0, 0, :, None].sign()  # scores far below zero
+    expected = cross_attention_twin(query, cache, mask)
+    assert expected.isfinite().all()
     got = launch_cross_attention(query.to(kernel_device), cache.to(kernel_device), mask.to(kernel_device))
     assert_close(got, expected)
 

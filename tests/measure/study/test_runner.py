@@ -159,6 +159,18 @@ def test_what_another_process_runs_is_passed_over(run: Any) -> None:
     assert run.calls() == [*rest[1:], "sst2_shifted_s1"], "it came to nothing there, so it is run at the end"
 
 
+def test_several_runners_at_once_run_a_failing_cell_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "sst2_conventional_s1")
+    runners = [threading.Thread(target=run) for _ in range(3)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert run.calls() == ["pretrain", "sst2_conventional_s1"]
+    monkeypatch.delenv("FAKE_FAIL")
+    assert run() == 0, "the next command tries it again"
+
+
 def test_several_runners_at_once_run_each_cell_once(run: Any) -> None:
     codes: list[int] = []
     runners = [threading.Thread(target=lambda: codes.append(run(several=True))) for _ in range(3)]
