@@ -20,15 +20,17 @@ BOTH = ("encoder", "decoder")
 
 @dataclass(frozen=True)
 class Size:
-    """What differs between the sizes of the study: tasks, and where the pre-trained model comes from."""
+    """What differs between the sizes of the study: tasks, where the pre-trained model comes from, and on a CPU how many
+    threads pre-training and the other cells compute with, since the sums, and so the scores, depend on it."""
 
     tasks: tuple[str, ...]
     pretraining: str | None = None
     source: str | None = None
+    threads: tuple[int, int] | None = None
 
 
 SIZES = {
-    "nano": Size(("sst2", "web_questions"), pretraining="pretrain_nano"),
+    "nano": Size(("sst2", "web_questions"), pretraining="pretrain_nano", threads=(2, 1)),
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
 }
@@ -132,6 +134,12 @@ def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, r
     if reference is not None and cell.arm != CONVENTIONAL:
         given.append(f"reference={reference}")
     return [*given, f"name=accuracy_{size_name}_{cell.name}", f"run_dir={run_dir}"]
+
+
+def threads_of(cell: Cell, size_name: str) -> int | None:
+    """How many threads a cell computes with; None for what torch chooses."""
+    threads = SIZES[size_name].threads
+    return None if threads is None else threads[0] if cell.arm == PRETRAINING else threads[1]
 
 
 TINY = (

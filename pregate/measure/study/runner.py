@@ -7,6 +7,7 @@ runners may share a study: each takes the next cell that nobody runs and that ne
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.study.cells import PRETRAINING, Cell, overrides_of, tiny_overrides
+from pregate.measure.study.cells import PRETRAINING, Cell, overrides_of, threads_of, tiny_overrides
 from pregate.measure.study.records import (
     Record,
     add_baselines,
@@ -43,6 +44,7 @@ GRACE_SECONDS = 120
 RENDER_EVERY = 4
 PROGRESS = re.compile(r"\w+: step \d+")
 TAIL_LINES = 15
+THREADS = "OMP_NUM_THREADS"
 
 
 class Outcome(StrEnum):
@@ -167,13 +169,15 @@ class Runner:
         """Run a cell whose needs are there. `again`: it is recorded, but its checkpoint is gone."""
         overrides, extra = self.overrides(cell), ["resume=true"]
         print(f"== {place}{cell.name}{' once more, for its checkpoint' if again else ''}")
-        print(f"   {command_line([*overrides, *extra])}", flush=True)
+        threads = threads_of(cell, self.study.size)
+        print(f"   {command_line([*overrides, *extra], threads)}", flush=True)
         began = time.monotonic()
         log = self.study.work / "logs" / f"{cell.name}.log"
-        outcome = launch([*self.study.program, *overrides, *extra], log, left, cell.name if self.study.several else "")
+        name = cell.name if self.study.several else ""
+        outcome = launch([*self.study.program, *overrides, *extra], log, left, name, threads)
         if outcome is Outcome.done:
             try:
-                record = build_record(cell, self.run_dir(cell.name), command_line(overrides))
+                record = build_record(cell, self.run_dir(cell.name), command_line(overrides, threads))
             except (OSError, KeyError, ValueError) as error:
                 with log.open("a") as file:
                     file.write(f"{type(error).__name__}: {error}\n")
@@ -263,17 +267,21 @@ def told(record: Record) -> str:
     return score + (f"trained {record['train_seconds']:.0f} s, " if record["train_seconds"] else "")
 
 
-def command_line(overrides: Sequence[str]) -> str:
+def command_line(overrides: Sequence[str], threads: int | None = None) -> str:
     """What a person types for a cell."""
-    return shlex.join(["python", "-m", "pregate.train", *overrides])
+    before = [] if threads is None else [f"{THREADS}={threads}"]
+    return shlex.join([*before, "python", "-m", "pregate.train", *overrides])
 
 
 def tail(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if log.is_file() else []
 
 
-def launch(command: Sequence[str], log: Path, seconds: float | None, name: str = "") -> Outcome:
-    """Run `command`, all its output into `log`, its progress to the terminal behind `name`; stop it after `seconds`.
+def launch(
+    command: Sequence[str], log: Path, seconds: float | None, name: str = "", threads: int | None = None
+) -> Outcome:
+    """Run `command` with so many threads, all its output into `log`, its progress to the terminal behind `name`; stop
+    it after `seconds`.
 
     It is stopped with Ctrl-C's signal, so that it saves its state, and killed if it has not ended in time. Its own
     session keeps the terminal's Ctrl-C from reaching it as well, which would count as a second, hard one.
@@ -286,6 +294,7 @@ def launch(command: Sequence[str], log: Path, seconds: float | None, name: str =
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=os.environ if threads is None else os.environ | {THREADS: str(threads)},
             start_new_session=True,
         )
         asked = threading.Event()

@@ -39,7 +39,11 @@ if name != "pretrain":
         "num_examples": 2,
         "primary_metric": "accuracy",
         "scores": {"pre_gated": {"accuracy": 50.0}},
-        "environment": {"torch": "1", "git": {"commit": "c0ffee", "dirty": False}},
+        "environment": {
+            "torch": "1",
+            "torch_threads": os.environ.get("OMP_NUM_THREADS"),
+            "git": {"commit": "c0ffee", "dirty": False},
+        },
         "routing": {"switch_rate": {"pre_gated": {"encoder": [0.123456]}}},
     }
     (run_dir / "eval.json").write_text(json.dumps(evaluation))

@@ -63,11 +63,15 @@ def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
     assert record["example_scores"] == [100, 0] and record["scores"] == {"accuracy": 50}
     assert record["curve"] == [{"step": 2, "accuracy": 50, "loss": 1}]
     assert record["routing"] == {"switch_rate": {"pre_gated": {"encoder": [0.1235]}}}
-    assert record["commit"] == {"commit": "c0ffee", "dirty": False} and record["environment"] == {"torch": "1"}
+    assert record["commit"] == {"commit": "c0ffee", "dirty": False} and record["environment"] == {
+        "torch": "1",
+        "torch_threads": "1",
+    }
     assert record["command"].startswith(
-        "python -m pregate.train +experiment=accuracy_nano_sst2 +arm=conventional seed=1 "
+        "OMP_NUM_THREADS=1 python -m pregate.train +experiment=accuracy_nano_sst2 +arm=conventional seed=1 "
     )
     assert "resume" not in record["command"]
+    assert load_records(run.folder)[0]["command"].startswith("OMP_NUM_THREADS=2 python -m pregate.train ")
     assert (run.folder / "cells.jsonl").read_text().count('"environment"') == 2, "only where it changes"
 
 
