@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from datetime import date
+from functools import cache
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 from pregate.measure.study.records import append_record, claim
 from tests.measure.study.synthetic import synthetic_records
@@ -15,15 +23,46 @@ from tests.measure.study.synthetic import synthetic_records
 ROOT = Path(__file__).parents[3]
 
 
-def call(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    plain = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PREGATE_DATA", "ONLY", "OUT", "DRY", "WORK", "SOURCE", "JOBS")
-    }
-    command = [sys.executable, str(ROOT / "scripts" / "accuracy_study.py"), *arguments]
-    environment = {**plain, "PYTHONPATH": str(ROOT), **settings}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@cache
+def script() -> Any:
+    """The script as a module: a process of its own for every call would import torch each time."""
+    spec = importlib.util.spec_from_file_location("accuracy_study", ROOT / "scripts" / "accuracy_study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment_of(settings: dict[str, str]) -> dict[str, str]:
+    ours = ("PREGATE_DATA", "ONLY", "OUT", "DRY", "WORK", "SOURCE", "JOBS", "SECONDS_LEFT")
+    return {**{key: value for key, value in os.environ.items() if key not in ours}, **settings}
+
+
+def call(folder: Path, *arguments: str, **settings: str) -> SimpleNamespace:
+    out, err = StringIO(), StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with (
+        patch.dict(os.environ, environment_of(settings), clear=True),
+        patch.object(sys, "argv", ["accuracy_study.py", *arguments]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        chdir(folder),
+    ):
+        try:
+            code = script().main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def test_it_runs_as_a_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "accuracy_study.py"), "nano", "--list", "x"]
+    environment = {**environment_of({}), "PYTHONPATH": str(ROOT)}
+    for given, code in ((command[:-1], 0), (command, 2)):
+        done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert "usage: accuracy_study.py" in done.stderr
 
 
 def test_it_lists_and_renders_what_there_is(tmp_path: Path) -> None:
