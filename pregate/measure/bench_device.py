@@ -19,12 +19,12 @@ from pregate.measure.active_experts import forced_experts
 from pregate.measure.baselines import use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
 from pregate.measure.bench_row import (
-    NEVER_AGAIN,
     WARM_UP,
     Beside,
     Effort,
     Requests,
     both_report,
+    greedy,
     logit_difference,
 )
 from pregate.measure.device_steps import StepsTimed, time_steps
@@ -66,9 +66,9 @@ def serve_by_device(
     ):
         use_generation_config(engine.model, model)
         for number in range(effort.warmup):
-            _serve_one(engine, requests, WARM_UP + number, spec.new_tokens)
+            serve_one(engine, requests, WARM_UP + number, spec.new_tokens)
         timed: list[Any] = effort.run(
-            lambda number: _serve_one(engine, requests, number, spec.new_tokens), lambda: probes.take(peak)
+            lambda number: serve_one(engine, requests, number, spec.new_tokens), lambda: probes.take(peak)
         )
         link_bytes = [(one.readings[-1] - one.readings[0]) / one.steps for one in timed]
         row = both_report(engine, peak, requests, timed, link_bytes, spec, beside)
@@ -83,13 +83,9 @@ def serve_by_device(
     return row
 
 
-def _serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:
+def serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:
     prompt = requests.prompt(number)
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN}
-    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-    return time_steps(
-        engine, prompt["input_ids"], prompt["attention_mask"], new_tokens, requests.device, **greedy, **length
-    )
+    return time_steps(engine, **prompt, new_tokens=new_tokens, device=requests.device, **greedy(new_tokens))
 
 
 @torch.inference_mode()

@@ -36,6 +36,12 @@ LOGIT_TOKENS = 8
 """Target positions whose logits are compared; a batch of 32 then takes 33 MB with T5's vocabulary."""
 
 
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """Options of `generate` for so many new tokens whatever their ends."""
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    return {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN, **length}
+
+
 @dataclass(frozen=True)
 class Requests:
     """Random prompts (batch, prompt_len), numbered; each number is another prompt."""
@@ -58,9 +64,7 @@ class Requests:
     def serve(
         self, generate: Callable[..., Tensor], number: int, new_tokens: int, clock: TokenClock, trace: Trace | None
     ) -> Timed:
-        length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN}
-        return time_request(generate, {**self.prompt(number), **greedy, **length}, clock, trace)
+        return time_request(generate, {**self.prompt(number), **greedy(new_tokens)}, clock, trace)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +23,9 @@ from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tie
 from pregate.engine.decode import open_store
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
+from pregate.measure.bench_device import serve_one
 from pregate.measure.bench_grid import BenchModel, RowSpec, bench_models
-from pregate.measure.bench_row import NEVER_AGAIN, Requests
-from pregate.measure.device_steps import time_steps
+from pregate.measure.bench_row import Requests, greedy
 from pregate.runtime import environment, pick_device
 
 TABLE = "step_profile.md"
@@ -78,16 +77,10 @@ def profile_model(
     return text
 
 
-def _options(new_tokens: int) -> dict[str, Any]:
-    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-    return {"do_sample": False, "num_beams": 1, "repetition_penalty": NEVER_AGAIN, **length}
-
-
 def _token_ms(engine: DeviceEngine, requests: Requests, new_tokens: int) -> list[float]:
     times = []
     for number in range(REPEATS + 1):
-        prompt = requests.prompt(number)
-        timed = time_steps(engine, **prompt, new_tokens=new_tokens, device=requests.device, **_options(new_tokens))
+        timed = serve_one(engine, requests, number, new_tokens)
         if number and timed.tpot_ms is not None:  # the first warms up
             times.append(timed.tpot_ms)
     return times
@@ -98,7 +91,7 @@ def _launches(engine: DeviceEngine, requests: Requests, trace: Path) -> list[Lau
     from torch.profiler import ProfilerActivity, profile
 
     cuda = requests.device.type == "cuda"
-    request = engine.request(**_options(2 * STEPS_AT_ONCE))
+    request = engine.request(**greedy(2 * STEPS_AT_ONCE))
     engine.prefill(**requests.prompt(0), sampling=request.sampling)
     engine.decode(STEPS_AT_ONCE)
     _wait(cuda)

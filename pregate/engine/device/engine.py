@@ -145,10 +145,12 @@ class DeviceEngine:
         with self._serving:
             request = self.request(**options)
             self.prefill(input_ids, attention_mask, request.sampling)
-            logits = []
+            logits, done = [], 0
             at_once = 1 if request.with_logits else EOS_CHECK_EVERY
-            for done in range(at_once, request.new_tokens + at_once, at_once):
-                self.decode(min(at_once, request.new_tokens - done + at_once))
+            while done < request.new_tokens:
+                steps = min(at_once, request.new_tokens - done)
+                self.decode(steps)
+                done += steps
                 if request.with_logits:
                     logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
                 looks = request.sampling.eos and done % EOS_CHECK_EVERY == 0

@@ -15,6 +15,7 @@ import torch
 from pregate.engine.device.sampling import StepKind
 
 STEPS_AT_ONCE = 8
+"""Steps of the longer graph of a kind, see `StepGraphs`."""
 WARM_UPS = 2
 """Steps before a capture: kernels are compiled and libraries make their workspaces, which a capture must not see."""
 

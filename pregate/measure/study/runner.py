@@ -83,7 +83,7 @@ class Runner:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.by_name = {cell.name: cell for cell in study.cells}
-        self.recorded = {record["cell"] for record in load_records(study.folder)}
+        self.look()
         self.failed: list[str] = []
         self.told_failed: set[str] = set()
         self.begun, self.begun_at = time.monotonic(), time.time()
@@ -101,7 +101,7 @@ class Runner:
         finally:
             self.clean()
             self.rendered()
-        self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+        self.look()
         missing = [cell.name for cell in wanted if cell.name not in self.recorded]
         if stopped:
             print(f"== no time left; {len(missing)} cells are missing: the same command goes on")
@@ -110,12 +110,16 @@ class Runner:
             print(f"== to be run again: {' '.join(self.failed[:8])}{more}")
         return 1 if missing else 0
 
+    def look(self) -> None:
+        """See what is recorded by now, by whichever process."""
+        self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+
     def go_through(self, wanted: Sequence[Cell]) -> bool:
         """Attempt what is missing until all of it is recorded or has failed; whether time ran out before."""
         while True:
             outcomes = []
             for number, cell in enumerate(wanted, 1):
-                self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+                self.look()
                 if cell.name in self.recorded:
                     continue
                 outcomes.append(self.attempt(cell, f"[{number}/{len(wanted)}] "))
@@ -153,7 +157,7 @@ class Runner:
             if not mine:
                 self.awaited = lock
                 return Outcome.busy
-            self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+            self.look()
             if cell.name in self.recorded and (not again or finished(self.run_dir(cell.name))):
                 return Outcome.done  # by another process, meanwhile
             note = lock.with_suffix(".failed")
