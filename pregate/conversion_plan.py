@@ -15,6 +15,7 @@ from pregate.models.adapter import PreGating
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as TargetModel
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.runtime import first_of
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 LM_HEAD = "lm_head.weight"
@@ -155,8 +156,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _refuse(what: str, checkpoint: SourceCheckpoint, names: list[str]) -> None:
     if names:
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UsageError(
-            f"{checkpoint.directory} {what} {listed}: use the complete weights of the model that its config.json "
-            "describes."
+            f"{checkpoint.directory} {what} {first_of(names, 3)}: use the complete weights of the model that its "
+            "config.json describes."
         )

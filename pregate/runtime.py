@@ -14,7 +14,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -136,6 +136,12 @@ def parse_bytes(text: str | int) -> int:
     number, unit, binary = found.groups()
     scale = _BINARY[unit] if binary else _DECIMAL[unit or ""]
     return round(float(number) * scale) if "." in number else int(number) * scale
+
+
+def first_of(names: Sequence[str], most: int = 1, separator: str = ", ") -> str:
+    """The first `most` of `names` and how many more there are: "a, b and 3 more"."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -78,6 +78,12 @@ def test_human_bytes(size, expected):
     assert runtime.human_bytes(size) == expected
 
 
+def test_first_of_tells_how_many_more_there_are():
+    assert runtime.first_of(["a"]) == "a"
+    assert runtime.first_of(["a", "b", "c"]) == "a and 2 more"
+    assert runtime.first_of(["a", "b", "c"], 3, " ") == "a b c"
+
+
 def test_environment_is_publishable_json(monkeypatch):
     facts = runtime.environment()
     text = json.dumps(facts)

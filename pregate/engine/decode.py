@@ -34,6 +34,7 @@ from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_fi
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.runtime import first_of
 
 Checkpoint = str | Path | SourceCheckpoint
 
@@ -317,7 +318,7 @@ def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTra
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise UsageError(f"{source.directory} lacks {missing[0]} (and {len(missing) - 1} more): convert it again.")
+        raise UsageError(f"{source.directory} lacks {first_of(missing)}: convert it again.")
     for file in opened.side_files:
         model.generation_config = GenerationConfig.from_pretrained(file.parent)
     model.requires_grad_(False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.runtime import first_of
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -139,7 +140,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoin
     lost = sorted(set(promised) - set(tensors))
     if lost:
         raise UsageError(
-            f"{directory / promised[lost[0]]} lacks {lost[0]} (and {len(lost) - 1} more), which {found.name} promises: "
+            f"{directory / promised[lost[0]]} lacks {first_of(lost)}, which {found.name} promises: "
             "fetch that shard and its index again."
         )
     return SourceCheckpoint(directory, config, files, tensors)

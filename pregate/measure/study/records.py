@@ -63,6 +63,12 @@ def alone(path: Path, wait: bool = True) -> Iterator[bool]:
             yield True
 
 
+def is_free(path: Path) -> bool:
+    """Whether no process holds the lock file `path`."""
+    with alone(path, wait=False) as mine:
+        return mine
+
+
 def finished(run_dir: Path) -> bool:
     """Whether the command that was to fill `run_dir` has ended well and its checkpoint is still there."""
     return (run_dir / "summary.json").is_file() and (run_dir / "checkpoint" / "config.json").is_file()

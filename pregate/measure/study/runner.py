@@ -32,15 +32,19 @@ from pregate.measure.study.records import (
     append_record,
     build_record,
     finished,
+    is_free,
     load_baselines,
     load_records,
     trivial_scores,
 )
+from pregate.runtime import first_of
 
 LEAST_SECONDS = 20
 """No cell is begun with less time left."""
 GRACE_SECONDS = 120
 """How long a command may take to save its state after it was asked to stop."""
+WAIT_SECONDS = 0.5
+"""Between two looks at whether another process has ended its cell."""
 RENDER_EVERY = 4
 PROGRESS = re.compile(r"\w+: step \d+")
 TAIL_LINES = 15
@@ -88,7 +92,8 @@ class Runner:
         self.told_failed: set[str] = set()
         self.begun, self.begun_at = time.monotonic(), time.time()
         self.unrendered = 0
-        self.awaited: Path | None = None
+        self.awaited: list[Path] = []
+        """Locks that other processes held when they were last asked for."""
 
     def run(self) -> int:
         """Run what is missing; 0 if all that was asked for is recorded, 1 if a cell failed or time ran out.
@@ -104,10 +109,9 @@ class Runner:
         self.look()
         missing = [cell.name for cell in wanted if cell.name not in self.recorded]
         if stopped:
-            print(f"== no time left; {len(missing)} cells are missing: the same command goes on")
+            print(f"== no time left for {first_of(missing, 3)}: the same command goes on")
         if self.failed:
-            more = f" and {len(self.failed) - 8} more" if len(self.failed) > 8 else ""
-            print(f"== to be run again: {' '.join(self.failed[:8])}{more}")
+            print(f"== to be run again: {first_of(self.failed, 8, ' ')}")
         return 1 if missing else 0
 
     def look(self) -> None:
@@ -118,6 +122,7 @@ class Runner:
         """Attempt what is missing until all of it is recorded or has failed; whether time ran out before."""
         while True:
             outcomes = []
+            self.awaited.clear()
             for number, cell in enumerate(wanted, 1):
                 self.look()
                 if cell.name in self.recorded:
@@ -128,10 +133,12 @@ class Runner:
             if Outcome.busy not in outcomes:
                 return False
             if Outcome.done not in outcomes:
-                assert self.awaited is not None
-                print(f"== {self.awaited.stem}: another process runs it, waiting", flush=True)
-                with alone(self.awaited):
-                    pass  # what it has done is seen in the next round
+                names = list(dict.fromkeys(lock.stem for lock in self.awaited))
+                print(f"== waiting for {first_of(names, 3)}, which other processes run", flush=True)
+                while not any(is_free(lock) for lock in self.awaited):
+                    if self.too_late():
+                        return True
+                    time.sleep(WAIT_SECONDS)
 
     def attempt(self, cell: Cell, place: str = "") -> Outcome:
         """Run a cell and first whatever it needs and is not there; record it unless it is recorded already."""
@@ -148,14 +155,13 @@ class Runner:
                         print(f"== {cell.name}, and what else needs {name}: not run, since that failed")
                     self.told_failed.add(name)
                 return outcome
-        left = self.time_left()
-        if left is not None and left < LEAST_SECONDS:
+        if self.too_late():
             return Outcome.stopped
         again = cell.name in self.recorded
         lock = self.study.work / "logs" / f"{cell.name}.lock"
         with alone(lock, wait=False) as mine:
             if not mine:
-                self.awaited = lock
+                self.awaited.append(lock)
                 return Outcome.busy
             self.look()
             if cell.name in self.recorded and (not again or finished(self.run_dir(cell.name))):
@@ -233,7 +239,8 @@ class Runner:
         if self.unrendered:
             self.unrendered = 0
             try:
-                self.study.render(self.study.folder)
+                with alone(self.study.work / "logs" / "render.lock"):  # an older report never replaces a newer one
+                    self.study.render(self.study.folder)
             except Exception as error:  # the records are what counts; --render tells in full
                 print(f"   not rendered: {type(error).__name__}: {error}")
 
@@ -263,6 +270,11 @@ class Runner:
     def time_left(self) -> float | None:
         whole = self.study.seconds_left
         return None if whole is None else whole - (time.monotonic() - self.begun)
+
+    def too_late(self) -> bool:
+        """Whether too little time is left to begin a cell."""
+        left = self.time_left()
+        return left is not None and left < LEAST_SECONDS
 
 
 def told(record: Record) -> str:

@@ -23,6 +23,7 @@ from pregate.measure.study.statistics import (
     verdict,
 )
 from pregate.measure.summary import ABSENT, METRIC_LABELS, metric_label, signed
+from pregate.runtime import first_of
 
 LETTERS = {
     "conventional": "(a) conventional",
@@ -75,7 +76,7 @@ def study_markdown(
     missing = [cell.name for cell in cells if cell.name not in names]
     done = f"{len(cells) - len(missing)} of {len(cells)} cells."
     if missing:
-        done += f" Missing: {', '.join(missing[:8])}{f' and {len(missing) - 8} more' if len(missing) > 8 else ''}."
+        done += f" Missing: {first_of(missing, 8)}."
     parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
     parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
     parts.append(how_to_repeat(records, size))

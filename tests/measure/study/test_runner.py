@@ -163,6 +163,49 @@ def test_what_another_process_runs_is_passed_over(run: Any) -> None:
     assert run.calls() == [*rest[1:], "sst2_shifted_s1"], "it came to nothing there, so it is run at the end"
 
 
+def test_the_first_cell_that_another_process_leaves_is_taken_at_once(run: Any) -> None:
+    held = ["sst2_shifted_s1", "sst2_calibrated_s1"]
+    assert run(cells=[cell for cell in CELLS if cell.name not in held], keep=True) == 0
+    run.calls()
+    locks = [alone(run.work / "logs" / f"{name}.lock") for name in held]
+    for lock in locks:
+        assert lock.__enter__()
+    codes: list[int] = []
+    runner = threading.Thread(target=lambda: codes.append(run()))
+    runner.start()
+    time.sleep(0.5)
+    for lock, name in zip(locks, held, strict=True):
+        assert runner.is_alive() and name not in recorded(run)
+        lock.__exit__(None, None, None)
+        deadline = time.monotonic() + 30
+        while name not in recorded(run):
+            assert time.monotonic() < deadline, f"{name} is free and nobody runs it"
+            time.sleep(0.05)
+    runner.join()
+    assert codes == [0] and run.calls() == held
+
+
+def test_waiting_ends_where_no_time_is_left(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("pregate.measure.study.runner.LEAST_SECONDS", 0.1)
+    with alone(run.work / "logs" / "pretrain.lock"):
+        assert run(only="pretrain", seconds_left=1) == 1
+    said = capsys.readouterr().out
+    assert "waiting for pretrain, which other processes run" in said
+    assert "no time left for pretrain: the same command goes on" in said
+
+
+def test_reports_of_several_runners_are_written_one_after_the_other(run: Any) -> None:
+    """Else one that has read fewer records may be written last."""
+    inside: list[bool] = []
+
+    def render(folder: Path) -> None:
+        with alone(run.work / "logs" / "render.lock", wait=False) as mine:
+            inside.append(mine)
+
+    assert run(render=render) == 0
+    assert inside == [False, False]
+
+
 def test_several_runners_at_once_run_a_failing_cell_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAIL", "sst2_conventional_s1")
     runners = [threading.Thread(target=run) for _ in range(3)]
