@@ -10,6 +10,7 @@ without OUT chose, so that a study goes on the next day where it stopped.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -58,71 +59,87 @@ def run() -> int:
     parser.add_argument("--list", action="store_true", help="print the cells and which are done")
     parser.add_argument("--render", action="store_true", help="only write README.md and plots again")
     arguments = parser.parse_args()
-    environment, size = os.environ, SIZES[arguments.size]
-    dry, only = is_set("DRY"), environment.get("ONLY")
-    work = Path(environment.get("WORK") or f"runs/accuracy_{arguments.size}{'_dry' if dry else ''}")
-    folder, cells = results_folder(arguments.size, work, dry), plan(size)
-    known = {record["cell"] for record in load_records(folder)}
+    study = study_of(arguments.size)
+    identity = {"size": study.size, "dry": study.tiny, "source": os.environ.get("SOURCE") or None}
+    known = {record["cell"] for record in load_records(study.folder)}
     if arguments.list:
-        for cell in cells:
-            if fnmatch(cell.name, only or "*"):
+        for cell in study.cells:
+            if fnmatch(cell.name, study.only or "*"):
                 print(f"{'done' if cell.name in known else '    '} {cell.name}")
         return 0
-    write = partial(render, size=arguments.size, cells=cells)
-    given = environment.get("SOURCE") or None
-    identity = {"size": arguments.size, "dry": dry, "source": given}
     if arguments.render:
-        if not (folder / CELLS).is_file():
-            raise UsageError(f"{folder} holds no {CELLS}: there is nothing to render.")
-        check_claim(folder, identity)
-        write(folder)
+        if not (study.folder / CELLS).is_file():
+            raise UsageError(f"{study.folder} holds no {CELLS}: there is nothing to render.")
+        check_claim(study.folder, identity)
+        study.render(study.folder)
         return 0
-    source = given or size.source
-    if source is not None:
-        cells = [cell for cell in cells if cell.name != PRETRAINING]
-    if only and not any(fnmatch(cell.name, only) for cell in cells):
+    if study.only and not any(fnmatch(cell.name, study.only) for cell in study.cells):
         raise UsageError(
-            f"ONLY={only} is no cell: python scripts/accuracy_study.py {arguments.size} --list shows them."
+            f"ONLY={study.only} is no cell: python scripts/accuracy_study.py {study.size} --list shows them."
         )
-    if not environment.get("PREGATE_DATA") and size.pretraining:
+    if not os.environ.get("PREGATE_DATA") and SIZES[study.size].pretraining:
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
-    try:
-        seconds = float(environment.get("SECONDS_LEFT") or "inf")
-    except ValueError:
-        raise UsageError(f"SECONDS_LEFT={environment['SECONDS_LEFT']} is no number of seconds.") from None
-    jobs = environment.get("JOBS") or "1"
-    if not jobs.isdecimal() or int(jobs) < 1:
-        raise UsageError(f"JOBS={jobs} is no number of processes: give 1 or more.")
-    study = Study(
-        arguments.size,
+    study.seconds_left, jobs = seconds_left(), number_of_jobs()
+    study.several = jobs > 1 or is_set(HELPS)
+    check_claim(study.folder, identity)
+    claim(study.work, identity)
+    claim(study.folder, identity)
+    if not (study.tiny or os.environ.get("OUT")):
+        (study.work / NOTE).write_text(f"{study.folder}\n")
+    if not is_set(HELPS):
+        print(f"== {len(known)} of {len(study.cells)} cells done; results: {study.folder}", flush=True)
+    if all(cell.name in known for cell in study.cells if fnmatch(cell.name, study.only or "*")):
+        print("== nothing to do: to run a cell again, begin a study of your own with another OUT and WORK")
+    return run_with_others(study, jobs - 1)
+
+
+def study_of(size: str) -> Study:
+    """The study that the environment describes."""
+    dry = is_set("DRY")
+    work = Path(os.environ.get("WORK") or f"runs/accuracy_{size}{'_dry' if dry else ''}")
+    source = os.environ.get("SOURCE") or SIZES[size].source
+    cells = [cell for cell in plan(SIZES[size]) if source is None or cell.name != PRETRAINING]
+    return Study(
+        size,
         cells,
-        folder,
+        results_folder(size, work, dry),
         work,
         source=source,
-        only=only,
-        seconds_left=None if seconds == float("inf") else seconds,
+        only=os.environ.get("ONLY"),
         tiny=dry,
         keep=is_set("KEEP"),
-        several=int(jobs) > 1 or is_set(HELPS),
-        render=write,
+        render=partial(render, size=size, cells=cells),
     )
+
+
+def seconds_left() -> float | None:
+    given = os.environ.get("SECONDS_LEFT")
+    if not given:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"SECONDS_LEFT={given} is no number of seconds.")
+    return seconds
+
+
+def number_of_jobs() -> int:
+    given = os.environ.get("JOBS") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"JOBS={given} is no number of processes: give 1 or more.")
+    return int(given)
+
+
+def run_with_others(study: Study, count: int) -> int:
+    """Run what is missing beside `count` processes that do the same; the worst of their exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    check_claim(folder, identity)
-    claim(work, identity)
-    claim(folder, identity)
-    if not (dry or environment.get("OUT")):
-        (work / NOTE).write_text(f"{folder}\n")
-    if not is_set(HELPS):
-        print(f"== {len(known)} of {len(cells)} cells done; results: {folder}", flush=True)
-    if all(cell.name in known for cell in cells if fnmatch(cell.name, only or "*")):
-        print("== nothing to do: to run a cell again, begin a study of your own with another OUT and WORK")
     # sessions of their own keep the terminal's Ctrl-C from them, which would reach them twice
+    environment = {**os.environ, "JOBS": "1", HELPS: "1"}
     others = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**environment, "JOBS": "1", HELPS: "1"}, start_new_session=True
-        )
-        for _ in range(int(jobs) - 1)
+        subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True) for _ in range(count)
     ]
     try:
         return max([Runner(study).run(), *(other.wait() for other in others)])

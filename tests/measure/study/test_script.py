@@ -85,8 +85,9 @@ def test_it_refuses_before_any_work(tmp_path: Path) -> None:
     assert no_cell.returncode == 2 and "--list shows them" in no_cell.stdout + no_cell.stderr
     given = call(tmp_path, "nano", ONLY="pretrain", PREGATE_DATA="data", SOURCE="hub/source")
     assert given.returncode == 2 and "ONLY=pretrain is no cell" in given.stderr
-    no_time = call(tmp_path, "nano", PREGATE_DATA="data", SECONDS_LEFT="soon")
-    assert no_time.returncode == 2 and "SECONDS_LEFT=soon is no number" in no_time.stderr
+    for given in ("soon", "-1", "nan", "inf"):
+        no_time = call(tmp_path, "nano", PREGATE_DATA="data", SECONDS_LEFT=given)
+        assert no_time.returncode == 2 and f"SECONDS_LEFT={given} is no number" in no_time.stderr
     no_jobs = call(tmp_path, "nano", PREGATE_DATA="data", JOBS="many")
     assert no_jobs.returncode == 2 and "JOBS=many is no number" in no_jobs.stderr
     nothing = call(tmp_path, "nano", "--render", OUT="nowhere")
@@ -95,6 +96,15 @@ def test_it_refuses_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     no_folder = call(tmp_path, "nano", PREGATE_DATA="data", OUT="file")
     assert no_folder.returncode == 2 and "file cannot be written" in no_folder.stderr
+
+
+def test_with_a_source_nothing_waits_for_pretraining(tmp_path: Path) -> None:
+    claim(tmp_path / "out", {"size": "nano", "dry": False, "source": "hub/source"})
+    for record in synthetic_records():
+        append_record(tmp_path / "out", record)
+    assert call(tmp_path, "nano", "--render", OUT="out", SOURCE="hub/source").returncode == 0
+    assert "Missing: pretrain" not in (tmp_path / "out" / "README.md").read_text()
+    assert "pretrain" not in call(tmp_path, "nano", "--list", OUT="out", SOURCE="hub/source").stdout
 
 
 def test_a_folder_is_of_one_study(tmp_path: Path) -> None:
