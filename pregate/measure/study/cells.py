@@ -16,6 +16,8 @@ UNTRAINED = ("shifted", "calibrated")
 SEEDS = ((1,), (2, 3))
 """The first is run for all tasks before the others are."""
 BOTH = ("encoder", "decoder")
+THREADS = "OMP_NUM_THREADS"
+"""The environment's variable for how many threads a cell computes with."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,18 @@ class Cell:
 
 
 def plan(size: Size) -> list[Cell]:
-    """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, ablations."""
+    """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
+    arm (e) gives without pre-gating, ablations."""
     cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0)] if size.pretraining else []
     for seeds in SEEDS:
         cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in ARMS]
     seeds = [seed for group in SEEDS for seed in group]
     for task in size.tasks:
-        cells += [_variant(size, task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
+        cells += [_variant(size, "pre_gated", task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
+    cells += [_variant(size, TAUGHT[0], task, seed, TAUGHT[1], lookahead=0) for task in size.tasks for seed in seeds]
     first = size.tasks[0]
     for variant, change in ABLATIONS.items():
-        cells += [_variant(size, first, seed, variant, **change) for seed in seeds]
+        cells += [_variant(size, "pre_gated", first, seed, variant, **change) for seed in seeds]
     return cells
 
 
@@ -85,6 +89,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "decoder": {"stacks": ("decoder",)},
 }
 """What is changed in arm (d), one at a time."""
+TAUGHT = ("distilled", "n0")
+"""The conventional model taught as arm (e) is, as (arm, variant): what (e) owes to its teacher alone."""
 
 
 def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
@@ -101,11 +107,11 @@ def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
     return replace(cell, needs=tuple(needs))
 
 
-def _variant(size: Size, task: str, seed: int, variant: str, **change: object) -> Cell:
-    base = _arm(size, "pre_gated", task, seed)
+def _variant(size: Size, arm: str, task: str, seed: int, variant: str, **change: object) -> Cell:
+    base = _arm(size, arm, task, seed)
     return Cell(
-        cell_name(task, "pre_gated", seed, variant),
-        "pre_gated",
+        cell_name(task, arm, seed, variant),
+        arm,
         task,
         seed,
         variant,

@@ -24,7 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.study.cells import PRETRAINING, Cell, overrides_of, threads_of, tiny_overrides
+from pregate.measure.study.cells import PRETRAINING, THREADS, Cell, overrides_of, threads_of, tiny_overrides
 from pregate.measure.study.records import (
     Record,
     add_baselines,
@@ -48,7 +48,6 @@ WAIT_SECONDS = 0.5
 RENDER_EVERY = 4
 PROGRESS = re.compile(r"\w+: step \d+")
 TAIL_LINES = 15
-THREADS = "OMP_NUM_THREADS"
 
 
 class Outcome(StrEnum):

@@ -11,17 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from pregate.measure.study.cells import ABLATIONS, ARMS, CONVENTIONAL, PRETRAINING
+from pregate.measure.study.cells import ABLATIONS, ARMS, CONVENTIONAL, PRETRAINING, TAUGHT
 
 Record = Mapping[str, Any]
 SAMPLES = 10_000
-ORDER = [(arm, "") for arm in ARMS] + [("pre_gated", variant) for variant in ("n2", "n3", *ABLATIONS)]
+ORDER = [
+    *((arm, "") for arm in ARMS),
+    *(("pre_gated", variant) for variant in ("n2", "n3")),
+    TAUGHT,
+    *(("pre_gated", variant) for variant in ABLATIONS),
+]
 """(arm, variant) in the order of tables."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds and examples of score minus arm (a)'s, in points, its 95 % interval, and each seed's mean."""
+    """Mean over seeds and examples of an arm's score minus another's, in points, its 95 % interval, and each seed's
+    mean."""
 
     mean: float
     low: float
@@ -31,7 +37,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm, or one variant of it, on one task. Scores in percent, by seed."""
+    """One arm, or one variant of it, on one task. Scores in percent, by seed; `difference` from arm (a)."""
 
     arm: str
     variant: str
@@ -55,8 +61,10 @@ def paired_bootstrap(differences_SN: np.ndarray, samples: int = SAMPLES, seed: i
     """95 % percentile interval of the mean, resampling seeds and examples, each with replacement and independently.
 
     All seeds are scored on the same examples, so one draw of examples serves all drawn seeds (the two-way bootstrap of
-    Owen 2007, "The pigeonhole bootstrap"). With S seeds, seeds vary as if their variance were (S-1)/S of the unbiased
-    one: three seeds make intervals that are rather too narrow than too wide.
+    Owen 2007, "The pigeonhole bootstrap", whose variances these are). With S seeds it counts the variance between seeds
+    (S-1)/S times, that between examples once, and what neither explains, the luck of single predictions, (3S-2)/S
+    times: with three seeds 2/3, 1 and 7/3. Where seeds hardly differ beyond that luck the interval is too wide, and
+    where they differ much it is too narrow.
     """
     generator = np.random.default_rng(seed)
     num_seeds, num_examples = differences_SN.shape

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, PRETRAINING, Cell
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, PRETRAINING, SIZES, TAUGHT, THREADS, Cell
 from pregate.measure.study.plots import plot_study
 from pregate.measure.study.records import load_baselines, load_records
 from pregate.measure.study.statistics import (
     ArmSummary,
     by_block,
+    difference,
     overall,
     recovery,
     summaries,
@@ -33,6 +34,9 @@ LETTERS = {
     "distilled": "(e) pre-gated, distilled",
     "gates_only": "(f) gates only, distilled",
 }
+TAUGHT_LABEL = "(a) conventional, distilled"
+SHORT = {(CONVENTIONAL, ""): "(a)", ("pre_gated", ""): "(d)", TAUGHT: "(a) distilled"}
+"""What differences are taken from, in the heads of tables."""
 VARIANTS = {
     "n2": "lookahead 2",
     "n3": "lookahead 3",
@@ -61,7 +65,15 @@ def render(folder: Path, size: str, cells: Sequence[Cell]) -> None:
     records, baselines = load_records(folder), load_baselines(folder)
     arms = {task: summaries(records, task) for task in tasks_of(records)}
     drawn = plot_study(arms, folder / "plots")
-    (folder / "README.md").write_text(study_markdown(records, arms, baselines, size, cells, drawn), encoding="utf-8")
+    text = study_markdown(records, arms, baselines, size, cells, drawn, told_place(folder))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def told_place(folder: Path) -> str:
+    """As a person in the current directory writes it."""
+    here = Path.cwd()
+    whole = folder.resolve()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else folder)
 
 
 def study_markdown(
@@ -71,6 +83,7 @@ def study_markdown(
     size: str,
     cells: Sequence[Cell],
     plots: Sequence[str] = (),
+    place: str = "DIR",
 ) -> str:
     names = {record["cell"] for record in records}
     missing = [cell.name for cell in cells if cell.name not in names]
@@ -79,7 +92,7 @@ def study_markdown(
         done += f" Missing: {first_of(missing, 8)}."
     parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
     parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
-    parts.append(how_to_repeat(records, size))
+    parts.append(how_to_repeat(records, size, place if missing else None))
     for task, found in arms.items():
         parts += task_section(task, found, baselines.get(task, {}))
     for name in plots:
@@ -102,42 +115,70 @@ def verdicts(task: str, arms: Sequence[ArmSummary]) -> list[str]:
 
 
 def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]]) -> list[str]:
-    main = [arm for arm in arms if not arm.variant]
+    named = {(arm.arm, arm.variant): arm for arm in arms}
     first = arms[0].records[0]
     parts = [f"## {task_label(task)}", f"{first['num_examples']} examples of the {first['split']} split, in percent."]
-    parts.append(score_table(main, trivial))
-    ahead = [
-        arm for arm in arms if arm.arm == CONVENTIONAL or (arm.arm == "pre_gated" and arm.variant not in ABLATIONS)
-    ]
+    main = [arm for arm in arms if not arm.variant]
+    ahead = [a for a in arms if a.arm == CONVENTIONAL or (a.arm == "pre_gated" and a.variant not in ABLATIONS)]
+    tuned = [(CONVENTIONAL, ""), ("pre_gated", "")]
+    changed = [tuned[1], ("distilled", ""), *(("pre_gated", variant) for variant in ABLATIONS)]
+    taught = [tuned[0], TAUGHT, ("distilled", "")]
+
+    def present(keys: Sequence[tuple[str, str]]) -> list[ArmSummary]:
+        return [named[key] for key in keys if key in named]
+
+    parts.append(score_table(main, present(tuned[:1]), trivial))
     if any(arm.variant for arm in ahead):
-        parts += ["How far ahead:", score_table(ahead, {}, "lookahead")]
-    changed = [arm for arm in arms if arm.arm == "pre_gated" and (not arm.variant or arm.variant in ABLATIONS)]
-    if any(arm.variant for arm in changed):
-        parts += ["One change to (d) at a time:", score_table(changed, {})]
+        parts += ["How far ahead:", score_table(ahead, present(tuned[:1]), first="lookahead")]
+    if tuned[1] in named and len(present(changed)) > 1:
+        parts += ["One change to (d) at a time:", score_table(present(changed), present(tuned[1:]))]
+    if TAUGHT in named:
+        parts += [
+            "What the teacher of (e) gives a model that is not pre-gated, and what is left of the difference:",
+            score_table(present(taught), present(taught[:2])),
+        ]
     return [*parts, *routing_tables(arms)]
 
 
-def score_table(arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]], first: str = "arm") -> str:
-    """A row an arm with mean, spread and difference, trivial predictions below."""
+def score_table(
+    arms: Sequence[ArmSummary],
+    bases: Sequence[ArmSummary],
+    trivial: Mapping[str, Mapping[str, float]] | None = None,
+    first: str = "arm",
+) -> str:
+    """A row an arm with mean, spread and its difference from each of `bases`, trivial predictions below."""
     metric = arms[0].metric
     others = [name for name in next(iter(arms[0].by_seed.values())) if name != metric]
-    headers = [first, "seeds", metric_label(metric), "lowest to highest", "difference from (a)", "of each seed"]
+    headers = [first, "seeds", metric_label(metric), "lowest to highest"]
+    for base in bases:
+        headers += [f"difference from {SHORT[base.arm, base.variant]}", "of each seed"]
     headers += [*(metric_label(name) for name in others), "training, s"]
     rows = []
     for arm in arms:
-        change = arm.difference
-        told = f"{signed(change.mean)} [{signed(change.low)}, {signed(change.high)}]" if change else ABSENT
-        seeds = " ".join(signed(value) for value in change.by_seed.values()) if change else ABSENT
         name = f"{arm.lookahead}, {label(arm)}" if first == "lookahead" else label(arm)
         row = [name, str(len(arm.by_seed)), f"{arm.mean(metric):.1f}"]
-        row += [f"{min(arm.primary):.1f} to {max(arm.primary):.1f}", told, seeds]
+        row.append(f"{min(arm.primary):.1f} to {max(arm.primary):.1f}")
+        for base in bases:
+            row += _difference(arm, base)
         row += [*(f"{arm.mean(other):.1f}" for other in others), _seconds(arm)]
         rows.append(row)
-    for name, scores in trivial.items():
-        dashes = [ABSENT] * 3
+    for name, scores in (trivial or {}).items():
+        dashes = [ABSENT] * (1 + 2 * len(bases))
         extra = [f"{scores[other]:.1f}" if other in scores else ABSENT for other in others]
         rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, ABSENT])
     return table(headers, rows)
+
+
+def _difference(arm: ArmSummary, base: ArmSummary) -> list[str]:
+    """The difference with its interval, and that of each seed."""
+    if arm is base:
+        return [ABSENT, ABSENT]
+    from_conventional = (base.arm, base.variant) == (CONVENTIONAL, "")
+    change = arm.difference if from_conventional else difference(arm.records, base.records)
+    if change is None:
+        return [ABSENT, ABSENT]
+    interval = f"{signed(change.mean)} [{signed(change.low)}, {signed(change.high)}]"
+    return [interval, " ".join(signed(value) for value in change.by_seed.values())]
 
 
 def _seconds(arm: ArmSummary) -> str:
@@ -182,19 +223,34 @@ def _percent(value: float | None) -> str:
     return ABSENT if value is None else f"{100 * value:.0f}"
 
 
-def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str) -> str:
-    """The commands that give these results again: everything, one cell, and one cell by hand."""
+def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | None) -> str:
+    """The commands that give these results again. `place`: this folder, if cells are missing in it."""
+    whole = f"./scripts/reproduce_accuracy.sh {size}"
+    told, lines = ["all of it"], [whole]
+    if place is not None:
+        told.append("what is missing here")
+        lines.append(f"OUT={place} {whole}")
     cells = [record for record in records if record["cell"] != PRETRAINING]
-    lines = [f"./scripts/reproduce_accuracy.sh {size}"]
     if cells:
-        apart = f"OUT=runs/repeat/results WORK=runs/repeat ONLY={cells[0]['cell']}"
-        lines += [f"{apart} ./scripts/reproduce_accuracy.sh {size}", cells[0]["command"]]
+        told.append("one cell and what it needs, apart from these results")
+        lines.append(f"OUT=runs/repeat/results WORK=runs/repeat ONLY={cells[0]['cell']} {whole}")
+        told.append("that cell alone, where the checkpoints that it names are there")
+        lines.append(command_of(cells[0], size))
     commands = "\n".join(f"PREGATE_DATA=DIR {line}" for line in lines)
+    named = "; ".join(told)
     return (
-        "## Repeat it\n\nAll of it, going on with the cells that are missing here; one cell, and what it needs, from "
-        "the beginning and apart from these results; that cell alone where the checkpoints that it names are there. "
-        f"The command of every cell is in cells.jsonl.\n\n```bash\n{commands}\n```"
+        f"## Repeat it\n\n{named[0].upper()}{named[1:]}. The command of every cell is in cells.jsonl.\n\n"
+        f"```bash\n{commands}\n```"
     )
+
+
+def command_of(record: Mapping[str, Any], size: str) -> str:
+    """A cell's command with the threads that it computed with where its digits depend on them."""
+    threads = record.get("environment", {}).get("torch_threads")
+    given = record["command"]
+    if SIZES[size].threads is None or threads is None or given.startswith(THREADS):
+        return given
+    return f"{THREADS}={threads} {given}"
 
 
 def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
@@ -208,13 +264,17 @@ def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 NOTES = (
-    "Difference: score minus that of arm (a) of the same seed on the same examples. Its 95 % interval resamples seeds"
-    " and examples with replacement, both at once, 10,000 times "
-    "(`pregate.measure.study.statistics.paired_bootstrap`); with three seeds it is rather too narrow than too wide "
-    "(where seeds differ more than examples do, it covers three quarters at most), with one it holds no luck of the "
-    "seed at all. “Not worse beyond its interval” means that these examples and seeds cannot tell the two apart, not "
-    "that they are equal. Rows in italics need no model. Trained arms of a task share data, steps, batch, schedule "
-    "and seeds, and keep their last state: no score has chosen a checkpoint."
+    "Difference: score minus that of the other arm, of the same seed on the same examples. Its 95 % interval resamples "
+    "seeds and examples with replacement, both at once, 10,000 times "
+    "(`pregate.measure.study.statistics.paired_bootstrap`). With three seeds it counts what varies between seeds two "
+    "thirds and the luck of single predictions two to three times: too narrow where seeds differ much, too wide where "
+    "they hardly do. With one seed it holds no luck of the seed at all. “Not worse beyond its interval” means that the "
+    "interval holds zero or lies above it, not that the two are equal: its lower end is the loss that is not excluded. "
+    "Many arms are compared, and nothing is corrected for that.\n\n"
+    "Rows in italics need no model. Trained arms of a task share data, steps, batch, schedule and seeds, and keep "
+    "their last state: no score has chosen a checkpoint. Agreement, gate mass, load and switches are those of the "
+    "first `eval.agreement_examples` examples. Training seconds hold neither loading nor a teacher's own training, and "
+    "cells that ran at a time slowed one another."
 )
 
 
@@ -235,6 +295,8 @@ def machine(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def label(arm: ArmSummary) -> str:
+    if (arm.arm, arm.variant) == TAUGHT:
+        return TAUGHT_LABEL
     name = LETTERS.get(arm.arm, arm.arm)
     return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
 

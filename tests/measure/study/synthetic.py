@@ -24,7 +24,7 @@ def synthetic_record(cell: Cell, examples: int = 200) -> Record:
         "target_tokens": 1000,
         "command": f"python -m pregate.train +arm={cell.arm}",
         "commit": {"commit": "0123456789abcdef", "dirty": False},
-        "environment": {"torch": "2.6", "cores": 2},
+        "environment": {"torch": "2.6", "cores": 2, "torch_threads": 1},
     }
     if cell.arm == PRETRAINING:
         return {**record, "curve": [{"step": 400, "loss": 3.2}]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pregate.cli import compose_run
-from pregate.measure.study.cells import ARMS, PRETRAINING, SIZES, overrides_of, plan, tiny_overrides
+from pregate.measure.study.cells import ARMS, PRETRAINING, SIZES, TAUGHT, overrides_of, plan, tiny_overrides
 
 
 def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
@@ -23,7 +23,9 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
         < names.index("sst2_pre_gated_n2_s1")
         < names.index("sst2_pre_gated_encoder_s1")
     )
-    assert {c.variant for c in cells} == {"", "n2", "n3", "init_random", "init_calibrated", "entry_embedding"} | {
+    taught = {(c.task, c.seed) for c in cells if (c.arm, c.variant) == TAUGHT and c.lookahead == 0}
+    assert taught == {(task, seed) for task in ("sst2", "web_questions") for seed in (1, 2, 3)}
+    assert {c.variant for c in cells} == {"", "n0", "n2", "n3", "init_random", "init_calibrated", "entry_embedding"} | {
         "encoder",
         "decoder",
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from pregate.measure.study.cells import SIZES, plan
 from pregate.measure.study.records import add_baselines, append_record
 from pregate.measure.study.tables import render
@@ -33,11 +35,54 @@ def test_a_whole_study(tmp_path: Path) -> None:
         "OUT=runs/repeat/results WORK=runs/repeat ONLY=sst2_conventional_s1 ./scripts/reproduce_accuracy.sh nano"
         in text
     )
-    assert text.count("Environment: torch 2.6, cores 2.") == 1 and "Commit: 0123456789ab." in text
+    assert text.count("Environment: torch 2.6, cores 2, torch_threads 1.") == 1 and "Commit: 0123456789ab." in text
     assert "None" not in text and not re.search(r"\bnan\b", text)
     for name in ("lookahead", "agreement", "curves"):
         assert f"plots/{name}.png" in text
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def rows_of(text: str, title: str) -> list[list[str]]:
+    """The cells of the first table below a line that begins with `title`."""
+    lines = text[text.index(title) :].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_arms_are_compared_with_what_they_change(tmp_path: Path) -> None:
+    """Gold: the synthetic scores, arm (e) minus arm (d) of each seed."""
+    records = synthetic_records()
+    text = rendered(tmp_path, records)
+    scores = {record["cell"]: record["scores"].get("accuracy") for record in records if record["task"] == "sst2"}
+
+    def each(arm: str, base: str) -> str:
+        differences = [scores[f"sst2_{arm}_s{seed}"] - scores[f"sst2_{base}_s{seed}"] for seed in (1, 2, 3)]
+        return " ".join(f"{value:+.1f}".replace("-", "−") for value in differences)
+
+    heads, ours, *changed = rows_of(text, "One change to (d)")
+    assert heads[4] == "difference from (d)" and ours[4:6] == ["–", "–"]
+    assert [row[0] for row in changed][:2] == ["(e) pre-gated, distilled", "(d) pre-gated, random gates"]
+    assert changed[0][5] == each("distilled", "pre_gated")
+    heads, base, control, taught = rows_of(text, "What the teacher of (e) gives")
+    assert [heads[4], heads[6]] == ["difference from (a)", "difference from (a) distilled"]
+    assert (base[4:8], control[0]) == (["–"] * 2 + base[6:8], "(a) conventional, distilled")
+    assert control[5] == each("distilled_n0", "conventional") and control[6:8] == ["–", "–"]
+    assert [taught[5], taught[7]] == [each("distilled", "conventional"), each("distilled", "distilled_n0")]
+
+
+def test_without_the_base_of_a_table_its_differences_are_dashes(tmp_path: Path) -> None:
+    names = ("sst2_conventional_s1", "sst2_pre_gated_s2", "sst2_distilled_s1", "sst2_distilled_n0_s3")
+    text = rendered(tmp_path, [record for record in synthetic_records() if record["cell"] in names])
+    assert rows_of(text, "One change to (d)")[2][4:6] == ["–", "–"], "of no seed that both have"
+    _, _, control, taught = rows_of(text, "What the teacher")
+    assert control[4:8] == ["–"] * 4 and taught[6:8] == ["–"] * 2 and taught[4] != "–"
+
+
+def test_commands_say_where_and_with_how_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
+    assert "DIR OUT=results/here ./scripts/reproduce_accuracy.sh nano\n" in text
+    assert "DIR OMP_NUM_THREADS=1 python -m pregate.train +arm=conventional\n" in text
+    assert "OUT=results" not in rendered(tmp_path / "results" / "whole", synthetic_records())
 
 
 def test_a_study_that_has_only_begun(tmp_path: Path) -> None:
