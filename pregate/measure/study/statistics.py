@@ -58,7 +58,13 @@ class ArmSummary:
 
 
 def paired_bootstrap(differences_SN: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling seeds and examples, each with replacement and independently.
+    """95 % percentile interval of the mean over `bootstrap_means`."""
+    low, high = np.percentile(bootstrap_means(differences_SN, samples, seed), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_means(differences_SN: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """Means of so many tables of drawn seeds and examples, each drawn with replacement and independently.
 
     All seeds are scored on the same examples, so one draw of examples serves all drawn seeds (the two-way bootstrap of
     Owen 2007, "The pigeonhole bootstrap", whose variances these are). With S seeds it counts the variance between seeds
@@ -76,8 +82,7 @@ def paired_bootstrap(differences_SN: np.ndarray, samples: int = SAMPLES, seed: i
         by_seed = weights @ differences_SN.T / num_examples
         drawn = generator.integers(0, num_seeds, (count, num_seeds))
         means[start : start + count] = np.take_along_axis(by_seed, drawn, 1).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return means
 
 
 def difference(records: Sequence[Record], base: Sequence[Record]) -> Difference | None:

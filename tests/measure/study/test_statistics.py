@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pregate.measure.study.statistics import (
+    bootstrap_means,
     by_block,
     difference,
     mean_curve,
@@ -55,6 +56,21 @@ def test_independent_seeds_and_examples_give_the_normal_interval() -> None:
     low, high = paired_bootstrap(table)
     error = np.sqrt(table.mean(0).var() / 300 + table.mean(1).var() / 40)
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+def test_the_luck_of_single_predictions_is_counted_more_than_once(num_seeds: int) -> None:
+    """Owen 2007: (3S-2)/S times, the variance between examples once and that between seeds (S-1)/S times."""
+    generator = np.random.default_rng(2)
+
+    def counted(*shape: int) -> float:
+        """The variance that the bootstrap sees in the mean of values which vary like so, over the true one."""
+        tables = [np.broadcast_to(generator.normal(0, 1, shape), (num_seeds, 100)) for _ in range(300)]
+        return float(np.mean([bootstrap_means(table, 300).var() for table in tables])) * shape[0] * shape[1]
+
+    assert counted(num_seeds, 100) == pytest.approx((3 * num_seeds - 2) / num_seeds, rel=0.06)
+    assert counted(1, 100) == pytest.approx(1, rel=0.06)
+    assert counted(num_seeds, 1) == pytest.approx((num_seeds - 1) / num_seeds, rel=0.2)
 
 
 def test_verdicts_say_what_the_interval_says() -> None:
