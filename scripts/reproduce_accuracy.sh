@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Does pre-gating cost accuracy? Every cell of the study, most valuable first, each a command of its own, resumable: what
 # is recorded is skipped, what was cut short goes on. Tables and plots go to results/accuracy_SIZE_DATE/.
-#   PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano             two CPU cores; mini: one GPU; switch_base_8: a large one
+#   PREGATE_DATA=DIR JOBS=2 ./scripts/reproduce_accuracy.sh nano      two CPU cores; mini: one GPU; switch_base_8: a large one
 #   ONLY='sst2_*_s1' PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano     only these cells and what they need
 #   SECONDS_LEFT=560 …     begin no cell after so many seconds, and stop the running one then; the next call goes on
-#   JOBS=4 …               so many cells at a time, for a GPU that one does not fill
+#   JOBS=2 …               so many cells at a time: on two cores, or on a GPU that one cell does not fill
 #   DRY=1 …                every cell at two steps, in minutes; its figures mean nothing
 #   SOURCE=DIR_OR_ID …     a pre-trained conventional Switch in place of pre-training
-#   KEEP=1 …               keep every run directory under runs/accuracy_SIZE, not only those that a later cell needs
-#   OUT=DIR …              results here; PYTHON=… another interpreter, else .venv is made
+#   WORK=DIR OUT=DIR …     run directories and results here, not in runs/accuracy_SIZE and results/accuracy_SIZE_DATE
+#   KEEP=1 …               keep every run directory, not only those that a later cell needs
+#   PYTHON=… …             another interpreter, else .venv is made
 # The cells: .venv/bin/python scripts/accuracy_study.py nano --list; tables and plots again: … --render
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
