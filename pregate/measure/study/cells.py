@@ -57,17 +57,17 @@ class Cell:
 
     @property
     def trained(self) -> bool:
-        return self.arm not in UNTRAINED
+        return self.arm not in UNTRAINED and self.variant != OTHER_SEED
 
     @property
     def from_source(self) -> bool:
-        """Whether it starts from the pre-trained model, and not from arm (a)'s."""
+        """Whether its command names the model that it starts from, and its arm does not."""
         return self.arm in (CONVENTIONAL, "pre_gated", "distilled")
 
 
 def plan(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
-    arm (e) gives without pre-gating, ablations."""
+    arm (e) gives without pre-gating, how far apart the routes of two seeds are, ablations."""
     cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0)] if size.pretraining else []
     for seeds in SEEDS:
         cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in ARMS]
@@ -75,6 +75,7 @@ def plan(size: Size) -> list[Cell]:
     for task in size.tasks:
         cells += [_variant(size, "pre_gated", task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
     cells += [_variant(size, TAUGHT[0], task, seed, TAUGHT[1], lookahead=0) for task in size.tasks for seed in seeds]
+    cells += [_other_seed(size, task, seed, seeds) for task in size.tasks for seed in seeds]
     first = size.tasks[0]
     for variant, change in ABLATIONS.items():
         cells += [_variant(size, "pre_gated", first, seed, variant, **change) for seed in seeds]
@@ -91,6 +92,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
 """What is changed in arm (d), one at a time."""
 TAUGHT = ("distilled", "n0")
 """The conventional model taught as arm (e) is, as (arm, variant): what (e) owes to its teacher alone."""
+OTHER_SEED = "other_seed"
+"""The variant that compares the routes of a conventional model with those of the one of the next seed, untouched."""
 
 
 def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
@@ -121,6 +124,20 @@ def _variant(size: Size, arm: str, task: str, seed: int, variant: str, **change:
     )
 
 
+def _other_seed(size: Size, task: str, seed: int, seeds: list[int]) -> Cell:
+    after = seeds[(seeds.index(seed) + 1) % len(seeds)]
+    return Cell(
+        cell_name(task, CONVENTIONAL, seed, OTHER_SEED),
+        CONVENTIONAL,
+        task,
+        seed,
+        OTHER_SEED,
+        lookahead=0,
+        needs=(cell_name(task, CONVENTIONAL, seed), cell_name(task, CONVENTIONAL, after)),
+        overrides=("train.steps=0", "train.warmup_steps=0"),
+    )
+
+
 def _written(value: object) -> str:
     return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
@@ -130,14 +147,14 @@ def cell_name(task: str, arm: str, seed: int, variant: str = "") -> str:
 
 
 def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, reference: str | None) -> list[str]:
-    """The settings of a cell's command. `source`: the pre-trained checkpoint; `reference`: arm (a)'s of the same task
-    and seed, which the arms that start from it read by themselves."""
+    """The settings of a cell's command. `source`: the checkpoint that it starts from, for the arms that do not start
+    from `reference` by themselves; `reference`: arm (a)'s of the same task and seed, None for (a) itself."""
     if cell.arm == PRETRAINING:
         return [f"+experiment={SIZES[size_name].pretraining}", f"run_dir={run_dir}"]
     given = [f"+experiment=accuracy_{size_name}_{cell.task}", f"+arm={cell.arm}", f"seed={cell.seed}", *cell.overrides]
     if source is not None and cell.from_source:
         given.append(f"model.source={source}")
-    if reference is not None and cell.arm != CONVENTIONAL:
+    if reference is not None:
         given.append(f"reference={reference}")
     return [*given, f"name=accuracy_{size_name}_{cell.name}", f"run_dir={run_dir}"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.plots import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED
 from pregate.measure.study.statistics import ArmSummary, by_block, mean_curve
 from pregate.measure.summary import metric_label
 
@@ -29,6 +29,7 @@ COLORS = {
     "pre_gated": COMPUTE,
     "distilled": "#8a6fb0",
     "gates_only": WAIT,
+    OTHER_SEED: FAINT,
 }
 NAMES = {
     "conventional": "Conventional (a)",
@@ -37,6 +38,7 @@ NAMES = {
     "pre_gated": "Pre-gated (d)",
     "distilled": "Distilled (e)",
     "gates_only": "Gates only (f)",
+    OTHER_SEED: "Another seed's (a)",
 }
 TITLES = {"sst2": "SST-2", "dialogsum": "DialogSum", "squad": "SQuAD", "xsum": "XSum", "web_questions": "WebQuestions"}
 
@@ -100,7 +102,11 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
     """Share of tokens routed as the conventional model of the same seed routes them; a row a task, a column a stack."""
     shown: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for task, found in arms.items():
-        blocks = {arm.arm: by_block(arm.records, "agreement") for arm in found if not arm.variant}
+        blocks = {
+            arm.variant or arm.arm: by_block(arm.records, "agreement")
+            for arm in found
+            if arm.variant in ("", OTHER_SEED)
+        }
         shown[task] = {name: values for name, values in blocks.items() if values}
     shown = {task: found for task, found in shown.items() if found}
     if not shown:

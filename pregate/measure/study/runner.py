@@ -255,8 +255,9 @@ class Runner:
         source = self.study.source
         if source is None and PRETRAINING in self.by_name:
             source = str(self.run_dir(PRETRAINING) / "checkpoint")
-        conventional = [name for name in cell.needs if name != PRETRAINING]
-        reference = str(self.run_dir(conventional[0]) / "checkpoint") if conventional else None
+        tuned = [str(self.run_dir(name) / "checkpoint") for name in cell.needs if name != PRETRAINING]
+        reference = tuned[0] if tuned else None
+        source = tuned[1] if len(tuned) > 1 else source
         given = overrides_of(cell, self.study.size, str(self.run_dir(cell.name)), source, reference)
         return given + (tiny_overrides(cell) if self.study.tiny else [])
 

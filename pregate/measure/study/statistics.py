@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pregate.measure.study.cells import ABLATIONS, ARMS, CONVENTIONAL, PRETRAINING, TAUGHT
+from pregate.measure.study.cells import ABLATIONS, ARMS, CONVENTIONAL, OTHER_SEED, PRETRAINING, TAUGHT
 
 Record = Mapping[str, Any]
 SAMPLES = 10_000
@@ -19,6 +19,7 @@ ORDER = [
     *((arm, "") for arm in ARMS),
     *(("pre_gated", variant) for variant in ("n2", "n3")),
     TAUGHT,
+    (CONVENTIONAL, OTHER_SEED),
     *(("pre_gated", variant) for variant in ABLATIONS),
 ]
 """(arm, variant) in the order of tables."""
@@ -119,7 +120,7 @@ def summaries(records: Sequence[Record], task: str) -> list[ArmSummary]:
                 lookahead=mine[0]["lookahead"],
                 metric=mine[0]["metric"],
                 by_seed={r["seed"]: r["scores"] for r in mine},
-                difference=difference(mine, base) if key != (CONVENTIONAL, "") else None,
+                difference=difference(mine, base) if key[0] != CONVENTIONAL else None,
                 train_seconds=float(np.mean([r["train_seconds"] for r in mine])),
                 calibration_seconds=float(np.mean(fitted)) if fitted else None,
                 records=mine,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, PRETRAINING, SIZES, TAUGHT, THREADS, Cell
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, PRETRAINING, SIZES, TAUGHT, THREADS, Cell
 from pregate.measure.study.plots import plot_study
 from pregate.measure.study.records import load_baselines, load_records
 from pregate.measure.study.statistics import (
@@ -34,7 +34,8 @@ LETTERS = {
     "distilled": "(e) pre-gated, distilled",
     "gates_only": "(f) gates only, distilled",
 }
-TAUGHT_LABEL = "(a) conventional, distilled"
+LABELS = {TAUGHT: "(a) conventional, distilled", (CONVENTIONAL, OTHER_SEED): "(a) of another seed"}
+"""Of variants that are no change to their arm as the others are."""
 SHORT = {(CONVENTIONAL, ""): "(a)", ("pre_gated", ""): "(d)", TAUGHT: "(a) distilled"}
 """What differences are taken from, in the heads of tables."""
 VARIANTS = {
@@ -119,7 +120,8 @@ def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Ma
     first = arms[0].records[0]
     parts = [f"## {task_label(task)}", f"{first['num_examples']} examples of the {first['split']} split, in percent."]
     main = [arm for arm in arms if not arm.variant]
-    ahead = [a for a in arms if a.arm == CONVENTIONAL or (a.arm == "pre_gated" and a.variant not in ABLATIONS)]
+    ahead = [arm for arm in main if arm.arm == CONVENTIONAL]
+    ahead += [arm for arm in arms if arm.arm == "pre_gated" and arm.variant not in ABLATIONS]
     tuned = [(CONVENTIONAL, ""), ("pre_gated", "")]
     changed = [tuned[1], ("distilled", ""), *(("pre_gated", variant) for variant in ABLATIONS)]
     taught = [tuned[0], TAUGHT, ("distilled", "")]
@@ -295,8 +297,8 @@ def machine(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def label(arm: ArmSummary) -> str:
-    if (arm.arm, arm.variant) == TAUGHT:
-        return TAUGHT_LABEL
+    if (arm.arm, arm.variant) in LABELS:
+        return LABELS[arm.arm, arm.variant]
     name = LETTERS.get(arm.arm, arm.arm)
     return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
 

@@ -36,7 +36,8 @@ def synthetic_record(cell: Cell, examples: int = 200) -> Record:
     share = AGREEMENT.get(cell.arm, 1.0)
     blocks = {stack: [1.0, share, share - 0.05, share + 0.04] for stack in ("encoder", "decoder")}
     models = ["pre_gated"] if cell.arm == CONVENTIONAL else ["pre_gated", "reference"]
-    routing: dict[str, Any] = {} if cell.arm == CONVENTIONAL else {"agreement": blocks, "gate_mass": blocks}
+    alone = cell.arm == CONVENTIONAL and not cell.variant
+    routing: dict[str, Any] = {} if alone else {"agreement": blocks, "gate_mass": blocks}
     routing |= {key: dict.fromkeys(models, blocks) for key in ("load_balance", "switch_rate")}
     extra = {"calibration_seconds": 3.1} if cell.init == "calibrated" else {}
     curve = [{"step": step, metric: final - 2000 / step, "loss": 1.0} for step in (100, 200, 300, 400)]

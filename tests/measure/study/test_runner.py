@@ -75,6 +75,18 @@ def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
     assert (run.folder / "cells.jsonl").read_text().count('"environment"') == 2, "only where it changes"
 
 
+def test_routes_of_two_seeds_are_compared_without_training(run: Any) -> None:
+    """Every model is the reference once, and is compared with the next one."""
+    cells = [cell for cell in plan(SIZES["nano"]) if cell.task in ("pretrain", "sst2") and cell.arm != "pre_gated"]
+    assert run(cells=cells, only="sst2_conventional_other_seed_*") == 0
+    found = {record["cell"]: record["command"] for record in load_records(run.folder) if record["variant"]}
+    for seed, other in ((1, 2), (2, 3), (3, 1)):
+        command = found[f"sst2_conventional_other_seed_s{seed}"]
+        assert f" reference={run.work}/sst2_conventional_s{seed}/checkpoint " in command
+        assert f" model.source={run.work}/sst2_conventional_s{other}/checkpoint " in command
+        assert " train.steps=0 " in command
+
+
 def test_what_is_recorded_is_not_run_again(run: Any) -> None:
     assert run(only="sst2_conventional_s1") == 0
     assert run.calls() == ["pretrain", "sst2_conventional_s1"], "and what it needs"

@@ -69,6 +69,16 @@ def test_arms_are_compared_with_what_they_change(tmp_path: Path) -> None:
     assert [taught[5], taught[7]] == [each("distilled", "conventional"), each("distilled", "distilled_n0")]
 
 
+def test_another_seed_is_a_yardstick_of_routes_and_no_arm(tmp_path: Path) -> None:
+    text = rendered(tmp_path, synthetic_records())
+    name = "(a) of another seed"
+    assert name in [row[0] for row in rows_of(text, "Routing agreement with (a) of the same seed")]
+    assert name in [row[0] for row in rows_of(text, "Gate mass")]
+    for title in ("200 examples of", "How far ahead", "One change to (d)", "What the teacher of (e)"):
+        assert name not in [row[0] for row in rows_of(text, title)]
+    assert f"- {name}" not in text, "it has no verdict"
+
+
 def test_without_the_base_of_a_table_its_differences_are_dashes(tmp_path: Path) -> None:
     names = ("sst2_conventional_s1", "sst2_pre_gated_s2", "sst2_distilled_s1", "sst2_distilled_n0_s3")
     text = rendered(tmp_path, [record for record in synthetic_records() if record["cell"] in names])
