@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from pregate.calibration import calibrate
-from pregate.config import Init, Run, TaskKind, UsageError, save_run
+from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion import MANIFEST, convert_for
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
@@ -28,7 +28,7 @@ from pregate.models.switch import (
     mark_conventional,
 )
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.runtime import set_seed, write_json
+from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
@@ -42,19 +42,44 @@ VOCABULARY_MULTIPLE = 64
 
 
 def claim_run_dir(run: Run) -> Path:
-    """The run directory, new or to be resumed, with `config.yaml` in it. Raises `UsageError` if it is in use."""
+    """The run directory, new or to be resumed, with `config.yaml` in it; what that changes in a resumed run is told.
+    Raises `UsageError` if it is in use."""
     run_dir = Path(run.run_dir)
     if int(os.environ.get("RANK", "0")) == 0:
         if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
             raise UsageError(
                 f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
             )
+        config = run_dir / "config.yaml"
+        changes = _changes(config, run)
+        if changes:
+            print(f"pregate: goes on with other settings than before: {first_of(changes, 8, '; ')}", flush=True)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            save_run(run, run_dir / "config.yaml")
+            save_run(run, config)
         except OSError as error:
             raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
     return run_dir
+
+
+def _changes(config: Path, run: Run) -> list[str]:
+    """Each setting of `run` that differs from what `config` holds, as "key old, now new"."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        before = _flat(OmegaConf.to_container(OmegaConf.load(config)))
+    except (OSError, YAMLError):  # a new run, or one that was cut short while writing it
+        return []
+    now = {key: value for key, value in _flat(to_dict(run)).items() if key not in ("resume", "overrides")}
+    return [f"{key} {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    inner = (_flat(child, f"{prefix}.{name}" if prefix else str(name)) for name, child in node.items())
+    return {key: value for found in inner for key, value in found.items()}
 
 
 def check_model(run: Run) -> None:

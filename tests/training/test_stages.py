@@ -42,6 +42,23 @@ def test_a_run_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         claim_run_dir(Run(run_dir=str(tmp_path / "file" / "run")))
 
 
+def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> None:
+    run = Run(run_dir=str(tmp_path / "run"))
+    claim_run_dir(run)
+    run.resume, run.overrides = True, ["resume=true"]
+    claim_run_dir(run)
+    assert capsys.readouterr().out == ""
+    run.train.learning_rate, run.seed = 0.5, 7
+    claim_run_dir(run)
+    assert capsys.readouterr().out == (
+        "pregate: goes on with other settings than before: seed 0, now 7; train.learning_rate 0.0001, now 0.5\n"
+    )
+    for torn in ("", "train: {steps: 4"):
+        (tmp_path / "run" / "config.yaml").write_text(torn)
+        claim_run_dir(run)
+        assert capsys.readouterr().out == ""
+
+
 def untrained(run: Run, run_dir: Path, source: str) -> dict[str, torch.Tensor]:
     """The tensors of `run_dir/checkpoint` after a run of no steps."""
     converted = get_converted(run, run_dir, source, FirstWords(), word_tokenizer())  # type: ignore[arg-type]
