@@ -6,6 +6,7 @@ cells were run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,10 @@ def plot_lookahead(arms: Arms, path: Path) -> bool:
             others = [a for a in found if a.arm != "pre_gated"]
             for arm in line:
                 _interval(axes, arm, arm.lookahead)
-            for place, arm in enumerate(others):
-                _interval(axes, arm, arm.lookahead + 0.11 * (place + 1))
+            places: Counter[int] = Counter()
+            for arm in others:
+                places[arm.lookahead] += 1
+                _interval(axes, arm, arm.lookahead + 0.11 * places[arm.lookahead])
             axes.set_title(f"{TITLES.get(task, task)}: {metric_label(found[0].metric)}, points from (a)")
             axes.set_xticks(range(4))
             axes.set_xlim(-0.25, 3.4)
@@ -119,7 +122,7 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
             for axes, stack in zip(row, stacks, strict=True):
                 for arm, values in found.items():
                     points = [(n, 100 * v) for n, v in enumerate(values[stack]) if v is not None]
-                    axes.plot(*zip(*points, strict=True), "o-", color=COLORS.get(arm, FAINT), lw=1.3, ms=4)
+                    axes.plot(*zip(*points, strict=True), _line(arm), color=COLORS.get(arm, FAINT), lw=1.3, ms=4)
                     axes.set_xticks(range(0, len(values[stack]), 1 + (len(values[stack]) - 1) // 16))
                 axes.set_title(f"{TITLES.get(task, task)}, {stack}: tokens routed as in (a)")
                 axes.set_ylim(0, 104)
@@ -159,6 +162,11 @@ def plot_curves(arms: Arms, path: Path) -> bool:
     return write_figure(path, draw, 3.5)
 
 
+def _line(arm: str) -> str:
+    """Dashed for what is no arm."""
+    return "o:" if arm == OTHER_SEED else "o-"
+
+
 def _tidy(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
@@ -168,7 +176,9 @@ def _legend(figure: Figure, arms: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLORS.get(arm, FAINT), marker="o", ms=5, lw=1.3, label=NAMES.get(arm, arm))
+        Line2D(
+            [], [], color=COLORS.get(arm, FAINT), marker="o", ls=_line(arm)[1:], ms=5, lw=1.3, label=NAMES.get(arm, arm)
+        )
         for arm in arms
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(arms)), frameon=False, fontsize=8.5)
