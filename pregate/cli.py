@@ -71,8 +71,10 @@ def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
-ARMS_WITH_REFERENCE = ("shifted", "calibrated", "distilled", "gates_only")
-"""Members of the config group `arm` that say ${reference}."""
+ARMS_FROM_REFERENCE = ("shifted", "calibrated", "gates_only")
+"""Members of the config group `arm` of which `reference` is the source."""
+ARMS_WITH_REFERENCE = (*ARMS_FROM_REFERENCE, "distilled")
+"""Those that need one."""
 
 
 def _check_arm(run: Run, overrides: Sequence[str]) -> None:
@@ -86,6 +88,10 @@ def _check_arm(run: Run, overrides: Sequence[str]) -> None:
     if run.reference is None and arm in ARMS_WITH_REFERENCE:
         raise UsageError(
             f"+arm={arm} starts from a fine-tuned conventional model or learns from it: set reference=DIR."
+        )
+    if arm in ARMS_FROM_REFERENCE and run.model.source != run.reference:
+        raise UsageError(
+            f"+arm={arm} starts from reference={run.reference}: leave out model.source={run.model.source}."
         )
 
 

@@ -105,7 +105,7 @@ def _memory_bytes() -> int:
 
 
 def _git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks `file`, or None."""
+    """Commit and dirty flag of the checkout that tracks `file`, or None. Results that a run adds are no change."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
@@ -115,7 +115,7 @@ def _git_state(file: Path) -> dict[str, Any] | None:
         git("ls-files", "--error-unmatch", file.name)
         return {
             "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results")),
         }
     except (OSError, subprocess.SubprocessError):
         return None

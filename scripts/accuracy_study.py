@@ -16,14 +16,13 @@ import signal
 import subprocess
 import sys
 from datetime import date
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 from pregate.config import UsageError
 from pregate.measure.study.cells import PRETRAINING, SIZES, plan
 from pregate.measure.study.records import CELLS, check_claim, claim, load_records
-from pregate.measure.study.runner import Runner, Study
+from pregate.measure.study.runner import Runner, Study, missing_of
 from pregate.measure.study.tables import render
 
 NOTE = "results_folder"
@@ -62,10 +61,11 @@ def run() -> int:
     study = study_of(arguments.size)
     identity = {"size": study.size, "dry": study.tiny, "source": os.environ.get("SOURCE") or None}
     known = {record["cell"] for record in load_records(study.folder)}
+    if not study.wanted:
+        raise UsageError(f"ONLY={study.only} is no cell: {sys.argv[0]} {study.size} --list without it shows them.")
     if arguments.list:
-        for cell in study.cells:
-            if fnmatch(cell.name, study.only or "*"):
-                print(f"{'done' if cell.name in known else '    '} {cell.name}")
+        for cell in study.wanted:
+            print(f"{'done' if cell.name in known else '    '} {cell.name}")
         return 0
     if arguments.render:
         if not (study.folder / CELLS).is_file():
@@ -73,10 +73,6 @@ def run() -> int:
         check_claim(study.folder, identity)
         study.render(study.folder)
         return 0
-    if study.only and not any(fnmatch(cell.name, study.only) for cell in study.cells):
-        raise UsageError(
-            f"ONLY={study.only} is no cell: python scripts/accuracy_study.py {study.size} --list shows them."
-        )
     if not os.environ.get("PREGATE_DATA") and SIZES[study.size].pretraining:
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
     study.seconds_left, jobs = seconds_left(), number_of_jobs()
@@ -88,8 +84,9 @@ def run() -> int:
         (study.work / NOTE).write_text(f"{study.folder}\n")
     if not is_set(HELPS):
         print(f"== {len(known)} of {len(study.cells)} cells done; results: {study.folder}", flush=True)
-    if all(cell.name in known for cell in study.cells if fnmatch(cell.name, study.only or "*")):
+    if not missing_of(study):
         print("== nothing to do: to run a cell again, begin a study of your own with another OUT and WORK")
+        return 0
     return run_with_others(study, jobs - 1)
 
 
@@ -133,16 +130,18 @@ def number_of_jobs() -> int:
 
 
 def run_with_others(study: Study, count: int) -> int:
-    """Run what is missing beside `count` processes that do the same; the worst of their exit codes."""
+    """Run what is missing beside `count` processes that do the same; 0 if all of it is there in the end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     # sessions of their own keep the terminal's Ctrl-C from them, which would reach them twice
     environment = {**os.environ, "JOBS": "1", HELPS: "1"}
     others = [
         subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True) for _ in range(count)
     ]
     try:
-        return max([Runner(study).run(), *(other.wait() for other in others)])
+        code = max([Runner(study).run(), *(other.wait() for other in others)])
+        return code if missing_of(study) else 0
     except KeyboardInterrupt:
         if not is_set(HELPS):
             print("== stopped; the same command goes on")

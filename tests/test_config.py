@@ -165,6 +165,14 @@ def test_an_arm_of_a_fine_tuned_model_needs_it(arm: str) -> None:
         compose_run(["+experiment=accuracy_nano_sst2", f"+arm={arm}", "model.source=some/pretrained"])
 
 
+@pytest.mark.parametrize("arm", ["shifted", "calibrated", "gates_only"])
+def test_an_arm_that_starts_from_its_reference_takes_no_other_source(arm: str) -> None:
+    given = ["+experiment=accuracy_nano_sst2", f"+arm={arm}", "reference=some/tuned"]
+    assert compose_run(given).model.source == "some/tuned"
+    with pytest.raises(UsageError, match=r"starts from reference=some/tuned: leave out model.source=some/pretrained\."):
+        compose_run([*given, "model.source=some/pretrained"])
+
+
 def test_an_arm_ahead_of_its_experiment_is_refused() -> None:
     """The experiment's steps would train an arm that is not to be trained."""
     given = ["+arm=shifted", "+experiment=accuracy_nano_sst2", "reference=some/reference"]

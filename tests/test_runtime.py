@@ -112,6 +112,11 @@ def test_git_state_only_of_a_checkout_that_tracks_the_file(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{40}", state["commit"])
     assert state["dirty"] is False
     assert runtime._git_state(stray) is None
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cells.jsonl").write_text("1")
+    git("add", "results")
+    state = runtime._git_state(tracked)
+    assert state is not None and state["dirty"] is False, "what a run records about itself is no change"
     tracked.write_text("2")
     dirty = runtime._git_state(tracked)
     assert dirty is not None

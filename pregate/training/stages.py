@@ -53,7 +53,7 @@ def claim_run_dir(run: Run) -> Path:
         config = run_dir / "config.yaml"
         changes = _changes(config, run)
         if changes:
-            print(f"pregate: goes on with other settings than before: {first_of(changes, 8, '; ')}", flush=True)
+            print(f"pregate: {config} was written with other settings: {first_of(changes, 8, '; ')}", flush=True)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_run(run, config)
@@ -65,13 +65,14 @@ def claim_run_dir(run: Run) -> Path:
 def _changes(config: Path, run: Run) -> list[str]:
     """Each setting of `run` that differs from what `config` holds, as "key old, now new"."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         before = _flat(OmegaConf.to_container(OmegaConf.load(config)))
-    except (OSError, YAMLError):  # a new run, or one that was cut short while writing it
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # a new run, or a file that was cut short
         return []
-    now = {key: value for key, value in _flat(to_dict(run)).items() if key not in ("resume", "overrides")}
+    now = {key: value for key, value in _flat(to_dict(run)).items() if key not in ("resume", "overrides", "run_dir")}
     return [f"{key} {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.plots import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, TAUGHT
 from pregate.measure.study.statistics import ArmSummary, by_block, mean_curve
 from pregate.measure.summary import metric_label
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Arms = Mapping[str, Sequence[ArmSummary]]
 """The arms of each task."""
+TAUGHT_KEY = "_".join(TAUGHT)
 COLORS = {
     "conventional": INK,
     "shifted": QUIET,
@@ -31,6 +32,7 @@ COLORS = {
     "distilled": "#8a6fb0",
     "gates_only": WAIT,
     OTHER_SEED: FAINT,
+    TAUGHT_KEY: "#c9a3d4",
 }
 NAMES = {
     "conventional": "Conventional (a)",
@@ -40,6 +42,7 @@ NAMES = {
     "distilled": "Distilled (e)",
     "gates_only": "Gates only (f)",
     OTHER_SEED: "Another seed's (a)",
+    TAUGHT_KEY: "Conventional, distilled",
 }
 TITLES = {"sst2": "SST-2", "dialogsum": "DialogSum", "squad": "SQuAD", "xsum": "XSum", "web_questions": "WebQuestions"}
 
@@ -83,7 +86,7 @@ def plot_lookahead(arms: Arms, path: Path) -> bool:
             axes.set_xlim(-0.25, 3.4)
             axes.set_xlabel("Lookahead, MoE blocks")
             _tidy(axes)
-        _legend(figure, [CONVENTIONAL, *dict.fromkeys(a.arm for found in shown.values() for a in found)])
+        _legend(figure, [CONVENTIONAL, *dict.fromkeys(_key(a) for found in shown.values() for a in found)])
 
     return write_figure(path, draw, 3.5)
 
@@ -96,7 +99,7 @@ def _mean(arm: ArmSummary) -> float:
 def _interval(axes: Axes, arm: ArmSummary, x: float) -> None:
     change = arm.difference
     assert change is not None
-    color = COLORS.get(arm.arm, FAINT)
+    color = COLORS.get(_key(arm), FAINT)
     axes.vlines(x, change.low, change.high, color=color, lw=1.6)
     axes.plot([x], [change.mean], "o", color=color, ms=5)
 
@@ -162,6 +165,10 @@ def plot_curves(arms: Arms, path: Path) -> bool:
     return write_figure(path, draw, 3.5)
 
 
+def _key(arm: ArmSummary) -> str:
+    return TAUGHT_KEY if (arm.arm, arm.variant) == TAUGHT else arm.arm
+
+
 def _line(arm: str) -> str:
     """Dashed for what is no arm."""
     return "o:" if arm == OTHER_SEED else "o-"
@@ -181,4 +188,10 @@ def _legend(figure: Figure, arms: Sequence[str]) -> None:
         )
         for arm in arms
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(arms)), frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(arms) if len(arms) <= 6 else 4,
+        frameon=False,
+        fontsize=8.5,
+    )

@@ -81,6 +81,10 @@ class Study:
     baselines: Callable[[list[str]], dict[str, Any]] = trivial_scores
     render: Callable[[Path], None] = lambda folder: None
 
+    @property
+    def wanted(self) -> list[Cell]:
+        return [cell for cell in self.cells if fnmatch(cell.name, self.only or "*")]
+
 
 class Runner:
     def __init__(self, study: Study) -> None:
@@ -99,15 +103,13 @@ class Runner:
 
         Ctrl-C stops the running command, which saves its state, renders, and raises `KeyboardInterrupt`.
         """
-        wanted = [cell for cell in self.study.cells if fnmatch(cell.name, self.study.only or "*")]
         try:
-            stopped = self.go_through(wanted)
+            stopped = self.go_through(self.study.wanted)
         finally:
             self.clean()
             self.rendered()
-        self.look()
-        missing = [cell.name for cell in wanted if cell.name not in self.recorded]
-        if stopped:
+        missing = missing_of(self.study)
+        if stopped and missing:
             print(f"== no time left for {first_of(missing, 3)}: the same command goes on")
         if self.failed:
             print(f"== to be run again: {first_of(self.failed, 8, ' ')}")
@@ -135,7 +137,7 @@ class Runner:
                 names = list(dict.fromkeys(lock.stem for lock in self.awaited))
                 print(f"== waiting for {first_of(names, 3)}, which other processes run", flush=True)
                 while not any(is_free(lock) for lock in self.awaited):
-                    if self.too_late():
+                    if self.too_late(0):  # what the others run may still end in time
                         return True
                     time.sleep(WAIT_SECONDS)
 
@@ -271,10 +273,16 @@ class Runner:
         whole = self.study.seconds_left
         return None if whole is None else whole - (time.monotonic() - self.begun)
 
-    def too_late(self) -> bool:
-        """Whether too little time is left to begin a cell."""
+    def too_late(self, least: float | None = None) -> bool:
+        """Whether less than `least` seconds are left, by default what it takes to begin a cell."""
         left = self.time_left()
-        return left is not None and left < LEAST_SECONDS
+        return left is not None and left < (LEAST_SECONDS if least is None else least)
+
+
+def missing_of(study: Study) -> list[str]:
+    """The cells that were asked for and are not recorded, by whichever process."""
+    recorded = {record["cell"] for record in load_records(study.folder)}
+    return [cell.name for cell in study.wanted if cell.name not in recorded]
 
 
 def told(record: Record) -> str:
