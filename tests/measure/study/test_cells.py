@@ -40,9 +40,11 @@ def test_what_a_cell_needs_comes_before_it() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_command_composes_to_its_cell(size: str) -> None:
-    for cell in plan(SIZES[size]):
-        if cell.arm != PRETRAINING and cell.seed > 1:
-            continue
+    """Arms and variants differ in the same way on every task, so of later tasks the first cell will do."""
+    cells = plan(SIZES[size])
+    first = [next(cell for cell in cells if cell.task == task) for task in SIZES[size].tasks]
+    main = [cell for cell in cells if cell.task == SIZES[size].tasks[0] and cell.seed == 1]
+    for cell in [*cells[:1], *main, *first[1:]]:
         reference = None if cell.arm == "conventional" and not cell.variant else "some/reference"
         overrides = overrides_of(cell, size, f"runs/x/{cell.name}", "some/source", reference)
         run = compose_run(["data.root=some/data", *overrides, *tiny_overrides(cell)])
