@@ -241,12 +241,12 @@ def _run_id(run_dir: Path) -> str:
     return run_id
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict whose keys are paths joined with "/"."""
+def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = "/") -> dict[str, Any]:
+    """Nested dicts as one dict whose keys are paths joined with `separator`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+        flat |= flatten(value, f"{name}{separator}", separator) if isinstance(value, Mapping) else {name: value}
     return flat
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pregate.config import UsageError
 from pregate.measure.study.cells import PRETRAINING, SIZES, plan
-from pregate.measure.study.records import CELLS, check_claim, claim, load_records
+from pregate.measure.study.records import CELLS, check_claim, claim, recorded_cells
 from pregate.measure.study.runner import Runner, Study, missing_of
 from pregate.measure.study.tables import render
 
@@ -60,7 +60,7 @@ def run() -> int:
     arguments = parser.parse_args()
     study = study_of(arguments.size)
     identity = {"size": study.size, "dry": study.tiny, "source": os.environ.get("SOURCE") or None}
-    known = {record["cell"] for record in load_records(study.folder)}
+    known = recorded_cells(study.folder)
     if not study.wanted:
         raise UsageError(f"ONLY={study.only} is no cell: {sys.argv[0]} {study.size} --list without it shows them.")
     if arguments.list:

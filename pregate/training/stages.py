@@ -31,7 +31,7 @@ from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
-from pregate.tracking import Tracker
+from pregate.tracking import Tracker, flatten, say
 from pregate.training.checkpoint import replaced, save_model, steps_done
 from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
@@ -53,7 +53,7 @@ def claim_run_dir(run: Run) -> Path:
         config = run_dir / "config.yaml"
         changes = _changes(config, run)
         if changes:
-            print(f"pregate: {config} was written with other settings: {first_of(changes, 8, '; ')}", flush=True)
+            say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_run(run, config)
@@ -69,18 +69,12 @@ def _changes(config: Path, run: Run) -> list[str]:
     from yaml import YAMLError
 
     try:
-        before = _flat(OmegaConf.to_container(OmegaConf.load(config)))
+        before = flatten(OmegaConf.to_container(OmegaConf.load(config)), separator=".")  # type: ignore[arg-type]
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # a new run, or a file that was cut short
         return []
-    now = {key: value for key, value in _flat(to_dict(run)).items() if key not in ("resume", "overrides", "run_dir")}
-    return [f"{key} {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]]
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    inner = (_flat(child, f"{prefix}.{name}" if prefix else str(name)) for name, child in node.items())
-    return {key: value for found in inner for key, value in found.items()}
+    now = flatten(to_dict(run), separator=".")
+    shared = [key for key in now if key in before and key not in ("resume", "overrides", "run_dir")]
+    return [f"{key} {before[key]}, now {now[key]}" for key in shared if before[key] != now[key]]
 
 
 def check_model(run: Run) -> None:

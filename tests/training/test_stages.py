@@ -47,17 +47,17 @@ def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> Non
     claim_run_dir(run)
     run.resume, run.overrides = True, ["resume=true"]
     claim_run_dir(run)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     run.train.learning_rate, run.seed = 0.5, 7
     claim_run_dir(run)
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         f"pregate: {tmp_path / 'run' / 'config.yaml'} was written with other settings: seed 0, now 7; "
         "train.learning_rate 0.0001, now 0.5\n"
     )
     for torn in (b"", b"train: {steps: 4", b"seed: ${oops", b"name: \xff"):
         (tmp_path / "run" / "config.yaml").write_bytes(torn)
         claim_run_dir(run)
-        assert capsys.readouterr().out == ""
+        assert capsys.readouterr().err == ""
 
 
 def untrained(run: Run, run_dir: Path, source: str) -> dict[str, torch.Tensor]:

@@ -9,6 +9,13 @@ from dataclasses import dataclass, replace
 
 PRETRAINING = "pretrain"
 CONVENTIONAL = "conventional"
+TASK_LABELS = {
+    "sst2": "SST-2",
+    "dialogsum": "DialogSum",
+    "squad": "SQuAD",
+    "xsum": "XSum",
+    "web_questions": "WebQuestions",
+}
 ARMS = (CONVENTIONAL, "shifted", "calibrated", "pre_gated", "distilled", "gates_only")
 """Members of the config group `arm`, in the order (a) to (f)."""
 CALIBRATED = ("calibrated", "gates_only")

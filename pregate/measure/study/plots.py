@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.plots import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, TAUGHT
+from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
 from pregate.measure.study.statistics import ArmSummary, by_block, mean_curve
 from pregate.measure.summary import metric_label
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Arms = Mapping[str, Sequence[ArmSummary]]
 """The arms of each task."""
-TAUGHT_KEY = "_".join(TAUGHT)
 COLORS = {
     "conventional": INK,
     "shifted": QUIET,
@@ -32,7 +31,7 @@ COLORS = {
     "distilled": "#8a6fb0",
     "gates_only": WAIT,
     OTHER_SEED: FAINT,
-    TAUGHT_KEY: "#c9a3d4",
+    TAUGHT[1]: "#c9a3d4",
 }
 NAMES = {
     "conventional": "Conventional (a)",
@@ -42,9 +41,8 @@ NAMES = {
     "distilled": "Distilled (e)",
     "gates_only": "Gates only (f)",
     OTHER_SEED: "Another seed's (a)",
-    TAUGHT_KEY: "Conventional, distilled",
+    TAUGHT[1]: "Conventional, distilled",
 }
-TITLES = {"sst2": "SST-2", "dialogsum": "DialogSum", "squad": "SQuAD", "xsum": "XSum", "web_questions": "WebQuestions"}
 
 
 def plot_study(arms: Arms, folder: Path) -> list[str]:
@@ -81,7 +79,7 @@ def plot_lookahead(arms: Arms, path: Path) -> bool:
             for arm in others:
                 places[arm.lookahead] += 1
                 _interval(axes, arm, arm.lookahead + 0.11 * places[arm.lookahead])
-            axes.set_title(f"{TITLES.get(task, task)}: {metric_label(found[0].metric)}, points from (a)")
+            axes.set_title(f"{TASK_LABELS.get(task, task)}: {metric_label(found[0].metric)}, points from (a)")
             axes.set_xticks(range(4))
             axes.set_xlim(-0.25, 3.4)
             axes.set_xlabel("Lookahead, MoE blocks")
@@ -108,11 +106,7 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
     """Share of tokens routed as the conventional model of the same seed routes them; a row a task, a column a stack."""
     shown: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for task, found in arms.items():
-        blocks = {
-            arm.variant or arm.arm: by_block(arm.records, "agreement")
-            for arm in found
-            if arm.variant in ("", OTHER_SEED)
-        }
+        blocks = {_key(arm): by_block(arm.records, "agreement") for arm in found if arm.variant in ("", OTHER_SEED)}
         shown[task] = {name: values for name, values in blocks.items() if values}
     shown = {task: found for task, found in shown.items() if found}
     if not shown:
@@ -127,7 +121,7 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
                     points = [(n, 100 * v) for n, v in enumerate(values[stack]) if v is not None]
                     axes.plot(*zip(*points, strict=True), _line(arm), color=COLORS.get(arm, FAINT), lw=1.3, ms=4)
                     axes.set_xticks(range(0, len(values[stack]), 1 + (len(values[stack]) - 1) // 16))
-                axes.set_title(f"{TITLES.get(task, task)}, {stack}: tokens routed as in (a)")
+                axes.set_title(f"{TASK_LABELS.get(task, task)}, {stack}: tokens routed as in (a)")
                 axes.set_ylim(0, 104)
                 axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)], color=FAINT)
                 _tidy(axes)
@@ -157,7 +151,7 @@ def plot_curves(arms: Arms, path: Path) -> bool:
                 color = COLORS.get(arm, FAINT)
                 axes.fill_between(steps, lows, highs, color=color, alpha=0.13, lw=0)
                 axes.plot(steps, means, "o-", color=color, lw=1.4, ms=3)
-            axes.set_title(f"{TITLES.get(task, task)}: {metric_label(metric)} in validation, %")
+            axes.set_title(f"{TASK_LABELS.get(task, task)}: {metric_label(metric)} in validation, %")
             axes.set_xlabel("Step")
             _tidy(axes)
         _legend(figure, list(dict.fromkeys(arm for curves in shown.values() for arm in curves)))
@@ -166,7 +160,8 @@ def plot_curves(arms: Arms, path: Path) -> bool:
 
 
 def _key(arm: ArmSummary) -> str:
-    return TAUGHT_KEY if (arm.arm, arm.variant) == TAUGHT else arm.arm
+    """What it is drawn and named as: a variant that has a color of its own, else its arm."""
+    return arm.variant if arm.variant in COLORS else arm.arm
 
 
 def _line(arm: str) -> str:

@@ -158,6 +158,11 @@ def load_records(folder: Path) -> list[Record]:
     return list({record["cell"]: record for record in _lines(folder)}.values())
 
 
+def recorded_cells(folder: Path) -> set[str]:
+    """The names of the cells that have a record, by whichever process."""
+    return {record["cell"] for record in load_records(folder)}
+
+
 def _lines(folder: Path) -> list[Record]:
     """Every line, the environment filled in where it is that of the line before; without a torn last one."""
     records: list[Record] = []

@@ -35,6 +35,7 @@ from pregate.measure.study.records import (
     is_free,
     load_baselines,
     load_records,
+    recorded_cells,
     trivial_scores,
 )
 from pregate.runtime import first_of
@@ -117,7 +118,7 @@ class Runner:
 
     def look(self) -> None:
         """See what is recorded by now, by whichever process."""
-        self.recorded = {record["cell"] for record in load_records(self.study.folder)}
+        self.recorded = recorded_cells(self.study.folder)
 
     def go_through(self, wanted: Sequence[Cell]) -> bool:
         """Attempt what is missing until all of it is recorded or has failed; whether time ran out before."""
@@ -280,8 +281,8 @@ class Runner:
 
 
 def missing_of(study: Study) -> list[str]:
-    """The cells that were asked for and are not recorded, by whichever process."""
-    recorded = {record["cell"] for record in load_records(study.folder)}
+    """The cells that were asked for and have no record."""
+    recorded = recorded_cells(study.folder)
     return [cell.name for cell in study.wanted if cell.name not in recorded]
 
 

@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.study.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, PRETRAINING, SIZES, TAUGHT, THREADS, Cell
+from pregate.measure.study.cells import (
+    ABLATIONS,
+    CONVENTIONAL,
+    OTHER_SEED,
+    PRETRAINING,
+    SIZES,
+    TASK_LABELS,
+    TAUGHT,
+    THREADS,
+    Cell,
+)
 from pregate.measure.study.plots import plot_study
 from pregate.measure.study.records import load_baselines, load_records
 from pregate.measure.study.statistics import (
@@ -46,13 +56,6 @@ VARIANTS = {
     "entry_embedding": "entry gate on the embeddings",
     "encoder": "encoder only",
     "decoder": "decoder only",
-}
-TASKS = {
-    "sst2": "SST-2",
-    "dialogsum": "DialogSum",
-    "squad": "SQuAD",
-    "xsum": "XSum",
-    "web_questions": "WebQuestions",
 }
 PLOTS = {
     "lookahead": "Score of the arms against how far ahead the gates decide",
@@ -112,32 +115,34 @@ def verdicts(task: str, arms: Sequence[ArmSummary]) -> list[str]:
         line += f", {100 * found.share:.0f} % of what the shift lost" if found.share is not None else ""
         line += f", in {100 * found.time_share:.1f} % of fine-tuning's time" if found.time_share is not None else ""
         lines.append(line)
-    return [f"**{task_label(task)}**", "\n".join(lines)] if lines else []
+    return [f"**{TASK_LABELS.get(task, task)}**", "\n".join(lines)] if lines else []
 
 
 def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]]) -> list[str]:
     named = {(arm.arm, arm.variant): arm for arm in arms}
     first = arms[0].records[0]
-    parts = [f"## {task_label(task)}", f"{first['num_examples']} examples of the {first['split']} split, in percent."]
+    parts = [
+        f"## {TASK_LABELS.get(task, task)}",
+        f"{first['num_examples']} examples of the {first['split']} split, in percent.",
+    ]
     main = [arm for arm in arms if not arm.variant]
     ahead = [arm for arm in main if arm.arm == CONVENTIONAL]
     ahead += [arm for arm in arms if arm.arm == "pre_gated" and arm.variant not in ABLATIONS]
-    tuned = [(CONVENTIONAL, ""), ("pre_gated", "")]
-    changed = [tuned[1], ("distilled", ""), *(("pre_gated", variant) for variant in ABLATIONS)]
-    taught = [tuned[0], TAUGHT, ("distilled", "")]
+    conventional, pre_gated, distilled = (CONVENTIONAL, ""), ("pre_gated", ""), ("distilled", "")
 
-    def present(keys: Sequence[tuple[str, str]]) -> list[ArmSummary]:
+    def present(*keys: tuple[str, str]) -> list[ArmSummary]:
         return [named[key] for key in keys if key in named]
 
-    parts.append(score_table(main, present(tuned[:1]), trivial))
+    parts.append(score_table(main, present(conventional), trivial))
     if any(arm.variant for arm in ahead):
-        parts += ["How far ahead:", score_table(ahead, present(tuned[:1]), first="lookahead")]
-    if tuned[1] in named and len(present(changed)) > 1:
-        parts += ["One change to (d) at a time:", score_table(present(changed), present(tuned[1:]))]
+        parts += ["How far ahead:", score_table(ahead, present(conventional), first="lookahead")]
+    changed = present(pre_gated, distilled, *(("pre_gated", variant) for variant in ABLATIONS))
+    if pre_gated in named and len(changed) > 1:
+        parts += ["One change to (d) at a time:", score_table(changed, present(pre_gated))]
     if TAUGHT in named:
         parts += [
             "What the teacher of (e) gives a model that is not pre-gated, and what is left of the difference:",
-            score_table(present(taught), present(taught[:2])),
+            score_table(present(conventional, TAUGHT, distilled), present(conventional, TAUGHT)),
         ]
     return [*parts, *routing_tables(arms)]
 
@@ -301,10 +306,6 @@ def label(arm: ArmSummary) -> str:
         return LABELS[arm.arm, arm.variant]
     name = LETTERS.get(arm.arm, arm.arm)
     return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
-
-
-def task_label(task: str) -> str:
-    return TASKS.get(task, task)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
