@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: lint, format, types, tests. GPU tests skip without a GPU.
-#   ./scripts/test.sh [pytest argument ...]      tests run on up to four cores at a time; -n 0 for one after the other
+#   ./scripts/test.sh [pytest argument ...]      tests run on up to four cores at a time; -n 0 for one after the other,
+#                                               -m '' for the slow ones too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup.sh
