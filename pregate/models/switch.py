@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
-from pregate.models.head import IGNORED, linear_cross_entropy
+from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
@@ -309,7 +309,7 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         logits = loss = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
-            loss = linear_cross_entropy(states_BTD.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            loss = head_cross_entropy(self.lm_head, states_BTD.flatten(0, 1), labels.flatten())
         else:
             logits = self.lm_head(states_BTD if logits_at is None else states_BTD[logits_at])
             loss = None if labels is None else self._loss(logits, labels, losses)

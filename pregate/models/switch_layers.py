@@ -22,8 +22,9 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from pregate.config import UsageError
 from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListener
+from pregate.models.linear import linear_in
 from pregate.models.moe import Factor, grouped_experts, project, reference_experts
-from pregate.models.routing import Routing, jitter, route, router_logits
+from pregate.models.routing import Routing, jitter, route
 
 WITHOUT_EXPERTS = "_pregate_without_experts"
 """Config attribute, never saved: build the model without its experts."""
@@ -113,14 +114,15 @@ class SwitchGate(nn.Module):
 
     def score(self, seen_BTD: Tensor) -> Tensor:
         """The logits (B, T, E), in the router's dtype."""
-        return router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype)
+        return linear_in(self.classifier, seen_BTD, self.dtype)
 
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
         """The family's rule."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
 
-    def forward(self, hidden_BTD: Tensor) -> Routing:
-        return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)
+    def forward(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
+        """`decide`, as a call of the module. `perturb` is left to the caller, whose experts may read what it gives."""
+        return self.decide(seen_BTD, dtype)
 
 
 class EmbeddingGate(SwitchGate):
@@ -130,8 +132,9 @@ class EmbeddingGate(SwitchGate):
         super().__init__(config)
         self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def forward(self, hidden_BTD: Tensor) -> Routing:
-        return super().forward(self.layer_norm(hidden_BTD))
+    def forward(self, embedded_BTD: Tensor) -> Routing:  # type: ignore[override]
+        normed_BTD = self.layer_norm(embedded_BTD)
+        return self.decide(self.perturb(normed_BTD), normed_BTD.dtype)
 
 
 class SwitchExperts(nn.ModuleDict):
@@ -195,11 +198,12 @@ class PreGatedSparseMLP(nn.Module):
         """
         decided = None
         if self.pre_gate is not None:
-            decided = self.pre_gate(hidden_BTD)
+            decided = self.pre_gate(self.pre_gate.perturb(hidden_BTD), hidden_BTD.dtype)
         if routing is None:
             assert self.router is not None, "a block without an entry gate was given no route"
             seen_BTD = self.router.perturb(hidden_BTD)
-            routing = self.router.decide(seen_BTD, hidden_BTD.dtype)
+            own: Routing = self.router(seen_BTD, hidden_BTD.dtype)
+            routing = own
             if self.conventional and seen_BTD.dtype == hidden_BTD.dtype:
                 # upstream jitters in place, so in the router's own dtype the experts read the jittered states too;
                 # lookahead 0 keeps that, because it promises to be the source model
