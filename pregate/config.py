@@ -168,6 +168,7 @@ class GeneratedConfig:
 class TaskConfig:
     """What is learned and scored. `columns` maps a record field to a column, with dots into structs.
 
+    `header`: the names of the columns of csv and tsv files that have none in their first line.
     `noise_density` (share of tokens that are hidden) and `mean_span_tokens` are those of span corruption.
     """
 
@@ -176,7 +177,8 @@ class TaskConfig:
     hub: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
-    files: dict[str, str | None] = field(default_factory=dict)
+    files: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("train", "validation", "test")))
+    header: list[str] = field(default_factory=list)
     generated: GeneratedConfig | None = None
     train_split: str = "train"
     eval_split: str = "validation"

@@ -71,6 +71,11 @@ def check_run(run: Run) -> None:
         task.kind is not TaskKind.classification or len(task.labels) >= 2,
         f"task {task.name!r} is a classification and needs task.labels=[first,second,…], one word a class.",
     )
+    for key, what in (("header", "column of the file"), ("labels", "class")):
+        names = getattr(task, key)
+        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        need(not twice, f"task.{key} names {', '.join(twice[:1])} twice: give each {what} a name of its own.")
+        need(all(name.strip() for name in names), f"task.{key} has an empty name: give each {what} one.")
     need(0 < task.noise_density < 1, f"task.noise_density={task.noise_density} must lie between 0 and 1.")
     need(task.mean_span_tokens >= 1, f"task.mean_span_tokens={task.mean_span_tokens} must be at least 1.")
     need(bool(run.engine.policies), "engine.policies is empty: name at least one of " + ", ".join(Policy) + ".")

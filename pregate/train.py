@@ -11,7 +11,7 @@ def main(run: Run) -> None:
 
     from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.models.checkpoint import read_config
-    from pregate.tasks.base import build_training_task
+    from pregate.tasks.base import build_training_task, splits_read
     from pregate.tasks.text import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import stages
@@ -22,7 +22,7 @@ def main(run: Run) -> None:
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
     stages.check_teachers(run, tokenizer)
-    task.check(tokenizer, (run.task.train_split, run.task.eval_split))
+    task.check(tokenizer, splits_read(run))
     run_dir = stages.claim_run_dir(run)
     is_main = PartialState().is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:
