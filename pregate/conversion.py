@@ -34,16 +34,18 @@ from pregate.models.checkpoint import (
     CONFIG,
     TOKENIZER_FILES,
     SourceCheckpoint,
-    open_checkpoint,
     read_config,
     side_files,
 )
+from pregate.models.loading import open_model
 from pregate.runtime import human_bytes
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
 SOURCE_TYPE = "switch_transformers"
+SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
+"""Settings of a config that opening a checkpoint completes."""
 STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
 TARGET_TYPE = package.PreGatedSwitchTransformersConfig.model_type
 
@@ -101,10 +103,9 @@ GateFitter = Callable[[TensorPlan, package.PreGatedSwitchTransformersConfig], Fi
 
 @dataclass(frozen=True)
 class _Architecture:
-    """The `config.json` to write, and the parsed configs of the model before and after."""
+    """The `config.json` to write, and the parsed config of the model after."""
 
     json: dict[str, Any]
-    conventional: package.PreGatedSwitchTransformersConfig
     target: package.PreGatedSwitchTransformersConfig
     blocks: dict[str, list[int]]
     """stack -> the layer numbers of its MoE blocks, in order"""
@@ -136,8 +137,8 @@ def convert(
     output = Path(output).expanduser()
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
-    checkpoint = open_checkpoint(source, revision)
-    plan = plan_tensors(checkpoint, architecture.conventional, architecture.target, architecture.blocks)
+    checkpoint = open_model(source, revision)
+    plan = plan_tensors(checkpoint, architecture.target, architecture.blocks)
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
@@ -163,7 +164,8 @@ def convert(
             _write_json(partial / "model.safetensors.index.json", index)
         for file in sides:
             shutil.copyfile(file, partial / file.name)
-        _write_json(partial / CONFIG, architecture.json)
+        tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
+        _write_json(partial / CONFIG, architecture.json | tokens)
         origin = {"source": source, "revision": revision, "source_sha256": hashes}
         account = {"calibration": fitted.account} if fitted.account else {}
         _write_json(partial / MANIFEST, origin | _provenance(architecture, seed) | account)
@@ -194,6 +196,11 @@ def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = No
     )
 
 
+def check_convertible(source: str, config: dict[str, Any], pregate: PreGateConfig) -> None:
+    """Raises `UsageError` if a source with that `config.json` cannot be pre-gated so."""
+    _architecture(source, config, pregate)
+
+
 def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -> _Architecture:
     """Parse the source's config and place the gates in it. Raises `UsageError` if it cannot be converted so."""
     _refuse_family(source, config)
@@ -201,7 +208,8 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
         pregate.lookahead, tuple(s for s in STACKS if s in pregate.stacks), str(pregate.entry), str(pregate.init)
     )
     common = {
-        **config,
+        # the code that auto_map points to is not part of what is written
+        **{name: value for name, value in config.items() if name != "auto_map"},
         "model_type": TARGET_TYPE,
         "architectures": [package.PreGatedSwitchTransformersForConditionalGeneration.__name__],
     }
@@ -227,7 +235,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
                 f"and {source} has {len(blocks[stack])}: choose a smaller lookahead, or leave the {stack} out of "
                 "pregate.stacks."
             )
-    return _Architecture({**common, "pregate": gating.to_dict()}, conventional, parse(gating), blocks)
+    return _Architecture({**common, "pregate": gating.to_dict()}, parse(gating), blocks)
 
 
 def _refuse_family(source: str, config: dict[str, Any]) -> None:

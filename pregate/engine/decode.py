@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import allocate_slots, host_buffers_within, resolve_tier, slots_within
@@ -30,7 +29,8 @@ from pregate.engine.slabs import SlabLayout
 from pregate.engine.store import DiskStore, DramStore, Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertFamily
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
@@ -53,13 +53,10 @@ class _Opened:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         given = isinstance(checkpoint, SourceCheckpoint)
-        self.source = checkpoint if given else open_checkpoint(str(checkpoint))
+        self.source = checked(checkpoint) if given else open_model(str(checkpoint))
         self.config = PreGatedSwitchTransformersConfig.of_checkpoint(self.source.config)
         self.family = switch_expert_family(self.config)
         self.dtype = serving_dtype(self.config, self.source, self.family)
-        # asked for by name, because of a hub id only the weights are here so far
-        names = ("generation_config.json",)
-        self.side_files = [] if given else side_files(str(checkpoint), names=names)
 
 
 def open_store(
@@ -315,11 +312,11 @@ def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTra
         # load_state_dict would walk all modules for each tensor
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
-    model.tie_weights()
+    # a tied table that is stored beside the shared one has other bits, which upstream keeps as well
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UsageError(f"{source.directory} lacks {first_of(missing)}: convert it again.")
-    for file in opened.side_files:
-        model.generation_config = GenerationConfig.from_pretrained(file.parent)
+    model.generation_config = generation_config(source)
     model.requires_grad_(False)
     return model.eval()

@@ -71,7 +71,7 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
             raise UsageError(
                 f"This is a {config['model_type']!r} model: give a checkpoint of type {' or '.join(known)}."
             )
-        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
         if config.get("model_type") == SwitchTransformersConfig.model_type:
             settings["pregate"] = PreGating().to_dict()
         try:
@@ -79,6 +79,11 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
         except Exception as error:  # strict validation brings exception types of its own
             reason = " ".join(str(error).split()).rstrip(".")
             raise UsageError(f"The config.json describes no model that can be built: {reason}.") from error
+
+    @classmethod
+    def describes(cls, config: dict[str, Any]) -> bool:
+        """Whether a `config.json` is that of a pre-gated checkpoint, and not of a conventional one."""
+        return config.get("model_type", cls.model_type) == cls.model_type
 
     @property
     def pregating(self) -> PreGating:

@@ -102,4 +102,4 @@ def synthetic_checkpoint(
     shapes |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     tensors = {name: TensorInfo(Path(), shape, dtype) for name, shape in shapes.items()}
     delattr(config, WITHOUT_EXPERTS)
-    return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed)
+    return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed=seed)

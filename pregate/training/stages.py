@@ -18,15 +18,12 @@ from accelerate import PartialState
 
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
-from pregate.conversion import MANIFEST, convert_for
+from pregate.conversion import MANIFEST, check_convertible, convert_for
 from pregate.memory import PeakMemory
-from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, open_checkpoint, read_config, side_files
-from pregate.models.switch import (
-    PreGatedSwitchTransformersForConditionalGeneration,
-    load_resident,
-    mark_conventional,
-)
+from pregate.models.adapter import PreGating, settings_chosen
+from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
+from pregate.models.loading import load_resident, open_model
+from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
@@ -90,14 +87,22 @@ def check_model(run: Run) -> None:
             )
         geometry_config(run, PreGating(run.pregate.lookahead, tuple(run.pregate.stacks)), vocab_size=128)
         return
-    config = read_config(run.model.source, run.model.revision)
-    if "pregate" in config:
-        stored = PreGating.from_dict(config["pregate"])
-        if stored.lookahead != run.pregate.lookahead:
-            raise UsageError(
-                f"{run.model.source} has lookahead {stored.lookahead}, but pregate.lookahead={run.pregate.lookahead} "
-                f"was asked for: set pregate.lookahead={stored.lookahead}, or start from the conventional source."
-            )
+    source = open_model(run.model.source, run.model.revision)
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+    if PreGatedSwitchTransformersConfig.describes(source.config):
+        config.pregating.refuse_other(
+            PreGating.of_config(run.pregate),
+            settings_chosen(run) | {"lookahead"},
+            run.model.source,
+            "set pregate.{name}={has}, or start from the conventional source",
+        )
+    elif run.pregate.lookahead:
+        check_convertible(run.model.source, source.config, run.pregate)
+    if config.pad_token_id is None:
+        raise UsageError(
+            f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
+            "tokenizer pads with."
+        )
 
 
 def check_teachers(run: Run, tokenizer: Any) -> None:
@@ -175,7 +180,8 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
 
     Gates are calibrated on the run's training examples, by one process.
     """
-    if run.pregate.lookahead == 0 or "pregate" in read_config(source, run.model.revision):
+    config = read_config(source, run.model.revision)
+    if run.pregate.lookahead == 0 or PreGatedSwitchTransformersConfig.describes(config):
         return source
     directory = run_dir / CONVERTED
     state = PartialState()
@@ -271,13 +277,8 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
     state = PartialState()
     directory = run_dir / CHECKPOINT
     if state.is_main_process:
-        opened = open_checkpoint(converted, revision)
-        beside = side_files(converted, revision, (CONFIG, *SIDE_FILES, MANIFEST))
-        # their only file, or the index by which several are found
-        weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())
         with replaced(directory) as fresh:
-            for path in {*opened.files, weights, *beside}:
-                shutil.copy2(path, fresh / path.name)
+            _copy_model(converted, revision, fresh)
             tokenizer.save_pretrained(fresh)
     state.wait_for_everyone()
     return TrainSummary(
@@ -290,6 +291,25 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
         checkpoint=str(directory),
         checkpoint_step=0,
     )
+
+
+def _copy_model(source: str, revision: str | None, directory: Path) -> None:
+    """The files of a checkpoint, into `directory`; written anew where only this package reads their names right."""
+    opened = open_model(source, revision)
+    files = set(side_files(source, revision, (CONFIG, *SIDE_FILES, MANIFEST)))
+    renamed = any(info.key != name for name, info in opened.tensors.items())
+    if not renamed:
+        # their only file, or the index by which several are found
+        weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())
+        files |= {*opened.files, weights}
+    for path in files:
+        shutil.copy2(path, directory / path.name)
+    # the code that auto_map points to is not copied
+    config = {name: value for name, value in opened.config.items() if name != "auto_map"}
+    if config != read_config(source, revision):
+        write_json(directory / CONFIG, config)
+    if renamed:
+        load_resident(source, revision).save_pretrained(directory)
 
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:

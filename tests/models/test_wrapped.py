@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.models.linear import is_plain
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from tests.tiny import batch, pregated_model, upstream_model
 
 few = settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -36,7 +36,8 @@ from pregate.engine.policy import default_slots
 from pregate.engine.store import Store
 from pregate.engine.trace import Counters
 from pregate.models.adapter import ExpertKey
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.loading import open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import human_bytes
 
@@ -106,7 +107,7 @@ class DeviceEngine:
         """
         policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
         refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
-        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
+        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_model(str(checkpoint))
         config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
         check_activation(config.dense_act_fn)
         if device.type == "cuda":
