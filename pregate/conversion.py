@@ -38,6 +38,7 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
+from pregate.models.switch_layers import OLD_MARKER
 from pregate.runtime import human_bytes
 
 MANIFEST = "pregate_manifest.json"
@@ -201,7 +202,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
         pregate.lookahead, tuple(s for s in STACKS if s in pregate.stacks), str(pregate.entry), str(pregate.init)
     )
     common = {
-        **config,
+        **{key: value for key, value in config.items() if key != OLD_MARKER},
         "model_type": TARGET_TYPE,
         "architectures": [package.PreGatedSwitchTransformersForConditionalGeneration.__name__],
     }

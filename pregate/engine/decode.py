@@ -23,7 +23,7 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.mover import Mover
 from pregate.engine.movers import make_mover
-from pregate.engine.pack import default_pack_dir, expert_dtype, pack
+from pregate.engine.pack import check_experts, default_pack_dir, pack
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slabs import SlabLayout
@@ -33,19 +33,28 @@ from pregate.models.adapter import ExpertFamily
 from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
 from pregate.runtime import first_of
 
 Checkpoint = str | Path | SourceCheckpoint
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that a model may have."""
 
 
 def serving_dtype(
     config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, family: ExpertFamily
 ) -> torch.dtype:
-    """The dtype that the resident model would have: the config's, or that of the weights. Raises `UsageError` for
-    missing experts."""
-    stored = expert_dtype(source, family)
-    return config.dtype if isinstance(config.dtype, torch.dtype) else stored
+    """The dtype that `from_pretrained` gives every tensor of the resident model, experts included, whatever dtypes
+    they are stored in: the config's, or where that names none, the weights' own. Raises `UsageError` for missing
+    experts, and for a dtype that no model computes in."""
+    check_experts(source, family)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else source.default_dtype()
+    if dtype not in COMPUTED:
+        raise UsageError(
+            f"{source.directory} is a model of {str(dtype).removeprefix('torch.')}, in which no model computes: set "
+            "dtype in its config.json to float32, bfloat16 or float16."
+        )
+    return dtype
 
 
 class _Opened:
@@ -299,8 +308,8 @@ class OffloadEngine:
 def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     config, source = opened.config, opened.source
-    setattr(config, WITHOUT_EXPERTS, True)
-    with torch.device("meta"):
+    config.dtype = opened.dtype
+    with without_experts(), torch.device("meta"):
         model = PreGatedSwitchTransformersForConditionalGeneration(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
     # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
@@ -315,7 +324,8 @@ def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTra
         # load_state_dict would walk all modules for each tensor
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
-    model.tie_weights()
+    # as from_pretrained: tables that are there and differ stay apart
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UsageError(f"{source.directory} lacks {first_of(missing)}: convert it again.")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
 
@@ -46,9 +45,8 @@ def checksum(slab_B: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(as_buffer(slab_B))
 
 
-def expert_dtype(checkpoint: SourceCheckpoint, family: ExpertFamily) -> torch.dtype:
-    """The dtype of the experts in `checkpoint`. Raises `UsageError` if it lacks one of them, or has it in another
-    shape than its config.json says."""
+def check_experts(checkpoint: SourceCheckpoint, family: ExpertFamily) -> None:
+    """Raises `UsageError` if `checkpoint` lacks an expert, or has it in another shape than its config.json says."""
     for key in family.keys():  # noqa: SIM118 - not a mapping
         for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True):
             found = checkpoint.tensors.get(name)
@@ -58,7 +56,6 @@ def expert_dtype(checkpoint: SourceCheckpoint, family: ExpertFamily) -> torch.dt
                     f"{checkpoint.directory} {what}: use the complete weights of the model that its config.json "
                     "describes."
                 )
-    return checkpoint.dtype(family.tensor_names(family.keys()[0])[0])
 
 
 def read_slabs(

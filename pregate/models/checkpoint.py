@@ -79,6 +79,18 @@ class SourceCheckpoint:
         """What tells whether something made from this checkpoint still belongs to it."""
         return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
 
+    def default_dtype(self) -> torch.dtype:
+        """The dtype that transformers gives every tensor of a model whose config names none: what the index of the
+        weights says, else that of the first tensor of floating-point numbers in the first file."""
+        index = next((self.directory / name for name in WEIGHT_FILES if (self.directory / name).is_file()), None)
+        if self.files and index is not None and index.suffix == ".json":
+            said = (_read_json(index, str(self.directory)).get("metadata") or {}).get("dtype")
+            if isinstance(found := getattr(torch, str(said).removeprefix("torch."), None), torch.dtype):
+                return found
+        dtypes = [tensor.dtype for tensor in self.tensors.values() if not self.files or tensor.file == self.files[0]]
+        # of one byte: float8, in which no model is built
+        return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), dtypes[0])
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, contiguous, on the CPU and mapped from their files.
 
