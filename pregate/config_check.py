@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
+from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError, share_of
 
 
 def check_run(run: Run) -> None:
@@ -83,7 +83,11 @@ def check_run(run: Run) -> None:
         f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
     )
     need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
+    for setting in ("device_budget", "host_budget"):
+        share_of(f"engine.{setting}", getattr(run.engine, setting) or "")
     bench = run.bench
+    for budget in bench.budgets:
+        share_of("bench.budgets", budget or "")
     for key in ("caches", "tiers", "drives", "slab_dtypes", "budgets", "batches"):
         need(bool(getattr(bench, key)), f"bench.{key} is empty: name at least one, or leave the setting out.")
     for key in ("batches", "active_experts"):

@@ -34,7 +34,7 @@ from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_fi
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
-from pregate.runtime import first_of
+from pregate.runtime import compute_device, first_of
 
 Checkpoint = str | Path | SourceCheckpoint
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,7 +85,8 @@ def open_store(
     (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
     checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
-    return _open_store(_Opened(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
+    device = compute_device(device)
+    return _open_store(_Opened(checkpoint), Tier(tier), device, pack_dir, SlabDtype(slab_dtype))
 
 
 def _open_store(
@@ -163,7 +164,7 @@ class OffloadEngine:
         engine closes. Enumerations may be given by name. Raises `UsageError` for a checkpoint or budget that cannot
         be served.
         """
-        device, policy = torch.device(device), Policy(policy)
+        device, policy = compute_device(device), Policy(policy)
         opened = _Opened(checkpoint)
         layout = SlabLayout.of(opened.family, opened.dtype, store.layout.stored if store else SlabDtype(slab_dtype))
         if store is not None and store.layout != layout:

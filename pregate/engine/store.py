@@ -20,6 +20,7 @@ from pregate.engine.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
 from pregate.models.adapter import ExpertFamily, ExpertKey
 from pregate.models.checkpoint import SourceCheckpoint
+from pregate.runtime import human_bytes
 
 CHUNK = 1 << 30
 
@@ -65,7 +66,8 @@ def copy_bytes(source: Tensor, target: Tensor) -> None:
 class DramStore:
     """All slabs in host memory, in chunks of about 1 GiB; page-locked in place for a CUDA device.
 
-    Registering plain memory avoids the power-of-two rounding of torch's pinned allocator.
+    Registering plain memory avoids the power-of-two rounding of torch's pinned allocator. Raises `UsageError` where
+    there is not that much memory, or not that much of it can be page-locked.
     """
 
     in_host_memory = True
@@ -76,10 +78,16 @@ class DramStore:
         self.layout = layout
         keys = family.keys()
         per_chunk = max(1, CHUNK // layout.slab_bytes)
-        self._chunks = [
-            aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes)
-            for first in range(0, len(keys), per_chunk)
-        ]
+        self._chunks = []
+        try:
+            for first in range(0, len(keys), per_chunk):
+                self._chunks.append(aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes))
+        except MemoryError as error:
+            self._chunks.clear()
+            raise UsageError(
+                f"The experts need {human_bytes(len(keys) * layout.slab_bytes)} of host memory, which are not to be "
+                "had: use engine.tier=disk."
+            ) from error
         self._registered: list[Tensor] = []
         self._place = {key: divmod(number, per_chunk) for number, key in enumerate(keys)}
         try:
