@@ -6,7 +6,6 @@ any work starts. A `Run` is read-only by convention: nothing downstream writes t
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -359,22 +358,6 @@ class Run:
     bench: BenchConfig = field(default_factory=BenchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-def share_of(setting: str, budget: str) -> float | None:
-    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
-    or of more than all."""
-    text = str(budget).strip()
-    if not text.endswith("%"):
-        return None
-    number = text[:-1].strip()
-    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
-            "as 4GB."
-        )
-    return share
 
 
 def to_dict(run: Run) -> dict[str, Any]:

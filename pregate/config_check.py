@@ -5,9 +5,10 @@ Knows the schema (`config`) alone; what depends on a model, a checkpoint or a ma
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 
-from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError, share_of
+from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
 
 
 def check_run(run: Run) -> None:
@@ -108,6 +109,22 @@ def check_run(run: Run) -> None:
     ):
         for key in keys:
             need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
+
+
+def share_of(setting: str, budget: str) -> float | None:
+    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
+    or of more than all."""
+    text = str(budget).strip()
+    if not text.endswith("%"):
+        return None
+    number = text[:-1].strip()
+    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
+            "as 4GB."
+        )
+    return share
 
 
 def check_distillation(label: str, train: TrainConfig) -> None:

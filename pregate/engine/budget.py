@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pregate.config import Policy, Tier, UsageError, share_of
+from pregate.config import Policy, Tier, UsageError
+from pregate.config_check import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.slabs import SlabLayout, aligned_bytes
 from pregate.memory import is_out_of_memory

@@ -26,7 +26,6 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from pregate.config import UsageError
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.checkpoint import read_config
 from pregate.models.head import IGNORED, linear_cross_entropy
@@ -36,6 +35,7 @@ from pregate.models.switch_layers import (
     PreGatedSparseMLP,
     PreGatedSwitchBlock,
     PreGatedSwitchTransformersConfig,
+    SavedWhole,
     SwitchGate,
 )
 from pregate.runtime import silent_bars
@@ -208,7 +208,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
 
 
 class PreGatedSwitchTransformersForConditionalGeneration(
-    PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
+    SavedWhole, PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
 ):
     """Switch Transformers with a language-modelling head, its gates `config.pregate.lookahead` MoE blocks ahead."""
 
@@ -236,23 +236,6 @@ class PreGatedSwitchTransformersForConditionalGeneration(
     def gates(self) -> Iterator[SwitchGate]:
         """All gates, wherever they sit."""
         yield from (module for module in self.modules() if isinstance(module, SwitchGate))
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's. Raises `UsageError` for a model whose experts are not in it: the file would lack them."""
-        self._refuse_without_experts()
-        return super().save_pretrained(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's. Raises `UsageError` as `save_pretrained` does, before the hub is asked for anything."""
-        self._refuse_without_experts()
-        return super().push_to_hub(*args, **kwargs)
-
-    def _refuse_without_experts(self) -> None:
-        if any(next(block.module.experts.parameters(), None) is None for block in self.moe_blocks()):
-            raise UsageError(
-                "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
-                "was opened with, or load that with load_resident and save what it gives."
-            )
 
     def set_expert_path(self, path: str) -> None:
         """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""

@@ -42,6 +42,28 @@ def without_experts() -> Iterator[None]:
         _experts_elsewhere.reset(before)
 
 
+class SavedWhole:
+    """Of a model with `moe_blocks`: it is saved as upstream's is, and refuses where its experts are not in it, which the
+    files would lack. Both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
+
+    moe_blocks: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_without_experts(self) -> None:
+        if any(next(block.module.experts.parameters(), None) is None for block in self.moe_blocks()):
+            raise UsageError(
+                "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
+                "was opened with, or load that with load_resident and save what it gives."
+            )
+
+
 def is_sparse_layer(layer: int, sparse_step: int) -> bool:
     """Upstream's rule for which layers hold experts."""
     return sparse_step > 0 and (sparse_step == 1 or layer % sparse_step == 1)
