@@ -23,6 +23,7 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.mover import Mover
 from pregate.engine.movers import make_mover
+from pregate.engine.origin import Unchanged
 from pregate.engine.pack import check_experts, default_pack_dir, pack
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
@@ -95,7 +96,9 @@ def _open_store(
     layout = SlabLayout.of(opened.family, opened.dtype, slab_dtype)
     if resolve_tier(tier, device) is Tier.disk:
         where = Path(pack_dir) if pack_dir else default_pack_dir(opened.source.directory, slab_dtype)
-        return DiskStore(pack(opened.source, opened.family, layout, where))
+        with Unchanged(opened.source) as signs:
+            packed = pack(opened.source, opened.family, layout, where)
+        return DiskStore(packed, signs.identity)
     return DramStore(opened.source, opened.family, layout, page_locked=device.type == "cuda")
 
 
@@ -170,6 +173,12 @@ class OffloadEngine:
         if store is not None and store.layout != layout:
             raise UsageError(
                 f"The store given holds no experts of {opened.source.directory}: open one with open_store."
+            )
+        made_from = None if store is None else getattr(store, "made_from", None)
+        if made_from is not None and made_from != opened.source.identity():
+            raise UsageError(
+                f"The store given holds other experts than {opened.source.directory} does now: open one with "
+                "open_store."
             )
         if io_threads < 1:
             raise UsageError(f"io_threads={io_threads} must be at least 1.")

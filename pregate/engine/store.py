@@ -10,12 +10,13 @@ import os
 import threading
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.engine.origin import Unchanged
 from pregate.engine.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
 from pregate.models.adapter import ExpertFamily, ExpertKey
@@ -38,6 +39,8 @@ class Store(Protocol):
 
     layout: SlabLayout
     in_host_memory: bool
+    made_from: dict[str, Any] | None
+    """The `identity` of the checkpoint whose experts these are; None if that is not known."""
 
     def read_part(self, key: ExpertKey, slab_B: Tensor, first: int, last: int) -> None:
         """Fill bytes `first` to `last` (multiples of 4 KiB) of a page-aligned CPU slab."""
@@ -94,8 +97,10 @@ class DramStore:
             for chunk in self._chunks if page_locked else ():
                 page_lock(chunk)
                 self._registered.append(chunk)
-            for key, slab in read_slabs(checkpoint, family, layout):
-                self.slab(key).copy_(slab)
+            with Unchanged(checkpoint) as signs:
+                for key, slab in read_slabs(checkpoint, family, layout):
+                    self.slab(key).copy_(slab)
+            self.made_from: dict[str, Any] | None = signs.identity
         except BaseException:
             self.close()
             raise
@@ -128,7 +133,8 @@ class DiskStore:
 
     in_host_memory = False
 
-    def __init__(self, pack_dir: Path) -> None:
+    def __init__(self, pack_dir: Path, made_from: dict[str, Any] | None = None) -> None:
+        self.made_from = made_from
         index = read_index(pack_dir)
         self.layout = index.layout
         self._offsets, self._checksums = index.offsets, index.checksums

@@ -43,8 +43,8 @@ def without_experts() -> Iterator[None]:
 
 
 class SavedWhole:
-    """Of a model with `moe_blocks`: it is saved as upstream's is, and refuses where its experts are not in it, which the
-    files would lack. Both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
+    """A model with `moe_blocks` that is saved as upstream's is, but not without its experts, which the files would
+    lack: both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
 
     moe_blocks: Any
 

@@ -40,6 +40,9 @@ class SyntheticCheckpoint(SourceCheckpoint):
         described = repr((sorted(self.config.items()), sorted(str(t.dtype) for t in self.tensors.values())))
         return {"synthetic": hashlib.sha256(described.encode()).hexdigest()[:16], "seed": self.seed}
 
+    def settled(self) -> bool:
+        return True
+
     def _draw(self, name: str) -> Tensor:
         info = self.tensors[name]
         if "layer_norm" in name:
