@@ -29,6 +29,7 @@ from torch import Tensor
 import pregate as package
 from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion_plan import GateMove, TensorPlan, plan_shards, plan_tensors
+from pregate.engine.pack import refuse_output
 from pregate.models.adapter import STACKS, PreGating
 from pregate.models.checkpoint import (
     CONFIG,
@@ -135,6 +136,7 @@ def convert(
     """
     began = time.perf_counter()
     output = Path(output).expanduser()
+    refuse_output("output", output)
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
     checkpoint = open_checkpoint(source, revision)

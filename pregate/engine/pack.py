@@ -25,7 +25,7 @@ from pregate.config import SlabDtype, UsageError
 from pregate.engine.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.slabs import SlabLayout, aligned_bytes, as_buffer
 from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.runtime import human_bytes, write_json
 from pregate.tracking import say
 
@@ -76,6 +76,18 @@ def read_slabs(
 def default_pack_dir(directory: Path, stored: SlabDtype) -> Path:
     """Beside the weights; each slab dtype has a pack of its own."""
     return directory / ("experts" if stored is SlabDtype.source else f"experts-{stored}")
+
+
+def refuse_output(setting: str, place: Path) -> None:
+    """Raises `UsageError` for a directory of results that is a model's own, or that lies where a model's experts are
+    packed: they would replace each other's files."""
+    place = place.expanduser().resolve()
+    if (place / CONFIG).is_file():
+        raise UsageError(f"{place} holds a model: choose another {setting}=DIR.")
+    names = {default_pack_dir(place, stored).name for stored in SlabDtype}
+    for folder in (place, *place.parents):
+        if (folder / SLABS).is_file() or (folder.name in names and (folder.parent / CONFIG).is_file()):
+            raise UsageError(f"{folder} is where the experts of a model are packed: choose another {setting}=DIR.")
 
 
 def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, pack_dir: Path) -> Path:

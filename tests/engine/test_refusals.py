@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import pregate.bench
+import pregate.convert
+import pregate.eval
+import pregate.train
 from pregate.cli import compose_run
-from pregate.config import Tier, UsageError
-from pregate.engine import budget, readers, slabs, store
+from pregate.config import PreGateConfig, Tier, UsageError
+from pregate.conversion import convert
+from pregate.engine import budget, pack, readers, slabs, store
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
 from pregate.engine.decode import OffloadEngine, open_store
 from pregate.engine.device import host_memory
@@ -230,3 +235,66 @@ def test_float64_has_no_kernels(served: Served, tmp_path: Path, monkeypatch: pyt
         DeviceEngine.open(tmp_path, device="cuda")
     with OffloadEngine.open(tmp_path) as engine:
         assert engine.model.dtype == torch.float64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "model"
+    pregated_model(1).save_pretrained(directory)
+    return directory
+
+
+OUTPUTS = {
+    "eval": (pregate.eval.main, ["checkpoint={model}", "task=sst2"], "output"),
+    "eval of a run": (pregate.eval.main, ["run_dir={run}", "task=sst2"], "output"),
+    "convert": (pregate.convert.work, ["source={model}"], "output"),
+    "calibrate": (pregate.convert.work, ["source={model}", "pregate.init=calibrated", "task=sst2"], "output"),
+    "bench": (pregate.bench.main, ["checkpoint={model}"], "run_dir"),
+    "plan": (pregate.bench.main, ["plan=true"], "run_dir"),
+    "train": (pregate.train.main, ["model.source={model}", "task=sst2"], "run_dir"),
+    "resumed": (pregate.train.main, ["model.source={model}", "task=sst2", "resume=true"], "run_dir"),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("{model}", "holds a model: choose another {setting}=DIR"),
+        ("{model}/", "holds a model: choose another {setting}=DIR"),
+        ("{model}/experts", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{model}/x/../experts", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{model}/experts-int8", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{model}/experts-fp8/deep/below", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{link}/experts", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{packed}", "is where the experts of a model are packed: choose another {setting}=DIR"),
+        ("{packed}/deep", "is where the experts of a model are packed: choose another {setting}=DIR"),
+    ],
+)
+def test_results_do_not_go_into_a_model(model: Path, tmp_path: Path, command: str, place: str, sentence: str) -> None:
+    """Nor into its pack, whether that is there yet or not, wherever it is; told before anything is read or written."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint").symlink_to(model)
+    packed = tmp_path / "elsewhere"
+    if "packed" in place:
+        open_store(model, tier=Tier.disk, pack_dir=packed).close()
+    places = {"model": str(model), "link": str(tmp_path / "run" / "checkpoint"), "packed": str(packed)}
+    work, arguments, setting = OUTPUTS[command]
+    run = compose_run([each.format(run=tmp_path / "run", **places) for each in (*arguments, f"{setting}={place}")])
+    before = {path: path.stat().st_mtime_ns for path in (*model.rglob("*"), *tmp_path.rglob("*"))}
+    with pytest.raises(UsageError, match=sentence.format(setting=setting)):
+        work(run)
+    assert before == {path: path.stat().st_mtime_ns for path in (*model.rglob("*"), *tmp_path.rglob("*"))}
+
+
+@pytest.mark.parametrize("place", ["model-eval", "model/eval", "experts", "model/experts2", "run"])
+def test_results_may_go_beside_or_below_a_model(model: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: run")
+    pack.refuse_output("output", (tmp_path if place == "run" else model.parent) / place)
+
+
+def test_a_conversion_refuses_it_too(model: Path) -> None:
+    with pytest.raises(UsageError, match="is where the experts of a model are packed"):
+        convert(str(model), model / "experts", PreGateConfig())
+    assert not (model / "experts").exists()
