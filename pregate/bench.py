@@ -9,9 +9,11 @@ from pregate.config import Run, UsageError
 
 
 def main(run: Run) -> None:
+    from pregate.engine.pack import refuse_output
     from pregate.measure.bench import measure, prepare
     from pregate.tracking import open_tracker
 
+    refuse_output("run_dir", Path(run.run_dir))
     study = prepare(run)
     out_dir = Path(run.run_dir)
     try:

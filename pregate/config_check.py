@@ -5,6 +5,7 @@ Knows the schema (`config`) alone; what depends on a model, a checkpoint or a ma
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 
 from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
@@ -88,7 +89,11 @@ def check_run(run: Run) -> None:
         f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
     )
     need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
+    for setting in ("device_budget", "host_budget"):
+        share_of(f"engine.{setting}", getattr(run.engine, setting) or "")
     bench = run.bench
+    for budget in bench.budgets:
+        share_of("bench.budgets", budget or "")
     for key in ("caches", "tiers", "drives", "slab_dtypes", "budgets", "batches"):
         need(bool(getattr(bench, key)), f"bench.{key} is empty: name at least one, or leave the setting out.")
     for key in ("batches", "active_experts"):
@@ -109,6 +114,22 @@ def check_run(run: Run) -> None:
     ):
         for key in keys:
             need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
+
+
+def share_of(setting: str, budget: str) -> float | None:
+    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
+    or of more than all."""
+    text = str(budget).strip()
+    if not text.endswith("%"):
+        return None
+    number = text[:-1].strip()
+    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
+            "as 4GB."
+        )
+    return share
 
 
 def check_distillation(label: str, train: TrainConfig) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 import pregate as package
 from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion_plan import GateMove, TensorPlan, plan_shards, plan_tensors
+from pregate.engine.pack import refuse_output
 from pregate.models.adapter import STACKS, PreGating
 from pregate.models.checkpoint import (
     CONFIG,
@@ -38,6 +39,7 @@ from pregate.models.checkpoint import (
     side_files,
 )
 from pregate.models.loading import open_model
+from pregate.models.switch_layers import OLD_MARKER
 from pregate.runtime import human_bytes
 
 MANIFEST = "pregate_manifest.json"
@@ -135,6 +137,7 @@ def convert(
     """
     began = time.perf_counter()
     output = Path(output).expanduser()
+    refuse_output("output", output)
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
@@ -209,7 +212,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
     )
     common = {
         # the code that auto_map points to is not part of what is written
-        **{name: value for name, value in config.items() if name != "auto_map"},
+        **{name: value for name, value in config.items() if name not in ("auto_map", OLD_MARKER)},
         "model_type": TARGET_TYPE,
         "architectures": [package.PreGatedSwitchTransformersForConditionalGeneration.__name__],
     }

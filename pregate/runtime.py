@@ -49,6 +49,27 @@ def pick_device(device: Device) -> torch.device:
     return torch.device("cpu")
 
 
+def compute_device(device: torch.device | str) -> torch.device:
+    """`device` as torch's, if experts can be served on it here. Raises `UsageError` if not."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"device={device!s} names no device: write cpu, cuda, or a GPU's number as in cuda:0."
+        ) from error
+    if found.type == "cpu" and not found.index:
+        return found
+    if found.type != "cuda":
+        raise UsageError(f"device={device!s}, but experts are served on cpu and cuda alone: write one of them.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise UsageError(f"device={device!s}, but torch finds no CUDA GPU: use cpu.")
+    if (found.index or 0) >= count:
+        last = "" if count == 1 else f" to cuda:{count - 1}"
+        raise UsageError(f"device={device!s}, but torch finds {count} of CUDA's GPUs: write cuda:0{last}.")
+    return found
+
+
 def environment() -> dict[str, Any]:
     """JSON-able fingerprint of versions and hardware; what cannot be found out is absent.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pregate.cli import entry_point
 from pregate.config import Run
 
@@ -9,6 +11,7 @@ from pregate.config import Run
 def main(run: Run) -> None:
     from accelerate import PartialState
 
+    from pregate.engine.pack import refuse_output
     from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.models.checkpoint import read_config
     from pregate.tasks.base import build_training_task, splits_read
@@ -16,6 +19,7 @@ def main(run: Run) -> None:
     from pregate.tracking import open_tracker
     from pregate.training import stages
 
+    refuse_output("run_dir", Path(run.run_dir))
     stages.check_model(run)
     check_engine(run)
     task, tokenizer = build_training_task(run), load_tokenizer(run)

@@ -191,9 +191,10 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _measure_model(study: Study, model: BenchModel, results: Results) -> None:
     pending = study.pending(model)
-    references = References(study.out_dir / SCRATCH, study.run.bench.repeats, study.run.bench.new_tokens)
     if not pending:
         return
+    bench, identity = study.run.bench, model.source.identity()
+    references = References(study.out_dir / SCRATCH, bench.repeats, bench.new_tokens, identity)
 
     packing: dict[str, int] = {}
 

@@ -7,6 +7,7 @@ model families. Everything is memory-mapped: opening reads headers only, and no 
 from __future__ import annotations
 
 import json
+import time
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from pregate.config import UsageError
@@ -40,6 +42,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+SETTLED_NS = 2 * 10**9
+"""The coarsest tick of a file system's clock."""
+SAMPLES, SAMPLE_BYTES = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,35 @@ class SourceCheckpoint:
         return self.tensors[name].num_bytes
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether something made from this checkpoint still belongs to it."""
-        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
+        """What the file system says of the weight files, a few of their bytes, and what lies in which: plain JSON.
+
+        Equal to an earlier one, it says that nothing was written in between: a write sets the time of change, which no
+        copy keeps and no user sets. The bytes are for file systems that have no such time. Another identity says
+        nothing: the same content may have been copied here.
+        """
+        where = "\n".join(f"{name} {t.file.name} {t.shape} {t.dtype}" for name, t in sorted(self.tensors.items()))
+        try:
+            files = {file.name: _signs(file) for file in self.files}
+        except OSError as error:
+            raise UsageError(f"{error.filename} cannot be read any more ({error.strerror}): is it complete?") from error
+        return {"files": files, "tensors": xxhash.xxh3_64_hexdigest(where.encode())}
+
+    def settled(self) -> bool:
+        """Whether a write from now on is sure to give another identity: not so shortly after the last one, which may
+        have the same time by the file system's clock."""
+        return time.time_ns() - max((file.stat().st_ctime_ns for file in self.files), default=0) > SETTLED_NS
+
+    def default_dtype(self) -> torch.dtype:
+        """The dtype that transformers gives every tensor of a model whose config names none: what the index of the
+        weights says, else that of the first tensor of floating-point numbers in the first file."""
+        index = next((self.directory / name for name in WEIGHT_FILES if (self.directory / name).is_file()), None)
+        if self.files and index is not None and index.suffix == ".json":
+            said = (_read_json(index, str(self.directory)).get("metadata") or {}).get("dtype")
+            if isinstance(found := getattr(torch, str(said).removeprefix("torch."), None), torch.dtype):
+                return found
+        dtypes = [tensor.dtype for tensor in self.tensors.values() if not self.files or tensor.file == self.files[0]]
+        # of one byte: float8, in which no model is built
+        return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), dtypes[0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, contiguous, on the CPU and mapped from their files; no two of them share memory.
@@ -116,6 +149,16 @@ class SourceCheckpoint:
             return False
         read = self.read([one, other])
         return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in read.values()))
+
+
+def _signs(file: Path) -> list[int | str]:
+    """Size, times of writing and of change, number, and a digest of bytes spread over the file."""
+    stat, digest = file.stat(), xxhash.xxh3_64()
+    with file.open("rb", buffering=0) as opened:
+        for sample in range(SAMPLES):
+            opened.seek(max(0, stat.st_size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, digest.hexdigest()]
 
 
 def _fills_storage(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ tokens stand. Knows nothing about tasks, training or engines.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pregate.models.checkpoint import (
     read_generation_settings,
 )
 from pregate.models.switch import LEFTOVERS, PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
 from pregate.runtime import first_of, silent_bars
 from pregate.tracking import say
 
@@ -107,10 +106,10 @@ def load_resident(
 
 def parameter_shapes(config: PreGatedSwitchTransformersConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the model that `config` describes, in its order; nothing is allocated."""
-    bare, family = copy.deepcopy(config), switch_expert_family(config)
-    setattr(bare, WITHOUT_EXPERTS, True)  # the modules of thousands of experts take seconds to make
-    with torch.device("meta"):
-        model = PreGatedSwitchTransformersForConditionalGeneration(bare)
+    family = switch_expert_family(config)
+    # the modules of thousands of experts take seconds to make
+    with without_experts(), torch.device("meta"):
+        model = PreGatedSwitchTransformersForConditionalGeneration(config)
     experts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key in family.keys():  # noqa: SIM118 - not a mapping
         for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True):

@@ -35,6 +35,7 @@ from pregate.models.switch_layers import (
     PreGatedSparseMLP,
     PreGatedSwitchBlock,
     PreGatedSwitchTransformersConfig,
+    SavedWhole,
     SwitchGate,
 )
 from pregate.runtime import first_of
@@ -227,7 +228,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
 
 
 class PreGatedSwitchTransformersForConditionalGeneration(
-    PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
+    SavedWhole, PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
 ):
     """Switch Transformers with a language-modelling head, its gates `config.pregate.lookahead` MoE blocks ahead."""
 

@@ -9,7 +9,9 @@ Letters: B batch, T tokens of a sequence, D model width, E experts, K experts pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import field
 from typing import Any
 
@@ -26,8 +28,41 @@ from pregate.models.linear import linear_in
 from pregate.models.moe import Factor, grouped_experts, project, reference_experts
 from pregate.models.routing import Routing, jitter, route
 
-WITHOUT_EXPERTS = "_pregate_without_experts"
-"""Config attribute, never saved: build the model without its experts."""
+_experts_elsewhere: ContextVar[bool] = ContextVar("experts_elsewhere", default=False)
+OLD_MARKER = "_pregate_without_experts"
+"""What an earlier version put into configs for `without_experts`. A file may still hold it; it means nothing."""
+
+
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Models that are built inside have no experts. Their configs say nothing of it, so no file does either."""
+    before = _experts_elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _experts_elsewhere.reset(before)
+
+
+class SavedWhole:
+    """A model with `moe_blocks` that is saved as upstream's is, but not without its experts, which the files would
+    lack: both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
+
+    moe_blocks: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_without_experts(self) -> None:
+        if any(next(block.module.experts.parameters(), None) is None for block in self.moe_blocks()):
+            raise UsageError(
+                "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
+                "was opened with, or load that with load_resident and save what it gives."
+            )
 
 
 def is_sparse_layer(layer: int, sparse_step: int) -> bool:
@@ -43,6 +78,7 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(OLD_MARKER, None)
         super().__post_init__(**kwargs)
         self.pregate = self.pregating.to_dict()
         for stack in self.pregating.stacks if self.pregating.lookahead else ():
@@ -192,7 +228,7 @@ class PreGatedSparseMLP(nn.Module):
         self.router = SwitchGate(config) if seats.own else None
         self.pre_gate = SwitchGate(config) if seats.target is not None else None
         # an engine that keeps the experts elsewhere asks for none: thousands of modules would be made to be dropped
-        self.experts = nn.Module() if getattr(config, WITHOUT_EXPERTS, False) else SwitchExperts(config)
+        self.experts = nn.Module() if _experts_elsewhere.get() else SwitchExperts(config)
         self.listener: RouteListener | None = None
 
     def forward(self, hidden_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor, Routing | None]:
