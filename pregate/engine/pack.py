@@ -7,9 +7,6 @@ files; knows nothing about who reads the slabs.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
+from pregate.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
 from pregate.engine.slabs import SlabLayout, aligned_bytes, as_buffer
 from pregate.models.adapter import ExpertFamily, ExpertKey
 from pregate.models.checkpoint import SourceCheckpoint
@@ -88,21 +86,16 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout,
     Appears whole or not at all, also where another process packs the same checkpoint. Raises `UsageError` if
     something else lies there, if it cannot be written, or if the disk is too small.
     """
+    clear_abandoned(pack_dir)
     if _belongs(pack_dir, checkpoint, family, layout):
         return pack_dir
     if pack_dir.exists() and not _is_pack(pack_dir):
         raise UsageError(f"{pack_dir} holds something that is not a pack of experts: choose another engine.pack_dir.")
     try:
-        pack_dir.parent.mkdir(parents=True, exist_ok=True)
-        # the number of a process that was killed here may come again, in a container even on every run
-        scratch = pack_dir.with_name(f"{pack_dir.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
         _refuse_full_disk(pack_dir.parent, len(family.keys()) * layout.slab_bytes)
-        scratch.mkdir()
-        try:
+        with partial_beside(pack_dir) as scratch:
             _write_pack(scratch, checkpoint, family, layout)
             _put_in_place(scratch, pack_dir, checkpoint, family, layout)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UsageError(
             f"The experts cannot be written to {pack_dir} ({error.strerror or error}): set engine.pack_dir to a "
@@ -117,8 +110,6 @@ def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily
         for number, (key, slab) in enumerate(read_slabs(checkpoint, family, layout)):
             file.write(as_buffer(slab))
             slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, "xxh3_64": checksum(slab)})
-        file.flush()
-        os.fsync(file.fileno())
     index = {"format": FORMAT, **layout.to_json(), "source": checkpoint.identity(), "slabs": slabs}
     write_json(folder / INDEX, index)
 
@@ -129,22 +120,23 @@ def _put_in_place(
     """Rename `scratch` to `pack_dir`, unless another process has meanwhile put the same pack there."""
     if _belongs(pack_dir, checkpoint, family, layout):
         return
-    if pack_dir.exists():
-        shutil.rmtree(pack_dir)
-    try:
-        scratch.rename(pack_dir)
-    except OSError:
-        if not _belongs(pack_dir, checkpoint, family, layout):
-            raise
+    with partial_beside(pack_dir) as aside:  # what lay there goes once the new one is on the disk
+        if pack_dir.exists():
+            pack_dir.rename(aside / pack_dir.name)
+        try:
+            put(scratch, pack_dir)
+        except OSError:
+            if not _belongs(pack_dir, checkpoint, family, layout):
+                raise
 
 
 def _is_pack(folder: Path) -> bool:
     """Whether `folder` may be replaced: it holds a pack, whole or damaged, or nothing at all."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {SLABS, INDEX}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {SLABS, INDEX, LOCK}
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise UsageError(
             f"The experts need {human_bytes(needed)} under {folder}, which has {human_bytes(free)} free: "
