@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pregate.config import GeneratedConfig, Run, TaskConfig, TrainConfig, UsageError
 from pregate.config_check import check_run
+from pregate.durable import FULL
+from pregate.stopping import GOES_ON, stoppable
 
 
 def config_dir() -> Path:
@@ -175,8 +177,10 @@ HYDRA_FLAGS = (
 )
 
 
+@stoppable()
 def entry_point(work: Callable[[Run], None]) -> None:
-    """Run `work` under Hydra: compose, validate, execute; a `UsageError` ends in one sentence and status 2.
+    """Run `work` under Hydra: compose, validate, execute; a `UsageError` or a full disk ends in one sentence and status
+    2, Ctrl-C in status 130 and SIGTERM in 143.
 
     The plain case is composed once ahead of Hydra's own start so that its multi-line errors never reach the
     user; `--multirun`, `--help` and the like go straight to Hydra.
@@ -206,11 +210,10 @@ def entry_point(work: Callable[[Run], None]) -> None:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))
-        except KeyboardInterrupt:
-            print(
-                "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            what = error.filename or "a file"
+            fail(f"The disk is too full for {what}: make room, and run the command again; {GOES_ON}")
 
     run_under_hydra()

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pregate.durable import write_text
+
 
 class UsageError(ValueError):
     """The user's input cannot work; the message is one sentence that says what to do instead."""
@@ -378,4 +380,4 @@ def to_dict(run: Run) -> dict[str, Any]:
 def save_run(run: Run, path: Path) -> None:
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 import pregate as package
 from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion_plan import GateMove, TensorPlan, plan_shards, plan_tensors
+from pregate.durable import clear_abandoned, free_bytes, partial_beside, put
 from pregate.engine.pack import refuse_output
 from pregate.models.adapter import STACKS, PreGating
 from pregate.models.checkpoint import (
@@ -138,6 +138,7 @@ def convert(
     began = time.perf_counter()
     output = Path(output).expanduser()
     refuse_output("output", output)
+    clear_abandoned(output)
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
@@ -266,12 +267,11 @@ def _refuse_occupied(output: Path) -> None:
 
 
 def _refuse_full_disk(output: Path, needed: int) -> None:
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(output.parent)
     if needed > free:
         raise UsageError(
-            f"The checkpoint needs {human_bytes(needed)} and {parent} has {human_bytes(free)} free: make room, or "
-            "name an output on another disk."
+            f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "
+            "make room, or name an output on another disk."
         )
 
 
@@ -291,13 +291,11 @@ def _appearing(output: Path) -> Iterator[Path]:
     """A directory to fill beside `output`: it becomes `output` on success and vanishes on any failure."""
     output = output.resolve()
     missing = [folder for folder in output.parents if not folder.exists()]
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
+        with partial_beside(output) as partial:
+            yield partial
+            put(partial, output)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

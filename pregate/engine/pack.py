@@ -10,8 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
+from pregate.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
 from pregate.engine.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.slabs import SlabLayout, aligned_bytes, as_buffer
 from pregate.models.adapter import ExpertFamily, ExpertKey
@@ -97,6 +96,7 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout,
     something else lies there, if it cannot be written, if the disk is too small, or if the weights are written to
     meanwhile.
     """
+    clear_abandoned(pack_dir)
     if (reason := _mismatch(pack_dir, checkpoint, family, layout)) is None:
         return pack_dir
     if pack_dir.exists() and not _is_pack(pack_dir):
@@ -104,16 +104,10 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout,
     if (pack_dir / INDEX).is_file():
         say(f"{pack_dir} {reason}: the experts are packed again.")
     try:
-        pack_dir.parent.mkdir(parents=True, exist_ok=True)
-        # the number of a process that was killed here may come again, in a container even on every run
-        scratch = pack_dir.with_name(f"{pack_dir.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
         _refuse_full_disk(pack_dir.parent, len(family.keys()) * layout.slab_bytes)
-        scratch.mkdir()
-        try:
+        with partial_beside(pack_dir) as scratch:
             _write_pack(scratch, checkpoint, family, layout)
             _put_in_place(scratch, pack_dir, checkpoint, family, layout)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UsageError(
             f"The experts cannot be written to {pack_dir} ({error.strerror or error}): set engine.pack_dir to a "
@@ -131,8 +125,6 @@ def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily
             file.write(as_buffer(slab))
             sums = {"xxh3_64": checksum(slab), "source_xxh3_64": content(matrices)}
             slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, **sums})
-        file.flush()
-        os.fsync(file.fileno())
     write_json(folder / INDEX, {"format": FORMAT, **layout.to_json(), "slabs": slabs})
     remember(folder, read_index(folder).digest, signs, family)
 
@@ -141,19 +133,17 @@ def _put_in_place(
     scratch: Path, pack_dir: Path, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
 ) -> None:
     """Rename `scratch` to `pack_dir`, unless another process has meanwhile put the same pack there."""
-    old = scratch.with_name(f"{scratch.name}-old")
-    with _alone_in(pack_dir.parent):
+    # what lay there goes once the new one is on the disk
+    with _alone_in(pack_dir.parent), partial_beside(pack_dir) as aside:
         if _mismatch(pack_dir, checkpoint, family, layout) is None:
             return
         try:
             if pack_dir.exists():
-                pack_dir.rename(old)
-            scratch.rename(pack_dir)
+                pack_dir.rename(aside / pack_dir.name)
+            put(scratch, pack_dir)
         except OSError:  # where nothing can be locked, another may have come in between
             if _mismatch(pack_dir, checkpoint, family, layout) is not None:
                 raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -172,12 +162,12 @@ def _is_pack(folder: Path) -> bool:
     """Whether `folder` may be replaced: it holds a pack, whole or damaged, or nothing at all."""
     # the last is what is left where writing it was cut short
     return folder.is_dir() and all(
-        path.name in (SLABS, INDEX, SEEN) or path.name.startswith(f".{SEEN}.") for path in folder.iterdir()
+        path.name in (SLABS, INDEX, SEEN, LOCK) or path.name.startswith(f".{SEEN}.") for path in folder.iterdir()
     )
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise UsageError(
             f"The experts need {human_bytes(needed)} under {folder}, which has {human_bytes(free)} free: "

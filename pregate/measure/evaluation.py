@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pregate.config import Drive, Policy, Run, Tier
+from pregate.durable import flush_folders, write_text
 from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import OffloadEngine, serving_dtype
 from pregate.engine.device.engine import DeviceEngine, slots_for
@@ -329,9 +330,8 @@ def write_results(
     predictions: list[dict[str, Any]],
     traces: dict[str, list[dict[str, Any]]],
 ) -> None:
-    with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for record in predictions:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    write_text(out_dir / "predictions.jsonl", "".join(lines))
     if run.eval.report:
         write_report(out_dir / "report.html", evaluation, predictions, traces)
     # last: whoever finds eval.json finds the rest
@@ -388,5 +388,6 @@ def publish(
     ):
         if drawn:
             tracker.image(f"plots/{name}", plots / f"{name}.png")
+    flush_folders(out_dir, "plots", "traces")
     if (out_dir / "report.html").is_file():
         tracker.html("report", out_dir / "report.html")

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.config import UsageError
+from pregate.durable import write_text
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
@@ -378,7 +379,7 @@ def mark_conventional(directory: Path) -> None:
         raise ValueError(f"{directory} holds a pre-gated model, which no conventional class can open.")
     config["model_type"] = SwitchTransformersConfig.model_type
     config["architectures"] = ["SwitchTransformersForConditionalGeneration"]
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 AutoConfig.register(PreGatedSwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig)

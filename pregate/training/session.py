@@ -21,10 +21,11 @@ from pregate.config import Keep, Run, Trainable, TrainConfig, UsageError
 from pregate.models.adapter import gates
 from pregate.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
-from pregate.training.checkpoint import TrainState, load_last, recover, set_random_state
+from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
+from pregate.training.waiting import wait_for_main
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
@@ -132,12 +133,15 @@ def restore(
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
     if accelerator.is_main_process:
         recover(out_dir / "checkpoint")
-        recover(out_dir / "last")
-    accelerator.wait_for_everyone()
+        if run.resume:
+            settle(out_dir / "last")
+    wait_for_main("looking for a saved state")
     found = load_last(out_dir / "last", model, optimizer) if run.resume else None
+    state, random_states = found or (TrainState(), [])
+    if accelerator.is_main_process:
+        check_space(out_dir, model, optimizer, -(-(train.steps - state.step) // train.save_every))
     if found is None:
-        return TrainState()
-    state, random_states = found
+        return state
     if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):

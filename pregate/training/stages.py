@@ -19,6 +19,7 @@ from accelerate import PartialState
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion import MANIFEST, check_convertible, convert_for
+from pregate.durable import make_directory
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating, settings_chosen
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
@@ -29,9 +30,10 @@ from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker, flatten, say
-from pregate.training.checkpoint import replaced, save_model, steps_done
+from pregate.training.checkpoint import replaced, steps_done, write_model
 from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
+from pregate.training.waiting import wait_for_main
 
 SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
 CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
@@ -52,7 +54,7 @@ def claim_run_dir(run: Run) -> Path:
         if changes:
             say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_directory(run_dir)
             save_run(run, config)
         except OSError as error:
             raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
@@ -152,11 +154,10 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
         summary = fine_tune(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
         )
-        state = PartialState()
-        if state.is_main_process:
+        if PartialState().is_main_process:
             mark_conventional(directory / CHECKPOINT)
             write_json(directory / SUMMARY, summary.to_dict())
-        state.wait_for_everyone()
+        wait_for_main("finishing the source")
     return str(directory / CHECKPOINT)
 
 
@@ -167,11 +168,12 @@ def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForCond
 
 
 def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
-    directory, state = run_dir / INITIAL, PartialState()
-    if state.is_main_process and not directory.is_dir():
-        save_model(directory, _random_model(run, tokenizer), tokenizer)
-        mark_conventional(directory)
-    state.wait_for_everyone()
+    directory = run_dir / INITIAL
+    if PartialState().is_main_process and not directory.is_dir():
+        with replaced(directory) as fresh:
+            write_model(fresh, _random_model(run, tokenizer), tokenizer)
+            mark_conventional(fresh)
+    wait_for_main("making a random source")
     return str(directory)
 
 
@@ -194,7 +196,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
             print(calibration.table(), flush=True)
         else:
             convert_for(run, source, directory)
-    state.wait_for_everyone()
+    wait_for_main("converting the source")
     return str(directory)
 
 
@@ -226,10 +228,10 @@ def train_converted(
         summary = keep_untrained(converted, revision, run_dir, tokenizer)
     else:
         summary = _fine_tune_converted(run, run_dir, converted, revision, task, tokenizer, tracker)
-    state = PartialState()
-    if state.is_main_process and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
+    is_main = PartialState().is_main_process
+    if is_main and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
         mark_conventional(Path(summary.checkpoint))
-    state.wait_for_everyone()
+    wait_for_main("finishing the checkpoint")
     return summary
 
 
@@ -274,13 +276,12 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
         raise UsageError(
             f"{run_dir} holds a run of {done} steps, which train.steps=0 would replace: choose another run_dir=DIR."
         )
-    state = PartialState()
     directory = run_dir / CHECKPOINT
-    if state.is_main_process:
+    if PartialState().is_main_process:
         with replaced(directory) as fresh:
             _copy_model(converted, revision, fresh)
             tokenizer.save_pretrained(fresh)
-    state.wait_for_everyone()
+    wait_for_main("copying the checkpoint")
     return TrainSummary(
         steps=0,
         best_score=None,
