@@ -132,7 +132,7 @@ def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
 
 
 LEVELS = {
-    **dict.fromkeys(("config", "config_check", "cli", "runtime", "memory", "tracking"), 0),
+    **dict.fromkeys(("config", "config_check", "cli", "durable", "stopping", "runtime", "memory", "tracking"), 0),
     "models": 1,
     **dict.fromkeys(("conversion", "conversion_plan", "calibration", "gate_fit", "gate_states", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),
