@@ -346,6 +346,29 @@ def test_the_same_settings_without_the_fault_work(
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["lm_head.weight", "encoder.embed_tokens.weight"])
+def test_the_next_command_that_a_conversion_prints_works(
+    kept: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """With a source whose tied table has another name than upstream gives it: it is the reference as well."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs / "conventional", "source")
+    tensors = load_file("source/model.safetensors")
+    save_file({kept if name == "shared.weight" else name: t for name, t in tensors.items()}, "source/model.safetensors")
+    assert run("convert", ["source=source", "output=ahead"], monkeypatch) == 0
+    printed = capfd.readouterr().out.strip().splitlines()[-1]
+    assert printed == "next: python -m pregate.eval checkpoint=ahead reference=source"
+    assert run("eval", [*printed.split()[4:], *TRAIN_SETTINGS, *qa(inputs)], monkeypatch) == 0
+    of_source = json.loads(Path("ahead-eval/eval.json").read_text())
+    whole = [f"checkpoint={inputs}/conventional", "output=whole", *TRAIN_SETTINGS, *qa(inputs)]
+    assert run("eval", whole, monkeypatch) == 0
+    asked = [json.loads(line) for line in Path("whole/predictions.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in Path("ahead-eval/predictions.jsonl").read_text().splitlines()]
+    assert [row["reference_prediction"] for row in found] == [row["prediction"] for row in asked]
+    assert any(row["prediction"] for row in asked) and of_source["scores"]["reference"]
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "convert"])
 def test_a_typo_is_told_by_the_real_command(command: str, tmp_path: Path) -> None:
     done = subprocess.run(
