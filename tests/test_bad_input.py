@@ -85,6 +85,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "good.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     (root / "empty_references.jsonl").write_text("\n".join(json.dumps({**row, "answers": []}) for row in ROWS))
     (root / "no_context.jsonl").write_text("\n".join(json.dumps({"question": "?", "answers": ["x"]}) for _ in ROWS))
+    late = [*ROWS, {**ROWS[0], "answers": [["x"]]}, {**ROWS[0], "context": "half \ud83d"}]
+    for name, rows in {"late_list": late[:-1], "late_half": [*ROWS, late[-1]]}.items():
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     pandas.DataFrame({k: [] for k in ROWS[0]}).to_parquet(root / "empty.parquet")
     (root / "used").mkdir()
     (root / "used" / "thesis.tex").write_text("precious")
@@ -132,6 +135,16 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         "eval",
         ["checkpoint={root}/pregated", "QA:empty_references.jsonl"],
         "without an answer|no answer|has no|have no",
+    ),
+    "cell that is no text": (
+        "train",
+        ["model.source={root}/conventional", "QA:late_list.jsonl", "eval.examples=null", "run_dir={out}/run"],
+        "late_list.jsonl holds a list inside a list in column 'answers'",
+    ),
+    "lone surrogate": (
+        "train",
+        ["model.source={root}/conventional", "QA:late_half.jsonl", "run_dir={out}/run"],
+        "holds a text with the lone surrogate '\\ud83d' in column 'context'",
     ),
     "dense checkpoint": ("convert", ["source={root}/dense", "output={out}/converted"], "t5"),
     "dense checkpoint for evaluation": ("eval", ["checkpoint={root}/dense", "QA:good.jsonl"], "'t5' model"),
