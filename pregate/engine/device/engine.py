@@ -239,6 +239,10 @@ class DeviceEngine:
         request overwrites them."""
         return self.decoder.chooser.tokens_BT
 
+    def rows_not_finite(self) -> list[int]:
+        """Rows of the last request with a NaN or an infinity among the logits of a step. Waits for the device."""
+        return (~self.decoder.chooser.finite_B).nonzero().flatten().tolist()
+
     def counters(self) -> Counters:
         """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
         counted = self._check_errors()

@@ -42,8 +42,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def state_of(gates: Iterable[nn.Module], parts: Iterable[nn.Module]) -> list[Any]:
-    """What a captured step has for good: which gates there are and how each decides, and where the weights of `parts` of
-    the model lie. The numbers in a weight are read in every step and are not in it."""
+    """What a captured step has for good: which gates there are and how each decides, and where the weights of `parts`
+    of the model lie. The numbers in a weight are read in every step and are not in it."""
     state: list[Any] = []
     for gate in gates:
         for module in gate.modules():

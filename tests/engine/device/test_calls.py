@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import UsageError
+from pregate.config import CacheRule, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.sampling import Sampling
 from tests.engine.device.test_static_step import inputs_of
@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "repetit
 @pytest.fixture(params=["gpu_only", "pre_gated"])
 def engine(served: Served, request: pytest.FixtureRequest) -> Any:
     with DeviceEngine.open(
-        served.directory, batch=2, max_source_len=11, max_new_tokens=NEW, policy=request.param, cache="lru"
+        served.directory, batch=2, max_source_len=11, max_new_tokens=NEW, policy=request.param, cache=CacheRule.lru
     ) as opened:
         yield opened
 

@@ -65,8 +65,9 @@ def other_forward(model: Any) -> None:
     called = [mlp.pre_gate for mlp in mlps(model) if mlp.pre_gate is not None]
     called += list(model.decoder.entry_gates.values())
     for gate in called:
-        kind = EmbeddingGate if isinstance(gate, EmbeddingGate) else SwitchGate
-        gate.forward = lambda hidden, gate=gate, kind=kind: next_expert(kind.forward(gate, hidden))
+        kind: Any = EmbeddingGate if isinstance(gate, EmbeddingGate) else SwitchGate
+        forward = lambda hidden, gate=gate, kind=kind: next_expert(kind.forward(gate, hidden))  # noqa: E731
+        setattr(gate, "forward", forward)  # noqa: B010
 
 
 def hooks(model: Any) -> None:
