@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import Drive, Policy, Run, Tier, UsageError
+from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import OffloadEngine, serving_dtype
 from pregate.engine.device.engine import DeviceEngine, slots_for
@@ -23,13 +23,14 @@ from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import check_driven, measure_driven, open_driven
-from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
+from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.summary import print_summary
 from pregate.models.adapter import ExpertFamily, PreGating
 from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
@@ -48,6 +49,8 @@ ENGINE_COLUMNS = (
     "hits",
     "misses",
     "tokens_equal_resident",
+    "logits_max_diff",
+    "logits_equal_resident",
 )
 
 
@@ -208,9 +211,10 @@ def assess(bench: Bench, checkpoint: str, policy: Policy) -> Subject:
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens or bench.run.task.max_target_tokens,
             num_beams=settings.num_beams,
+            name=checkpoint,
         )
         routed = bench.examples[: settings.agreement_examples]
-        routes = record_routes(engine, routed, bench.collate, settings.batch_size) if routed else {}
+        routes = record_routes(engine, routed, bench.collate, settings.batch_size, checkpoint) if routed else {}
     scores = bench.task.score(predictions, [example.references for example in bench.examples])
     return Subject(checkpoint, predictions, scores, routes)
 
@@ -251,7 +255,7 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     shown = bench.examples[: engine.bench_prompts]
     prompts = [bench.collate([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
-    expected = _expected_tokens(bench, request)
+    expected = _expected(bench, request)
     # what training or packing wrote must not reach the disk while policies are timed
     os.sync()
     records, traces = {}, {}
@@ -263,9 +267,11 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
         keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
             if engine.drive is Drive.device:
-                records[str(policy)] = measure_driven(opened, request, bench.device, expected)
-                continue
-            records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+                record = measure_driven(opened, request, bench.device, expected)
+            else:
+                record, traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+            check_logits(bench.checkpoint, f"served with policy {policy}", record["logits_finite"])
+            records[str(policy)] = record
         except (DeviceFullError, torch.OutOfMemoryError):
             if policy is not Policy.gpu_only:
                 raise
@@ -273,13 +279,23 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     return records, traces
 
 
-def _expected_tokens(bench: Bench, request: BenchRequest) -> list[torch.Tensor] | None:
-    """The resident model's tokens, or None where the whole model does not fit on the device."""
+def check_logits(checkpoint: str, how: str, finite: bool) -> None:
+    """Raises `UsageError` for logits that are not finite."""
+    if not finite:
+        raise UsageError(f"The logits of {checkpoint}, {how}, are NaN or infinite: {WHAT_TO_CHECK}.")
+
+
+def _expected(bench: Bench, request: BenchRequest) -> Expected | None:
+    """What the resident model gives, or None where the whole model does not fit on the device."""
     try:
-        return resident_tokens(load_resident(bench.checkpoint, device_map=str(bench.device)), request)
+        resident = load_resident(bench.checkpoint, device_map=str(bench.device))
+        expected = resident_answers(resident, request, bench.run.engine.slab_dtype is SlabDtype.source)
     except torch.OutOfMemoryError:
         say("The whole model does not fit on the device: tokens are not compared with it.")
         return None
+    finite = all(bool(logits.isfinite().all()) for logits in expected.logits)
+    check_logits(bench.checkpoint, "as a whole in memory", finite)
+    return expected
 
 
 def settings(bench: Bench) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def best_kernel(
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The best of TILE tokens of a row, and whether a logit of them is NaN or infinite, for each of SPLITS programs. Flags
-    are bytes."""
+    """The best of TILE tokens of a row, and whether a logit of theirs is NaN or infinite, for each of SPLITS programs.
+    Flags are bytes."""
     part, row = tl.program_id(0), tl.program_id(1)
     token = part * TILE + tl.arange(0, TILE)
     inside = token < V
