@@ -9,7 +9,8 @@ from pregate.config import Run
 def main(run: Run) -> None:
     from accelerate import PartialState
 
-    from pregate.measure.evaluation import check_engine, evaluate, prepare
+    from pregate.measure.evaluation import evaluate, prepare
+    from pregate.measure.servable import check_engine
     from pregate.models.checkpoint import read_config
     from pregate.tasks.base import build_training_task
     from pregate.tasks.text import check_vocabulary, load_tokenizer
@@ -17,12 +18,12 @@ def main(run: Run) -> None:
     from pregate.training import stages
 
     stages.check_model(run)
-    check_engine(run)
+    check_engine(run, *stages.trained_config(run))
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
     stages.check_teachers(run, tokenizer)
-    task.check(tokenizer, (run.task.train_split, run.task.eval_split))
+    task.check(tokenizer, stages.splits(run))
     run_dir = stages.claim_run_dir(run)
     is_main = PartialState().is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:

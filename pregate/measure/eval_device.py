@@ -12,19 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pregate.config import Policy, Run, UsageError
+from pregate.engine.device import require_triton
 from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
+from pregate.engine.device.experts import check_activation
+from pregate.engine.device.request import read_request
 from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
 from pregate.measure.latency import BenchRequest, Expected, judged, medians
 from pregate.measure.logits import check_moved
 from pregate.memory import PeakMemory
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.runtime import pick_device
 
 
-def check_driven(run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes: int) -> None:
-    """Refuse what a device-driven evaluation of a checkpoint with `config` could not be served with. Raises
-    `UsageError`."""
+def check_driven(
+    run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes: int, settings: GenerationConfig
+) -> None:
+    """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
+    served with. Raises `UsageError`."""
+    check_activation(config.dense_act_fn)
+    if pick_device(run.engine.device).type == "cuda":
+        require_triton()
     refuse_settings(
         run.eval.batch_size, run.task.max_source_tokens, _new_tokens(run), run.engine.cache, run.engine.tier, None
     )
@@ -32,6 +42,8 @@ def check_driven(run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes:
         raise UsageError(
             f"eval.num_beams={run.eval.num_beams} needs the host: set eval.num_beams=1, or use engine.drive=host."
         )
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": _new_tokens(run)}
+    read_request(settings, greedy, config.vocab_size, _new_tokens(run))
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
             slots_for(run.engine.device_budget, policy, config, slab_bytes, run.eval.batch_size)

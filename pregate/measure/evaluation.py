@@ -16,23 +16,23 @@ from typing import Any
 import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
-from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
-from pregate.engine.decode import OffloadEngine, serving_dtype
+from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
+from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine, slots_for
-from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
-from pregate.measure.eval_device import check_driven, measure_driven, open_driven
+from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
+from pregate.measure.servable import check_servable
 from pregate.measure.summary import print_summary
 from pregate.models.adapter import ExpertFamily, PreGating
-from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.models.checkpoint import read_config
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.switch import load_resident
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
 from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
@@ -94,6 +94,7 @@ def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
         "num_examples": len(bench.examples),
         "primary_metric": bench.task.primary_metric,
         "checkpoint": bench.checkpoint,
+        "checkpoint_label": _label(bench.checkpoint),
         "reference": bench.reference,
         "reference_label": "source" if _is_source(bench.reference) else "reference",
         **compare(run, subject, compared),
@@ -126,17 +127,6 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
 
 
-def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
-    """The expert family and slab size of a checkpoint that the engine can serve within the budget, from its headers."""
-    opened = open_checkpoint(directory)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
-    family = switch_expert_family(config)
-    slab_bytes = check_budget(run, family, serving_dtype(config, opened, family))
-    if run.engine.drive is Drive.device:
-        check_driven(run, config, slab_bytes)
-    return family, slab_bytes
-
-
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
     stored, asked = PreGating.from_dict(read_config(checkpoint).get("pregate")), PreGating.of_config(run.pregate)
@@ -148,29 +138,6 @@ def check_gates(run: Run, checkpoint: str) -> None:
                 f"{checkpoint} has {name} {has}, but pregate.{name}={wanted} was asked for: leave the setting out, or "
                 "convert and train a checkpoint with it."
             )
-
-
-def check_engine(run: Run) -> None:
-    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`."""
-    pick_device(run.engine.device)
-    if run.then_eval:
-        if run.reference is not None:
-            check_servable(run, run.reference)
-        settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
-        slab_bytes = check_budget(run, switch_expert_family(config), torch.float32)
-        if run.engine.drive is Drive.device:
-            check_driven(run, config, slab_bytes)
-
-
-def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
-    """Refuse a budget that some policy cannot serve with; returns the bytes of one slab."""
-    slab_bytes = SlabLayout.of(family, dtype, run.engine.slab_dtype).slab_bytes
-    host_buffers_within(run.engine.host_budget, family, slab_bytes)
-    for policy in (run.engine.policy, *run.engine.policies):
-        if policy is not Policy.gpu_only:
-            slots_within(run.engine.device_budget, policy, family, slab_bytes)
-    return slab_bytes
 
 
 def open_engine(
@@ -242,6 +209,12 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
         parity[f"{metric}_delta_interval"] = bootstrap_interval(differences, run.eval.bootstrap_samples, run.seed)
     section["parity"] = parity
     return section
+
+
+def _label(checkpoint: str) -> str:
+    """What kind of model it is."""
+    gating = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
+    return "pre_gated" if gating.lookahead else "conventional"
 
 
 def _is_source(reference: str | None) -> bool:
@@ -383,7 +356,7 @@ def publish(
     metrics = list(evaluation["scores"]["pre_gated"])
     tracker.table(
         "parity",
-        ["metric", "pre_gated", "reference", "delta", "interval_low", "interval_high"],
+        ["metric", evaluation["checkpoint_label"], "reference", "delta", "interval_low", "interval_high"],
         [
             [
                 metric,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion import MANIFEST, convert_for
+from pregate.engine.decode import serving_dtype
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, open_checkpoint, read_config, side_files
@@ -27,7 +29,7 @@ from pregate.models.switch import (
     load_resident,
     mark_conventional,
 )
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
@@ -100,6 +102,12 @@ def check_model(run: Run) -> None:
             )
 
 
+def splits(run: Run) -> list[str]:
+    """The splits of the task that the command will read, evaluation included."""
+    evaluated = [run.eval.split] if run.then_eval and run.eval.split else []
+    return list(dict.fromkeys([run.task.train_split, run.task.eval_split, *evaluated]))
+
+
 def check_teachers(run: Run, tokenizer: Any) -> None:
     """Refuse, before any work, a teacher that cannot teach the model of this run. Raises `UsageError`."""
     for train in (run.train, run.source_train):
@@ -132,6 +140,24 @@ def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwi
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
+
+
+def trained_config(run: Run) -> tuple[PreGatedSwitchTransformersConfig, torch.dtype]:
+    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
+    `UsageError` for a source that cannot be read."""
+    source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
+    if source is None:
+        return geometry_config(run, gating, vocab_size=128), torch.float32
+    settings = read_config(source, revision)
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
+    if "pregate" not in settings and gating.lookahead:
+        ahead = {"model_type": config.model_type, "pregate": gating.to_dict()}
+        # where the model is too shallow for it, conversion, which comes before training, says so in better words
+        with suppress(UsageError):
+            config = PreGatedSwitchTransformersConfig.of_checkpoint({**settings, **ahead})
+    if run.train.steps:
+        return config, torch.float32  # in which weights are trained and saved
+    return config, serving_dtype(config, open_checkpoint(source, revision), switch_expert_family(config))
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
