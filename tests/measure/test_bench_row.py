@@ -12,8 +12,9 @@ import torch
 from pregate.engine.trace import Span
 from pregate.measure.baselines import Reference
 from pregate.measure.bench_grid import RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, logit_difference
+from pregate.measure.bench_row import Effort, Requests, figures
 from pregate.measure.latency import Timed, TokenClock, time_request
+from pregate.measure.logits import logit_difference
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
 CPU = torch.device("cpu")
