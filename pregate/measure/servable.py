@@ -39,8 +39,10 @@ def check_config(
 
 
 def check_engine(run: Run, config: PreGatedSwitchTransformersConfig, dtype: torch.dtype) -> None:
-    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. `config` and the `dtype`
-    of experts are those that the trained checkpoint will have. Raises `UsageError`."""
+    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`.
+
+    `config` and `dtype` (of experts) are those that the trained checkpoint will have.
+    """
     pick_device(run.engine.device)
     if not run.then_eval:
         return

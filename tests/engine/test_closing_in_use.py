@@ -14,7 +14,7 @@ from pregate.engine.decode import OffloadEngine
 from tests.engine.hostile import Streamer
 from tests.engine.serving import Served, assert_same, assert_serves, request, serve
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 
 
 def test_closing_waits_for_another_threads_request(served: Served, expected: tuple[Tensor, Tensor]) -> None:

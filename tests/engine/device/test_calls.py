@@ -17,7 +17,7 @@ from pregate.engine.device.sampling import Sampling
 from tests.engine.device.test_static_step import inputs_of
 from tests.engine.serving import Served
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 NEW = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "repetition_penalty": 1e6}
 
