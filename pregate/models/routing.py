@@ -37,9 +37,10 @@ def router_logits(hidden_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, 
         return torch.nn.functional.linear(hidden_BTD.to(dtype), weight_ED.to(dtype), bias)
 
 
-def jitter(hidden_BTD: Tensor, noise: float) -> Tensor:
+def jitter(hidden_BTD: Tensor, noise: float, in_place: bool = False) -> Tensor:
     """Multiply by uniform noise in [1 - noise, 1 + noise] (the Switch exploration policy)."""
-    return hidden_BTD * torch.empty_like(hidden_BTD).uniform_(1.0 - noise, 1.0 + noise)
+    factor_BTD = torch.empty_like(hidden_BTD).uniform_(1.0 - noise, 1.0 + noise)
+    return hidden_BTD.mul_(factor_BTD) if in_place else hidden_BTD * factor_BTD
 
 
 def choose_experts(probabilities_BTE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

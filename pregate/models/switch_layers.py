@@ -133,19 +133,26 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
 
 
 class SwitchGate(nn.Module):
-    """One router: the linear map from hidden states to expert logits, with the family's top-1 and capacity rule."""
+    """One router: the linear map from hidden states to expert logits, with the family's top-1 and capacity rule.
 
-    def __init__(self, config: SwitchTransformersConfig) -> None:
+    `in_place`: jitter the states themselves, as upstream does. Experts then read the jittered states too where these
+    are in the router's dtype; lookahead 0 keeps that, because it promises to be the source model.
+    """
+
+    def __init__(self, config: SwitchTransformersConfig, in_place: bool = False) -> None:
         super().__init__()
         self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
         self.capacity = config.expert_capacity
         self.noise = float(config.router_jitter_noise)
         self.dtype = getattr(torch, config.router_dtype)
+        self.in_place = in_place
 
     def perturb(self, hidden_BTD: Tensor) -> Tensor:
         """In training, the jittered input; in evaluation the input itself. In the router's dtype."""
         hidden_BTD = hidden_BTD.to(self.dtype)
-        return jitter(hidden_BTD, self.noise) if self.training and self.noise > 0 else hidden_BTD
+        if not self.training or self.noise <= 0:
+            return hidden_BTD
+        return jitter(hidden_BTD, self.noise, self.in_place)
 
     def decide(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
         """Route by hidden states that `perturb` has seen; combine weights come out in `dtype`."""
@@ -161,9 +168,8 @@ class SwitchGate(nn.Module):
         """The family's rule."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
 
-    def forward(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
-        """`decide`, as a call of the module. `perturb` is left to the caller, whose experts may read what it gives."""
-        return self.decide(seen_BTD, dtype)
+    def forward(self, hidden_BTD: Tensor) -> Routing:
+        return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)
 
 
 class EmbeddingGate(SwitchGate):
@@ -173,9 +179,8 @@ class EmbeddingGate(SwitchGate):
         super().__init__(config)
         self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def forward(self, embedded_BTD: Tensor) -> Routing:  # type: ignore[override]
-        normed_BTD = self.layer_norm(embedded_BTD)
-        return self.decide(self.perturb(normed_BTD), normed_BTD.dtype)
+    def forward(self, hidden_BTD: Tensor) -> Routing:
+        return super().forward(self.layer_norm(hidden_BTD))
 
 
 class SwitchExperts(nn.ModuleDict):
@@ -224,8 +229,7 @@ class PreGatedSparseMLP(nn.Module):
         gating = config.pregating
         seats = gating.gates_at(stack, index, num_blocks)
         self.stack, self.index, self.target = stack, index, seats.target
-        self.conventional = gating.lookahead_of(stack) == 0
-        self.router = SwitchGate(config) if seats.own else None
+        self.router = SwitchGate(config, in_place=gating.lookahead_of(stack) == 0) if seats.own else None
         self.pre_gate = SwitchGate(config) if seats.target is not None else None
         # an engine that keeps the experts elsewhere asks for none: thousands of modules would be made to be dropped
         self.experts = nn.Module() if _experts_elsewhere.get() else SwitchExperts(config)
@@ -239,16 +243,11 @@ class PreGatedSparseMLP(nn.Module):
         """
         decided = None
         if self.pre_gate is not None:
-            decided = self.pre_gate(self.pre_gate.perturb(hidden_BTD), hidden_BTD.dtype)
+            decided = self.pre_gate(hidden_BTD)
         if routing is None:
             assert self.router is not None, "a block without an entry gate was given no route"
-            seen_BTD = self.router.perturb(hidden_BTD)
-            own: Routing = self.router(seen_BTD, hidden_BTD.dtype)
+            own: Routing = self.router(hidden_BTD)
             routing = own
-            if self.conventional and seen_BTD.dtype == hidden_BTD.dtype:
-                # upstream jitters in place, so in the router's own dtype the experts read the jittered states too;
-                # lookahead 0 keeps that, because it promises to be the source model
-                hidden_BTD = seen_BTD
             self._announce(self.index, routing)
         # behind the block's own route, which is needed first
         if decided is not None:

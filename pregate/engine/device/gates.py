@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pregate.models.linear import is_plain
 from pregate.models.routing import Routing, route, router_logits
 from pregate.models.switch_layers import EmbeddingGate, SwitchGate
 
 
-def decide_own(gate: SwitchGate, hidden_B1D: Tensor) -> Routing:
-    """A block's own gate decides as the model asks it to: `perturb`, which in evaluation changes nothing but the dtype
-    and is left out, then `decide`."""
-    seen_B1D = gate.perturb(hidden_B1D) if _is_other(gate, "perturb", SwitchGate.perturb) else hidden_B1D
-    return gate.decide(seen_B1D, hidden_B1D.dtype)
+def decide(gate: Any, hidden_B1D: Tensor) -> Routing:
+    """What `gate` decides where the model calls it. `perturb`, which in evaluation changes nothing but the dtype, is
+    left out where nothing else happens in that call."""
+    return gate(hidden_B1D) if is_called(gate) else gate.decide(hidden_B1D, hidden_B1D.dtype)
 
 
 def is_called(gate: nn.Module) -> bool:
-    """Whether a gate that the model calls (a pre-gate, an entry gate) has to be called here as well: its `forward` is
-    another than the family's, or hooks watch it."""
+    """Whether a gate has to be called as the model calls it: its `forward` is another than the family's, or hooks watch
+    it."""
     if not isinstance(gate, SwitchGate):
         return True
     family = EmbeddingGate.forward if isinstance(gate, EmbeddingGate) else SwitchGate.forward
@@ -83,7 +83,7 @@ def for_steps(gate: SwitchGate) -> SwitchGate:
 
 
 def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
-    if type(gate.classifier) is not nn.Linear or _has_hooks(gate.classifier) or "forward" in vars(gate.classifier):
+    if not is_plain(gate.classifier):
         return SwitchGate.score(gate, seen_BTD)
     weight, bias = gate.classifier.weight, gate.classifier.bias
     if seen_BTD.shape[1] > 1 or weight.dtype != gate.dtype:

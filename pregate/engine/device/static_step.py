@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pregate.engine.device.gates import decide_own, for_steps, is_called, is_same, state_of
+from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.norms import add_norm
 from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
 from pregate.engine.device.static_attention import (
@@ -154,12 +154,10 @@ class StaticDecoder:
         def run(normed_B1D: Tensor) -> Tensor:
             own, ahead = mlp.router, mlp.pre_gate
             if own is not None:
-                self._commit(block, decide_own(own, normed_B1D))
+                self._commit(block, decide(own, normed_B1D))
             if ahead is not None and target is not None:
                 # behind the block's own route, which is needed first
-                called = is_called(ahead)
-                routing = ahead(normed_B1D) if called else ahead.decide(normed_B1D, normed_B1D.dtype)
-                self._commit(target, routing)
+                self._commit(target, decide(ahead, normed_B1D))
             weights_BK = self._routes.pop(block).weights_BTK[:, 0]
             return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
 
