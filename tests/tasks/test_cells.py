@@ -338,12 +338,12 @@ def test_lists_of_sentences_are_joined_and_the_perfect_summary_scores_100(form: 
 
 
 @pytest.mark.parametrize("form", ["parquet", "hub", "jsonl", "json"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("column", ["answers", "answers.text"])
+@pytest.mark.parametrize(
+    ("shape", "column"),
+    [(shape, "answers") for shape in SHAPES] + [(shape, "answers.text") for shape in list(SHAPES)[:2]],
+)
 def test_right_answers_in_every_shape_score_100(form: str, shape: str, column: str, tmp_path: Path) -> None:
     cells = SHAPES[shape]
-    if column == "answers.text" and shape == "a list of texts":
-        pytest.skip("no field to name")
     rows = [{"question": "q", "context": "c", "answers": cell} for cell in cells]
     path = written(form, tmp_path, rows)
     found = outcome("qa", form, path, columns={**composed("qa").task.columns, "answers": column})
