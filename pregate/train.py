@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pregate.cli import entry_point
 from pregate.config import Run
+from pregate.processes import join, leave
 
 
 def main(run: Run) -> None:
-    from accelerate import PartialState
-
     from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.models.checkpoint import read_config
     from pregate.tasks.base import build_training_task
@@ -16,6 +15,8 @@ def main(run: Run) -> None:
     from pregate.tracking import open_tracker
     from pregate.training import stages
 
+    state = join()
+    stages.check_precision(run)
     stages.check_model(run)
     check_engine(run)
     task, tokenizer = build_training_task(run), load_tokenizer(run)
@@ -24,11 +25,12 @@ def main(run: Run) -> None:
     stages.check_teachers(run, tokenizer)
     task.check(tokenizer, (run.task.train_split, run.task.eval_split))
     run_dir = stages.claim_run_dir(run)
-    is_main = PartialState().is_main_process
+    is_main = state.is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)
         trained = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
+        leave()
         evaluation = None
         if run.then_eval and is_main:
             reference = run.reference or (source if run.source_train is not None else None)

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.processes import main_only
 from pregate.training.checkpoint import random_state, save_last, save_model
 from pregate.training.distill import target_rows
 from pregate.training.losses import TokenCounts, loss_share
@@ -216,9 +217,8 @@ def evaluate(session: Session) -> str:
     if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
     if best if train.keep == Keep.best else state.step == train.steps:
-        if session.accelerator.is_main_process:
-            save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
-        session.accelerator.wait_for_everyone()
+        directory = session.out_dir / "checkpoint"
+        main_only(lambda: save_model(directory, session.model, session.tokenizer, session.carry))
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -226,8 +226,8 @@ def evaluate(session: Session) -> str:
 def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
-    if session.accelerator.is_main_process:
-        save_last(
+    main_only(
+        lambda: save_last(
             session.out_dir / "last",
             session.model,
             session.tokenizer,
@@ -236,7 +236,7 @@ def save(session: Session) -> None:
             random_states,
             session.carry,
         )
-    session.accelerator.wait_for_everyone()
+    )
 
 
 def finish(session: Session) -> TrainSummary:

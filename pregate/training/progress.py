@@ -12,6 +12,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from pregate.processes import asked, rank
+
+ECHO_S = 1.0
+"""A launcher hands Ctrl-C on to processes that the terminal has told already: within this time it is the same one."""
 LINES_EVERY = 10
 """Without a terminal, one line is printed for this many logged steps."""
 
@@ -94,6 +98,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.pending = False
+        self._first_s = 0.0
         self._previous: Any = None
         self._installed = False
 
@@ -112,6 +117,9 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.pending:
+            if asked()[1] > 1 and time.monotonic() - self._first_s < ECHO_S:
+                return
             raise KeyboardInterrupt
-        self.pending = True
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
+        self.pending, self._first_s = True, time.monotonic()
+        if rank() == 0:
+            print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
