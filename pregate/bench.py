@@ -11,9 +11,11 @@ from pregate.processes import check_alone
 
 def main(run: Run) -> None:
     check_alone("bench")
+    from pregate.engine.pack import refuse_output
     from pregate.measure.bench import measure, prepare
     from pregate.tracking import open_tracker
 
+    refuse_output("run_dir", Path(run.run_dir))
     study = prepare(run)
     out_dir = Path(run.run_dir)
     try:

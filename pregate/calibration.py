@@ -33,8 +33,8 @@ from pregate.gate_states import (
 )
 from pregate.models.adapter import STACKS
 from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
+from pregate.models.loading import load_resident
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
-from pregate.models.switch import load_resident
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
 from pregate.runtime import pick_device
 from pregate.tasks.base import Task, build_task

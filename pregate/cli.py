@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pregate.config import Run, UsageError
 from pregate.config_check import check_run
+from pregate.durable import FULL
 from pregate.overrides import (
     check_arguments,
     config_dir,
@@ -29,6 +30,7 @@ from pregate.overrides import (
     parsed,
 )
 from pregate.processes import PeerFailedError, asked, end_in_silence, lost_connection, may_tell
+from pregate.stopping import GOES_ON, stoppable
 
 
 def register_schema() -> None:
@@ -211,8 +213,10 @@ def check_command_line(arguments: Sequence[str]) -> None:
         compose_run(settings)
 
 
+@stoppable()
 def entry_point(work: Callable[[Run], None]) -> None:
-    """Run `work` under Hydra: compose, validate, execute; a `UsageError` ends in one sentence and status 2.
+    """Run `work` under Hydra: compose, validate, execute; a `UsageError` or a full disk ends in one sentence and status
+    2, Ctrl-C in status 130 and SIGTERM in 143.
 
     The plain case is composed once ahead of Hydra's own start so that its multi-line errors never reach the
     user; `--multirun`, `--help` and the like go straight to Hydra.
@@ -234,9 +238,13 @@ def entry_point(work: Callable[[Run], None]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _run_job(work, cfg, failed)
         else:
-            ending_in_one_sentence(lambda: work(validated(cfg, HydraConfig.get().overrides.task)), failed)
+            ending_in_one_sentence(lambda: work(validated(cfg, HydraConfig.get().overrides.task)))
 
-    run_under_hydra()
+    try:
+        run_under_hydra()
+    except KeyboardInterrupt:
+        _name_failed(failed)
+        raise
     if failed:
         _tell_failed(failed)
 
@@ -250,28 +258,21 @@ class Failure:
     status: int
 
 
-def ending_in_one_sentence(work: Callable[[], None], failed: Sequence[Failure] = ()) -> None:
-    """Do `work`; a user's error, Ctrl-C and another process's failure end the command without a traceback.
+def ending_in_one_sentence(work: Callable[[], None]) -> None:
+    """Do `work`; a user's error, a full disk and another process's failure end the command without a traceback.
 
     Where several processes run, the first that fails tells why, and the others end in silence.
     """
     try:
         work()
-    except UsageError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        fail(str(error))
-    except KeyboardInterrupt:
-        if may_tell():
-            print(
-                "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.",
-                file=sys.stderr,
-            )
-        _name_failed(failed)
-        sys.exit(130)
     except PeerFailedError:
         end_in_silence(1)
     except Exception as error:
+        said = in_one_sentence(error)
+        if said is not None:
+            if isinstance(error, UsageError) and os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            fail(said)
         if not may_tell():
             end_in_silence(1)
         sentence = lost_connection(error)
@@ -279,6 +280,15 @@ def ending_in_one_sentence(work: Callable[[], None], failed: Sequence[Failure] =
             raise
         print(f"pregate: {sentence}", file=sys.stderr)
         sys.exit(1)
+
+
+def in_one_sentence(error: Exception) -> str | None:
+    """What a user can do about `error`, or None if that is nothing."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"The disk is too full for {error.filename or 'a file'}: make room, and run the command again; {GOES_ON}"
+    return None
 
 
 def _run_job(work: Callable[[Run], None], cfg: Any, failed: list[Failure]) -> None:
@@ -298,14 +308,16 @@ def _run_job(work: Callable[[Run], None], cfg: Any, failed: list[Failure]) -> No
         name = f"job {HydraConfig.get().job.num} ({' '.join(overrides)})"
         try:
             work(validated(cfg, overrides))
-        except UsageError as error:
-            failed.append(Failure(name, str(error), 2))
-            print(f"pregate: {name} failed: {error}", file=sys.stderr)
         except Exception as error:
-            failed.append(Failure(name, f"{type(error).__name__}: {' '.join(str(error).split())}", 1))
-            traceback.print_exc()
+            said = in_one_sentence(error)
+            if said is None:
+                failed.append(Failure(name, f"{type(error).__name__}: {' '.join(str(error).split())}", 1))
+                traceback.print_exc()
+            else:
+                failed.append(Failure(name, said, 2))
+                print(f"pregate: {name} failed: {said}", file=sys.stderr)
 
-    ending_in_one_sentence(job, failed)
+    ending_in_one_sentence(job)
 
 
 def _tell_failed(failed: Sequence[Failure]) -> None:

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pregate.durable import write_text
+
 
 class UsageError(ValueError):
     """The user's input cannot work; the message is one sentence that says what to do instead."""
@@ -168,6 +170,7 @@ class GeneratedConfig:
 class TaskConfig:
     """What is learned and scored. `columns` maps a record field to a column, with dots into structs.
 
+    `header`: the names of the columns of csv and tsv files that have none in their first line.
     `noise_density` (share of tokens that are hidden) and `mean_span_tokens` are those of span corruption.
     """
 
@@ -176,7 +179,8 @@ class TaskConfig:
     hub: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
-    files: dict[str, str | None] = field(default_factory=dict)
+    files: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("train", "validation", "test")))
+    header: list[str] = field(default_factory=list)
     generated: GeneratedConfig | None = None
     train_split: str = "train"
     eval_split: str = "validation"
@@ -376,4 +380,4 @@ def to_dict(run: Run) -> dict[str, Any]:
 def save_run(run: Run, path: Path) -> None:
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))

@@ -5,6 +5,7 @@ Knows the schema (`config`) alone; what depends on a model, a checkpoint or a ma
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 
 from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
@@ -71,6 +72,11 @@ def check_run(run: Run) -> None:
         task.kind is not TaskKind.classification or len(task.labels) >= 2,
         f"task {task.name!r} is a classification and needs task.labels=[first,second,…], one word a class.",
     )
+    for key, what in (("header", "column of the file"), ("labels", "class")):
+        names = getattr(task, key)
+        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        need(not twice, f"task.{key} names {', '.join(twice[:1])} twice: give each {what} a name of its own.")
+        need(all(name.strip() for name in names), f"task.{key} has an empty name: give each {what} one.")
     need(0 < task.noise_density < 1, f"task.noise_density={task.noise_density} must lie between 0 and 1.")
     need(task.mean_span_tokens >= 1, f"task.mean_span_tokens={task.mean_span_tokens} must be at least 1.")
     need(bool(run.engine.policies), "engine.policies is empty: name at least one of " + ", ".join(Policy) + ".")
@@ -83,7 +89,11 @@ def check_run(run: Run) -> None:
         f"eval.max_new_tokens={run.eval.max_new_tokens} must be at least 1, or null for task.max_target_tokens.",
     )
     need(run.eval.agreement_examples >= 0, f"eval.agreement_examples={run.eval.agreement_examples} must be at least 0.")
+    for setting in ("device_budget", "host_budget"):
+        share_of(f"engine.{setting}", getattr(run.engine, setting) or "")
     bench = run.bench
+    for budget in bench.budgets:
+        share_of("bench.budgets", budget or "")
     for key in ("caches", "tiers", "drives", "slab_dtypes", "budgets", "batches"):
         need(bool(getattr(bench, key)), f"bench.{key} is empty: name at least one, or leave the setting out.")
     for key in ("batches", "active_experts"):
@@ -104,6 +114,22 @@ def check_run(run: Run) -> None:
     ):
         for key in keys:
             need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
+
+
+def share_of(setting: str, budget: str) -> float | None:
+    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
+    or of more than all."""
+    text = str(budget).strip()
+    if not text.endswith("%"):
+        return None
+    number = text[:-1].strip()
+    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
+            "as 4GB."
+        )
+    return share
 
 
 def check_distillation(label: str, train: TrainConfig) -> None:

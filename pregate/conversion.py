@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -29,21 +28,26 @@ from torch import Tensor
 import pregate as package
 from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion_plan import GateMove, TensorPlan, plan_shards, plan_tensors
+from pregate.durable import clear_abandoned, free_bytes, partial_beside, put
+from pregate.engine.pack import refuse_output
 from pregate.models.adapter import STACKS, PreGating
 from pregate.models.checkpoint import (
     CONFIG,
     TOKENIZER_FILES,
     SourceCheckpoint,
-    open_checkpoint,
     read_config,
     side_files,
 )
+from pregate.models.loading import open_model
+from pregate.models.switch_layers import OLD_MARKER
 from pregate.runtime import human_bytes
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
 SOURCE_TYPE = "switch_transformers"
+SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
+"""Settings of a config that opening a checkpoint completes."""
 STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
 TARGET_TYPE = package.PreGatedSwitchTransformersConfig.model_type
 
@@ -101,10 +105,9 @@ GateFitter = Callable[[TensorPlan, package.PreGatedSwitchTransformersConfig], Fi
 
 @dataclass(frozen=True)
 class _Architecture:
-    """The `config.json` to write, and the parsed configs of the model before and after."""
+    """The `config.json` to write, and the parsed config of the model after."""
 
     json: dict[str, Any]
-    conventional: package.PreGatedSwitchTransformersConfig
     target: package.PreGatedSwitchTransformersConfig
     blocks: dict[str, list[int]]
     """stack -> the layer numbers of its MoE blocks, in order"""
@@ -134,10 +137,12 @@ def convert(
     """
     began = time.perf_counter()
     output = Path(output).expanduser()
+    refuse_output("output", output)
+    clear_abandoned(output)
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
-    checkpoint = open_checkpoint(source, revision)
-    plan = plan_tensors(checkpoint, architecture.conventional, architecture.target, architecture.blocks)
+    checkpoint = open_model(source, revision)
+    plan = plan_tensors(checkpoint, architecture.target, architecture.blocks)
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
@@ -163,7 +168,8 @@ def convert(
             _write_json(partial / "model.safetensors.index.json", index)
         for file in sides:
             shutil.copyfile(file, partial / file.name)
-        _write_json(partial / CONFIG, architecture.json)
+        tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
+        _write_json(partial / CONFIG, architecture.json | tokens)
         origin = {"source": source, "revision": revision, "source_sha256": hashes}
         account = {"calibration": fitted.account} if fitted.account else {}
         _write_json(partial / MANIFEST, origin | _provenance(architecture, seed) | account)
@@ -194,6 +200,11 @@ def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = No
     )
 
 
+def check_convertible(source: str, config: dict[str, Any], pregate: PreGateConfig) -> None:
+    """Raises `UsageError` if a source with that `config.json` cannot be pre-gated so."""
+    _architecture(source, config, pregate)
+
+
 def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -> _Architecture:
     """Parse the source's config and place the gates in it. Raises `UsageError` if it cannot be converted so."""
     _refuse_family(source, config)
@@ -201,7 +212,8 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
         pregate.lookahead, tuple(s for s in STACKS if s in pregate.stacks), str(pregate.entry), str(pregate.init)
     )
     common = {
-        **config,
+        # the code that auto_map points to is not part of what is written
+        **{name: value for name, value in config.items() if name not in ("auto_map", OLD_MARKER)},
         "model_type": TARGET_TYPE,
         "architectures": [package.PreGatedSwitchTransformersForConditionalGeneration.__name__],
     }
@@ -227,7 +239,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
                 f"and {source} has {len(blocks[stack])}: choose a smaller lookahead, or leave the {stack} out of "
                 "pregate.stacks."
             )
-    return _Architecture({**common, "pregate": gating.to_dict()}, conventional, parse(gating), blocks)
+    return _Architecture({**common, "pregate": gating.to_dict()}, parse(gating), blocks)
 
 
 def _refuse_family(source: str, config: dict[str, Any]) -> None:
@@ -255,12 +267,11 @@ def _refuse_occupied(output: Path) -> None:
 
 
 def _refuse_full_disk(output: Path, needed: int) -> None:
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(output.parent)
     if needed > free:
         raise UsageError(
-            f"The checkpoint needs {human_bytes(needed)} and {parent} has {human_bytes(free)} free: make room, or "
-            "name an output on another disk."
+            f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "
+            "make room, or name an output on another disk."
         )
 
 
@@ -280,13 +291,11 @@ def _appearing(output: Path) -> Iterator[Path]:
     """A directory to fill beside `output`: it becomes `output` on success and vanishes on any failure."""
     output = output.resolve()
     missing = [folder for folder in output.parents if not folder.exists()]
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
+        with partial_beside(output) as partial:
+            yield partial
+            put(partial, output)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

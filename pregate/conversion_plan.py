@@ -1,27 +1,16 @@
 """Which tensor of a conventional checkpoint becomes which tensor of the pre-gated one.
 
-Knows names, shapes and tied embeddings; reads no weights (but for comparing embedding tables) and writes nothing.
+Knows names and how much goes into a file; reads no weights and writes nothing. What a source must hold is `loading`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from pregate.config import UsageError
 from pregate.models.adapter import PreGating
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration as TargetModel
+from pregate.models.loading import TABLES, parameter_shapes
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.runtime import first_of
-
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-LM_HEAD = "lm_head.weight"
-TABLES = (*EMBEDDINGS, LM_HEAD)
-# written by early T5-style exporters; the architecture has no such parameter and never reads it
-LEFTOVERS = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
 
 
 @dataclass(frozen=True)
@@ -71,35 +60,11 @@ def plan_moves(blocks: dict[str, list[int]], gating: PreGating) -> list[GateMove
     return moves
 
 
-def parameter_shapes(config: PreGatedSwitchTransformersConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the model that `config` describes; nothing is allocated."""
-    with torch.device("meta"):
-        model = TargetModel(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 def plan_tensors(
-    checkpoint: SourceCheckpoint,
-    conventional: PreGatedSwitchTransformersConfig,
-    target: PreGatedSwitchTransformersConfig,
-    blocks: dict[str, list[int]],
+    checkpoint: SourceCheckpoint, target: PreGatedSwitchTransformersConfig, blocks: dict[str, list[int]]
 ) -> TensorPlan:
-    """Match the source against the architecture of `conventional` and map it onto that of `target`.
-
-    Raises `UsageError` naming the first few tensors that are missing, unknown or of another shape.
-    """
-    wanted = parameter_shapes(conventional)
-    have = set(checkpoint.names())
-    _refuse("lacks", checkpoint, [name for name in wanted if name not in have and name not in TABLES])
-    _refuse("holds unknown tensors, namely", checkpoint, sorted(have - set(wanted) - LEFTOVERS))
-    for name in sorted(have - LEFTOVERS):
-        if checkpoint.shape(name) != wanted[name]:
-            raise UsageError(
-                f"{checkpoint.directory} holds {name} of shape {checkpoint.shape(name)} where its config.json asks for "
-                f"{wanted[name]}: use the config.json and the weights of one and the same model."
-            )
-    origins = {name: name for name in wanted if name not in TABLES}
-    origins |= _plan_tables(checkpoint, bool(target.tie_word_embeddings))
+    """Map a conventional source, opened and checked by `open_model`, onto the architecture of `target`."""
+    origins = {name: name for name in checkpoint.names()}
     moves = plan_moves(blocks, target.pregating)
     for move in moves:
         for name, source in move.renamed().items():
@@ -110,7 +75,7 @@ def plan_tensors(
     order = parameter_shapes(target)
     assert set(origins) | set(TABLES) == set(order), set(origins) ^ set(order)
     origins = {name: origins[name] for name in order if name in origins}
-    return TensorPlan(origins, tuple(moves), tuple(sorted(have - set(origins.values()))))
+    return TensorPlan(origins, tuple(moves), checkpoint.ignored)
 
 
 def plan_shards(checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> dict[str, list[str]]:
@@ -128,35 +93,3 @@ def plan_shards(checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes:
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _plan_tables(checkpoint: SourceCheckpoint, tied: bool) -> dict[str, str]:
-    """The embedding tables of the output.
-
-    A tied model stores one, and another only where its bits differ, which is how upstream reads such a file. An
-    untied model has four parameters of their own, but older exports share one table between the first three, so
-    a missing one is filled from those that are there.
-    """
-    have = set(checkpoint.names())
-    found = [name for name in (TABLES if tied else EMBEDDINGS) if name in have]
-    _refuse("lacks", checkpoint, [] if found else [EMBEDDINGS[0]])
-    if not tied:
-        _refuse("lacks", checkpoint, [] if LM_HEAD in have else [LM_HEAD])
-        return {**{name: name if name in have else found[0] for name in EMBEDDINGS}, LM_HEAD: LM_HEAD}
-    first, *others = found
-    tables = checkpoint.read(found)
-    return {EMBEDDINGS[0]: first} | {name: name for name in others if not _same_bits(tables[first], tables[name])}
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return one.data_ptr() == other.data_ptr() or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def _refuse(what: str, checkpoint: SourceCheckpoint, names: list[str]) -> None:
-    if names:
-        raise UsageError(
-            f"{checkpoint.directory} {what} {first_of(names, 3)}: use the complete weights of the model that its "
-            "config.json describes."
-        )

@@ -16,6 +16,9 @@ def work(run: Run) -> None:
     check_alone("convert")
     if run.source is None or run.output is None:
         raise UsageError("Conversion needs two places: source=DIRECTORY_OR_HUB_ID output=NEW_DIRECTORY.")
+    from pregate.engine.pack import refuse_output
+
+    refuse_output("output", Path(run.output))
     if run.pregate.init is Init.calibrated and run.pregate.lookahead:
         from pregate.calibration import calibrate_source
 

@@ -11,10 +11,12 @@ from pregate.processes import check_alone
 
 def main(run: Run) -> None:
     check_alone("eval")
+    from pregate.engine.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.tracking import open_tracker
 
     checkpoint, reference, out_dir = subjects(run)
+    refuse_output("output" if run.output or run.checkpoint else "run_dir", out_dir)
     bench = prepare(run, checkpoint, reference)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ VmHWM, reset through /proc/self/clear_refs). Where it cannot be measured it is N
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,22 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+CUDA_OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation, which torch raises as an `AcceleratorError` where it is not its allocator that asks."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device or the host has no memory left, and not that something else is broken."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY:
+        return isinstance(error, RuntimeError)
+    # the CPU's allocator has no exception of its own
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error) and "memory" in str(error)
 
 
 class PeakMemory:

@@ -34,6 +34,8 @@ SEVERAL = "`torchrun --nproc_per_node N -m pregate.train …`"
 TRUE = ("1", "true", "yes", "on", "t", "y")
 WAIT_S = (0.01, 1.0)
 """The first and the longest pause between two looks at what rank 0 has done."""
+TELL_AFTER_S = 60.0
+"""After this time a process that waits tells once what for."""
 SILENCE_S = 30.0
 """How long a process that has nothing to tell waits for its launcher to end it."""
 
@@ -194,10 +196,11 @@ def _shared_store() -> Any:
     return PrefixStore(f"pregate/{attempt}", client)
 
 
-def main_only(work: Callable[[], object]) -> None:
-    """Let rank 0 do `work` while the others wait, however long it takes: a collective would run into its time limit.
+def main_only(work: Callable[[], object], what: str) -> None:
+    """Let rank 0 do `work`, called `what`, while the others wait, however long it takes.
 
-    Raises what `work` raises, and on the others `PeerFailedError`.
+    A collective would end the run after 10 minutes (NCCL) or 30 (gloo), while a conversion may take hours: the others
+    look for a mark in the store, which has no limit. Raises what `work` raises, and on the others `PeerFailedError`.
     """
     join()
     assert _group is not None
@@ -207,7 +210,7 @@ def main_only(work: Callable[[], object]) -> None:
     _group.calls += 1
     key = f"main/{_group.calls}"
     if _group.rank:
-        _wait_for(_group.store, key)
+        _wait_for(_group.store, key, f"process {_group.rank} waits for the main process, which is {what}")
         return
     outcome = "failed"
     try:
@@ -217,10 +220,14 @@ def main_only(work: Callable[[], object]) -> None:
         _group.store.set(key, outcome)
 
 
-def _wait_for(store: Any, key: str) -> None:
+def _wait_for(store: Any, key: str, sentence: str) -> None:
     pause_s, longest_s = WAIT_S
+    began, told = time.monotonic(), False
     try:
         while not store.check([key]):
+            if not told and time.monotonic() - began > TELL_AFTER_S:
+                told = True
+                print(f"pregate: {sentence}", file=sys.stderr)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
         outcome = store.get(key)

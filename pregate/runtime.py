@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pregate import durable
 from pregate.config import Device, UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,27 @@ def pick_device(device: Device) -> torch.device:
     if device is Device.cuda:
         raise UsageError("engine.device=cuda, but torch finds no CUDA GPU: use engine.device=cpu or auto.")
     return torch.device("cpu")
+
+
+def compute_device(device: torch.device | str) -> torch.device:
+    """`device` as torch's, if experts can be served on it here. Raises `UsageError` if not."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"device={device!s} names no device: write cpu, cuda, or a GPU's number as in cuda:0."
+        ) from error
+    if found.type == "cpu" and not found.index:
+        return found
+    if found.type != "cuda":
+        raise UsageError(f"device={device!s}, but experts are served on cpu and cuda alone: write one of them.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise UsageError(f"device={device!s}, but torch finds no CUDA GPU: use cpu.")
+    if (found.index or 0) >= count:
+        last = "" if count == 1 else f" to cuda:{count - 1}"
+        raise UsageError(f"device={device!s}, but torch finds {count} of CUDA's GPUs: write cuda:0{last}.")
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -173,16 +195,8 @@ def to_jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; a reader sees the old file or the whole new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    """Write `value` as indented JSON, to stay; a reader sees the old file or the whole new one, never a part."""
+    durable.write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def console() -> Console:

@@ -15,12 +15,14 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from pregate.config import Run, WandbMode, to_dict
+from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
+from pregate.durable import flush, flush_file, make_directory
 from pregate.processes import rank
 from pregate.runtime import environment, to_jsonable, write_json
 
@@ -56,9 +58,20 @@ class Tracker:
             return
         seconds = round(time.monotonic() - self._clock_zero, 3)
         record = to_jsonable({"step": step, "time": seconds, **metrics})
-        self._file.write(json.dumps(record) + "\n")  # one write a line: an interruption tears at most the last
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")  # one write a line: an interruption tears at most the last
+            self._file.flush()
+        except OSError as error:
+            raise UsageError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room or mend the disk, and go on with "
+                "the same command and resume=true."
+            ) from error
         self._mirror(lambda run, wandb: run.log(self._with_axes(run, metrics, step)))
+
+    def sync(self) -> None:
+        """Return once what was logged is on the disk, before a state is from which it would not be logged again."""
+        if self._file is not None:
+            flush(self._file.fileno())
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table such as the engine's policies, one row a list in the order of `columns`; None is an empty cell."""
@@ -97,8 +110,12 @@ class Tracker:
     def close(self, failed: bool = False) -> None:
         """Finish both; an offline W&B run says where it lies and how to send it. Closing again does nothing."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                flush(file.fileno())
+            finally:
+                with suppress(OSError):  # the rest of a line that found no room, which `log` has told
+                    file.close()
 
         def finish(run: Any, wandb: Any) -> None:
             offline, folder = run.offline, Path(run.dir).parents[1]
@@ -144,11 +161,13 @@ def open_tracker(run: Run, run_dir: Path, is_main: bool = True) -> Tracker:
     """
     if not is_main:
         return Tracker()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir)
     path = run_dir / METRICS_FILE
     started_s = _mend(path)
     wandb_run = _start_wandb(run, run_dir) if run.tracking.kind is TrackerKind.wandb else None
-    return Tracker(path.open("a", encoding="utf-8"), wandb_run, started_s)
+    file = path.open("a", encoding="utf-8")
+    flush_file(run_dir)
+    return Tracker(file, wandb_run, started_s)
 
 
 def _mend(path: Path) -> float:

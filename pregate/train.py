@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pregate.cli import entry_point
 from pregate.config import Run
 from pregate.processes import join, leave
 
 
 def main(run: Run) -> None:
+    from pregate.engine.pack import refuse_output
     from pregate.measure.evaluation import check_engine, evaluate, prepare
     from pregate.models.checkpoint import read_config
-    from pregate.tasks.base import build_training_task
+    from pregate.tasks.base import build_training_task, splits_read
     from pregate.tasks.text import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import stages
 
     state = join()
     stages.check_precision(run)
+    refuse_output("run_dir", Path(run.run_dir))
     stages.check_model(run)
     check_engine(run)
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
     stages.check_teachers(run, tokenizer)
-    task.check(tokenizer, (run.task.train_split, run.task.eval_split))
+    task.check(tokenizer, splits_read(run))
     run_dir = stages.claim_run_dir(run)
     is_main = state.is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pandas
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file, save_file
 
 from pregate.cli import entry_point
 from tests.tiny import pregated_model, upstream_model
@@ -54,6 +56,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    ahead = pregated_model(0, 2, entry="embedding", stacks=("decoder",), vocab_size=512)
+    ahead.save_pretrained(root / "ahead_in_the_decoder")
+    tokenizer.save_pretrained(root / "ahead_in_the_decoder")
+    pregated_model(0, 1, vocab_size=512).save_pretrained(root / "pregated_once")
+    for name, origin, lost in (
+        ("lacks_an_expert", "conventional", "decoder.block.3.layer.2.mlp.experts.expert_1.wo.weight"),
+        ("lacks_a_gate", "pregated", "encoder.block.1.layer.1.mlp.pre_gate.classifier.weight"),
+    ):
+        shutil.copytree(root / origin, root / name)
+        tensors = load_file(root / name / "model.safetensors")
+        del tensors[lost]
+        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+    for name, changes in (
+        ("no_start", {"decoder_start_token_id": None, "pad_token_id": None}),
+        ("no_padding", {"pad_token_id": None}),
+        ("fewer_experts", {"num_experts": 3}),
+    ):
+        shutil.copytree(root / "conventional", root / name)
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps({**config, **changes}))
+        (root / name / "generation_config.json").unlink()
     weights = root / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4096])
     T5ForConditionalGeneration(
@@ -153,6 +176,107 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         "train",
         ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=1", "run_dir={out}/run"],
         "has lookahead 2, but pregate.lookahead=1",
+    ),
+    "source whose gates enter otherwise": (
+        "train",
+        ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=2", "pregate.entry=embedding"],
+        "has entry own, but pregate.entry=embedding was asked for: set pregate.entry=own, or start from the conv",
+    ),
+    "source that is pre-gated in one stack, named": (
+        "train",
+        [
+            "model.source={root}/ahead_in_the_decoder",
+            "QA:good.jsonl",
+            "pregate.lookahead=2",
+            "pregate.stacks=[encoder]",
+        ],
+        "has stacks [decoder], but pregate.stacks=[encoder] was asked for: set pregate.stacks=[decoder], or",
+    ),
+    "source whose gates began otherwise": (
+        "train",
+        ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=2", "pregate.init=source"],
+        "has init random, but pregate.init=source was asked for",
+    ),
+    "source whose gates began otherwise than an arm's": (
+        "train",
+        ["+experiment=nano_sst2", "+arm=gates_only", "reference={root}/pregated_once"],
+        "has init random, but pregate.init=calibrated was asked for",
+    ),
+    "source without an expert": (
+        "train",
+        ["model.source={root}/lacks_an_expert", "pregate.lookahead=0", "QA:good.jsonl", "run_dir={out}/run"],
+        "lacks decoder.block.3.layer.2.mlp.experts.expert_1.wo.weight",
+    ),
+    "pre-gated source without a gate": (
+        "train",
+        ["model.source={root}/lacks_a_gate", "pregate.lookahead=2", "QA:good.jsonl", "run_dir={out}/run"],
+        "lacks encoder.block.1.layer.1.mlp.pre_gate.classifier.weight",
+    ),
+    "teacher without an expert": (
+        "train",
+        [
+            "model.source={root}/conventional",
+            "train.teacher={root}/lacks_an_expert",
+            "train.distill_logits=1",
+            "QA:good.jsonl",
+            "run_dir={out}/run",
+        ],
+        "lacks_an_expert lacks decoder.block.3",
+    ),
+    "reference of a training without an expert": (
+        "train",
+        ["model.source={root}/conventional", "reference={root}/lacks_an_expert", "QA:good.jsonl", "run_dir={out}/run"],
+        "lacks_an_expert lacks decoder.block.3",
+    ),
+    "reference of an evaluation without an expert": (
+        "eval",
+        ["checkpoint={root}/pregated", "reference={root}/lacks_an_expert", "QA:good.jsonl", "output={out}/eval"],
+        "lacks_an_expert lacks decoder.block.3",
+    ),
+    "checkpoint without a gate": (
+        "eval",
+        ["checkpoint={root}/lacks_a_gate", "QA:good.jsonl", "output={out}/eval"],
+        "lacks encoder.block.1.layer.1.mlp.pre_gate",
+    ),
+    "calibration of a source without an expert": (
+        "convert",
+        ["source={root}/lacks_an_expert", "output={out}/converted", "pregate.init=calibrated", "task=generated"],
+        "lacks decoder.block.3",
+    ),
+    "benchmark of a checkpoint without an expert": (
+        "bench",
+        ["checkpoint={root}/lacks_an_expert", "run_dir={out}/bench"],
+        "lacks decoder.block.3",
+    ),
+    "config of fewer experts": (
+        "train",
+        ["model.source={root}/fewer_experts", "QA:good.jsonl", "run_dir={out}/run"],
+        "says num_experts=3 but its weights hold 5 experts a block",
+    ),
+    "no token to begin with": (
+        "train",
+        ["model.source={root}/no_start", "QA:good.jsonl", "run_dir={out}/run"],
+        "names no decoder_start_token_id and no pad_token_id",
+    ),
+    "no token to begin with, for conversion": (
+        "convert",
+        ["source={root}/no_start", "output={out}/converted"],
+        "names no decoder_start_token_id and no pad_token_id",
+    ),
+    "no token to begin with, for evaluation": (
+        "eval",
+        ["checkpoint={root}/no_start", "QA:good.jsonl", "output={out}/eval"],
+        "names no decoder_start_token_id and no pad_token_id",
+    ),
+    "no token to pad with": (
+        "train",
+        ["model.source={root}/no_padding", "QA:good.jsonl", "run_dir={out}/run"],
+        "names no pad_token_id, which training needs",
+    ),
+    "lookahead too large for the source to train": (
+        "train",
+        ["model.source={root}/conventional", "QA:good.jsonl", "pregate.lookahead=3", "run_dir={out}/run"],
+        "needs at least 4 MoE blocks in the encoder",
     ),
     "results where nothing can be written": (
         "eval",

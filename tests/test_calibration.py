@@ -17,7 +17,7 @@ from pregate.config import CalibrationConfig, Entry, Init, PreGateConfig, Run, U
 from pregate.conversion import MANIFEST, convert
 from pregate.gate_states import Batches, gate_seats, router_logits, states_read
 from pregate.models.checkpoint import open_checkpoint, read_config
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.tasks.text import Collator
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import FirstWords, short_run, word_tokenizer

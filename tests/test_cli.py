@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,44 @@ def test_ctrl_c_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stopped.value.code == 130
     assert capsys.readouterr().err == (  # type: ignore[attr-defined]
         "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.\n"
+    )
+
+
+def test_sigterm_ends_in_one_sentence_and_a_status_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned: list[str] = []
+
+    def asked_to_end(run: Run) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            cleaned.append("as behind Ctrl-C")
+            raise
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        start(["seed=1"], monkeypatch, asked_to_end)
+    assert (stopped.value.code, cleaned) == (143, ["as behind Ctrl-C"])
+    assert capsys.readouterr().err == (
+        "pregate: terminated; a training or a benchmark goes on with the same command and resume=true.\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_full_disk_ends_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(run: Run) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/report.html")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        start(["seed=1"], monkeypatch, full)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "pregate: The disk is too full for runs/a/report.html: make room, and run the command again; a training or a "
+        "benchmark goes on with the same command and resume=true.\n"
     )
 
 
@@ -118,9 +158,10 @@ def test_ctrl_c_ends_a_sweep_and_names_what_has_failed(
 ) -> None:
     failing: dict[int, Any] = {1: UsageError("Nothing there."), 2: KeyboardInterrupt()}
     assert swept(["seed=1,2,3"], failing, monkeypatch, tmp_path) == ([1, 2], 130)
-    assert capsys.readouterr().err.splitlines()[-2:] == [
+    assert capsys.readouterr().err.splitlines()[-3:] == [
         "pregate: 1 job of the sweep failed:",
         "pregate: job 0 (name=swept seed=1): Nothing there.",
+        "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.",
     ]
 
 

@@ -125,7 +125,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("arm=shifted", "arm=shifted needs a plus: write +arm=shifted."),
         ("+model=switch_base_8", "takes no plus: write model=switch_base_8."),
         ("+seed=3", "takes no plus: write seed=3."),
-        ("task.files.train=a.jsonl", "needs a plus: write +task.files.train=a.jsonl."),
+        ("task.files.extra=a.jsonl", "needs a plus: write +task.files.extra=a.jsonl."),
         ("~train.clip_norm", "deletes a setting, and all must be there: set train.clip_norm=VALUE."),
         ("train.steps=1,2", "holds several values: give one, or add --multirun for one run with each."),
         ("engine.policies=pre_gated,on_demand", "write 'engine.policies=[pre_gated,on_demand]' for a list"),
@@ -225,7 +225,8 @@ def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
 
 
 LEVELS = {
-    **dict.fromkeys(("config", "config_check", "overrides", "processes", "cli", "runtime", "memory", "tracking"), 0),
+    **dict.fromkeys(("config", "config_check", "overrides", "cli"), 0),
+    **dict.fromkeys(("processes", "durable", "stopping", "runtime", "memory", "tracking"), 0),
     "models": 1,
     **dict.fromkeys(("conversion", "conversion_plan", "calibration", "gate_fit", "gate_states", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),

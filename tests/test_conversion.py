@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformer
 from pregate import __version__
 from pregate.config import Entry, Init, PreGateConfig
 from pregate.conversion import convert
+from pregate.models.loading import load_resident
 from tests.make_switch_base import SWITCH_BASE_8, TINY, make, shapes, weight
 
 BOTH = ["encoder", "decoder"]
@@ -205,6 +207,19 @@ def test_output_directory_is_complete(tiny, tmp_path):
     assert manifest["versions"]["pregate"] == __version__ and manifest["created"].endswith("+00:00")
     assert report.has_tokenizer and report.shards == ("model.safetensors",)
     assert (output / "model.safetensors").stat().st_mode & 0o777 == (output / "config.json").stat().st_mode & 0o777
+
+
+def test_code_that_a_config_points_to_is_not_taken_along(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    config = json.loads((source / "config.json").read_text())
+    auto_map = {"AutoModelForSeq2SeqLM": "modeling_evil.Model"}
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    convert(str(source), tmp_path / "out", gate())
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    load_resident(str(source)).save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in (tmp_path / "saved" / "config.json").read_text()
 
 
 def test_shards_and_index(tiny, tmp_path):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
     assert [language for language, _ in blocks] == ["bash", "bash", "python", "python", "bash"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
 from pregate import processes
 from pregate.cli import ending_in_one_sentence
@@ -70,7 +70,7 @@ def test_one_process_needs_no_launcher(variables: dict[str, str], monkeypatch: p
     state = processes.join()
     assert (state.num_processes, state.process_index) == (1, 0)
     done: list[int] = []
-    processes.main_only(lambda: done.append(1))
+    processes.main_only(lambda: done.append(1), "counting")
     assert done == [1] and processes.may_tell()
 
 
@@ -134,21 +134,47 @@ def test_rank_0_speaks_before_they_meet(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "pregate: something else\n"
 
 
-def as_one_of_two(rank: int, store: HashStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_one_of_two(rank: int, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_group", processes.Group(rank, 2, store))
 
 
 def test_the_others_wait_for_rank_0_and_fail_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     store, done = HashStore(), []
     as_one_of_two(0, store, monkeypatch)
-    processes.main_only(lambda: done.append("saved"))
+    processes.main_only(lambda: done.append("saved"), "saving")
     with pytest.raises(OSError, match="disk full"):
-        processes.main_only(full_disk)
+        processes.main_only(full_disk, "saving")
     as_one_of_two(1, store, monkeypatch)
-    processes.main_only(lambda: done.append("saved twice"))
+    processes.main_only(lambda: done.append("saved twice"), "saving")
     with pytest.raises(processes.PeerFailedError):
-        processes.main_only(lambda: done.append("not reached"))
+        processes.main_only(lambda: done.append("not reached"), "saving")
     assert done == ["saved"]
+
+
+def test_who_waits_long_tells_once_what_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, looks = HashStore(), iter(range(9))
+    monkeypatch.setattr(processes, "TELL_AFTER_S", -1.0)
+    monkeypatch.setattr(processes.time, "sleep", lambda _: next(looks) == 5 and store.set("main/1", "done"))
+    as_one_of_two(1, store, monkeypatch)
+    processes.main_only(lambda: None, "converting")
+    assert next(looks) == 6, "it went on before the main process was done"
+    assert capsys.readouterr().err == "pregate: process 1 waits for the main process, which is converting\n"
+
+
+def test_the_others_end_with_a_main_process_that_takes_the_store_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise DistNetworkError("Connection reset by peer")
+
+        def add(self, key: str, count: int) -> int:
+            raise DistNetworkError("Connection reset by peer")
+
+    as_one_of_two(1, Gone(), monkeypatch)
+    with pytest.raises(processes.PeerFailedError):
+        processes.main_only(lambda: None, "converting")
+    assert not processes.may_tell()
 
 
 def full_disk() -> None:
@@ -215,7 +241,7 @@ def work():
     time.sleep(0.2)
     seen.append(1)
     open(os.environ["DONE"], "w").close()
-processes.main_only(work)
+processes.main_only(work, "working")
 assert os.path.exists(os.environ["DONE"]) and len(seen) == (state.process_index == 0)
 from pregate.cli import ending_in_one_sentence
 from pregate.config import UsageError
@@ -223,7 +249,7 @@ from pregate.config import UsageError
 def failing():
     def refuse():
         raise UsageError("The main process alone cannot.")
-    processes.main_only(refuse)
+    processes.main_only(refuse, "refusing")
     raise AssertionError("not reached")
 ending_in_one_sentence(failing)
 """

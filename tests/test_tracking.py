@@ -2,13 +2,14 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from pregate import tracking
-from pregate.config import Run, TrackingConfig, WandbMode
+from pregate.config import Run, TrackingConfig, UsageError, WandbMode
 from pregate.config import Tracker as TrackerKind
 
 
@@ -86,6 +87,17 @@ def test_resume_mends_a_torn_line_and_continues_the_clock(tmp_path):
     assert first == json.loads(whole)
     assert second["step"] == 2
     assert 100.0 <= second["time"] < 110.0
+
+
+def test_a_full_disk_is_told(fake_wandb, tmp_path):
+    run = FakeRun(tmp_path)
+    tracker = tracking.Tracker(Path("/dev/full").open("w"), run)  # noqa: SIM115
+    with (
+        pytest.raises(UsageError, match=r"/dev/full cannot be written \(No space left on device\): make room"),
+        tracker,
+    ):
+        tracker.log({"train/loss": 0.5}, 2)
+    assert run.exit_code == 1 and run.logged == []
 
 
 @pytest.mark.parametrize("content", ["", "{torn", "not json\n", '{"step": 1}\n'])

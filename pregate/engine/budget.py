@@ -5,14 +5,14 @@ Knows sizes and policies; allocates slots, moves nothing.
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from pregate.config import Policy, Tier, UsageError
+from pregate.config_check import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.slabs import SlabLayout, aligned_bytes
+from pregate.memory import is_out_of_memory
 from pregate.models.adapter import ExpertFamily
 from pregate.runtime import human_bytes, parse_bytes
 
@@ -31,10 +31,13 @@ def resolve_tier(tier: Tier, device: torch.device) -> Tier:
 def slabs_within(setting: str, budget: str, num_experts: int, slab_bytes: int) -> int:
     """How many slabs `budget` holds: bytes ("4GB"), or a share of all experts ("25%"). At most all of them.
 
-    Raises `UsageError` if it holds none.
+    Raises `UsageError` if it holds none, and for what is neither.
     """
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(budget))
-    size = float(share.group(1)) / 100 * num_experts * slab_bytes if share else parse_bytes(budget)
+    share = share_of(setting, budget)
+    try:
+        size = parse_bytes(budget) if share is None else share * num_experts * slab_bytes
+    except UsageError as error:
+        raise UsageError(f"{setting}: {error}") from error
     # a share is exact: 25 % of 768 experts must not lose one to the rounding of a float
     slabs = min(num_experts, int(size / slab_bytes + 1e-9))
     if slabs < 1:
@@ -68,11 +71,14 @@ def host_buffers_within(budget: str | None, family: ExpertFamily, slab_bytes: in
 
 
 def allocate_slots(num_slots: int, layout: SlabLayout, device: torch.device) -> Tensor:
-    """Slots (num_slots, slab_bytes) on `device`, page-aligned. Raises `DeviceFullError`."""
+    """Slots (num_slots, slab_bytes) on `device`, page-aligned. Raises `DeviceFullError` where memory has run out; any
+    other fault of the device is raised as it is."""
     size = num_slots * layout.slab_bytes
     try:
         flat = aligned_bytes(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
-    except (torch.OutOfMemoryError, RuntimeError, OSError) as error:  # torch, torch and mmap
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise DeviceFullError(
             f"{num_slots} slots need {human_bytes(size)} on {device}, which has not that much free: lower "
             "engine.device_budget."

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import allocate_slots, host_buffers_within, resolve_tier, slots_within
@@ -23,29 +22,40 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.mover import Mover
 from pregate.engine.movers import make_mover
-from pregate.engine.pack import default_pack_dir, expert_dtype, pack
+from pregate.engine.origin import Unchanged
+from pregate.engine.pack import check_experts, default_pack_dir, pack
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slabs import SlabLayout
 from pregate.engine.store import DiskStore, DramStore, Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertFamily
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint, side_files
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.routing import Routing
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.runtime import first_of
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
+from pregate.runtime import compute_device, first_of
 
 Checkpoint = str | Path | SourceCheckpoint
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that a model may have."""
 
 
 def serving_dtype(
     config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, family: ExpertFamily
 ) -> torch.dtype:
-    """The dtype that the resident model would have: the config's, or that of the weights. Raises `UsageError` for
-    missing experts."""
-    stored = expert_dtype(source, family)
-    return config.dtype if isinstance(config.dtype, torch.dtype) else stored
+    """The dtype that `from_pretrained` gives every tensor of the resident model, experts included, whatever dtypes
+    they are stored in: the config's, or where that names none, the weights' own. Raises `UsageError` for missing
+    experts, and for a dtype that no model computes in."""
+    check_experts(source, family)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else source.default_dtype()
+    if dtype not in COMPUTED:
+        raise UsageError(
+            f"{source.directory} is a model of {str(dtype).removeprefix('torch.')}, in which no model computes: set "
+            "dtype in its config.json to float32, bfloat16 or float16."
+        )
+    return dtype
 
 
 class _Opened:
@@ -53,13 +63,10 @@ class _Opened:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         given = isinstance(checkpoint, SourceCheckpoint)
-        self.source = checkpoint if given else open_checkpoint(str(checkpoint))
+        self.source = checked(checkpoint) if given else open_model(str(checkpoint))
         self.config = PreGatedSwitchTransformersConfig.of_checkpoint(self.source.config)
         self.family = switch_expert_family(self.config)
         self.dtype = serving_dtype(self.config, self.source, self.family)
-        # asked for by name, because of a hub id only the weights are here so far
-        names = ("generation_config.json",)
-        self.side_files = [] if given else side_files(str(checkpoint), names=names)
 
 
 def open_store(
@@ -76,7 +83,8 @@ def open_store(
     (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
     checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
-    return _open_store(_Opened(checkpoint), Tier(tier), torch.device(device), pack_dir, SlabDtype(slab_dtype))
+    device = compute_device(device)
+    return _open_store(_Opened(checkpoint), Tier(tier), device, pack_dir, SlabDtype(slab_dtype))
 
 
 def _open_store(
@@ -85,7 +93,9 @@ def _open_store(
     layout = SlabLayout.of(opened.family, opened.dtype, slab_dtype)
     if resolve_tier(tier, device) is Tier.disk:
         where = Path(pack_dir) if pack_dir else default_pack_dir(opened.source.directory, slab_dtype)
-        return DiskStore(pack(opened.source, opened.family, layout, where))
+        with Unchanged(opened.source) as signs:
+            packed = pack(opened.source, opened.family, layout, where)
+        return DiskStore(packed, signs.identity)
     return DramStore(opened.source, opened.family, layout, page_locked=device.type == "cuda")
 
 
@@ -154,12 +164,18 @@ class OffloadEngine:
         engine closes. Enumerations may be given by name. Raises `UsageError` for a checkpoint or budget that cannot
         be served.
         """
-        device, policy = torch.device(device), Policy(policy)
+        device, policy = compute_device(device), Policy(policy)
         opened = _Opened(checkpoint)
         layout = SlabLayout.of(opened.family, opened.dtype, store.layout.stored if store else SlabDtype(slab_dtype))
         if store is not None and store.layout != layout:
             raise UsageError(
                 f"The store given holds no experts of {opened.source.directory}: open one with open_store."
+            )
+        made_from = None if store is None else getattr(store, "made_from", None)
+        if made_from is not None and made_from != opened.source.identity():
+            raise UsageError(
+                f"The store given holds other experts than {opened.source.directory} does now: open one with "
+                "open_store."
             )
         if io_threads < 1:
             raise UsageError(f"io_threads={io_threads} must be at least 1.")
@@ -299,8 +315,8 @@ class OffloadEngine:
 def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     config, source = opened.config, opened.source
-    setattr(config, WITHOUT_EXPERTS, True)
-    with torch.device("meta"):
+    config.dtype = opened.dtype
+    with without_experts(), torch.device("meta"):
         model = PreGatedSwitchTransformersForConditionalGeneration(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
     # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
@@ -315,11 +331,11 @@ def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTra
         # load_state_dict would walk all modules for each tensor
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
-    model.tie_weights()
+    # as from_pretrained: tables that are there and differ stay apart
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UsageError(f"{source.directory} lacks {first_of(missing)}: convert it again.")
-    for file in opened.side_files:
-        model.generation_config = GenerationConfig.from_pretrained(file.parent)
+    model.generation_config = generation_config(source)
     model.requires_grad_(False)
     return model.eval()

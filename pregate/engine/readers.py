@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pregate.config import UsageError
 from pregate.engine.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.models.adapter import ExpertKey
+from pregate.runtime import human_bytes
 
 PART_BYTES = 4 << 20
 """About as much of a slab as one read asks for: one slab alone then keeps several reads in flight."""
@@ -230,7 +232,13 @@ class HostBuffers:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._memory = aligned_bytes(self.num_buffers * self.slab_bytes)
+        try:
+            self._memory = aligned_bytes(self.num_buffers * self.slab_bytes)
+        except MemoryError as error:
+            raise UsageError(
+                f"{self.num_buffers} experts in host memory need {human_bytes(self.num_bytes)}, which are not to be "
+                "had: lower engine.host_budget."
+            ) from error
         if self.page_locked:
             page_lock(self._memory)
         self._buffers = [HostBuffer(m) for m in self._memory.view(self.num_buffers, self.slab_bytes)]

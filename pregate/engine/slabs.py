@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
+from pregate.memory import is_out_of_memory
 from pregate.models.adapter import ExpertFamily
 from pregate.models.moe import Factor, RowScaled
 from pregate.runtime import human_bytes
@@ -30,6 +31,8 @@ LINE = 64
 """Matrices start on cache lines, where BLAS reads fastest."""
 HOST_REGISTER_MAPPED = 2
 """cudaHostRegisterMapped. Devices with unified addressing map registered memory without it; it is promised with it."""
+CANNOT_LOCK = (2, 304, 801)
+"""cudaErrorMemoryAllocation, cudaErrorOperatingSystem, cudaErrorNotSupported: the system locks no more, or none."""
 STRIP = 512
 """Rows of fp8 that are looked up at a time on a CPU, so that their 32-bit indices stay in cache."""
 
@@ -221,16 +224,21 @@ def _view(slab_B: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype)
 def aligned_bytes(size: int) -> Tensor:
     """A uint8 tensor of `size` bytes on the CPU that starts at a page boundary; of a huge page, where the system has
     those and `size` is one or more. Large matrices are read with fewer address translations then, and a read past
-    the page cache pins fewer pages."""
+    the page cache pins fewer pages. Raises `MemoryError`."""
     huge = getattr(mmap, "MADV_HUGEPAGE", None)
-    if size < HUGE_PAGE or huge is None:
-        raw, unit = torch.empty(size + PAGE, dtype=torch.uint8), PAGE
-    else:
-        # private: the kernel gives shared memory no huge pages by default
-        memory, unit = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), HUGE_PAGE
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(huge)
-        raw = torch.frombuffer(memory, dtype=torch.uint8)
+    try:
+        if size < HUGE_PAGE or huge is None:
+            raw, unit = torch.empty(size + PAGE, dtype=torch.uint8), PAGE
+        else:
+            # private: the kernel gives shared memory no huge pages by default
+            memory, unit = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), HUGE_PAGE
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(huge)
+            raw = torch.frombuffer(memory, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:  # mmap and torch
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"There are no {human_bytes(size)} of host memory left.") from error
     start = -raw.data_ptr() % unit
     # a tensor of its own, not a view: of a view, torch asks whether what it is a view of is page-locked
     return torch.from_numpy(raw.numpy()[start : start + size])
@@ -243,9 +251,11 @@ def as_buffer(slab_B: Tensor) -> memoryview:
 
 def page_lock(memory: Tensor) -> None:
     """Page-lock `memory` in place for CUDA copies, and map it for kernels that read it themselves. Raises
-    `UsageError` if the system allows no more of it."""
+    `UsageError` if the system allows no more of it, `RuntimeError` for any other fault."""
     register = cast(Any, torch.cuda.cudart()).cudaHostRegister
     status = int(register(memory.data_ptr(), memory.numel(), HOST_REGISTER_MAPPED))
+    if status not in (0, *CANNOT_LOCK):
+        raise RuntimeError(f"Page-locking {human_bytes(memory.numel())} of host memory ended in CUDA error {status}.")
     if status != 0:
         raise UsageError(
             f"{human_bytes(memory.numel())} of host memory could not be page-locked (CUDA error {status}): raise the "

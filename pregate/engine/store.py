@@ -10,16 +10,18 @@ import os
 import threading
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.engine.origin import Unchanged
 from pregate.engine.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
 from pregate.models.adapter import ExpertFamily, ExpertKey
 from pregate.models.checkpoint import SourceCheckpoint
+from pregate.runtime import human_bytes
 
 CHUNK = 1 << 30
 
@@ -37,6 +39,8 @@ class Store(Protocol):
 
     layout: SlabLayout
     in_host_memory: bool
+    made_from: dict[str, Any] | None
+    """The `identity` of the checkpoint whose experts these are; None if that is not known."""
 
     def read_part(self, key: ExpertKey, slab_B: Tensor, first: int, last: int) -> None:
         """Fill bytes `first` to `last` (multiples of 4 KiB) of a page-aligned CPU slab."""
@@ -65,7 +69,8 @@ def copy_bytes(source: Tensor, target: Tensor) -> None:
 class DramStore:
     """All slabs in host memory, in chunks of about 1 GiB; page-locked in place for a CUDA device.
 
-    Registering plain memory avoids the power-of-two rounding of torch's pinned allocator.
+    Registering plain memory avoids the power-of-two rounding of torch's pinned allocator. Raises `UsageError` where
+    there is not that much memory, or not that much of it can be page-locked.
     """
 
     in_host_memory = True
@@ -76,18 +81,26 @@ class DramStore:
         self.layout = layout
         keys = family.keys()
         per_chunk = max(1, CHUNK // layout.slab_bytes)
-        self._chunks = [
-            aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes)
-            for first in range(0, len(keys), per_chunk)
-        ]
+        self._chunks = []
+        try:
+            for first in range(0, len(keys), per_chunk):
+                self._chunks.append(aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes))
+        except MemoryError as error:
+            self._chunks.clear()
+            raise UsageError(
+                f"The experts need {human_bytes(len(keys) * layout.slab_bytes)} of host memory, which are not to be "
+                "had: use engine.tier=disk."
+            ) from error
         self._registered: list[Tensor] = []
         self._place = {key: divmod(number, per_chunk) for number, key in enumerate(keys)}
         try:
             for chunk in self._chunks if page_locked else ():
                 page_lock(chunk)
                 self._registered.append(chunk)
-            for key, slab in read_slabs(checkpoint, family, layout):
-                self.slab(key).copy_(slab)
+            with Unchanged(checkpoint) as signs:
+                for key, slab in read_slabs(checkpoint, family, layout):
+                    self.slab(key).copy_(slab)
+            self.made_from: dict[str, Any] | None = signs.identity
         except BaseException:
             self.close()
             raise
@@ -120,7 +133,8 @@ class DiskStore:
 
     in_host_memory = False
 
-    def __init__(self, pack_dir: Path) -> None:
+    def __init__(self, pack_dir: Path, made_from: dict[str, Any] | None = None) -> None:
+        self.made_from = made_from
         index = read_index(pack_dir)
         self.layout = index.layout
         self._offsets, self._checksums = index.offsets, index.checksums

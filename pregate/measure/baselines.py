@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from pregate.engine.slabs import aligned_bytes
 from pregate.engine.store import Store
 from pregate.measure.bench_grid import BenchModel
 from pregate.models.adapter import ExpertKey
-from pregate.models.checkpoint import side_files
-from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, load_resident
+from pregate.models.loading import generation_config, load_resident
+from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
 
 
@@ -50,9 +49,8 @@ def _empty_model(model: BenchModel) -> PreGatedSwitchTransformersForConditionalG
 
 
 def use_generation_config(served: Any, model: BenchModel) -> None:
-    """Generate as the directory's own `generation_config.json` says, where there is one."""
-    for file in side_files(model.directory, names=("generation_config.json",)) if model.directory else ():
-        served.generation_config = GenerationConfig.from_pretrained(file.parent)
+    """Generate as the checkpoint's own settings say."""
+    served.generation_config = generation_config(model.source)
 
 
 @torch.no_grad()

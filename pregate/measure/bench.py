@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pregate.config import Baseline, Policy, Run, SlabDtype, Tier, UsageError, save_run
+from pregate.durable import append_text, flush_folders, write_text
 from pregate.engine.budget import DeviceFullError
 from pregate.engine.decode import open_store
 from pregate.engine.pack import INDEX
@@ -64,8 +65,7 @@ class Results:
 
     def add(self, row: dict[str, Any]) -> None:
         plain = to_jsonable({**row, "command": self.command})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        append_text(self.path, json.dumps(plain, ensure_ascii=False) + "\n")
         self.rows.append(plain)
         sentence = RowSpec.of(plain).sentence()
         say(f"{len(self.rows)} of {self.total}: {sentence}: {short_figures(plain)}")
@@ -184,16 +184,15 @@ def measure(study: Study, tracker: Tracker) -> list[dict[str, Any]]:
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The file without a torn last line; empty at first, which marks the directory as a benchmark's."""
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _measure_model(study: Study, model: BenchModel, results: Results) -> None:
     pending = study.pending(model)
-    references = References(study.out_dir / SCRATCH, study.run.bench.repeats, study.run.bench.new_tokens)
     if not pending:
         return
+    bench, identity = study.run.bench, model.source.identity()
+    references = References(study.out_dir / SCRATCH, bench.repeats, bench.new_tokens, identity)
 
     packing: dict[str, int] = {}
 
@@ -337,3 +336,4 @@ def _publish(rows: Sequence[dict[str, Any]], out_dir: Path, tracker: Tracker) ->
     tracker.table("bench", columns, [[row.get(column) for column in columns] for row in rows])
     for name, path in plot_bench(rows, out_dir / "plots").items():
         tracker.image(f"plots/{name}", path)
+    flush_folders(out_dir, "plots", "traces")

@@ -23,7 +23,8 @@ from pregate.engine.device.engine import MOST_ROWS, slots_for
 from pregate.engine.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.adapter import ExpertFamily, PreGating
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.loading import open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.synthetic import synthetic_checkpoint
 
@@ -162,7 +163,7 @@ def _random_model(run: Run, name: str, geometry: dict[str, Any], precision: Prec
 
 def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
     check_gates(run, checkpoint)
-    source = open_checkpoint(checkpoint)
+    source = open_model(checkpoint)
     if run.bench.dtype in DTYPES:
         stored = {key: value for key, value in source.config.items() if key != "torch_dtype"}  # the older name
         dtype = str(DTYPES[run.bench.dtype]).removeprefix("torch.")

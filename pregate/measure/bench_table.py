@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.config import Run
+from pregate.durable import write_text
 from pregate.measure.plots import three_digits
 from pregate.measure.summary import ABSENT
 from pregate.runtime import human_bytes
@@ -224,7 +225,7 @@ def write_bench(path: Path, rows: Sequence[Row], run: Run, environment: Mapping[
     for table in bench_tables(rows):
         parts += [f"## {table.title}", f"{table.caption}.", _markdown(table)]
     parts += [verdict(rows), "\n".join(f"- {note}" for note in notes(rows)), _environment(environment)]
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
 def _markdown(table: BenchTable) -> str:

@@ -52,14 +52,16 @@ def resident_of(spec: RowSpec, new_tokens: int) -> RowSpec:
 
 @dataclass(frozen=True)
 class References:
-    """What the whole model decodes, by load and weights, kept in `folder` so that a resumed run need not ask again."""
+    """What the whole model decodes, by load and weights, kept in `folder` so that a resumed run need not ask again.
+    `source`: the identity of the model's checkpoint; after it has changed, what is kept is of another."""
 
     folder: Path
     repeats: int
     new_tokens: int
+    source: dict[str, Any]
 
     def path(self, spec: RowSpec, weights: str) -> Path:
-        said = repr((resident_of(spec, self.new_tokens), str(weights), self.repeats))
+        said = repr((resident_of(spec, self.new_tokens), str(weights), self.repeats, self.source))
         return self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
 
     def get(self, spec: RowSpec, weights: str = SlabDtype.source) -> Reference | None:
@@ -141,6 +143,8 @@ class Accelerated:
 
     def measure(self, pending: Sequence[RowSpec], record: Record) -> None:
         rows = [spec for spec in pending if spec.policy in BASELINES and spec.policy != RESIDENT]
+        # what a killed run left here may be of other weights, or a part
+        shutil.rmtree(self.folder, ignore_errors=True)
         try:
             for spec in rows:
                 self._row(spec, record)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from pregate.config import Drive, Policy, Run, Tier, UsageError
+from pregate.config import Drive, Policy, Run, Tier
+from pregate.durable import flush_folders, write_text
 from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import OffloadEngine, serving_dtype
 from pregate.engine.device.engine import DeviceEngine, slots_for
@@ -28,9 +29,9 @@ from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.summary import print_summary
-from pregate.models.adapter import ExpertFamily, PreGating
-from pregate.models.checkpoint import open_checkpoint, read_config
-from pregate.models.switch import load_resident
+from pregate.models.adapter import ExpertFamily, PreGating, settings_asked_for
+from pregate.models.checkpoint import read_config
+from pregate.models.loading import load_resident, open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
@@ -125,7 +126,7 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
 
 def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
     """The expert family and slab size of a checkpoint that the engine can serve within the budget, from its headers."""
-    opened = open_checkpoint(directory)
+    opened = open_model(directory)
     config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
     family = switch_expert_family(config)
     slab_bytes = check_budget(run, family, serving_dtype(config, opened, family))
@@ -136,15 +137,13 @@ def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
 
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
-    stored, asked = PreGating.from_dict(read_config(checkpoint).get("pregate")), PreGating.of_config(run.pregate)
-    given = {override.lstrip("+").partition("=")[0] for override in run.overrides}
-    for name in stored.differences(asked):
-        if name != "init" and given & {"pregate", f"pregate.{name}"}:
-            has, wanted = stored.to_dict()[name], asked.to_dict()[name]
-            raise UsageError(
-                f"{checkpoint} has {name} {has}, but pregate.{name}={wanted} was asked for: leave the setting out, or "
-                "convert and train a checkpoint with it."
-            )
+    stored = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
+    stored.refuse_other(
+        PreGating.of_config(run.pregate),
+        settings_asked_for(run) - {"init"},  # how gates began says nothing of a checkpoint that has been trained
+        checkpoint,
+        "leave the setting out, or convert and train a checkpoint with it",
+    )
 
 
 def check_engine(run: Run) -> None:
@@ -331,9 +330,8 @@ def write_results(
     predictions: list[dict[str, Any]],
     traces: dict[str, list[dict[str, Any]]],
 ) -> None:
-    with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for record in predictions:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    write_text(out_dir / "predictions.jsonl", "".join(lines))
     if run.eval.report:
         write_report(out_dir / "report.html", evaluation, predictions, traces)
     # last: whoever finds eval.json finds the rest
@@ -390,5 +388,6 @@ def publish(
     ):
         if drawn:
             tracker.image(f"plots/{name}", plots / f"{name}.png")
+    flush_folders(out_dir, "plots", "traces")
     if (out_dir / "report.html").is_file():
         tracker.html("report", out_dir / "report.html")

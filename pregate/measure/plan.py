@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pregate.config import Run, SlabDtype, Tier
+from pregate.durable import write_text
 from pregate.engine.decode import open_store
 from pregate.measure.bench_grid import BenchModel, RowSpec
 from pregate.measure.bench_table import command
@@ -48,7 +49,7 @@ def plan(run: Run, rows: dict[BenchModel, list[RowSpec]], device: torch.device, 
         shutil.rmtree(out_dir / SCRATCH, ignore_errors=True)
     facts = environment()
     write_json(out_dir / "plan.json", {"loads": loads, "environment": facts})
-    (out_dir / "plan.md").write_text(_markdown(run, loads, facts), encoding="utf-8")
+    write_text(out_dir / "plan.md", _markdown(run, loads, facts))
     _print(loads, console())
     return loads
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pregate.durable import write_text
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline, policy_label
 from pregate.measure.summary import (
     ABSENT,
@@ -65,13 +66,13 @@ def write_report(
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = _escape(f"pregate: {evaluation.get('task', 'evaluation')}")
     body = "\n".join(section for section in sections if section)
-    path.write_text(
+    write_text(
+        path,
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
         "<footer>Made by pregate from eval.json and predictions.jsonl; – means not measured.</footer>\n"
         "</main>\n</body>\n</html>\n",
-        encoding="utf-8",
     )
 
 

@@ -6,13 +6,13 @@ what is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pregate.config import PreGateConfig
+from pregate.config import PreGateConfig, Run, UsageError
 from pregate.models.head import IGNORED
 from pregate.models.moe import Factor
 from pregate.models.routing import Routing
@@ -21,6 +21,29 @@ STACKS = ("encoder", "decoder")
 
 RouteListener = Callable[[str, int, Routing], None]
 """Told (stack, block, routing) at the moment the route of that block is committed."""
+
+GATE_SETTINGS = ("lookahead", "stacks", "entry", "init")
+
+
+def settings_asked_for(run: Run) -> set[str]:
+    """The names of the `pregate` settings that the user named on the command line, one by one or as a group."""
+    given = {override.lstrip("+").partition("=")[0] for override in run.overrides}
+    # a group member says how far ahead gates decide; how they start is said by name
+    as_group = set(GATE_SETTINGS) - {"init"} if "pregate" in given else set()
+    return as_group | {name for name in GATE_SETTINGS if f"pregate.{name}" in given}
+
+
+def settings_chosen(run: Run) -> set[str]:
+    """`settings_asked_for`, and what an experiment has set: whatever is not the default, and what an arm of the study
+    stands for."""
+    by_arm = {"lookahead", "init"} if any(override.lstrip("+").startswith("arm=") for override in run.overrides) else ()
+    default = PreGating.of_config(PreGateConfig())
+    return settings_asked_for(run).union(by_arm, default.differences(PreGating.of_config(run.pregate)))
+
+
+def _shown(value: Any) -> str:
+    """As it is written on the command line."""
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -52,9 +75,23 @@ class PreGating:
         return cls(gate.lookahead, tuple(gate.stacks), str(gate.entry), str(gate.init))
 
     def differences(self, other: PreGating) -> list[str]:
-        """The names of the settings in which two gatings differ; the order of stacks means nothing."""
+        """The names of the settings in which two gatings differ; the order of stacks means nothing, and for
+        conventional models, lookahead 0, nothing else does."""
+        if not self.lookahead and not other.lookahead:
+            return []
         mine, theirs = ({**asdict(gating), "stacks": set(gating.stacks)} for gating in (self, other))
         return [name for name, value in mine.items() if value != theirs[name]]
+
+    def refuse_other(self, asked: PreGating, names: Collection[str], whose: str, advice: str) -> None:
+        """Raises `UsageError` for the first setting among `names` in which this gating, of the model `whose`, is not
+        what was asked for; `advice` may name it as {name} and what it is as {has}."""
+        for name in self.differences(asked):
+            if name in names:
+                has, wanted = (_shown(getattr(gating, name)) for gating in (self, asked))
+                raise UsageError(
+                    f"{whose} has {name} {has}, but pregate.{name}={wanted} was asked for: "
+                    f"{advice.format(name=name, has=has)}."
+                )
 
     def lookahead_of(self, stack: str) -> int:
         return self.lookahead if stack in self.stacks else 0

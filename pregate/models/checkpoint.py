@@ -7,13 +7,15 @@ model families. Everything is memory-mapped: opening reads headers only, and no 
 from __future__ import annotations
 
 import json
+import time
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from pregate.config import UsageError
@@ -31,7 +33,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-SIDE_FILES = ("generation_config.json", *TOKENIZER_FILES)
+GENERATION = "generation_config.json"
+SIDE_FILES = (GENERATION, *TOKENIZER_FILES)
 # in transformers' own order of preference: what it would load is what is read
 WEIGHT_FILES = (
     "model.safetensors",
@@ -40,14 +43,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+SETTLED_NS = 2 * 10**9
+"""The coarsest tick of a file system's clock."""
+SAMPLES, SAMPLE_BYTES = 32, 4096
+
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is, without its data."""
+    """Where one tensor lies and what it is, without its data. `key`: its name in the file, where that is another."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    key: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -56,12 +64,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """An opened checkpoint: its config, its weight files, and what tensors they hold."""
+    """An opened checkpoint: its config, its weight files, and what tensors they hold.
+
+    generation: what its `generation_config.json` says. ignored: tensors of the files that the model has no use for.
+    """
 
     directory: Path
     config: dict[str, Any]
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    generation: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -76,11 +89,38 @@ class SourceCheckpoint:
         return self.tensors[name].num_bytes
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether something made from this checkpoint still belongs to it."""
-        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
+        """What the file system says of the weight files, a few of their bytes, and what lies in which: plain JSON.
+
+        Equal to an earlier one, it says that nothing was written in between: a write sets the time of change, which no
+        copy keeps and no user sets. The bytes are for file systems that have no such time. Another identity says
+        nothing: the same content may have been copied here.
+        """
+        where = "\n".join(f"{name} {t.file.name} {t.shape} {t.dtype}" for name, t in sorted(self.tensors.items()))
+        try:
+            files = {file.name: _signs(file) for file in self.files}
+        except OSError as error:
+            raise UsageError(f"{error.filename} cannot be read any more ({error.strerror}): is it complete?") from error
+        return {"files": files, "tensors": xxhash.xxh3_64_hexdigest(where.encode())}
+
+    def settled(self) -> bool:
+        """Whether a write from now on is sure to give another identity: not so shortly after the last one, which may
+        have the same time by the file system's clock."""
+        return time.time_ns() - max((file.stat().st_ctime_ns for file in self.files), default=0) > SETTLED_NS
+
+    def default_dtype(self) -> torch.dtype:
+        """The dtype that transformers gives every tensor of a model whose config names none: what the index of the
+        weights says, else that of the first tensor of floating-point numbers in the first file."""
+        index = next((self.directory / name for name in WEIGHT_FILES if (self.directory / name).is_file()), None)
+        if self.files and index is not None and index.suffix == ".json":
+            said = (_read_json(index, str(self.directory)).get("metadata") or {}).get("dtype")
+            if isinstance(found := getattr(torch, str(said).removeprefix("torch."), None), torch.dtype):
+                return found
+        dtypes = [tensor.dtype for tensor in self.tensors.values() if not self.files or tensor.file == self.files[0]]
+        # of one byte: float8, in which no model is built
+        return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), dtypes[0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, contiguous, on the CPU and mapped from their files.
+        """The named tensors, contiguous, on the CPU and mapped from their files; no two of them share memory.
 
         Pages that are touched count as resident memory until the last tensor of the returned dictionary is
         dropped, so read a part of the model, use it, and drop it before reading the next. Treat them as read-only.
@@ -89,11 +129,36 @@ class SourceCheckpoint:
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         read: dict[str, Tensor] = {}
+        seen: set[int] = set()
         for file, wanted in by_file.items():
-            mapped = _mapped(file, wanted)
-            # a view into a larger storage would keep, and let writers save, the whole of that storage
-            read.update({n: t if _fills_storage(t := mapped[n]) else t.clone().contiguous() for n in wanted})
+            keys = {name: self.tensors[name].key or name for name in wanted}
+            mapped = _mapped(file, set(keys.values()))
+            for name, key in keys.items():
+                tensor = mapped[key]
+                # a view into a larger storage would keep, and let writers save, the whole of that storage
+                if not _fills_storage(tensor) or tensor.data_ptr() in seen:
+                    tensor = tensor.clone().contiguous()
+                seen.add(tensor.data_ptr())
+                read[name] = tensor
         return read
+
+    def same_bits(self, one: str, other: str) -> bool:
+        """Whether two tensors of the same shape hold the same bits; compared only where they lie in two places."""
+        first, second = self.tensors[one], self.tensors[other]
+        if first.dtype != second.dtype:
+            return False
+        read = self.read([one, other])
+        return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in read.values()))
+
+
+def _signs(file: Path) -> list[int | str]:
+    """Size, times of writing and of change, number, and a digest of bytes spread over the file."""
+    stat, digest = file.stat(), xxhash.xxh3_64()
+    with file.open("rb", buffering=0) as opened:
+        for sample in range(SAMPLES):
+            opened.seek(max(0, stat.st_size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, digest.hexdigest()]
 
 
 def _fills_storage(tensor: Tensor) -> bool:
@@ -106,6 +171,13 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
     Raises `UsageError` where there is no such directory or id, or no readable config in it.
     """
     return _read_json(_directory(source, revision, [CONFIG]) / CONFIG, source)
+
+
+def read_generation_settings(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What the `generation_config.json` of a directory or hub id says; nothing where there is none. Raises `UsageError`
+    for one that cannot be read."""
+    path = _directory(source, revision, [GENERATION]) / GENERATION
+    return _read_json(path, source) if path.is_file() else {}
 
 
 def side_files(source: str, revision: str | None = None, names: tuple[str, ...] = SIDE_FILES) -> list[Path]:
@@ -124,9 +196,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoin
     directory, found = _locate_weights(source, revision)
     promised: dict[str, str] = {}
     if found.suffix == ".json":
-        promised = _read_json(found, source).get("weight_map", {})
-        if not promised:
-            raise UsageError(f"{found} has no weight_map: fetch the checkpoint again.")
+        promised = _weight_map(found, source)
         files = tuple(directory / name for name in sorted(set(promised.values())))
     else:
         files = (found,)
@@ -153,12 +223,31 @@ def _locate_weights(source: str, revision: str | None) -> tuple[Path, Path]:
         directory = _directory(source, revision, [name])
         if (directory / name).is_file():
             if name.endswith(".index.json"):
-                shards = set(_read_json(directory / name, source).get("weight_map", {}).values())
+                shards = set(_weight_map(directory / name, source).values())
                 directory = _directory(source, revision, sorted(shards))
             return directory, directory / name
     raise UsageError(
         f"{source} holds no weights: give a directory or hub id with one of {', '.join(WEIGHT_FILES)} in it."
     )
+
+
+def _weight_map(index: Path, source: str) -> dict[str, str]:
+    """Tensor -> file of an index. Raises `UsageError` where it is no such table, or a file lies elsewhere than beside
+    the index."""
+    promised = _read_json(index, source).get("weight_map")
+    if not promised:
+        raise UsageError(f"{index} has no weight_map: fetch the checkpoint again.")
+    if not isinstance(promised, dict) or not all(isinstance(file, str) for file in promised.values()):
+        raise UsageError(
+            f"The weight_map of {index} does not say which tensor lies in which file: fetch the index again."
+        )
+    for name, file in promised.items():
+        if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
+            raise UsageError(
+                f"{index} says that {name} lies in {file!r}, which is no name of a file beside it: do not trust this "
+                "checkpoint, and fetch it from its publisher."
+            )
+    return promised
 
 
 def _directory(source: str, revision: str | None, names: list[str]) -> Path:
@@ -243,11 +332,15 @@ def _mapped(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]
     # a damaged file can make an unpickler raise nearly anything, and none of it tells the user what to do
     except Exception as error:
         raise UsageError(_unreadable(file)) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         raise UsageError(
             f"{file} holds more than a plain state dict: save the model with save_pretrained and use that."
         )
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def _unreadable(file: Path) -> str:
@@ -256,7 +349,12 @@ def _unreadable(file: Path) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"{file} is a git-lfs pointer, not weights: run `git lfs pull` in {file.parent}."
     if file.suffix != ".safetensors" and zipfile.is_zipfile(file):
-        return f"{file} is damaged or holds more than tensors: fetch it again, or save the model with save_pretrained."
+        return (
+            f"{file} is damaged or holds more than tensors: fetch it again, or use a safetensors version of the model."
+        )
     if file.suffix != ".safetensors" and start.startswith(b"\x80"):
-        return f"{file} has the format of torch before 1.6: load it once, save it with save_pretrained and use that."
+        return (
+            f"{file} has the format of torch before 1.6, which can run code when it is opened: use a safetensors "
+            "version of the model, and ask its publisher for one if there is none."
+        )
     return f"{file} is truncated or damaged ({file.stat().st_size:,} bytes): fetch it again and compare its size."

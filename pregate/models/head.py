@@ -12,13 +12,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pregate.models.linear import is_plain
 
 IGNORED = -100
 """Label of a position that carries no target token."""
 BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are in memory together. On a CPU 16 MB, which stay in its cache."""
+
+
+def head_cross_entropy(head: nn.Module, states_ND: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy of the logits `head(states)` in fp32, summed over the positions whose label is not `IGNORED`.
+
+    A plain linear layer makes no logits, see `linear_cross_entropy`; anything else is called.
+    """
+    if is_plain(head) and head.bias is None:
+        return linear_cross_entropy(states_ND, head.weight, labels_N)
+    kept = labels_N != IGNORED
+    return F.cross_entropy(head(states_ND[kept]).float(), labels_N[kept], reduction="sum")
 
 
 def linear_cross_entropy(states_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -30,6 +43,9 @@ def linear_cross_entropy(states_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     kept = (labels_N != IGNORED).nonzero()[:, 0]
     if kept.numel() < labels_N.numel():
         states_ND, labels_N = states_ND[kept], labels_N[kept]
+    if not torch.is_grad_enabled():
+        # a function that is applied is not told that nobody will ask for gradients, only which inputs could have one
+        states_ND, weight_VD = states_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(states_ND, weight_VD, labels_N)  # type: ignore[no-any-return]
 
 

@@ -26,18 +26,23 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from pregate.config import UsageError
+from pregate.durable import write_text
 from pregate.models.adapter import STACKS, MoEBlock, PreGating, RouteListener
-from pregate.models.checkpoint import read_config
-from pregate.models.head import IGNORED, linear_cross_entropy
+from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.routing import Routing, balance_loss, z_loss
 from pregate.models.switch_layers import (
     EmbeddingGate,
     PreGatedSparseMLP,
     PreGatedSwitchBlock,
     PreGatedSwitchTransformersConfig,
+    SavedWhole,
     SwitchGate,
 )
-from pregate.runtime import silent_bars
+from pregate.runtime import first_of
+
+# written by early T5-style exporters; the architecture has no such parameter and never reads it
+LEFTOVERS = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
 
 
 class PreGatedSwitchPreTrainedModel(upstream.SwitchTransformersPreTrainedModel):
@@ -50,6 +55,23 @@ class PreGatedSwitchPreTrainedModel(upstream.SwitchTransformersPreTrainedModel):
         # upstream skips composite modules of "custom code" at initialisation, which leaves attention and experts
         # with unit-variance weights; ours initialise through transformers.initialization, as its own classes do
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's, but a parameter without a weight is no random one, and a weight without a parameter is not
+        dropped. Raises `UsageError` for both. `pregate.models.loading.load_resident` tells so before it loads."""
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
+        for what, keys in (("lack", info["missing_keys"]), ("hold unknown tensors, namely", info["unexpected_keys"])):
+            names = sorted(set(keys) - LEFTOVERS)
+            if names:
+                raise UsageError(
+                    f"The weights of {pretrained_model_name_or_path or 'the model'} {what} {first_of(names, 3)}: use "
+                    "the complete weights of the model that its config.json describes."
+                )
+        return (model, info) if with_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -207,7 +229,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
 
 
 class PreGatedSwitchTransformersForConditionalGeneration(
-    PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
+    SavedWhole, PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
 ):
     """Switch Transformers with a language-modelling head, its gates `config.pregate.lookahead` MoE blocks ahead."""
 
@@ -309,7 +331,7 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         logits = loss = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
-            loss = linear_cross_entropy(states_BTD.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            loss = head_cross_entropy(self.lm_head, states_BTD.flatten(0, 1), labels.flatten())
         else:
             logits = self.lm_head(states_BTD if logits_at is None else states_BTD[logits_at])
             loss = None if labels is None else self._loss(logits, labels, losses)
@@ -346,21 +368,6 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         }
 
 
-def load_resident(
-    directory: str | Path, revision: str | None = None, **options: Any
-) -> PreGatedSwitchTransformersForConditionalGeneration:
-    """The whole model in memory, from a pre-gated or a conventional Switch directory or hub id, in evaluation mode.
-
-    `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` for any other directory.
-    """
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(str(directory), revision))
-    if revision is not None:
-        options["revision"] = revision
-    with silent_bars():
-        model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(directory, config=config, **options)
-    return model.eval()
-
-
 def mark_conventional(directory: Path) -> None:
     """Rewrite the config of a saved lookahead-0 model so that it is an ordinary upstream Switch checkpoint.
 
@@ -372,7 +379,7 @@ def mark_conventional(directory: Path) -> None:
         raise ValueError(f"{directory} holds a pre-gated model, which no conventional class can open.")
     config["model_type"] = SwitchTransformersConfig.model_type
     config["architectures"] = ["SwitchTransformersForConditionalGeneration"]
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 AutoConfig.register(PreGatedSwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig)

@@ -9,7 +9,9 @@ Letters: B batch, T tokens of a sequence, D model width, E experts, K experts pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import field
 from typing import Any
 
@@ -22,11 +24,45 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from pregate.config import UsageError
 from pregate.models.adapter import STACKS, ExpertFamily, PreGating, RouteListener
+from pregate.models.linear import linear_in
 from pregate.models.moe import Factor, grouped_experts, project, reference_experts
-from pregate.models.routing import Routing, jitter, route, router_logits
+from pregate.models.routing import Routing, jitter, route
 
-WITHOUT_EXPERTS = "_pregate_without_experts"
-"""Config attribute, never saved: build the model without its experts."""
+_experts_elsewhere: ContextVar[bool] = ContextVar("experts_elsewhere", default=False)
+OLD_MARKER = "_pregate_without_experts"
+"""What an earlier version put into configs for `without_experts`. A file may still hold it; it means nothing."""
+
+
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Models that are built inside have no experts. Their configs say nothing of it, so no file does either."""
+    before = _experts_elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _experts_elsewhere.reset(before)
+
+
+class SavedWhole:
+    """A model with `moe_blocks` that is saved as upstream's is, but not without its experts, which the files would
+    lack: both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
+
+    moe_blocks: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_without_experts()
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_without_experts(self) -> None:
+        if any(next(block.module.experts.parameters(), None) is None for block in self.moe_blocks()):
+            raise UsageError(
+                "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
+                "was opened with, or load that with load_resident and save what it gives."
+            )
 
 
 def is_sparse_layer(layer: int, sparse_step: int) -> bool:
@@ -42,6 +78,7 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(OLD_MARKER, None)
         super().__post_init__(**kwargs)
         self.pregate = self.pregating.to_dict()
         for stack in self.pregating.stacks if self.pregating.lookahead else ():
@@ -70,7 +107,7 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
             raise UsageError(
                 f"This is a {config['model_type']!r} model: give a checkpoint of type {' or '.join(known)}."
             )
-        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
         if config.get("model_type") == SwitchTransformersConfig.model_type:
             settings["pregate"] = PreGating().to_dict()
         try:
@@ -78,6 +115,11 @@ class PreGatedSwitchTransformersConfig(SwitchTransformersConfig):
         except Exception as error:  # strict validation brings exception types of its own
             reason = " ".join(str(error).split()).rstrip(".")
             raise UsageError(f"The config.json describes no model that can be built: {reason}.") from error
+
+    @classmethod
+    def describes(cls, config: dict[str, Any]) -> bool:
+        """Whether a `config.json` is that of a pre-gated checkpoint, and not of a conventional one."""
+        return config.get("model_type", cls.model_type) == cls.model_type
 
     @property
     def pregating(self) -> PreGating:
@@ -113,14 +155,15 @@ class SwitchGate(nn.Module):
 
     def score(self, seen_BTD: Tensor) -> Tensor:
         """The logits (B, T, E), in the router's dtype."""
-        return router_logits(seen_BTD, self.classifier.weight, self.classifier.bias, self.dtype)
+        return linear_in(self.classifier, seen_BTD, self.dtype)
 
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
         """The family's rule."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
 
-    def forward(self, hidden_BTD: Tensor) -> Routing:
-        return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)
+    def forward(self, seen_BTD: Tensor, dtype: torch.dtype) -> Routing:
+        """`decide`, as a call of the module. `perturb` is left to the caller, whose experts may read what it gives."""
+        return self.decide(seen_BTD, dtype)
 
 
 class EmbeddingGate(SwitchGate):
@@ -130,8 +173,9 @@ class EmbeddingGate(SwitchGate):
         super().__init__(config)
         self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def forward(self, hidden_BTD: Tensor) -> Routing:
-        return super().forward(self.layer_norm(hidden_BTD))
+    def forward(self, embedded_BTD: Tensor) -> Routing:  # type: ignore[override]
+        normed_BTD = self.layer_norm(embedded_BTD)
+        return self.decide(self.perturb(normed_BTD), normed_BTD.dtype)
 
 
 class SwitchExperts(nn.ModuleDict):
@@ -184,7 +228,7 @@ class PreGatedSparseMLP(nn.Module):
         self.router = SwitchGate(config) if seats.own else None
         self.pre_gate = SwitchGate(config) if seats.target is not None else None
         # an engine that keeps the experts elsewhere asks for none: thousands of modules would be made to be dropped
-        self.experts = nn.Module() if getattr(config, WITHOUT_EXPERTS, False) else SwitchExperts(config)
+        self.experts = nn.Module() if _experts_elsewhere.get() else SwitchExperts(config)
         self.listener: RouteListener | None = None
 
     def forward(self, hidden_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor, Routing | None]:
@@ -195,11 +239,12 @@ class PreGatedSparseMLP(nn.Module):
         """
         decided = None
         if self.pre_gate is not None:
-            decided = self.pre_gate(hidden_BTD)
+            decided = self.pre_gate(self.pre_gate.perturb(hidden_BTD), hidden_BTD.dtype)
         if routing is None:
             assert self.router is not None, "a block without an entry gate was given no route"
             seen_BTD = self.router.perturb(hidden_BTD)
-            routing = self.router.decide(seen_BTD, hidden_BTD.dtype)
+            own: Routing = self.router(seen_BTD, hidden_BTD.dtype)
+            routing = own
             if self.conventional and seen_BTD.dtype == hidden_BTD.dtype:
                 # upstream jitters in place, so in the router's own dtype the experts read the jittered states too;
                 # lookahead 0 keeps that, because it promises to be the source model

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import WITHOUT_EXPERTS, PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
 
 POOL = 3_999_971
 """Numbers in the pool; a prime, so that runs which wrap around do not line up with matrix rows."""
@@ -39,6 +39,9 @@ class SyntheticCheckpoint(SourceCheckpoint):
     def identity(self) -> dict[str, Any]:
         described = repr((sorted(self.config.items()), sorted(str(t.dtype) for t in self.tensors.values())))
         return {"synthetic": hashlib.sha256(described.encode()).hexdigest()[:16], "seed": self.seed}
+
+    def settled(self) -> bool:
+        return True
 
     def _draw(self, name: str) -> Tensor:
         info = self.tensors[name]
@@ -95,11 +98,9 @@ def synthetic_checkpoint(
         for key in family.keys()  # noqa: SIM118 - not a mapping
         for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True)
     }
-    setattr(config, WITHOUT_EXPERTS, True)
-    with torch.device("meta"):
+    with without_experts(), torch.device("meta"):
         model = PreGatedSwitchTransformersForConditionalGeneration(config)
     tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
     shapes |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     tensors = {name: TensorInfo(Path(), shape, dtype) for name, shape in shapes.items()}
-    delattr(config, WITHOUT_EXPERTS)
-    return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed)
+    return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed=seed)

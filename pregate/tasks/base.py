@@ -6,12 +6,13 @@ where the rows lie (`records`). A kind is a small subclass of `Task` with one ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pregate.config import Run, TaskKind, UsageError
-from pregate.tasks.records import check_source, read_columns
+from pregate.tasks.cells import identity, prompt_text
+from pregate.tasks.records import Chunk, check_source, key_of, read_columns
 from pregate.tasks.text import prompt_fields
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Task:
         self.prompt_fields = prompt_fields(run.task.prompt)
         check_source(run.task, run.data.root)
 
-    def references(self, values: list[Any]) -> list[tuple[str, ...]]:
-        """The right texts of each row, first the one that training teaches; () where a row has none."""
+    def references(self, cell: Any) -> tuple[str, ...]:
+        """The right texts of a cell, first the one that training teaches; () for none. Raises `CellError`."""
         raise NotImplementedError
 
     def metric(self) -> Any:
@@ -83,7 +84,7 @@ class Task:
         Consecutive rows that agree in `task.group_by` become one example with the references of all of them.
 
         Raises `UsageError` for data that is missing or cannot be read, a missing column, a null in a column
-        that the prompt shows, an empty split, and examples without a reference.
+        that the prompt shows, a cell that is no text, an empty split, and examples without a reference.
         """
         if limit is not None and limit < 1:
             raise UsageError(f"{limit} examples of split {split!r} are too few: ask for at least 1, or null for all.")
@@ -93,26 +94,30 @@ class Task:
         chunk_rows = CHUNK_ROWS if limit is None else min(limit + 1, CHUNK_ROWS)
         rows = 0
         for chunk in read_columns(self.config, self.data_root, split, self._columns(), chunk_rows):
-            references = self.references(chunk[self.target_field])
-            sources = self._sources(chunk, split)
-            ids = chunk.get("id") or [f"{split}-{rows + i}" for i in range(len(sources))]
-            keys = chunk[self.config.group_by] if self.config.group_by else [None] * len(sources)
-            rows += len(sources)
-            for identity, source, right, key in zip(ids, sources, references, keys, strict=True):
-                if found and key is not None and key == previous:
+            for row in range(len(chunk)):
+                key = chunk.read(row, self.config.group_by, lambda cell: cell) if self.config.group_by else None
+                grouped = bool(found) and key is not None and key == previous
+                if not grouped and len(found) == limit:
+                    return self._checked(found, split)
+                source, right = self._source(chunk, row, split), chunk.read(row, self.target_field, self.references)
+                if grouped:
                     merged = tuple(dict.fromkeys(found[-1].references + right))
                     found[-1] = replace(found[-1], references=merged, target=merged[0] if merged else "")
-                elif len(found) == limit:
-                    return self._checked(found, split)
                 else:
-                    found.append(Example(str(identity), source, right[0] if right else "", right))
+                    own = chunk.read(row, "id", identity) if "id" in chunk.cells else None
+                    name = f"{split}-{rows + row}" if own is None else own
+                    found.append(Example(name, source, right[0] if right else "", right))
                 previous = key
+            rows += len(chunk)
         return self._checked(found, split)
 
-    def check(self, tokenizer: Any, splits: Sequence[str]) -> None:
-        """Refuse data that nothing can be learned from, by the first example of each split. Raises `UsageError`."""
-        for split in splits:
-            self.examples(split, limit=1)
+    def check(self, tokenizer: Any, splits: Mapping[str, int | None]) -> None:
+        """Refuse data that nothing can be learned from: reads so many examples of each split, all of them for None.
+
+        Raises `UsageError`.
+        """
+        for split, limit in splits.items():
+            self.examples(split, limit)
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         """Score predictions, in percent; each counts against the best of its references.
@@ -137,16 +142,16 @@ class Task:
         needed += [self.config.group_by] if self.config.group_by else []
         return {field: named.get(field, field) for field in needed}
 
-    def _sources(self, chunk: dict[str, list[Any]], split: str) -> list[str]:
-        shown = {field: chunk[field] for field in self.prompt_fields}
-        for field, values in shown.items():
-            if None in values:
+    def _source(self, chunk: Chunk, row: int, split: str) -> str:
+        shown = {field: chunk.read(row, field, prompt_text) for field in self.prompt_fields}
+        for field, text in shown.items():
+            if text is None:
                 raise UsageError(
-                    f"Split {split!r} of task {self.name!r} has rows without {field!r}, which task.prompt shows: "
-                    f"fill or remove them, or name another column with task.columns.{field}=COLUMN."
+                    f"Split {split!r} of task {self.name!r} has rows without {field!r}, which task.prompt shows "
+                    f"(the first is {chunk.place(row)}): fill or remove them, or name another column with "
+                    f"{key_of(self.config, 'columns', field)}=COLUMN."
                 )
-        prompt = self.config.prompt
-        return [prompt.format(**dict(zip(shown, row, strict=True))) for row in zip(*shown.values(), strict=True)]
+        return self.config.prompt.format(**shown)
 
     def _checked(self, examples: list[Example], split: str) -> list[Example]:
         if not examples:
@@ -160,9 +165,22 @@ class Task:
             raise UsageError(
                 f"{len(bad)} of {len(examples)} examples in split {split!r} of task {self.name!r} {self.no_reference} "
                 f"(id {shown}): repair or remove them, choose another split, or name the right column with "
-                f"task.columns.{self.target_field}=COLUMN."
+                f"{key_of(self.config, 'columns', self.target_field)}=COLUMN."
             )
         return examples
+
+
+def splits_read(run: Run) -> dict[str, int | None]:
+    """How many examples of each split a training run reads, its validation and evaluation included; None for all."""
+    task, validating = run.task, [train.eval_examples for train in (run.train, run.source_train) if train is not None]
+    reads: list[tuple[str, int | None]] = [(task.train_split, run.data.max_train_examples)]
+    reads += [(task.eval_split, count) for count in validating]
+    reads += [(run.eval.split or task.eval_split, run.eval.examples)] if run.then_eval else []
+    counts: dict[str, int | None] = {}
+    for split, count in reads:
+        before = counts.get(split, 0)
+        counts[split] = None if before is None or count is None else max(before, count)
+    return counts
 
 
 def build_training_task(run: Run) -> Task | SpanCorruption:

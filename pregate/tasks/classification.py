@@ -10,7 +10,10 @@ from typing import Any
 
 from pregate.config import Run
 from pregate.tasks.base import Example, Task
+from pregate.tasks.cells import CellError, inside, label_names, of_type
 from pregate.tasks.trivial import most_frequent
+
+NEEDS = "a label is a word of task.labels or a position in it"
 
 
 class Classification(Task):
@@ -22,13 +25,33 @@ class Classification(Task):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         labels = list(run.task.labels)
-        self.no_reference = f"have a label that is neither 0 to {len(labels) - 1} nor one of {', '.join(labels)}"
-        # A label that is itself a number wins over a position.
-        self._words = {str(position): word for position, word in enumerate(labels)} | {word: word for word in labels}
+        self._words = {word: word for word in labels}
+        places = {str(place): word for place, word in enumerate(labels)}
+        if all(places.get(word, word) == word for word in labels):
+            self._words |= places
+            self.no_reference = f"have a label that is neither 0 to {len(labels) - 1} nor one of {', '.join(labels)}"
+        else:  # with labels 1 to 5, a rating of 0 has no word, rather than the first of them
+            self.no_reference = f"have a label that is not one of {', '.join(labels)}"
 
-    def references(self, values: list[Any]) -> list[tuple[str, ...]]:
-        words = [self._words.get(_key(value)) for value in values]
-        return [() if word is None else (word,) for word in words]
+    def references(self, cell: Any) -> tuple[str, ...]:
+        cell = inside(cell)
+        if isinstance(cell, bool):
+            return self._of_boolean(cell)
+        found = [self._words[name] for name in label_names(cell) if name in self._words]
+        if not found and isinstance(cell, float) and not cell.is_integer():
+            raise CellError(of_type(cell), NEEDS)
+        return tuple(found[:1])
+
+    def _of_boolean(self, cell: bool) -> tuple[str, ...]:
+        """The label true or false where there is one, else of two labels that of 1 or 0."""
+        spelt = {word.casefold(): word for word in self.config.labels}
+        if spelt.keys() & {"true", "false"}:
+            word = spelt.get(str(cell).casefold())
+        elif len(self.config.labels) == 2:
+            word = self._words.get(str(int(cell)))
+        else:
+            raise CellError(of_type(cell), NEEDS)
+        return () if word is None else (word,)
 
     def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
         label = most_frequent([example.target for example in train])
@@ -38,10 +61,3 @@ class Classification(Task):
         from pregate.tasks.metrics import Accuracy
 
         return Accuracy(keep_in_memory=True)
-
-
-def _key(value: Any) -> str:
-    """A label cell as text; bools count as 0 and 1, and 1.0 (an integer column with gaps) as 1."""
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        value = int(value)
-    return str(value).strip()

@@ -1,6 +1,6 @@
 """Question answering, open or closed book: exact match and F1 against any of several answers.
 
-Knows what an answers column may look like; the prompt alone decides whether a context is shown.
+The prompt alone decides whether a context is shown.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pregate.tasks.base import Example, Task
+from pregate.tasks.cells import answers
 from pregate.tasks.text import prompt_values
 from pregate.tasks.trivial import first_new_name, most_frequent
 
@@ -20,8 +21,8 @@ class QuestionAnswering(Task):
     target_field = "answers"
     no_reference = "have no answer"
 
-    def references(self, values: list[Any]) -> list[tuple[str, ...]]:
-        return [_texts(value) for value in values]
+    def references(self, cell: Any) -> tuple[str, ...]:
+        return answers(cell)
 
     def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
         """A name from the context needs prompt fields called `context` and `question`."""
@@ -36,10 +37,3 @@ class QuestionAnswering(Task):
         from pregate.tasks.metrics import ExactMatchF1
 
         return ExactMatchF1(keep_in_memory=True)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """The distinct non-empty texts of a cell, in order."""
-    items = value if isinstance(value, list | tuple) else [value]
-    texts = [str(item).strip() for item in items if item is not None]
-    return tuple(dict.fromkeys(text for text in texts if text))

@@ -9,7 +9,7 @@ Letters: B rows of a batch, R rows of a block, L tokens of a row, S source lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from pregate.config import Run, UsageError
-from pregate.tasks.records import check_source, read_columns
+from pregate.tasks.cells import document
+from pregate.tasks.records import Chunk, check_source, read_columns
 
 BLOCK_DOCUMENTS = 1024
 """Documents that are in memory together: rows are shuffled among these, and a resumed run reads their block again."""
@@ -147,11 +148,16 @@ class SpanCorruption:
             )
         return lengths
 
-    def check(self, tokenizer: Any, splits: Sequence[str]) -> None:
-        """Refuse a tokenizer without enough sentinels, and splits that fill no row. Raises `UsageError`."""
+    def check(self, tokenizer: Any, splits: Iterable[str]) -> None:
+        """Refuse a tokenizer without enough sentinels, and splits that fill no row or hold a cell that is no text.
+
+        Reads every document, without tokenizing it. Raises `UsageError`.
+        """
         self.collator(tokenizer)
         for split in splits:
             next(self.rows(split, tokenizer))
+            for chunk in self._chunks(split):
+                self._texts(chunk)
 
     def collator(self, tokenizer: Any) -> SpanCollator:
         """Raises `UsageError` if `tokenizer` has fewer sentinels than a row has hidden spans."""
@@ -183,10 +189,10 @@ class SpanCorruption:
         while True:
             found = first_block > 0
             order = [seed, 0, epoch] if shuffled else None
-            blocks = read_columns(self.config, self.data_root, split, self._columns(), BLOCK_DOCUMENTS, order)
+            blocks = self._chunks(split, order)
             for block, chunk in enumerate(islice(blocks, first_block, None), first_block):
                 rng = np.random.default_rng([seed, 1, epoch, block]) if shuffled else None
-                tokens_RL = self._packed(chunk["text"], tokenizer, rng)
+                tokens_RL = self._packed(self._texts(chunk), tokenizer, rng)
                 hidden_RL = noise_masks(self.lengths, len(tokens_RL), np.random.default_rng([seed, 2, epoch, block]))
                 found |= len(tokens_RL) > 0
                 for row in range(first_row, len(tokens_RL)):
@@ -199,9 +205,8 @@ class SpanCorruption:
                 )
             epoch, first_block = epoch + 1, 0
 
-    def _packed(self, texts: list[Any], tokenizer: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """(rows, L): the documents one behind the other, each closed by EOS; empty ones are passed over."""
-        texts = [text for text in texts if text]
+    def _packed(self, texts: list[str], tokenizer: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """(rows, L): the documents one behind the other, each closed by EOS."""
         if not texts:
             return np.empty((0, self.lengths.row), dtype=np.int32)
         if rng is not None:
@@ -215,5 +220,10 @@ class SpanCorruption:
         tokens_RL = tokens[: count * self.lengths.row].reshape(count, self.lengths.row)
         return tokens_RL if rng is None else tokens_RL[rng.permutation(count)]
 
-    def _columns(self) -> dict[str, str]:
-        return {"text": self.config.columns.get("text") or "text"}
+    def _chunks(self, split: str, shuffle: Sequence[int] | None = None) -> Iterator[Chunk]:
+        columns = {"text": self.config.columns.get("text") or "text"}
+        return read_columns(self.config, self.data_root, split, columns, BLOCK_DOCUMENTS, shuffle)
+
+    def _texts(self, chunk: Chunk) -> list[str]:
+        """The documents of a chunk; empty ones are passed over."""
+        return [text for row in range(len(chunk)) if (text := chunk.read(row, "text", document))]

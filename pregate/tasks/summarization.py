@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from pregate.tasks.base import Example, Task
+from pregate.tasks.cells import summary
 from pregate.tasks.text import prompt_values
 from pregate.tasks.trivial import lead, medoid
 
 
 class Summarization(Task):
-    """`summary` is one text; rows merged by `task.group_by` give several references."""
+    """`summary` is one text or its sentences; rows merged by `task.group_by` give several references."""
 
     metric_names = ("rouge1", "rouge2", "rougeL")
     target_field = "summary"
     no_reference = "have no summary"
 
-    def references(self, values: list[Any]) -> list[tuple[str, ...]]:
-        texts = ["" if value is None else str(value).strip() for value in values]
-        return [(text,) if text else () for text in texts]
+    def references(self, cell: Any) -> tuple[str, ...]:
+        return summary(cell)
 
     def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
         """The document is the longest field of the prompt."""

@@ -1,7 +1,8 @@
 """What a training run leaves on disk and how it comes back: model directories, optimizer, random states, `TrainState`.
 
 Knows files; knows nothing about the loop that calls it. Tensors go to safetensors and scalars to JSON, so opening
-a checkpoint never runs code from it. A directory appears whole or not at all.
+a checkpoint never runs code from it. A directory appears whole or not at all, also where the power fails. A saved state
+knows the checksums of its files, and the state before it stays beside it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pregate.config import UsageError
-from pregate.runtime import silent_bars
+from pregate.durable import flush_file, flush_tree, free_bytes, make_directory, num_bytes, refusal
+from pregate.runtime import human_bytes, silent_bars
+from pregate.tracking import say
+from pregate.training.optim import optimizer_bytes
 
 STATE_FILE = "train_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+CHECKSUMS_FILE = "checksums.json"
+FORMAT = 2
+"""Of `STATE_FILE`; the first named no format and had no checksums beside it."""
+PREVIOUS = "previous"
+"""The state before the newest one, beside it."""
+DAMAGED = "damaged"
+"""Where a newest state goes that is not as it was saved; the next one that is saved removes it."""
 
 
 @dataclass
@@ -56,34 +69,48 @@ class TrainState:
 
 
 @contextmanager
-def replaced(directory: Path) -> Iterator[Path]:
+def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
     """Give an empty directory to fill; on success it takes the place of `directory`, on failure nothing changes.
 
-    A process killed between the two renames leaves the previous directory beside, where `recover` finds it.
+    The old directory stays until the new one is on the disk, and becomes `previous` if that is given. A process killed
+    between the two renames leaves the old one beside, where `recover` or `settle` finds it. Raises `UsageError` if the
+    disk takes no more.
     """
-    fresh, previous = _beside(directory, "new"), _beside(directory, "old")
+    fresh, old = _beside(directory, "new"), previous or _beside(directory, "old")
     recover(directory)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     try:
+        make_directory(directory.parent)
+        fresh.mkdir()
         yield fresh
-    except BaseException:
+        flush_tree(fresh)
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise UsageError(
+            f"{directory} cannot be written ({reason}), and what lay there is kept: make room or mend the disk, and "
+            "go on with the same command and resume=true."
+        ) from error
     if directory.exists():
-        directory.rename(previous)
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
     fresh.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
+    flush_file(directory.parent)
+    if previous is None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(directory: Path) -> None:
     """Undo a replacement of `directory` that was killed half-way."""
+    shutil.rmtree(_beside(directory, "new"), ignore_errors=True)
     previous = _beside(directory, "old")
     if previous.exists():
         if directory.exists():
             shutil.rmtree(previous)
         else:
             previous.rename(directory)
+            flush_file(directory.parent)
 
 
 def _beside(directory: Path, what: str) -> Path:
@@ -93,10 +120,10 @@ def _beside(directory: Path, what: str) -> Path:
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
     with replaced(directory) as fresh:
-        _write_model(fresh, model, tokenizer, carry)
+        write_model(fresh, model, tokenizer, carry)
 
 
-def _write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path]) -> None:
+def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     with silent_bars():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -113,13 +140,93 @@ def save_last(
     random_states: Sequence[dict[str, Any]],
     carry: Sequence[Path] = (),
 ) -> None:
-    """Replace `directory` by everything `load_last` needs; `random_states` has one entry a process."""
+    """Replace `directory` by everything `load_last` needs; `random_states` has one entry a process.
+
+    What lay there becomes the previous state.
+    """
     tensors, numbers = optimizer_state(optimizer, model)
-    with replaced(directory) as fresh:
-        _write_model(fresh, model, tokenizer, carry)
+    with replaced(directory, directory.with_name(PREVIOUS)) as fresh:
+        write_model(fresh, model, tokenizer, carry)
         save_file(tensors, fresh / OPTIMIZER_FILE)
-        record = {"state": asdict(state), "optimizer": numbers, "random": list(random_states)}
+        record = {"format": FORMAT, "state": asdict(state), "optimizer": numbers, "random": list(random_states)}
         (fresh / STATE_FILE).write_text(json.dumps(record))
+        sums = {path.name: checksum(path) for path in sorted(fresh.iterdir())}
+        (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": sums}, indent=2))
+    shutil.rmtree(directory.with_name(DAMAGED), ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """XXH3-64 of a file, in hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the saved state in `directory`, in words that name the file; None if nothing is.
+
+    A state of the first format has no checksums: of it, it is asked only whether its files can be opened.
+    """
+    name = STATE_FILE
+    try:
+        record = _read_record(directory)
+        if record.get("format", 1) == 1 and not (directory / CHECKSUMS_FILE).exists():
+            for path in directory.glob("*.safetensors"):
+                name = path.name
+                with safe_open(path, "pt"):
+                    pass
+            return None if (directory / (name := OPTIMIZER_FILE)).is_file() else f"{directory / name} is missing"
+        name = CHECKSUMS_FILE
+        sums = json.loads((directory / name).read_text())["xxh3_64"]
+        for name, saved in {STATE_FILE: sums[STATE_FILE], **sums}.items():
+            if checksum(directory / name) != saved:
+                return f"{directory / name} is not as it was saved"
+    except FileNotFoundError:
+        return f"{directory / name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return f"{directory / name} cannot be read"
+    return None
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    """What `STATE_FILE` holds. Raises one of several errors if that is not what was once written there."""
+    record = json.loads((directory / STATE_FILE).read_text())
+    TrainState(**record["state"])
+    return {"optimizer": record["optimizer"], "random": record["random"], **record}
+
+
+def settle(directory: Path) -> None:
+    """See to it that the newest state lies in `directory` whole, if one was ever saved.
+
+    Where it is damaged, the state before it takes its place and a notice says so: training repeats some steps, which is
+    better than ending, and the damaged one stays beside until the next is saved. Raises `UsageError` where no state is
+    whole: training would start at step 0 and replace what can perhaps be mended.
+    """
+    recover(directory)
+    previous, aside = directory.with_name(PREVIOUS), directory.with_name(DAMAGED)
+    if not directory.exists():
+        if not previous.exists():
+            return
+        previous.rename(directory)  # a replacement was cut between its two renames
+        flush_file(directory.parent)
+    wrong = damage(directory)
+    if wrong is None:
+        return
+    if not previous.exists() or damage(previous):
+        raise UsageError(
+            f"{wrong} and there is no whole state before it in {previous}: put the file back from a copy, or choose "
+            "another run_dir=DIR to start anew."
+        )
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    previous.rename(directory)
+    flush_file(directory.parent)
+    say(
+        f"{wrong}: going on from the state before it, that of step {steps_done(directory)} (the damaged one lies in "
+        f"{aside} until the next is saved)."
+    )
 
 
 def load_last(
@@ -127,15 +234,17 @@ def load_last(
 ) -> tuple[TrainState, list[dict[str, Any]]] | None:
     """Restore `model` and `optimizer` in place; return the state and the random states, or None if nothing is there.
 
-    Raises `UsageError` if what is there belongs to another model or optimizer.
+    `settle` has looked for damage. Raises `UsageError` if what is there belongs to another model or optimizer.
     """
-    recover(directory)
-    if not (directory / STATE_FILE).is_file():
+    if not directory.exists():
         return None
-    record = json.loads((directory / STATE_FILE).read_text())
+    record = _read_record(directory)
     with silent_bars():
-        saved = type(model).from_pretrained(directory).state_dict()
-    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
+    saved = loaded.state_dict()
+    del loaded
+    same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    if not same or info["missing_keys"]:
         raise UsageError(
             f"{directory} holds a run of a different model: resume with the settings it was started with, "
             "or choose another run_dir."
@@ -146,9 +255,61 @@ def load_last(
 
 
 def steps_done(directory: Path) -> int:
-    """How many steps the run that `save_last` left in `directory` had taken; 0 if there is none."""
-    path = directory / STATE_FILE
-    return int(json.loads(path.read_text())["state"]["step"]) if path.is_file() else 0
+    """How many steps the run that `save_last` left in `directory` had taken; 0 if there is none.
+
+    Raises `UsageError` if that cannot be told.
+    """
+    for place in (directory, directory.with_name(PREVIOUS)):
+        try:
+            return int(_read_record(place)["state"]["step"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    if directory.exists():
+        raise UsageError(
+            f"{directory / STATE_FILE} is missing or cannot be read: put it back from a copy, or choose another "
+            "run_dir=DIR to start anew."
+        )
+    return 0
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The size of the weights of `model` in a file, tied ones once."""
+    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+
+
+def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saves: int) -> None:
+    """Refuse, before its first step, a run that will save `saves` times more and finds no room for that.
+
+    It needs room for a checkpoint and two states, as the newest stays while another is written. Raises `UsageError`.
+    """
+    weights, last = model_bytes(model), out_dir / "last"
+    state = weights + optimizer_bytes(optimizer)
+    held = sum(num_bytes(out_dir / name) for name in ("last", PREVIOUS, DAMAGED, "checkpoint"))
+    needed = weights + state * (2 if saves > 1 or last.exists() else 1) - held
+    free = free_bytes(out_dir)
+    if saves > 0 and needed > free:
+        raise UsageError(
+            f"Training writes {human_bytes(needed)} to {out_dir} (states of {human_bytes(state)} to resume from and a "
+            f"checkpoint of {human_bytes(weights)}), which has {human_bytes(free)} free: make room, or choose a "
+            "run_dir=DIR on another disk."
+        )
+
+
+def make_room(directory: Path, needed: int) -> None:
+    """Let the state before the one in `directory` go if the disk has no room for `needed` bytes beside it.
+
+    Raises `UsageError` if there is too little even so.
+    """
+    previous = directory.with_name(PREVIOUS)
+    if free_bytes(directory) < needed and directory.exists() and previous.exists():
+        say(f"the disk is nearly full: {previous}, the state before {directory}, is removed to make room.")
+        shutil.rmtree(previous, ignore_errors=True)
+    free = free_bytes(directory)
+    if free < needed:
+        raise UsageError(
+            f"Saving to {directory.parent} needs {human_bytes(needed)} and {human_bytes(free)} are free: make room, "
+            "and go on from the last saved state with the same command and resume=true."
+        )
 
 
 def optimizer_state(

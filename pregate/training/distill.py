@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from pregate.config import TrainConfig, UsageError
 from pregate.models.adapter import STACKS, block_logits, real_tokens
-from pregate.models.checkpoint import read_config
 from pregate.models.head import IGNORED
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident, open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.training.losses import TokenCounts, real_rows
 
@@ -139,11 +138,12 @@ def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dty
 
 
 def check_teacher(teacher: str, student: PreGatedSwitchTransformersConfig) -> None:
-    """Refuse a teacher whose answers cannot be compared with the student's, from its config alone. Raises `UsageError`.
+    """Refuse a teacher whose weights are not whole, or whose answers cannot be compared with the student's, from its
+    headers alone. Raises `UsageError`.
 
     Vocabulary, MoE blocks of each stack and experts of a block must be the same; widths and dense layers need not.
     """
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(teacher))
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(open_model(teacher).config)
 
     def comparable(of: PreGatedSwitchTransformersConfig) -> dict[str, int]:
         blocks = {f"MoE blocks in the {stack}": len(of.moe_layers(stack)) for stack in STACKS}

@@ -135,7 +135,10 @@ class StreamFeed:
         workers = min(1, self.share.run.data.num_workers)
         if workers:  # a fork loses the tokenizer's threads; told before, it does not warn of it
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        for batch in self.share.loader(stream, workers, batch_size=None):
+        return self._followed(iter(self.share.loader(stream, workers, batch_size=None)))
+
+    def _followed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
             self._position = Position(*batch.pop(POSITION).tolist())
             yield batch
 

@@ -7,6 +7,7 @@ trackers.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
 from pregate.processes import main_only
-from pregate.training.checkpoint import random_state, save_last, save_model
+from pregate.stopping import Terminated
+from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
 from pregate.training.distill import target_rows
 from pregate.training.losses import TokenCounts, loss_share
-from pregate.training.optim import clip_gradients, learning_rate, set_learning_rate
+from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
 from pregate.training.validation import validate
@@ -70,8 +72,9 @@ def fine_tune(
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
     every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
-    never stopped. Ctrl-C saves `out_dir/last` and raises `KeyboardInterrupt`. Raises `UsageError` for settings that
-    cannot work and for a loss that is no longer finite.
+    never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise `KeyboardInterrupt` and `Terminated`, in every
+    process after the same step, whichever got the signal. Raises `UsageError` for settings that cannot work, for a loss
+    that is no longer finite, and for a disk that is full or holds no whole state to resume from.
     """
     session = prepare(
         model, tokenizer, task, train, run=run, out_dir=out_dir, tracker=tracker, stage=stage, carry=carry
@@ -81,10 +84,10 @@ def fine_tune(
     with Interrupts() as interrupts, Progress(stage, state.step, train.steps, train.log_every, main) as progress:
         while state.step < train.steps:
             started = time.perf_counter()
-            micro_batches, tokens, stopping = next_step(session, interrupts.pending)
-            if stopping:
+            micro_batches, tokens, stop = next_step(session, interrupts)
+            if stop:
                 save(session)
-                raise KeyboardInterrupt
+                raise stop
             metrics = train_step(session, micro_batches, tokens)
             advance(session, metrics, tokens, time.perf_counter() - started)
             progress.update(state.step, metrics["loss"], metrics["tokens_per_s"])
@@ -93,8 +96,9 @@ def fine_tune(
             state.elapsed_seconds = time.perf_counter() - begun
             if due(state.step, train.save_every, train.steps):
                 save(session)
-        if interrupts.pending:
-            raise KeyboardInterrupt
+        _, stop = agreed(session, TokenCounts(0, 0), interrupts)
+        if stop:
+            raise stop
     return finish(session)
 
 
@@ -102,17 +106,34 @@ def due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
 
 
-def next_step(session: Session, interrupted: bool) -> tuple[list[dict[str, Tensor]], TokenCounts, bool]:
-    """This process's micro batches of the next step, the tokens of the whole global batch, and whether to stop.
+def next_step(
+    session: Session, interrupts: Interrupts
+) -> tuple[list[dict[str, Tensor]], TokenCounts, type[KeyboardInterrupt] | None]:
+    """This process's micro batches of the next step, the tokens of the whole global batch, and how to stop, if at all.
 
     All processes agree on the last two.
     """
+    batches: list[dict[str, Tensor]] = []
     count = len(session.batching.micro_batches(range(session.batching.batch_sequences), session.rank))
-    batches = [next(session.micro_batches) for _ in range(count)]
+    try:
+        while len(batches) < count and not interrupts.pending:
+            batches.append(next(session.micro_batches))
+    except RuntimeError:
+        if not interrupts.pending:  # else the signal went to all processes, and the loader's workers have died of it
+            raise
     own = sum((TokenCounts.of(batch) for batch in batches), TokenCounts(0, 0))
-    told = torch.tensor([own.source, own.target, int(interrupted)], device=session.accelerator.device)
-    source, target, stopping = session.accelerator.reduce(told, "sum").tolist()  # type: ignore[union-attr]
-    return batches, TokenCounts(source, target), stopping > 0
+    tokens, stop = agreed(session, own, interrupts)
+    return batches, tokens, stop
+
+
+def agreed(
+    session: Session, own: TokenCounts, interrupts: Interrupts
+) -> tuple[TokenCounts, type[KeyboardInterrupt] | None]:
+    """The tokens of all processes, and what to raise if any of them was asked to stop: Ctrl-C before SIGTERM."""
+    asked = [int(interrupts.first == number) for number in (signal.SIGINT, signal.SIGTERM)]
+    told = torch.tensor([own.source, own.target, *asked], device=session.accelerator.device)
+    source, target, pressed, ended = session.accelerator.reduce(told, "sum").tolist()  # type: ignore[union-attr]
+    return TokenCounts(source, target), KeyboardInterrupt if pressed else Terminated if ended else None
 
 
 def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens: TokenCounts) -> dict[str, float]:
@@ -217,8 +238,12 @@ def evaluate(session: Session) -> str:
     if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
     if best if train.keep == Keep.best else state.step == train.steps:
-        directory = session.out_dir / "checkpoint"
-        main_only(lambda: save_model(directory, session.model, session.tokenizer, session.carry))
+
+        def write() -> None:
+            make_room(session.out_dir / "last", model_bytes(session.model))
+            save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
+
+        main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -226,8 +251,11 @@ def evaluate(session: Session) -> str:
 def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
-    main_only(
-        lambda: save_last(
+
+    def write() -> None:
+        session.tracker.sync()  # first: what a durable state has behind it is not logged again
+        make_room(session.out_dir / "last", model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        save_last(
             session.out_dir / "last",
             session.model,
             session.tokenizer,
@@ -236,7 +264,8 @@ def save(session: Session) -> None:
             random_states,
             session.carry,
         )
-    )
+
+    main_only(write, "saving the state")
 
 
 def finish(session: Session) -> TrainSummary:

@@ -68,6 +68,17 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
     return kind(groups, lr=rate, fused=fused)
 
 
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The size that the state of `optimizer` will have, which is made in its first step; but for a few scalars."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, torch.optim.AdamW):
+        return sum(2 * p.nbytes for p in parameters)
+    # Adafactor's second moments: of a matrix the means of its rows and of its columns
+    factored = [p for p in parameters if p.ndim >= 2]
+    means = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in factored)
+    return 4 * (means + sum(p.numel() for p in parameters if p.ndim < 2))
+
+
 class ScaledAdamW(torch.optim.AdamW):
     """AdamW whose learning rate is relative: that of a parameter is multiplied by the root mean square of its values.
 

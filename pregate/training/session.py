@@ -23,7 +23,7 @@ from pregate.models.adapter import gates
 from pregate.processes import join, main_only
 from pregate.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
-from pregate.training.checkpoint import TrainState, load_last, recover, set_random_state
+from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
@@ -130,12 +130,19 @@ def restore(
     model: Any, optimizer: torch.optim.Optimizer, train: TrainConfig, run: Run, out_dir: Path, accelerator: Accelerator
 ) -> TrainState:
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
-    for directory in (out_dir / "checkpoint", out_dir / "last"):
-        main_only(lambda directory=directory: recover(directory))
+
+    def tidy() -> None:
+        recover(out_dir / "checkpoint")
+        if run.resume:
+            settle(out_dir / "last")
+
+    main_only(tidy, "looking for a saved state")
     found = load_last(out_dir / "last", model, optimizer) if run.resume else None
+    state, random_states = found or (TrainState(), [])
+    saves = -(-(train.steps - state.step) // train.save_every)
+    main_only(lambda: check_space(out_dir, model, optimizer, saves), "looking for space on the disk")
     if found is None:
-        return TrainState()
-    state, random_states = found
+        return state
     if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):

@@ -18,22 +18,20 @@ import torch
 
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
-from pregate.conversion import MANIFEST, convert_for
+from pregate.conversion import MANIFEST, check_convertible, convert_for
+from pregate.durable import make_directory
 from pregate.memory import PeakMemory
-from pregate.models.adapter import PreGating
-from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, open_checkpoint, read_config, side_files
-from pregate.models.switch import (
-    PreGatedSwitchTransformersForConditionalGeneration,
-    load_resident,
-    mark_conventional,
-)
+from pregate.models.adapter import PreGating, settings_chosen
+from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
+from pregate.models.loading import load_resident, open_model
+from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.processes import check_mixed_precision, join, main_only
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker, flatten, say
-from pregate.training.checkpoint import replaced, save_model, steps_done
+from pregate.training.checkpoint import replaced, steps_done, write_model
 from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.optim import autocast_dtype
@@ -47,7 +45,7 @@ def claim_run_dir(run: Run) -> Path:
     """The run directory, new or to be resumed, with `config.yaml` in it; what that changes in a resumed run is told.
     Raises `UsageError` if it is in use."""
     run_dir = Path(run.run_dir)
-    main_only(lambda: _claim(run, run_dir))
+    main_only(lambda: _claim(run, run_dir), "claiming the run directory")
     return run_dir
 
 
@@ -57,7 +55,7 @@ def _claim(run: Run, run_dir: Path) -> None:
         raise UsageError(used)
     config = run_dir / "config.yaml"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir)
         _lock(run_dir)
         if not run.resume and any(run_dir.iterdir()):  # another process was faster, and has ended
             raise UsageError(used)
@@ -129,14 +127,22 @@ def check_model(run: Run) -> None:
             )
         geometry_config(run, PreGating(run.pregate.lookahead, tuple(run.pregate.stacks)), vocab_size=128)
         return
-    config = read_config(run.model.source, run.model.revision)
-    if "pregate" in config:
-        stored = PreGating.from_dict(config["pregate"])
-        if stored.lookahead != run.pregate.lookahead:
-            raise UsageError(
-                f"{run.model.source} has lookahead {stored.lookahead}, but pregate.lookahead={run.pregate.lookahead} "
-                f"was asked for: set pregate.lookahead={stored.lookahead}, or start from the conventional source."
-            )
+    source = open_model(run.model.source, run.model.revision)
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+    if PreGatedSwitchTransformersConfig.describes(source.config):
+        config.pregating.refuse_other(
+            PreGating.of_config(run.pregate),
+            settings_chosen(run) | {"lookahead"},
+            run.model.source,
+            "set pregate.{name}={has}, or start from the conventional source",
+        )
+    elif run.pregate.lookahead:
+        check_convertible(run.model.source, source.config, run.pregate)
+    if config.pad_token_id is None:
+        raise UsageError(
+            f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
+            "tokenizer pads with."
+        )
 
 
 def check_teachers(run: Run, tokenizer: Any) -> None:
@@ -191,7 +197,7 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
             mark_conventional(directory / CHECKPOINT)
             write_json(directory / SUMMARY, summary.to_dict())
 
-        main_only(complete)
+        main_only(complete, "finishing the source")
     return str(directory / CHECKPOINT)
 
 
@@ -205,11 +211,13 @@ def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
     directory = run_dir / INITIAL
 
     def create() -> None:
-        if not directory.is_dir():
-            save_model(directory, _random_model(run, tokenizer), tokenizer)
-            mark_conventional(directory)
+        if directory.is_dir():
+            return
+        with replaced(directory) as fresh:
+            write_model(fresh, _random_model(run, tokenizer), tokenizer)
+            mark_conventional(fresh)
 
-    main_only(create)
+    main_only(create, "making a random source")
     return str(directory)
 
 
@@ -218,7 +226,8 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
 
     Gates are calibrated on the run's training examples, by one process.
     """
-    if run.pregate.lookahead == 0 or "pregate" in read_config(source, run.model.revision):
+    config = read_config(source, run.model.revision)
+    if run.pregate.lookahead == 0 or PreGatedSwitchTransformersConfig.describes(config):
         return source
     directory = run_dir / CONVERTED
 
@@ -232,7 +241,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
         else:
             convert_for(run, source, directory)
 
-    main_only(create)
+    main_only(create, "converting the source")
     return str(directory)
 
 
@@ -265,11 +274,11 @@ def train_converted(
     else:
         summary = _fine_tune_converted(run, run_dir, converted, revision, task, tokenizer, tracker)
 
-    def finish_conventional() -> None:
+    def complete() -> None:
         if "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
             mark_conventional(Path(summary.checkpoint))
 
-    main_only(finish_conventional)
+    main_only(complete, "finishing the checkpoint")
     return summary
 
 
@@ -317,16 +326,11 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
     directory = run_dir / CHECKPOINT
 
     def copy() -> None:
-        opened = open_checkpoint(converted, revision)
-        beside = side_files(converted, revision, (CONFIG, *SIDE_FILES, MANIFEST))
-        # their only file, or the index by which several are found
-        weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())
         with replaced(directory) as fresh:
-            for path in {*opened.files, weights, *beside}:
-                shutil.copy2(path, fresh / path.name)
+            _copy_model(converted, revision, fresh)
             tokenizer.save_pretrained(fresh)
 
-    main_only(copy)
+    main_only(copy, "copying the checkpoint")
     return TrainSummary(
         steps=0,
         best_score=None,
@@ -337,6 +341,25 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
         checkpoint=str(directory),
         checkpoint_step=0,
     )
+
+
+def _copy_model(source: str, revision: str | None, directory: Path) -> None:
+    """The files of a checkpoint, into `directory`; written anew where only this package reads their names right."""
+    opened = open_model(source, revision)
+    files = set(side_files(source, revision, (CONFIG, *SIDE_FILES, MANIFEST)))
+    renamed = any(info.key != name for name, info in opened.tensors.items())
+    if not renamed:
+        # their only file, or the index by which several are found
+        weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())
+        files |= {*opened.files, weights}
+    for path in files:
+        shutil.copy2(path, directory / path.name)
+    # the code that auto_map points to is not copied
+    config = {name: value for name, value in opened.config.items() if name != "auto_map"}
+    if config != read_config(source, revision):
+        write_json(directory / CONFIG, config)
+    if renamed:
+        load_resident(source, revision).save_pretrained(directory)
 
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:

@@ -43,7 +43,7 @@ class HostileStore:
         before_read: BeforeRead | None = None,
         withhold: bool = False,
     ) -> None:
-        self.store, self.layout = store, store.layout
+        self.store, self.layout, self.made_from = store, store.layout, store.made_from
         self.before_read, self.withhold = before_read, withhold
         self.num_reads = 0
         self._draw, self._most_s = random.Random(seed), most_s
@@ -118,7 +118,7 @@ class HostileRing:
 class MemoryStore:
     """Slabs made from given matrices; for experts that belong to no checkpoint."""
 
-    in_host_memory = False
+    in_host_memory, made_from = False, None
 
     def __init__(self, layout: SlabLayout, experts: Mapping[ExpertKey, Sequence[Tensor]]) -> None:
         self.layout = layout

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.decode import OffloadEngine
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, request
 from tests.tiny import pregated_model
 

@@ -18,6 +18,7 @@ GROWTH_BYTES = 4 << 20
 """Far less than a leak of one slab or of a step's activations in each of eight hundred generations would take."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("host_budget", ["30%", pytest.param(None, marks=needs_io_uring)])
 def test_a_thousand_generations_leave_everything_where_it_was(tmp_path: Path, host_budget: str | None) -> None:

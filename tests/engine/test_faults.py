@@ -122,8 +122,9 @@ def damages() -> dict[str, Callable[[dict[str, Any]], Any]]:
         "no slabs": lambda index: index["slabs"].clear(),
         "another layout": lambda index: index["matrices"][0].update(offset=64),
         "no size": lambda index: index.update(slab_bytes=None),
-        "another source": lambda index: index.update(source={}),
-        "no source": lambda index: index.pop("source"),
+        "an expert of other weights": lambda index: index["slabs"][3].update(source_xxh3_64=1),
+        "an expert of no weights": lambda index: index["slabs"][3].pop("source_xxh3_64"),
+        "weights that are no number": lambda index: index["slabs"][3].update(source_xxh3_64="here"),
         "another format": lambda index: index.update(format=1),
     }
 

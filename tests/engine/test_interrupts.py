@@ -148,6 +148,7 @@ def test_many_interrupts_at_any_moment(
     assert interrupted > 10
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_that_generates_for_ever(served: Served) -> None:
     program = """
         import sys

@@ -15,7 +15,7 @@ import xxhash
 
 from pregate.config import UsageError
 from pregate.engine import pack as pack_module
-from pregate.engine.pack import FORMAT, expert_dtype, pack, read_index
+from pregate.engine.pack import FORMAT, check_experts, pack, read_index
 from pregate.engine.slabs import SlabLayout, aligned_bytes
 from pregate.engine.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
@@ -74,7 +74,15 @@ def test_a_pack_is_kept_until_its_checkpoint_changes(packed: dict[str, Any]) -> 
     weights = packed["checkpoint"].files[0]
     os.utime(weights, ns=(1, 1))
     pack(*arguments)
-    assert (packed["where"] / "slabs.bin").stat().st_ino != before
+    assert (packed["where"] / "slabs.bin").stat().st_ino == before  # another time, the same content
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2] + bytes(byte ^ 1 for byte in data[len(data) // 2 :]))
+    os.utime(weights, ns=(1, 1))
+    try:
+        pack(*arguments)
+        assert (packed["where"] / "slabs.bin").stat().st_ino != before
+    finally:
+        weights.write_bytes(data)
 
 
 def test_a_truncated_pack_is_refused(packed: dict[str, Any], tmp_path: Path) -> None:
@@ -140,7 +148,7 @@ def test_a_pack_that_another_process_finished_first_is_kept(
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
 def test_incomplete_experts_are_refused(packed: dict[str, Any], damage: str) -> None:
     checkpoint, family = packed["checkpoint"], packed["family"]
-    assert expert_dtype(checkpoint, family) == packed["layout"].dtype
+    check_experts(checkpoint, family)
     name = family.tensor_names(family.keys()[17])[1]
     tensors = dict(checkpoint.tensors)
     if damage == "missing":
@@ -148,7 +156,7 @@ def test_incomplete_experts_are_refused(packed: dict[str, Any], damage: str) -> 
     else:
         tensors[name] = replace(tensors[name], shape=(1, 1))
     with pytest.raises(UsageError, match=f"{name}.*: use the complete weights"):
-        expert_dtype(replace(checkpoint, tensors=tensors), family)
+        check_experts(replace(checkpoint, tensors=tensors), family)
 
 
 def test_an_interrupted_pack_leaves_nothing(

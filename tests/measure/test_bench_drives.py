@@ -16,7 +16,7 @@ from pregate.measure import drives
 from pregate.measure.active_experts import counted_experts, forced_experts
 from pregate.measure.drives import cached_share, drop_page_cache, fill_page_cache, link_bandwidth
 from pregate.models.adapter import ExpertKey
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from tests.tiny import batch, pregated_model
 
 KEYS = [ExpertKey("decoder", 0, expert) for expert in range(4)]

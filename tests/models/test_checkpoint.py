@@ -150,8 +150,10 @@ def test_old_pickle_format_and_code_in_files_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(UsageError, match=r"before 1\.6"):
+    with pytest.raises(UsageError, match=r"before 1\.6") as error:
         open_checkpoint(str(tmp_path))
+    assert "can run code" in sentence(error) and "safetensors version" in sentence(error)
+    assert "load it" not in str(error.value), "loading it is what runs its code"
     torch.save({"a": torch.nn.Linear(2, 2)}, file)
     with pytest.raises(UsageError, match="more than tensors"):
         open_checkpoint(str(tmp_path))
@@ -175,6 +177,44 @@ def test_broken_surroundings_are_refused(tmp_path):
         open_checkpoint(str(tmp_path / "model"))
     with pytest.raises(UsageError, match="is a file"):
         open_checkpoint(str(shutil.copyfile(__file__, tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        (["a.bin"], "does not say which tensor lies in which file"),
+        ("a.bin", "does not say which tensor"),
+        ({"a": 1}, "does not say which tensor"),
+        ({"a": None}, "does not say which tensor"),
+        ({"a": ["b.bin"]}, "does not say which tensor"),
+        ({"a": "../outside.bin"}, "'../outside.bin', which is no name of a file beside it"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd', which is no name"),
+        ({"a": "sub/dir.bin"}, "'sub/dir.bin', which is no name"),
+        ({"a": "..\\outside.bin"}, "which is no name of a file"),
+        ({"a": ".."}, "'..', which is no name"),
+        ({"a": "b\0.bin"}, "which is no name of a file"),
+        ({}, "no weight_map"),
+    ],
+)
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_an_index_points_beside_itself_or_is_refused_unopened(tmp_path, monkeypatch, index, weight_map, words):
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for place in (tmp_path / "outside.bin", tmp_path / "model" / "sub" / "dir.bin"):
+        torch.save({"a": torch.ones(1)}, place)
+    (tmp_path / "model" / index).write_text(json.dumps({"weight_map": weight_map}))
+    monkeypatch.setattr("pregate.models.checkpoint._describe", lambda file: pytest.fail(f"{file} was opened"))
+    with pytest.raises(UsageError) as error:
+        open_checkpoint(str(tmp_path / "model"))
+    assert words in sentence(error) and index in sentence(error)
+
+
+def test_a_file_of_other_things_than_plain_tensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for state in ({1: torch.ones(2)}, {"a": torch.ones(2, 2).to_sparse()}, [torch.ones(2)]):
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UsageError, match="more than"):
+            open_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(

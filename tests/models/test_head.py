@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pregate.models import head
 from tests.tiny import batch, pregated_model
@@ -34,8 +37,25 @@ def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
     states, weight = torch.randn(5, 6), torch.randn(37, 6, requires_grad=True)
     head.linear_cross_entropy(states, weight, torch.arange(5)).backward()
     assert weight.grad is not None
-    with torch.no_grad():
-        assert not head.linear_cross_entropy(states, weight, torch.arange(5)).requires_grad
+    expected = F.cross_entropy(states @ weight.T, torch.arange(5), reduction="sum").detach()
+    # the weight could have a gradient and nobody will ask for it: nothing of its shape is made
+    with torch.no_grad(), Shapes() as made:
+        torch.testing.assert_close(head.linear_cross_entropy(states, weight, torch.arange(5)), expected)
+    assert (5, 37) in made.shapes and (37, 6) not in made.shapes
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of all tensors that operations make; views and casts to the same dtype make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and func is not torch.ops.aten.detach.default:
+            self.shapes.add(tuple(result.shape))
+        return result
 
 
 def test_under_autocast_it_follows_its_dtype() -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, SwitchTransformersForConditional
 
 from pregate import PreGatedSwitchTransformersConfig
 from pregate.config import UsageError
-from pregate.models.switch import load_resident, mark_conventional
+from pregate.models.loading import load_resident
+from pregate.models.switch import mark_conventional
 from tests.make_switch_base import TINY, make
 from tests.tiny import batch, geometry, pregated_model, upstream_model
 

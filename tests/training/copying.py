@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,19 @@ class FirstWords:
 class Recorder:
     """A tracker that remembers; `at` maps (metric, step) to its value."""
 
-    def __init__(self, interrupt_at: int | None = None) -> None:
+    def __init__(self, interrupt_at: int | None = None, signal_number: int = signal.SIGINT) -> None:
+        self.signal_number = signal_number
         self.at: dict[tuple[str, int], float] = {}
         self.interrupt_at = interrupt_at
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.at.update({(key, step): value for key, value in metrics.items()})
         if step == self.interrupt_at:
-            import signal
-
             self.interrupt_at = None
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.signal_number)
+
+    def sync(self) -> None:
+        """Nothing is written."""
 
 
 def recipe(**changes: Any) -> TrainConfig:

@@ -1,26 +1,54 @@
-"""Files of a run: whole or absent, exact, and free of code."""
+"""Files of a run: whole or absent, exact, free of code, and never taken for whole when they are not."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import random
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from pregate.config import Optimizer, TrainConfig
+from pregate import durable
+from pregate.config import Optimizer, TrainConfig, UsageError
+from pregate.training import checkpoint as module
 from pregate.training.checkpoint import (
+    CHECKSUMS_FILE,
+    DAMAGED,
+    OPTIMIZER_FILE,
+    PREVIOUS,
+    STATE_FILE,
     TrainState,
+    check_space,
+    damage,
+    load_last,
     load_optimizer_state,
+    make_room,
+    model_bytes,
     optimizer_state,
     random_state,
     recover,
     replaced,
+    save_last,
+    save_model,
     set_random_state,
+    settle,
+    steps_done,
 )
-from pregate.training.optim import build_optimizer
+from pregate.training.optim import build_optimizer, optimizer_bytes
+from tests.power import Tree, lay, tree_of
 from tests.tiny import batch, pregated_model
+from tests.training.copying import SHALLOW, word_tokenizer
 
 
 def test_a_failed_write_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
@@ -109,3 +137,242 @@ def test_a_loss_improves_downwards() -> None:
     assert state.improves(2.9, 2.9, lower=True)
     assert not state.improves(3.0, 3.0, lower=True)
     assert not state.improves(3.1, 3.1, lower=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A run directory with the states of steps 1 and 2."""
+    model = pregated_model(**SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig())
+    model(**batch()).loss.backward()
+    optimizer.step()
+    run_dir = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        save_last(run_dir / "last", model, word_tokenizer(), optimizer, TrainState(step=step), [random_state()])
+    assert damage(run_dir / "last") is None and {path.name for path in run_dir.iterdir()} == {"last", PREVIOUS}
+    return tree_of(run_dir)
+
+
+def spoiled(content: bytes, kind: str, at: float) -> bytes | None:
+    """`content` with a flipped bit, cut short, emptied, or gone."""
+    place = int(at * (len(content) - 1))
+    if kind == "flipped":
+        return content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :]
+    return {"cut": content[:place], "empty": b"", "gone": None}[kind]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["flipped", "cut", "empty", "gone"]), at=st.floats(0, 1))
+def test_any_damage_to_any_file_is_found_and_named(
+    saved: Tree, tmp_path_factory: pytest.TempPathFactory, data: Any, kind: str, at: float
+) -> None:
+    name = data.draw(st.sampled_from(sorted(saved["last"])))
+    rest = {other: part for other, part in saved["last"].items() if other != name}
+    part = spoiled(saved["last"][name], kind, at)
+    last = lay(rest if part is None else {**rest, name: part}, tmp_path_factory.mktemp("spoiled") / "last")
+    told = damage(last)
+    # damage to the list of checksums shows itself at the list or at the file that it is wrong about
+    assert told is not None and str(last) in told and (name in told or name == CHECKSUMS_FILE), told
+    with pytest.raises(UsageError, match="no whole state before it") as error:
+        settle(last)
+    assert "\n" not in str(error.value)
+    assert tree_of(last) == (rest if part is None else {**rest, name: part})
+    shutil.rmtree(last.parent)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(
+    saved: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = {**saved["last"], OPTIMIZER_FILE: spoiled(saved["last"][OPTIMIZER_FILE], "flipped", 0.9)}
+    run = lay({**saved, "last": spoilt}, tmp_path / "run")
+    settle(run / "last")
+    assert capsys.readouterr().err == (
+        f"pregate: {run / 'last' / OPTIMIZER_FILE} is not as it was saved: going on from the state before it, that of "
+        f"step 1 (the damaged one lies in {run / DAMAGED} until the next is saved).\n"
+    )
+    assert tree_of(run) == {"last": saved[PREVIOUS], DAMAGED: spoilt}
+    settle(run / "last")
+    assert capsys.readouterr().err == ""
+    model = pregated_model(seed=1, **SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig())
+    found = load_last(run / "last", model, optimizer)
+    assert found is not None and found[0].step == 1 and optimizer.state
+    save_last(run / "last", model, word_tokenizer(), optimizer, TrainState(step=2), [random_state()])
+    assert {path.name: steps_done(path) for path in run.iterdir()} == {"last": 2, PREVIOUS: 1}
+
+
+def test_without_a_whole_state_nothing_is_touched(saved: Tree, tmp_path: Path) -> None:
+    empty = {name: {**tree, STATE_FILE: b""} for name, tree in saved.items()}
+    run = lay(empty, tmp_path / "run")
+    with pytest.raises(UsageError, match=rf"last/{STATE_FILE} cannot be read and there is no whole state before it"):
+        settle(run / "last")
+    with pytest.raises(UsageError, match=rf"last/{STATE_FILE} is missing or cannot be read"):
+        steps_done(run / "last")
+    assert tree_of(run) == empty
+
+
+def test_a_replacement_that_was_cut_goes_on_from_the_state_before(saved: Tree, tmp_path: Path) -> None:
+    run = lay({PREVIOUS: saved[PREVIOUS], ".last.new": {STATE_FILE: b""}}, tmp_path / "run")
+    assert steps_done(run / "last") == 1
+    settle(run / "last")
+    assert tree_of(run) == {"last": saved[PREVIOUS]}
+
+
+def test_a_state_of_the_first_format_is_read(saved: Tree, tmp_path: Path) -> None:
+    record = json.loads(saved["last"][STATE_FILE])
+    assert record.pop("format") == 2
+    old = {**saved["last"], STATE_FILE: json.dumps(record).encode()}
+    del old[CHECKSUMS_FILE]
+    last = lay(old, tmp_path / "last")
+    settle(last)
+    model = pregated_model(seed=1, **SHALLOW)
+    found = load_last(last, model, build_optimizer(model, TrainConfig()))
+    assert found is not None and found[0].step == 2
+    for name in (OPTIMIZER_FILE, "model.safetensors"):
+        cut = lay({**old, name: old[name][:-9]}, tmp_path / name)
+        assert damage(cut) == f"{cut / name} cannot be read"
+    assert damage(lay({STATE_FILE: old[STATE_FILE]}, tmp_path / "few")) == (
+        f"{tmp_path / 'few' / OPTIMIZER_FILE} is missing"
+    )
+
+
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_the_size_of_a_state_is_known_before_the_first_step(kind: Optimizer, tmp_path: Path) -> None:
+    model = pregated_model(**SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig(optimizer=kind))
+    weights, moments = model_bytes(model), optimizer_bytes(optimizer)
+    for parameter in model.parameters():  # an expert that no token has chosen yet would have no state
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_last(tmp_path / "last", model, word_tokenizer(), optimizer, TrainState(), [])
+    saved = [load_file(tmp_path / "last" / name) for name in ("model.safetensors", OPTIMIZER_FILE)]
+    # an Adam counts the steps of each parameter in a scalar
+    assert [sum(t.nbytes for t in tensors.values() if t.ndim) for tensors in saved] == [weights, moments]
+    assert moments < 0.5 * weights if kind is Optimizer.adafactor else moments == 2 * weights
+
+
+def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    for place in (durable, module):
+        monkeypatch.setattr(place, "free_bytes", lambda _: num_bytes)
+
+
+def test_a_run_that_will_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, a state 12 MB
+    optimizer = torch.optim.AdamW(model.parameters())
+    for saves, needed in ((1, 16), (2, 28), (9, 28)):
+        free(monkeypatch, needed * 10**6)
+        check_space(tmp_path / "run", model, optimizer, saves)
+        free(monkeypatch, needed * 10**6 - 1)
+        with pytest.raises(UsageError) as error:
+            check_space(tmp_path / "run", model, optimizer, saves)
+        assert str(error.value) == (
+            f"Training writes {needed:.1f} MB to {tmp_path / 'run'} (states of 12.0 MB to resume from and a checkpoint "
+            f"of 4.00 MB), which has {needed:.1f} MB free: make room, or choose a run_dir=DIR on another disk."
+        )
+        check_space(tmp_path / "run", model, optimizer, 0)
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    (tmp_path / "run" / "last" / "weights").write_bytes(bytes(12_000_000))
+    free(monkeypatch, 16_000_000)  # one state lies there
+    check_space(tmp_path / "run", model, optimizer, 9)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_previous_state_gives_way_on_a_disk_that_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last", PREVIOUS):
+        (tmp_path / name).mkdir()
+    free(monkeypatch, 100)
+    make_room(tmp_path / "last", 100)
+    assert (tmp_path / PREVIOUS).exists() and capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "free_bytes", lambda _: 100 if (tmp_path / PREVIOUS).exists() else 101)
+    make_room(tmp_path / "last", 101)
+    assert not (tmp_path / PREVIOUS).exists() and (tmp_path / "last").exists()
+    assert capsys.readouterr().err.startswith("pregate: the disk is nearly full: ")
+    with pytest.raises(UsageError, match="needs 102 B and 101 B are free: make room"):
+        make_room(tmp_path / "last", 102)
+    assert (tmp_path / "last").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("may not mount a small file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_state(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file in turn is the one that finds no room."""
+    monkeypatch.setattr(module, "free_bytes", lambda _: 10**12)  # as a quota: nobody knows beforehand
+    model = pregated_model(**SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig())
+    model(**batch()).loss.backward()
+    optimizer.step()
+    run = small_disk / "run"
+
+    def save(step: int) -> None:
+        save_last(run / "last", model, word_tokenizer(), optimizer, TrainState(step=step), [random_state()])
+
+    save(1)
+    room = shutil.disk_usage(small_disk).free
+    refused = 0
+    for left in range(0, room, 65_536):
+        (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+        try:
+            save(2)
+        except UsageError as error:
+            refused += 1
+            assert "cannot be written (No space left on device)" in str(error) and "\n" not in str(error)
+            assert steps_done(run / "last") == 1 and damage(run / "last") is None
+            assert {path.name for path in run.iterdir()} == {"last"}
+            (small_disk / "other").unlink()
+        else:
+            break
+    assert refused > 5 and {path.name: steps_done(path) for path in run.iterdir()} == {"last": 2, PREVIOUS: 1}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["full", "quota", "rust"],
+)
+@pytest.mark.parametrize("what", ["model", "tokenizer", "optimizer", "flush"])
+def test_whatever_finds_no_room_is_told(
+    what: str, failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = pregated_model(**SHALLOW), word_tokenizer()
+    optimizer = build_optimizer(model, TrainConfig())
+    save_last(tmp_path / "last", model, tokenizer, optimizer, TrainState(step=1), [])
+    save_model(tmp_path / "checkpoint", model, tokenizer)
+    before = tree_of(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise failure
+
+    place, name = {
+        "model": (model, "save_pretrained"),
+        "tokenizer": (tokenizer, "save_pretrained"),
+        "optimizer": (module, "save_file"),
+        "flush": (module, "flush_tree"),
+    }[what]
+    monkeypatch.setattr(place, name, full)
+    with pytest.raises(UsageError, match=r"last cannot be written \(.*\), and what lay there is kept: make room"):
+        save_last(tmp_path / "last", model, tokenizer, optimizer, TrainState(step=2), [])
+    if what != "optimizer":
+        with pytest.raises(UsageError, match="checkpoint cannot be written"):
+            save_model(tmp_path / "checkpoint", model, tokenizer)
+    assert tree_of(tmp_path) == before

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import UsageError
 from pregate.models.switch_layers import SwitchGate
+from pregate.stopping import Terminated
+from pregate.training.batching import derive_batching
+from pregate.training.checkpoint import steps_done
+from pregate.training.loop import next_step
+from pregate.training.losses import TokenCounts
+from pregate.training.progress import Interrupts
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny
 
@@ -46,6 +56,119 @@ def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) ->
     assert timeless(second) == timeless(logged, from_step=3)
     assert (resumed_summary.best_score, resumed_summary.best_step) == (summary.best_score, summary.best_step)
     assert resumed_summary.target_tokens == summary.target_tokens
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_sigterm_saves_the_step_and_resuming_equals_an_unbroken_run(tmp_path: Path, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "dropout": 0.1, "eval_every": 2, "steps": 4}
+    straight, logged, _ = train_tiny(tmp_path / "straight", **settings)
+    with pytest.raises(Terminated):
+        train_tiny(tmp_path / "halves", tracker=Recorder(interrupt_at=3, signal_number=signal.SIGTERM), **settings)
+    assert steps_done(tmp_path / "halves" / "last") == 3
+    resumed, second, _ = train_tiny(tmp_path / "halves", resume=True, **settings)
+    assert_same_parameters(straight, resumed)
+    assert timeless(second) == timeless(logged, from_step=4) != {}
+
+
+def test_a_signal_in_the_last_step_ends_as_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(Terminated):
+        train_tiny(tmp_path, steps=2, tracker=Recorder(interrupt_at=2, signal_number=signal.SIGTERM))
+    assert steps_done(tmp_path / "last") == 2
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_loaders_workers_and_saves_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int
+) -> None:
+    """The workers die first, so that the loop is waiting for a batch, or about to, when its own signal comes."""
+    from tests.training import copying
+
+    class ToAll(Recorder):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            if step == self.interrupt_at:
+                workers = multiprocessing.active_children()
+                assert workers
+                for worker in workers:
+                    os.kill(worker.pid, signal.SIGKILL)
+                    worker.join()
+            super().log(metrics, step)
+
+    honest = copying.short_run
+
+    def with_workers(resume: bool = False) -> object:
+        run = honest(resume)
+        run.data.num_workers = 1
+        return run
+
+    straight, _, _ = train_tiny(tmp_path / "straight", steps=9)
+    monkeypatch.setattr(copying, "short_run", with_workers)
+    kind = Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
+    with pytest.raises(kind):
+        train_tiny(tmp_path / "halves", steps=9, tracker=ToAll(interrupt_at=2, signal_number=signal_number))
+    assert steps_done(tmp_path / "halves" / "last") == 2
+    monkeypatch.setattr(copying, "short_run", honest)
+    resumed, _, _ = train_tiny(tmp_path / "halves", steps=9, resume=True)
+    assert_same_parameters(straight, resumed)
+
+
+def test_a_loader_that_fails_is_excused_by_a_signal_alone() -> None:
+    interrupts = Interrupts()
+
+    def batches(told: int | None) -> Iterator[dict[str, torch.Tensor]]:
+        interrupts.first = told
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+        yield
+
+    def session(told: int | None) -> Any:
+        return SimpleNamespace(
+            batching=derive_batching(recipe(), 10, 1),
+            rank=0,
+            micro_batches=batches(told),
+            accelerator=SimpleNamespace(device="cpu", reduce=lambda tensor, how: tensor),
+        )
+
+    assert next_step(session(signal.SIGTERM), interrupts) == ([], TokenCounts(0, 0), Terminated)
+    interrupts.first = None
+    assert next_step(session(signal.SIGINT), interrupts)[2] is KeyboardInterrupt
+    interrupts.first = None
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        next_step(session(None), interrupts)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])
+def test_a_run_goes_on_from_the_state_before_a_damaged_one(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, logged, _ = train_tiny(tmp_path / "straight", steps=5, dropout=0.1, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "cut", steps=5, dropout=0.1, save_every=2, tracker=Recorder(interrupt_at=3))
+    data = bytearray((tmp_path / "cut" / "last" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "cut" / "last" / name).write_bytes(data)
+    capsys.readouterr()
+    resumed, again, _ = train_tiny(tmp_path / "cut", steps=5, dropout=0.1, save_every=2, resume=True)
+    assert f"{name} " in capsys.readouterr().err.splitlines()[0]
+    assert_same_parameters(straight, resumed)
+    assert timeless(again) == timeless(logged, from_step=3) != {}
+
+
+def test_a_run_without_a_whole_state_does_not_begin_again(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=1)
+    (tmp_path / "last" / "train_state.json").unlink()
+    with pytest.raises(UsageError, match=r"last/train_state\.json is missing and there is no whole state"):
+        train_tiny(tmp_path, steps=2, resume=True)
+
+
+def test_a_disk_too_small_for_the_run_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pregate.training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 100_000)
+    tracker = Recorder()
+    with pytest.raises(UsageError, match=r"^Training writes .* which has 100 kB free: make room"):
+        train_tiny(tmp_path, steps=2, tracker=tracker)
+    assert not tracker.at and list(tmp_path.iterdir()) == []
 
 
 def test_resume_without_a_previous_run_starts_afresh(tmp_path: Path) -> None:
@@ -102,7 +225,8 @@ def test_the_best_checkpoint_is_kept_and_carries_files(tmp_path: Path) -> None:
         assert (directory / "pregate_manifest.json").read_text() == manifest.read_text()
         assert (directory / "tokenizer.json").is_file()
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint", "last"}
+    assert names == {"checkpoint", "last", "previous"}
+    assert [steps_done(tmp_path / "run" / name) for name in ("last", "previous")] == [3, 2]
     assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
 
 
@@ -208,6 +332,52 @@ train_tiny(Path(sys.argv[1]), steps=2, batch_sequences=5, micro_batch_tokens=10,
 """
 
 
+def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: int) -> None:
+    """Run the Python program `text` as two processes of one training; both end with `status`."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common |= {
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == status, errors
+
+
+ONE_IS_ASKED_TO_END = """
+import os, signal, sys
+from pathlib import Path
+from pregate.stopping import stoppable
+from tests.training.copying import Recorder, train_tiny
+asked = {"0": None, "1": 3}[os.environ["RANK"]]
+with stoppable():
+    train_tiny(Path(sys.argv[1]), steps=50, tracker=Recorder(interrupt_at=asked, signal_number=signal.SIGTERM))
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_end_after_the_same_step_when_one_gets_sigterm(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, ONE_IS_ASKED_TO_END, [str(tmp_path / "run")], 143)
+    assert steps_done(tmp_path / "run" / "last") == 3
+    state = json.loads((tmp_path / "run" / "last" / "train_state.json").read_text())
+    assert len(state["random"]) == 2
+
+
 @pytest.mark.parametrize("trainable", ["all", "gates"])
 def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
     settings: dict[str, Any] = {"trainable": trainable}
@@ -226,29 +396,7 @@ def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
         eval_every=1,
         **settings,
     )
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common |= {
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "two"), settings.get("teacher", ""), trainable],
-            cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    in_two_processes(tmp_path, TWO_PROCESSES, [str(tmp_path / "two"), settings.get("teacher", ""), trainable], 0)
     two = type(one).from_pretrained(tmp_path / "two" / "last")
     # AdamW divides each gradient by its own size, so rounding in small ones shows: allow 1 % of one update
     assert_same_parameters(one, two, atol=0.01 * recipe().learning_rate)

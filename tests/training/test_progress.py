@@ -1,11 +1,13 @@
-"""Lines without a terminal, and the two stages of Ctrl-C."""
+"""Lines without a terminal, the two stages of Ctrl-C, and SIGTERM, which has one."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
+from pregate.stopping import Terminated, stoppable
 from pregate.training import progress as progress_module
 from pregate.training.progress import Interrupts, Progress
 
@@ -46,6 +48,70 @@ def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
         assert interrupts.pending
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_waits_however_often_it_comes() -> None:
+    """A launcher passes on what a scheduler has sent to all."""
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts() as interrupts:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupts.pending and interrupts.first == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)  # the first of its kind, and the scheduler was first
+        assert interrupts.first == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_a_command_once_with_its_own_status(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned = []
+    with pytest.raises(SystemExit) as stopped, stoppable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(1)
+    assert stopped.value.code == 143 and cleaned
+    assert capsys.readouterr().err == (
+        "pregate: terminated; a training or a benchmark goes on with the same command and resume=true.\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_that_a_loop_has_held_back_does_not_cut_what_comes_behind_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped, stoppable():
+        with Interrupts():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        raise Terminated
+    assert stopped.value.code == 143
+    assert "Asked to end (SIGTERM): stopping after this step." in capsys.readouterr().err
+
+
+def test_a_handler_that_somebody_else_has_set_stays() -> None:
+    mine = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with stoppable():
+            assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent(held: bool) -> None:
+    with stoppable(), Interrupts() if held else stoppable():
+        child = os.fork()
+        if child == 0:
+            try:
+                if held:
+                    signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 def test_a_launchers_echo_of_ctrl_c_is_no_second_one(

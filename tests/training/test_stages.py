@@ -5,18 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import SwitchTransformersForConditionalGeneration
 
-from pregate.config import CalibrationConfig, Init, ModelConfig, PreGateConfig, Run, TrainConfig, UsageError
+from pregate.config import CalibrationConfig, Entry, Init, ModelConfig, PreGateConfig, Run, TrainConfig, UsageError
 from pregate.conversion import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.training.checkpoint import steps_done
-from pregate.training.stages import CHECKPOINT, CONVERTED, check_teachers, claim_run_dir, get_converted, train_converted
-from tests.tiny import geometry, upstream_model
+from pregate.training.stages import (
+    CHECKPOINT,
+    CONVERTED,
+    check_model,
+    check_teachers,
+    claim_run_dir,
+    get_converted,
+    train_converted,
+)
+from tests.tiny import geometry, pregated_model, upstream_model
 from tests.training.copying import FirstWords, Recorder, short_run, train_tiny, word_tokenizer
 
 
@@ -121,6 +133,81 @@ def test_a_trained_run_is_not_replaced_by_one_without_steps(tmp_path: Path) -> N
     run = Run(resume=True, pregate=PreGateConfig(lookahead=0), train=TrainConfig(steps=0))
     with pytest.raises(UsageError, match="holds a run of 3 steps"):
         untrained(run, tmp_path, str(tmp_path / "source"))
+
+
+def test_what_a_run_without_steps_leaves_opens_anywhere(tmp_path: Path) -> None:
+    """Upstream's own class would fill a copy of such files with random weights."""
+    model = upstream_model(0)
+    model.save_pretrained(tmp_path / "source")
+    tensors = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    (tmp_path / "source" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "source" / "pytorch_model.bin")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    untrained(Run(pregate=PreGateConfig(0), train=TrainConfig(steps=0)), tmp_path, str(tmp_path / "source"))
+    opened, info = SwitchTransformersForConditionalGeneration.from_pretrained(
+        tmp_path / CHECKPOINT, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
+    assert "auto_map" not in (tmp_path / CHECKPOINT / "config.json").read_text()
+
+
+CHOICES: dict[str, list[Any]] = {
+    "lookahead": [0, 1, 2],
+    "stacks": [["encoder", "decoder"], ["decoder", "encoder"], ["decoder"]],
+    "entry": list(Entry),
+    "init": list(Init),
+}
+GATINGS = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], str]:
+    """The directory of a pre-gated model with the gating given."""
+    root = tmp_path_factory.mktemp("ahead")
+
+    def made(gating: dict[str, Any]) -> str:
+        directory = root / "-".join(str(gating[name]) for name in CHOICES)
+        if not directory.is_dir():
+            model = pregated_model(0, gating["lookahead"], tuple(gating["stacks"]), str(gating["entry"]))
+            model.save_pretrained(directory)
+            config = json.loads((directory / "config.json").read_text())
+            config["pregate"]["init"] = str(gating["init"])
+            (directory / "config.json").write_text(json.dumps(config))
+        return str(directory)
+
+    return made
+
+
+def unordered(value: Any) -> Any:
+    return set(value) if isinstance(value, list) else value
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(has=GATINGS, asked=GATINGS, named=st.sets(st.sampled_from(sorted(CHOICES))))
+def test_a_pre_gated_source_has_the_settings_asked_for_or_is_refused(
+    ahead: Callable[[dict[str, Any]], str], has: dict[str, Any], asked: dict[str, Any], named: set[str]
+) -> None:
+    """What an experiment sets or the command line names counts; a default that nobody named does not."""
+    source = ahead(has)
+    overrides = [f"pregate.{name}={asked[name]}" for name in named]
+    run = Run(model=ModelConfig(source=source), pregate=PreGateConfig(**asked), overrides=overrides)
+    default = vars(PreGateConfig())
+    counts = [n for n in CHOICES if n in named or n == "lookahead" or unordered(asked[n]) != unordered(default[n])]
+    wrong = [name for name in counts if unordered(has[name]) != unordered(asked[name])]
+    if not wrong or has["lookahead"] == asked["lookahead"] == 0:
+        check_model(run)
+        nothing: Any = None
+        assert get_converted(run, Path("unused"), source, nothing, nothing) == source
+        return
+    with pytest.raises(UsageError) as error:
+        check_model(run)
+    said, name = str(error.value), wrong[0]
+    has_it, wants = (f"[{','.join(v)}]" if isinstance(v, list) else str(v) for v in (has[name], asked[name]))
+    assert f"has {name} {has_it}, but pregate.{name}={wants} was asked for: set pregate.{name}={has_it}, or" in said
+    assert said.endswith(".") and ". " not in said and "\n" not in said
 
 
 @pytest.mark.parametrize("which", ["train", "source_train"])

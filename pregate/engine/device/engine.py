@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.decode import Checkpoint, OffloadEngine, open_store
+from pregate.engine.decode import Checkpoint, OffloadEngine, open_store, serving_dtype
 from pregate.engine.device import require_triton
 from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
@@ -33,12 +33,14 @@ from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
 from pregate.engine.device.static_step import StaticDecoder
 from pregate.engine.policy import default_slots
+from pregate.engine.slabs import SlabLayout
 from pregate.engine.store import Store
 from pregate.engine.trace import Counters
 from pregate.models.adapter import ExpertKey
-from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
+from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.loading import open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.runtime import human_bytes
+from pregate.runtime import compute_device, human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""
@@ -104,17 +106,21 @@ class DeviceEngine:
         budget, the fewest slots or the policy's default, whichever is more. Raises `UsageError` for what cannot be
         served this way.
         """
-        policy, cache, device = Policy(policy), CacheRule(cache), torch.device(device)
+        policy, cache, device = Policy(policy), CacheRule(cache), compute_device(device)
         refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
-        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_checkpoint(str(checkpoint))
+        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_model(str(checkpoint))
         config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
         check_activation(config.dense_act_fn)
+        family, stored = switch_expert_family(config), store.layout.stored if store else SlabDtype(slab_dtype)
+        dtype = serving_dtype(config, source, family)
         if device.type == "cuda":
             require_triton()
+            if dtype is torch.float64:
+                raise UsageError("engine.drive=device has no kernels for float64: use engine.drive=host.")
+        slots = slots_for(device_budget, policy, config, SlabLayout.of(family, dtype, stored).slab_bytes, batch)
         opened = store or open_store(checkpoint, tier=Tier.dram, device=device, slab_dtype=SlabDtype(slab_dtype))
         host: OffloadEngine | None = None
         try:
-            slots = slots_for(device_budget, policy, config, opened.layout.slab_bytes, batch)
             budget = f"{slots * opened.layout.slab_bytes}B"
             host = OffloadEngine.open(
                 checkpoint, policy=policy, device=device, device_budget=budget, cache=cache, store=opened

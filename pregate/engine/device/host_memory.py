@@ -22,6 +22,8 @@ DEVICE_POINTER = 3
 """CU_POINTER_ATTRIBUTE_DEVICE_POINTER: where kernels of the current context reach memory, any byte of it."""
 PORTABLE, DEVICE_MAP, WRITE_COMBINED = 1, 2, 4
 """Flags of cuMemHostAlloc."""
+INVALID_VALUE, OUT_OF_MEMORY = 1, 2
+"""What the driver says of memory that it does not know, and where there is no more. All else is a fault of its own."""
 
 
 def device_addresses(slabs: Iterable[Tensor], device: torch.device | str) -> Tensor:
@@ -46,6 +48,8 @@ def host_allocated(num_bytes: int, *, write_combined: bool) -> Iterator[Tensor]:
     torch.cuda.synchronize()
     place, flags = ctypes.c_void_p(), PORTABLE | DEVICE_MAP | (WRITE_COMBINED if write_combined else 0)
     status = _driver().cuMemHostAlloc(ctypes.byref(place), ctypes.c_size_t(num_bytes), flags)
+    if status not in (0, OUT_OF_MEMORY):
+        raise RuntimeError(f"Asking for {human_bytes(num_bytes)} of page-locked memory ended in CUDA error {status}.")
     if status != 0 or place.value is None:
         raise UsageError(f"{human_bytes(num_bytes)} of page-locked host memory cannot be had (CUDA error {status}).")
     try:
@@ -58,6 +62,8 @@ def host_allocated(num_bytes: int, *, write_combined: bool) -> Iterator[Tensor]:
 def _seen_by_device(host: int) -> int:
     found = ctypes.c_uint64()
     status = _driver().cuPointerGetAttribute(ctypes.byref(found), DEVICE_POINTER, ctypes.c_uint64(host))
+    if status not in (0, INVALID_VALUE):
+        raise RuntimeError(f"Asking where the GPU sees the experts in host memory ended in CUDA error {status}.")
     if status != 0:
         raise UsageError(
             f"The GPU cannot read the experts in host memory (CUDA error {status}): they must be page-locked, which "

@@ -19,7 +19,7 @@ from pregate.engine.device import moves
 from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine, slots_for
 from pregate.engine.device.sampling import StepKind
 from pregate.engine.slabs import SlabLayout
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.models.switch_layers import switch_expert_family
 from tests.engine.device.stepping import assert_equal_while_live
 from tests.engine.device.test_static_step import ATOL, inputs_of, models, reference

@@ -36,7 +36,7 @@ def test_what_cannot_be_served_is_refused(served: Served, options: dict[str, Any
 
 
 def test_experts_of_another_activation_are_refused(served: Served, tmp_path: Path) -> None:
-    for file in served.directory.iterdir():
+    for file in filter(Path.is_file, served.directory.iterdir()):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dense_act_fn": "gelu"}))

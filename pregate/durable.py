@@ -1,0 +1,156 @@
+"""Files and directories that a power cut leaves whole: the old one or the new one, never a part, never none.
+
+What is written lies in memory until it is flushed, and so does the name that it was given. So the order is always
+the same: write beside, flush the contents, take the place of the old by a rename, flush the folder that holds the name,
+and only then let the old one go. Knows files, locks and what a full disk says; knows nothing about what is in the
+files, and not torch, so that a command line is checked without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOCK = ".lock"
+"""Held in a directory that is being filled, for as long as the process that fills it lives."""
+PARTIAL = re.compile(r"\.partial-\d+-[0-9a-f]{8}")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSALS = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+
+
+def flush(opened: int) -> None:
+    """Return once the contents of an opened file, or the names in an opened directory, are on the disk."""
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it cannot be flushed: a pipe, some network directories
+            raise
+
+
+def flush_file(path: Path) -> None:
+    """Return once the contents of `path` are on the disk; of a directory, the names in it."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        flush(opened)
+    finally:
+        os.close(opened)
+
+
+def flush_tree(directory: Path) -> None:
+    """Return once everything below `directory` is on the disk; its own name, in its parent, is not."""
+    for folder, _, files in os.walk(directory, topdown=False):
+        for path in (Path(folder) / name for name in files):
+            if path.is_file() and not path.is_symlink():
+                flush_file(path)
+        flush_file(Path(folder))
+
+
+def flush_folders(directory: Path, *names: str) -> None:
+    """Flush those of the folders `names` in `directory` that are there, with their own names."""
+    for name in names:
+        flush_tree(directory / name)
+    flush_file(directory)
+
+
+def make_directory(directory: Path) -> None:
+    """Make `directory` and what is missing above it, to stay."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        flush_file(directory.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, to stay; a reader sees the old file or the whole new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            flush(file.fileno())
+        scratch.replace(path)
+        flush_file(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of `path`, to stay. Torn by a power cut, it lacks its end."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        flush(file.fileno())
+
+
+@contextmanager
+def partial_beside(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target` to fill and to `put` there; whatever happens, nothing else of it stays.
+
+    It is locked, not merely named after this process: the number of a killed one comes again, in a container even on
+    every run, and another machine may share the disk.
+    """
+    folder = target.with_name(f"{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    hidden = folder.with_name(f".{folder.name}")  # nobody looks at it before it is locked
+    make_directory(target.parent)
+    try:
+        hidden.mkdir()
+        with (hidden / LOCK).open("w") as lock:
+            with suppress(OSError):  # a file system without locks: nobody can tell that it is abandoned, so it stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flush_file(hidden)
+            hidden.rename(folder)
+            yield folder
+    finally:
+        for left in (hidden, folder):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def put(folder: Path, target: Path) -> None:
+    """Give the finished `folder` of `partial_beside` its name. Raises `OSError` if something took it meanwhile."""
+    flush_tree(folder)
+    folder.rename(target)
+    (target / LOCK).unlink(missing_ok=True)  # only now: unlocked, it would have looked abandoned
+    flush_file(target)
+    flush_file(target.parent)
+
+
+def clear_abandoned(target: Path) -> None:
+    """Remove what processes that were killed left of earlier attempts at `target`; one that still writes holds on."""
+    if not target.parent.is_dir():
+        return
+    for folder in target.parent.iterdir():
+        if folder.name.startswith(target.name) and PARTIAL.fullmatch(folder.name.removeprefix(target.name)):
+            with suppress(OSError):
+                if (folder / LOCK).exists():  # else it was killed while it cleaned up
+                    with (folder / LOCK).open("r+") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_bytes(place: Path) -> int:
+    """What is free on the disk that `place` lies on, or will."""
+    return shutil.disk_usage(next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())).free
+
+
+def num_bytes(directory: Path) -> int:
+    """The size of all files below `directory`; 0 if it is not there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the disk did not take what was written, if that is what `error` is about.
+
+    Writers in Rust, those of safetensors and tokenizers, raise exceptions of their own that name the number in words.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and told:
+        number = int(told.group(1))
+    return os.strerror(number) if number in REFUSALS else None
