@@ -245,7 +245,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
 def _refuse_family(source: str, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind == TARGET_TYPE:
-        ahead = config.get("pregate", {}).get("lookahead")
+        ahead = package.PreGatedSwitchTransformersConfig.of_checkpoint(config).pregating.lookahead
         raise UsageError(f"{source} is already pre-gated (lookahead {ahead}): convert the model it was made from.")
     if kind == SOURCE_TYPE:
         return

@@ -11,7 +11,8 @@ from pregate.processes import join, leave
 
 def main(run: Run) -> None:
     from pregate.engine.pack import refuse_output
-    from pregate.measure.evaluation import check_engine, evaluate, prepare
+    from pregate.measure.evaluation import evaluate, prepare
+    from pregate.measure.servable import check_engine
     from pregate.models.checkpoint import read_config
     from pregate.tasks.base import build_training_task, splits_read
     from pregate.tasks.text import check_vocabulary, load_tokenizer
@@ -22,7 +23,7 @@ def main(run: Run) -> None:
     stages.check_precision(run)
     refuse_output("run_dir", Path(run.run_dir))
     stages.check_model(run)
-    check_engine(run)
+    check_engine(run, *stages.trained_config(run))
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))

@@ -28,6 +28,7 @@ ENGINE = {
     "bytes_moved": ("moved, MB", "{:.1f}"),
     "peak_device_bytes": ("peak, MB", "{:.1f}"),
     "tokens_equal_resident": ("tokens equal", "{}"),
+    "logits_max_diff": ("logits differ by", "{:.2g}"),
 }
 
 
@@ -38,10 +39,13 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 
 def score_table(evaluation: dict[str, Any]) -> str:
     rows = []
+    labels = {"pre_gated": evaluation.get("checkpoint_label", "pre_gated")}
     for model, scores in evaluation["scores"].items():
         for metric, value in scores.items():
             low, high = evaluation["intervals"][model][metric]
-            rows.append([f"{model.replace('_', '-')} {metric}", f"{value:.2f}", f"[{low:.2f}, {high:.2f}]"])
+            rows.append(
+                [f"{labels.get(model, model).replace('_', '-')} {metric}", f"{value:.2f}", f"[{low:.2f}, {high:.2f}]"]
+            )
     for metric in evaluation["scores"]["pre_gated"]:
         if f"{metric}_delta" in evaluation.get("parity", {}):
             low, high = evaluation["parity"][f"{metric}_delta_interval"]

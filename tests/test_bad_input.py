@@ -85,6 +85,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "good.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     (root / "empty_references.jsonl").write_text("\n".join(json.dumps({**row, "answers": []}) for row in ROWS))
     (root / "no_context.jsonl").write_text("\n".join(json.dumps({"question": "?", "answers": ["x"]}) for _ in ROWS))
+    late = [*ROWS, {**ROWS[0], "answers": [["x"]]}, {**ROWS[0], "context": "half \ud83d"}]
+    for name, rows in {"late_list": late[:-1], "late_half": [*ROWS, late[-1]]}.items():
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     pandas.DataFrame({k: [] for k in ROWS[0]}).to_parquet(root / "empty.parquet")
     (root / "used").mkdir()
     (root / "used" / "thesis.tex").write_text("precious")
@@ -132,6 +135,16 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         "eval",
         ["checkpoint={root}/pregated", "QA:empty_references.jsonl"],
         "without an answer|no answer|has no|have no",
+    ),
+    "cell that is no text": (
+        "train",
+        ["model.source={root}/conventional", "QA:late_list.jsonl", "eval.examples=null", "run_dir={out}/run"],
+        "late_list.jsonl holds a list inside a list in column 'answers'",
+    ),
+    "lone surrogate": (
+        "train",
+        ["model.source={root}/conventional", "QA:late_half.jsonl", "run_dir={out}/run"],
+        "holds a text with the lone surrogate '\\ud83d' in column 'context'",
     ),
     "dense checkpoint": ("convert", ["source={root}/dense", "output={out}/converted"], "t5"),
     "dense checkpoint for evaluation": ("eval", ["checkpoint={root}/dense", "QA:good.jsonl"], "'t5' model"),
@@ -344,6 +357,29 @@ def test_the_same_settings_without_the_fault_work(
     assert set(evaluation["engine"]) == {"gpu_only", "on_demand", "prefetch_all", "pre_gated"}
     assert all(record["tokens_equal_resident"] for record in evaluation["engine"].values())
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["lm_head.weight", "encoder.embed_tokens.weight"])
+def test_the_next_command_that_a_conversion_prints_works(
+    kept: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """With a source whose tied table has another name than upstream gives it: it is the reference as well."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs / "conventional", "source")
+    tensors = load_file("source/model.safetensors")
+    save_file({kept if name == "shared.weight" else name: t for name, t in tensors.items()}, "source/model.safetensors")
+    assert run("convert", ["source=source", "output=ahead"], monkeypatch) == 0
+    printed = capfd.readouterr().out.strip().splitlines()[-1]
+    assert printed == "next: python -m pregate.eval checkpoint=ahead reference=source"
+    assert run("eval", [*printed.split()[4:], *TRAIN_SETTINGS, *qa(inputs)], monkeypatch) == 0
+    of_source = json.loads(Path("ahead-eval/eval.json").read_text())
+    whole = [f"checkpoint={inputs}/conventional", "output=whole", *TRAIN_SETTINGS, *qa(inputs)]
+    assert run("eval", whole, monkeypatch) == 0
+    asked = [json.loads(line) for line in Path("whole/predictions.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in Path("ahead-eval/predictions.jsonl").read_text().splitlines()]
+    assert [row["reference_prediction"] for row in found] == [row["prediction"] for row in asked]
+    assert any(row["prediction"] for row in asked) and of_source["scores"]["reference"]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "convert"])

@@ -74,7 +74,7 @@ def test_jsonl_has_step_time_and_metrics(tmp_path):
     first, second = records(tmp_path)
     assert (first["step"], first["train/bad"]) == (3, None)
     assert second["eval/f1"] == 50.0
-    assert 0 <= first["time"] <= second["time"] < 10
+    assert 0 <= first["time"] <= second["time"] < 1e6, "since the start, not since 1970"
     assert not (tmp_path / "wandb").exists()
 
 
@@ -86,7 +86,7 @@ def test_resume_mends_a_torn_line_and_continues_the_clock(tmp_path):
     first, second = records(tmp_path)
     assert first == json.loads(whole)
     assert second["step"] == 2
-    assert 100.0 <= second["time"] < 110.0
+    assert 100.0 <= second["time"] < 1e6
 
 
 def test_a_full_disk_is_told(fake_wandb, tmp_path):

@@ -40,6 +40,8 @@ from pregate.runtime import compute_device, first_of
 Checkpoint = str | Path | SourceCheckpoint
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes that a model may have."""
+CLOSED = "This engine is closed: open it again."
+BUSY = "This engine is serving a request: call it again, or close it, when that request has ended."
 
 
 def serving_dtype(
@@ -124,7 +126,7 @@ class OffloadEngine:
         self._scheduler = Scheduler(list(slots_NB), SlotTable(self.num_slots, rule), mover, trace, counters)
         self._moves = make_policy(policy, family)
         self._on_close: list[Callable[[], None]] = [mover.close]
-        self._serving, self._cut_short = threading.RLock(), False
+        self._serving, self._cut_short, self._busy = threading.RLock(), False, False
         for block in model.moe_blocks():
             block.module.experts = OffloadedExperts(
                 family, block.stack, block.index, self._matrices, self._scheduler, self._moves, trace
@@ -209,7 +211,8 @@ class OffloadEngine:
     @torch.inference_mode()
     def generate(self, **inputs: Any) -> Any:
         """Hugging Face `generate` with the engine's policy; takes and returns the same. The engine stays usable
-        after an error or an interrupt; calls from several threads are served one after the other."""
+        after an error or an interrupt; calls from several threads are served one after the other. Raises `RuntimeError`
+        for a call from within a request and for a closed engine."""
         return self._serve(self.model.generate, inputs)
 
     @torch.inference_mode()
@@ -235,20 +238,26 @@ class OffloadEngine:
     def _serve(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         with self._serving:
             if not self._on_close:
-                raise RuntimeError("This engine is closed: open it again.")
-            # a second interrupt can cut the reset below short as well
-            if self._cut_short:
-                self._scheduler.reset()
-            self._cut_short = True
+                raise RuntimeError(CLOSED)
+            if self._busy:  # by this very thread: a streamer, a hook or a signal handler of the request calls
+                raise RuntimeError(BUSY)
             try:
-                result = call(**inputs)
-                self._scheduler.settle()
-            except BaseException:
-                self._scheduler.reset()
+                self._busy = True
+                # a second interrupt can cut the reset below short as well
+                if self._cut_short:
+                    self._scheduler.reset()
+                self._cut_short = True
+                try:
+                    result = call(**inputs)
+                    self._scheduler.settle()
+                except BaseException:
+                    self._scheduler.reset()
+                    self._cut_short = False
+                    raise
                 self._cut_short = False
-                raise
-            self._cut_short = False
-            return result
+                return result
+            finally:
+                self._busy = False
 
     def expected_bytes(self) -> dict[str, int]:
         """What the engine takes by its own account, without activations: the weights that are not experts, the
@@ -271,8 +280,11 @@ class OffloadEngine:
             setattr(self.counters, name, 0)
 
     def close(self) -> None:
-        """Give back threads, files and memory; may be called again."""
+        """Give back threads, files and memory; may be called again. Waits for another thread's request. Raises
+        `RuntimeError` if called from within a request."""
         with self._serving:
+            if self._busy:
+                raise RuntimeError(BUSY)
             if self._on_close:
                 self._scheduler.reset()
             while self._on_close:

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from pregate.config import UsageError
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
+from pregate.measure.logits import watched
+from pregate.models.finite import WHAT_TO_CHECK
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 
@@ -32,24 +35,39 @@ def predict(
     max_new_tokens: int,
     num_beams: int = 1,
     progress: Callable[[int], None] = lambda done: None,
+    name: str = "the model",
 ) -> list[str]:
-    """The decoded prediction of each example, in order; greedy, or the best of `num_beams`."""
+    """The decoded prediction of each example, in order; greedy, or the best of `num_beams`. Raises `UsageError` that
+    names the model (`name`) and an example for which its logits are not finite."""
     device = engine.model.device
     predictions = [""] * len(examples)
     for batch in length_sorted_batches(examples, batch_size):
         inputs = collate([examples[i] for i in batch])
-        tokens_BT = engine.generate(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-        )
+        with watched(engine) as rows_not_finite:
+            tokens_BT = engine.generate(
+                input_ids=inputs["input_ids"].to(device),
+                attention_mask=inputs["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+            )
+            refuse_not_finite(rows_not_finite(), [examples[i] for i in batch for _ in range(num_beams)], name, engine)
         texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             predictions[index] = text.strip()
         progress(len(batch))
     return predictions
+
+
+def refuse_not_finite(
+    rows: Sequence[int], examples: Sequence[Example], name: str, engine: OffloadEngine | DeviceEngine
+) -> None:
+    """Raises `UsageError` that names the first example of `rows`, whose logits are not finite."""
+    if rows:
+        raise UsageError(
+            f"{name} cannot be scored: its logits for example {examples[rows[0]].id!r} are NaN or infinite (policy "
+            f"{engine.policy}): {WHAT_TO_CHECK}."
+        )
 
 
 def bootstrap_interval(values: Sequence[float], samples: int, seed: int) -> list[float]:

@@ -42,6 +42,7 @@ from pregate.measure.bench_whole import HEADROOM, Accelerated, References, Whole
 from pregate.measure.planner import Profile, all_on_device, few_experts, is_predictable, predict, profile, step_ms
 from pregate.measure.probes import Ground
 from pregate.memory import PeakMemory
+from pregate.models.finite import WHAT_TO_CHECK
 from pregate.runtime import console, environment, human_bytes, pick_device, set_seed, to_jsonable
 from pregate.tracking import Tracker, say
 
@@ -162,7 +163,8 @@ def _refuse_full_disk(study: Study) -> None:
 
 
 def measure(study: Study, tracker: Tracker) -> list[dict[str, Any]]:
-    """Measure what is pending of what `prepare` has checked; returns all rows."""
+    """Measure what is pending of what `prepare` has checked; returns all rows. Raises `UsageError`, when everything is
+    written, for a model whose logits are not finite."""
     run = study.run
     set_seed(run.seed)
     total = len(study.measured) + sum(len(study.pending(model)) for model in study.rows)
@@ -179,7 +181,18 @@ def measure(study: Study, tracker: Tracker) -> list[dict[str, Any]]:
         shutil.rmtree(study.out_dir / SCRATCH, ignore_errors=True)
     _publish(results.rows, study.out_dir, tracker)
     print_bench(results.rows, console())
+    refuse_not_finite(results.rows, study.out_dir)
     return results.rows
+
+
+def refuse_not_finite(rows: Sequence[dict[str, Any]], out_dir: Path) -> None:
+    """Raises `UsageError` for rows with logits that are not finite. They are kept, and the tables say so."""
+    broken = [row for row in rows if row.get("logits_finite") is False]
+    if broken:
+        raise UsageError(
+            f"The logits of {len(broken)} of {len(rows)} rows are NaN or infinite, first of "
+            f"{RowSpec.of(broken[0]).sentence()} (see {out_dir / 'bench.md'}): {WHAT_TO_CHECK}."
+        )
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

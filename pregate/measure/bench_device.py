@@ -10,24 +10,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pregate.config import CacheRule, Drive, Policy
 from pregate.engine.device.engine import DeviceEngine
 from pregate.measure.active_experts import forced_experts
 from pregate.measure.baselines import use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
 from pregate.measure.bench_row import (
+    LOGIT_TOKENS,
     WARM_UP,
     Beside,
     Effort,
     Requests,
     both_report,
+    first_logits,
     greedy,
-    logit_difference,
+    logits_record,
+    tokens_given,
 )
-from pregate.measure.device_steps import StepsTimed, time_steps
+from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
+from pregate.measure.logits import check_moved, logit_difference
 from pregate.measure.probes import Ground, Probes
 from pregate.memory import PeakMemory
 
@@ -72,10 +73,19 @@ def serve_by_device(
         )
         link_bytes = [(one.readings[-1] - one.readings[0]) / one.steps for one in timed]
         row = both_report(engine, peak, requests, timed, link_bytes, spec, beside)
-        if spec.forced_experts is None and beside.reference is not None and beside.reference.logits is not None:
-            wanted_BtV = beside.reference.logits[:, : spec.new_tokens]
-            got_BtV = stepped_logits(engine, requests, beside.reference.tokens[0], wanted_BtV.shape[1])
-            row["step_logits_rel_diff"] = logit_difference(got_BtV, wanted_BtV)["logits_rel_diff"]
+        for one in timed:  # nothing stays in a slot from request to request
+            check_moved(spec.policy, one.counted["bytes_moved"])
+        given = tokens_given(beside.reference, timed)
+        if spec.forced_experts is None:
+            given = given[:, : min(LOGIT_TOKENS, spec.new_tokens)].to(device)
+            logits = stepped_logits(engine, **requests.prompt(0), tokens_BT=given)
+            if beside.reference is not None and beside.reference.logits is not None:
+                differs = logit_difference(logits, beside.reference.logits[:, : spec.new_tokens])
+                row |= {f"step_{name}": share for name, share in differs.items() if name == "logits_rel_diff"}
+        else:  # forced by its place in a call, a token has another route alone than among others
+            logits = first_logits(engine.forward, requests, given)
+        broke = not all(one.finite for one in timed)
+        row |= logits_record(logits, beside.reference, broke, (model.dtype, engine.model.dtype))
     row |= {name: round(statistics.mean(one.counted[name] for one in timed), 2) for name in timed[0].counted}
     if spec.forced_experts is None and spec.policy in (Policy.on_demand, Policy.pre_gated):
         # the other policies fetch without regard to routes, so their counts do not tell
@@ -86,21 +96,6 @@ def serve_by_device(
 def serve_one(engine: DeviceEngine, requests: Requests, number: int, new_tokens: int) -> StepsTimed:
     prompt = requests.prompt(number)
     return time_steps(engine, **prompt, new_tokens=new_tokens, device=requests.device, **greedy(new_tokens))
-
-
-@torch.inference_mode()
-def stepped_logits(engine: DeviceEngine, requests: Requests, tokens_BT: Tensor, steps: int) -> Tensor:
-    """Float32 logits (B, steps, V) of captured steps for request 0, each given the token of `tokens_BT` at its place
-    whatever the step before has chosen. As many tokens as the engine was opened for are enough."""
-    prompt = requests.prompt(0)
-    request = engine.request(do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
-    engine.prefill(prompt["input_ids"], prompt["attention_mask"], request.sampling)
-    chooser, found = engine.decoder.chooser, []
-    for place in range(steps):
-        chooser.token_B.copy_(tokens_BT[:, place])
-        engine.decode_one_token()
-        found.append(chooser.logits_BV.clone())
-    return torch.stack(found, dim=1).cpu()
 
 
 def is_device_driven(spec: RowSpec) -> bool:

@@ -19,7 +19,9 @@ from pregate.cli import config_dir
 from pregate.config import Baseline, CacheRule, Drive, Policy, Precision, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import host_buffers_within, resolve_tier, slots_within
 from pregate.engine.decode import serving_dtype
+from pregate.engine.device import require_triton
 from pregate.engine.device.engine import MOST_ROWS, slots_for
+from pregate.engine.device.experts import check_activation
 from pregate.engine.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.adapter import ExpertFamily, PreGating
@@ -27,6 +29,7 @@ from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.loading import open_model
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.synthetic import synthetic_checkpoint
+from pregate.runtime import pick_device
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RESIDENT = "resident"
@@ -200,8 +203,11 @@ def check_models(run: Run, models: Sequence[BenchModel]) -> None:
 
 
 def _check_steps(run: Run, model: BenchModel, slab_bytes: int) -> None:
-    """Refuse budgets with which some batch could not be decoded by the device alone."""
+    """Refuse experts that the device cannot compute, and budgets with which some batch could not be decoded by it."""
     config = PreGatedSwitchTransformersConfig.of_checkpoint(model.source.config)
+    check_activation(config.dense_act_fn)
+    if pick_device(run.engine.device).type == "cuda":
+        require_triton()
     for policy, budget, batch in product(run.engine.policies, run.bench.budgets, run.bench.batches):
         if policy is not Policy.gpu_only and batch <= MOST_ROWS:
             slots_for(budget, policy, config, slab_bytes, batch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pregate.measure.active_experts import counted_experts, forced_experts
 from pregate.measure.baselines import Reference, use_generation_config
 from pregate.measure.bench_grid import BenchModel, RowSpec
 from pregate.measure.latency import Timed, TokenClock, medians, time_request
+from pregate.measure.logits import check_moved, compare_logits, logit_difference, tolerance, watched
 from pregate.measure.probes import Ground, Probes, Request, floors
 from pregate.memory import PeakMemory
 
@@ -113,6 +114,19 @@ def measure_whole(
         return effort.run(lambda number: requests.serve(generate, number, new_tokens, clock, None))
 
 
+def logits_record(
+    logits: Tensor, reference: Reference | None, broke: bool, dtypes: Iterable[torch.dtype]
+) -> dict[str, Any]:
+    """`compare_logits` of request 0 with the whole model's; `broke`: a step of some request had logits that were not
+    finite."""
+    wanted_BtV = None if reference is None or reference.logits is None else reference.logits[:, : logits.shape[1]]
+    found = compare_logits([logits], None if wanted_BtV is None else [wanted_BtV], tolerance(dtypes))
+    if broke or not found["logits_finite"]:
+        # NaN is chosen like any token, so that its tokens are equal is no equality
+        found |= {"logits_finite": False, **({} if reference is None else {"tokens_equal_resident": False})}
+    return found
+
+
 def first_logits(forward: Callable[..., Any], requests: Requests, tokens_BT: Tensor) -> Tensor:
     """Float32 logits (B, t, V) for the first of `tokens_BT`, request 0 of the whole model, given as input."""
     targets = tokens_BT[:, :LOGIT_TOKENS].to(requests.device)
@@ -156,7 +170,7 @@ def serve_by_host(
 ) -> dict[str, Any]:
     """See `Serve`."""
     device, store = ground.device, ground.store
-    requests, counts = Requests.of(spec, model, device), []
+    requests, counts, warm_up_bytes = Requests.of(spec, model, device), [], 0
     with (
         PeakMemory(device) as peak,
         OffloadEngine.open(
@@ -171,6 +185,7 @@ def serve_by_host(
             io_uring=ground.io_uring,
         ) as engine,
         forced_experts(engine.model, spec.forced_experts),
+        watched(engine) as rows_not_finite,
     ):
         use_generation_config(engine.model, model)
         probes.reader = engine.reader
@@ -179,6 +194,7 @@ def serve_by_host(
         with counted_experts(engine.model) as active:
             for number in range(effort.warmup):
                 requests.serve(engine.generate, WARM_UP + number, spec.new_tokens, clock, None)
+        warm_up_bytes = engine.counters.bytes_moved
 
         def serve(number: int) -> Timed:
             engine.reset_counters()
@@ -187,7 +203,10 @@ def serve_by_host(
             return timed
 
         timed = effort.run(serve, lambda: probes.take(peak))
+        check_moved(spec.policy, warm_up_bytes + sum(count["bytes_moved"] for count in counts))
         row = both_report(engine, peak, requests, timed, [_decoded_bytes(one) for one in timed], spec, beside)
+        logits = first_logits(engine.forward, requests, tokens_given(beside.reference, timed))
+        row |= logits_record(logits, beside.reference, bool(rows_not_finite()), (model.dtype, engine.model.dtype))
     return {
         "spans": timed[0].spans or [],
         "io_threads": ground.io_threads,
@@ -220,9 +239,14 @@ def both_report(
     if peak_bytes is not None:
         row["peak_device_bytes"] = peak_bytes
     if beside.source_reference is not None and beside.source_reference.logits is not None:
-        logits = first_logits(engine.forward, requests, beside.source_reference.tokens[0])
-        row |= logit_difference(logits, beside.source_reference.logits)
+        wanted = beside.source_reference.logits
+        row |= logit_difference(first_logits(engine.forward, requests, beside.source_reference.tokens[0]), wanted)
     return row
+
+
+def tokens_given(reference: Reference | None, timed: Sequence[Timed]) -> Tensor:
+    """The tokens (B, T) of request 0 to give as input: the whole model's, or the row's where those are not known."""
+    return timed[0].tokens if reference is None else reference.tokens[0]
 
 
 def moved(timed: Sequence[Timed], link_bytes: Sequence[float]) -> dict[str, Any]:
@@ -245,8 +269,8 @@ def _decoded_bytes(timed: Timed) -> float:
 
 def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) -> dict[str, Any]:
     """What any server is measured by: medians over repeats, the spread of `tpot_ms`, and whether the tokens are the
-    whole model's. `tokens_per_s` is while decoding, of the whole batch. Where tokens differ, `tokens_equal_until`: new
-    tokens before the first difference of any row and request."""
+    whole model's (see also `logits_record`). `tokens_per_s` is while decoding, of the whole batch. Where tokens differ,
+    `tokens_equal_until`: new tokens before the first difference of any row and request."""
     tpot = [request.tpot_ms for request in timed if request.tpot_ms is not None]
     found: dict[str, Any] = medians(timed)
     found |= {
@@ -265,14 +289,3 @@ def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) 
         if departs:
             found["tokens_equal_until"] = min(departs)
     return found
-
-
-def logit_difference(logits: Tensor, source: Tensor | None) -> dict[str, float]:
-    """Largest absolute difference, and the norm of the difference as a share of the norm of `source`."""
-    if source is None:
-        return {}
-    difference = logits - source
-    return {
-        "logits_max_abs_diff": float(difference.abs().max()),
-        "logits_rel_diff": float(difference.norm() / source.norm()),
-    }

@@ -73,7 +73,11 @@ def _spread(row: Row) -> str | None:
 
 
 def _equal(row: Row) -> str | None:
+    if row.get("logits_finite") is False:
+        return "**NaN**"
     same = row.get("tokens_equal_resident")
+    if same and row.get("logits_equal_resident") is False:
+        return "**logits NO**"
     until = row.get("tokens_equal_until")
     return None if same is None else "yes" if same else "**NO**" if until is None else f"**NO**, first {until:,}"
 
@@ -116,6 +120,7 @@ COLUMNS = (
     Column("peak GB", PEAK, terminal=PEAK),
     Column("expected GB", _number("expected_bytes", 1e9)),
     Column("tokens equal", _equal, terminal=_equal),
+    Column("logits differ by", _number("logits_max_diff"), "logits differ by at most {}"),
     Column("logits off %", _relative("logits_rel_diff")),
     Column("step off %", _relative("step_logits_rel_diff")),
 )
@@ -210,9 +215,18 @@ def short_figures(row: Row) -> str:
         (_number("tokens_per_s")(row), "{} tokens/s"),
         (_number("over_floor")(row), "{} × floor"),
         (_number("peak_device_bytes", 1e9)(row), "peak {} GB"),
-        ({True: "equal", False: "DIFFER"}.get(row.get("tokens_equal_resident")), "tokens {}"),  # type: ignore[arg-type]
+        (_said_of_tokens(row), "{}"),
     ]
     return ", ".join(text.format(value) for value, text in parts if value is not None)
+
+
+def _said_of_tokens(row: Row) -> str | None:
+    if row.get("logits_finite") is False:
+        return "logits NOT FINITE"
+    same = row.get("tokens_equal_resident")
+    if same and row.get("logits_equal_resident") is False:
+        return f"tokens equal, logits DIFFER by {_number('logits_max_diff')(row)}"
+    return None if same is None else "tokens equal" if same else "tokens DIFFER"
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------
@@ -254,12 +268,26 @@ def command(overrides: Sequence[str]) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Whether all rows decoded the whole model's tokens, as a sentence; empty if nobody looked."""
+    """Whether all rows decoded the whole model's tokens with its logits, as a sentence; empty if nobody looked."""
+    broken = [row for row in rows if row.get("logits_finite") is False]
+    if broken:
+        return f"**Logits are NaN or infinite in {len(broken)} of {len(rows)} rows: {_policies(broken)}.**"
     looked = [row for row in rows if row.get("tokens_equal_resident") is not None]
-    wrong = [str(row.get("policy")) for row in looked if not row["tokens_equal_resident"]]
-    if wrong:
-        return f"**Tokens differ from the whole model's in {len(wrong)} of {len(looked)} rows: {', '.join(wrong)}.**"
+    said = []
+    for what, key in (("Tokens", "tokens_equal_resident"), ("Logits", "logits_equal_resident")):
+        compared = [row for row in rows if row.get(key) is not None]
+        wrong = [row for row in compared if not row[key]]
+        if wrong:
+            said.append(
+                f"**{what} differ from the whole model's in {len(wrong)} of {len(compared)} rows: {_policies(wrong)}.**"
+            )
+    if said:
+        return " ".join(said)
     return f"Tokens equal the whole model's in {len(looked)} of {len(looked)} rows compared." if looked else ""
+
+
+def _policies(rows: Sequence[Row]) -> str:
+    return ", ".join(str(row.get("policy")) for row in rows)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -307,6 +335,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Tokens equal, first N: so many new tokens before a row has another one than the whole model, in the "
             "request that departs first. In bfloat16 two best logits are often equal, and steps that sum in another "
             "order then decode another text; so do wrong ones, and the logits tell which it is."
+        )
+    if any(row.get("logits_max_diff") is not None for row in rows):
+        found.append(
+            "Logits differ by: the largest difference from the whole model's with the same weights, given its first "
+            "tokens. `logits NO`: the norm of the difference is more of their norm than rounding explains."
         )
     if any(row.get("step_logits_rel_diff") is not None for row in rows):
         found.append(

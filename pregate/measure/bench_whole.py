@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import SlabDtype, Tier
+from pregate.config import SlabDtype, Tier, UsageError
 from pregate.measure.active_experts import forced_experts
 from pregate.measure.baselines import (
     Reference,
@@ -29,9 +29,18 @@ from pregate.measure.baselines import (
     write_offload_folder,
 )
 from pregate.measure.bench_grid import ACCELERATE, BASELINES, RESIDENT, BenchModel, RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, first_logits, measure_whole
+from pregate.measure.bench_row import (
+    Effort,
+    Requests,
+    figures,
+    first_logits,
+    logits_record,
+    measure_whole,
+    tokens_given,
+)
 from pregate.measure.drives import cached_share, drop_page_cache, fill_page_cache
 from pregate.memory import PeakMemory
+from pregate.models.finite import WHAT_TO_CHECK, finite_logits
 from pregate.runtime import human_bytes
 from pregate.tracking import say
 
@@ -113,22 +122,35 @@ class Whole:
                     peak_bytes = peak.read()
                     memory = {} if peak_bytes is None else {"peak_device_bytes": peak_bytes}
                     record({**spec.to_dict(), **found, **memory})
+                self._refuse_not_finite(found, SlabDtype.source)
         for weights in sorted({weights for _, weights in missing} - {SlabDtype.source}):
             specs = {load: spec for (load, w), spec in missing.items() if w == weights}
             with self.open_store(next(iter(specs.values()))) as store:
                 dequantised_resident(whole, self.model, store)
             for load in specs:
-                self._request(whole, load, weights)  # dequantised, it is as fast as before
+                # dequantised, it is as fast as before
+                self._refuse_not_finite(self._request(whole, load, weights), weights)
+
+    def _refuse_not_finite(self, found: dict[str, Any], weights: str) -> None:
+        """Raises `UsageError` where there is nothing that other rows could be compared with."""
+        if not found["logits_finite"]:
+            slabs = "" if weights == SlabDtype.source else f" with {weights} experts"
+            raise UsageError(
+                f"{self.model.name}: the logits of the whole model in memory{slabs} are NaN or infinite, so nothing "
+                f"can be compared with it: {WHAT_TO_CHECK}."
+            )
 
     def _request(self, whole: Any, spec: RowSpec, weights: str, peak: PeakMemory | None = None) -> dict[str, Any]:
         requests = Requests.of(spec, self.model, self.device)
-        with forced_experts(whole, spec.forced_experts):
+        with forced_experts(whole, spec.forced_experts), finite_logits(whole) as finite:
             timed = measure_whole(whole.generate, requests, spec.new_tokens, self.effort)
             tokens = torch.stack([request.tokens for request in timed])
             with nullcontext() if peak is None else peak.left_out():
                 logits = first_logits(whole, requests, tokens[0])
-        Reference(tokens, logits).save(self.references.path(spec, weights))
-        return figures(timed, spec, None)
+        found = figures(timed, spec, None) | logits_record(logits, None, bool(finite.rows_not_finite()), ())
+        if found["logits_finite"]:
+            Reference(tokens, logits).save(self.references.path(spec, weights))
+        return found
 
 
 @dataclass(frozen=True)
@@ -176,11 +198,13 @@ class Accelerated:
     ) -> dict[str, Any]:
         requests = Requests.of(spec, self.model, self.device)
         with PeakMemory(self.device) as peak:
-            served = build()
-            with forced_experts(served, spec.forced_experts):
+            served, reference = build(), self.references.get(spec)
+            with forced_experts(served, spec.forced_experts), finite_logits(served) as finite:
                 timed = measure_whole(served.generate, requests, spec.new_tokens, self.effort, between)
-            peak_bytes = peak.read()
-        row = {**spec.to_dict(), **figures(timed, spec, self.references.get(spec))}
+                peak_bytes = peak.read()
+                logits = first_logits(served, requests, tokens_given(reference, timed))
+        row = {**spec.to_dict(), **figures(timed, spec, reference)}
+        row |= logits_record(logits, reference, bool(finite.rows_not_finite()), (self.model.dtype,))
         return row if peak_bytes is None else row | {"peak_device_bytes": peak_bytes}
 
 

@@ -29,6 +29,8 @@ class StepsTimed(Timed):
     counted: dict[str, int]
     distinct: float
     """Distinct experts a block and step, over all steps."""
+    finite: bool
+    """Whether the logits of all steps were."""
 
     @property
     def tpot_ms(self) -> float | None:
@@ -66,7 +68,23 @@ def time_steps(
         steps=new_tokens - 1,
         counted={name: value + encoding[name] for name, value in counted.to_dict().items()},
         distinct=(counted.hits + counted.misses) / (blocks * new_tokens),
+        finite=not engine.rows_not_finite(),
     )
+
+
+@torch.inference_mode()
+def stepped_logits(engine: DeviceEngine, input_ids: Tensor, attention_mask: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Float32 logits (B, T, V) of captured steps, each given the token of `tokens_BT` at its place whatever the step
+    before has chosen. As many tokens as the engine was opened for are enough."""
+    steps = tokens_BT.shape[1]
+    request = engine.request(do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
+    engine.prefill(input_ids, attention_mask, request.sampling)
+    chooser, found = engine.decoder.chooser, []
+    for place in range(steps):
+        chooser.token_B[: len(tokens_BT)].copy_(tokens_BT[:, place])
+        engine.decode_one_token()
+        found.append(chooser.logits_BV[: len(tokens_BT)].clone())
+    return torch.stack(found, dim=1).cpu()
 
 
 def _now(device: torch.device) -> float:

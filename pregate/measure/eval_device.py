@@ -7,23 +7,34 @@ Knows runs and the device-driven engine; what is evaluated is `evaluation`'s mat
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pregate.config import Policy, Run, UsageError
+from pregate.engine.device import require_triton
 from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
-from pregate.measure.device_steps import StepsTimed, time_steps
-from pregate.measure.latency import BenchRequest, medians
+from pregate.engine.device.experts import check_activation
+from pregate.engine.device.request import read_request
+from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
+from pregate.measure.latency import BenchRequest, Expected, judged, medians
+from pregate.measure.logits import check_moved
 from pregate.memory import PeakMemory
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.runtime import pick_device
 
 
-def check_driven(run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes: int) -> None:
-    """Refuse what a device-driven evaluation of a checkpoint with `config` could not be served with. Raises
-    `UsageError`."""
+def check_driven(
+    run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes: int, settings: GenerationConfig
+) -> None:
+    """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
+    served with. Raises `UsageError`."""
+    check_activation(config.dense_act_fn)
+    if pick_device(run.engine.device).type == "cuda":
+        require_triton()
     refuse_settings(
         run.eval.batch_size, run.task.max_source_tokens, _new_tokens(run), run.engine.cache, run.engine.tier, None
     )
@@ -31,6 +42,8 @@ def check_driven(run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes:
         raise UsageError(
             f"eval.num_beams={run.eval.num_beams} needs the host: set eval.num_beams=1, or use engine.drive=host."
         )
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": _new_tokens(run)}
+    read_request(settings, greedy, config.vocab_size, _new_tokens(run))
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
             slots_for(run.engine.device_budget, policy, config, slab_bytes, run.eval.batch_size)
@@ -60,7 +73,7 @@ def measure_driven(
     open_engine: Callable[[], DeviceEngine],
     request: BenchRequest,
     device: torch.device,
-    expected: Sequence[Tensor] | None,
+    expected: Expected | None,
 ) -> dict[str, Any]:
     """One engine record as `measure_policy` gives it, without what cannot be seen inside a captured step: `block_ms`,
     `exposed_ms_per_token` and a timeline."""
@@ -75,7 +88,15 @@ def measure_driven(
         serve(prompts[0])
         timed = [[serve(prompt) for prompt in prompts] for _ in range(request.repeats)]
         peak_bytes = peak.read()
-    flat = [served for repeat in timed for served in repeat]
+        flat = [served for repeat in timed for served in repeat]
+        for served in flat:  # nothing stays in a slot from request to request
+            check_moved(engine.policy, served.counted["bytes_moved"])
+        wanted = expected.tokens if expected is not None else [served.tokens for served in flat]
+        logits = [
+            stepped_logits(engine, prompt, torch.ones_like(prompt), tokens[:, :-1].to(device))
+            for prompt, tokens in zip(prompts, wanted, strict=False)
+        ]
+        logits_record = judged(logits, expected, not all(served.finite for served in flat))
     record: dict[str, Any] = {
         **medians(flat),
         "tokens_per_s": request.new_tokens / statistics.median(served.seconds[-1] for served in flat),
@@ -83,11 +104,13 @@ def measure_driven(
         **{name: sum(served.counted[name] for served in timed[-1]) for name in ("bytes_moved", "hits", "misses")},
     }
     if expected is not None:
-        record["tokens_equal_resident"] = all(
-            torch.equal(served.tokens, wanted)
+        same = [
+            torch.equal(served.tokens, tokens)
             for repeat in timed
-            for served, wanted in zip(repeat, expected, strict=True)
-        )
+            for served, tokens in zip(repeat, expected.tokens, strict=True)
+        ]
+        record["tokens_equal_resident"] = all(same) and logits_record["logits_finite"]
+    record |= logits_record
     if peak_bytes is not None:
         record["peak_device_bytes"] = peak_bytes
     return record

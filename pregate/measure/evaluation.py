@@ -15,24 +15,25 @@ from typing import Any
 
 import torch
 
-from pregate.config import Drive, Policy, Run, Tier
+from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.durable import flush_folders, write_text
-from pregate.engine.budget import DeviceFullError, host_buffers_within, resolve_tier, slots_within
-from pregate.engine.decode import OffloadEngine, serving_dtype
+from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
+from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine, slots_for
-from pregate.engine.slabs import SlabLayout
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
-from pregate.measure.eval_device import check_driven, measure_driven, open_driven
-from pregate.measure.latency import BenchRequest, measure_policy, resident_tokens
+from pregate.measure.eval_device import measure_driven, open_driven
+from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
+from pregate.measure.servable import check_servable
 from pregate.measure.summary import print_summary
 from pregate.models.adapter import ExpertFamily, PreGating, settings_asked_for
 from pregate.models.checkpoint import read_config
-from pregate.models.loading import load_resident, open_model
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.finite import WHAT_TO_CHECK
+from pregate.models.loading import load_resident
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
 from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
@@ -49,6 +50,8 @@ ENGINE_COLUMNS = (
     "hits",
     "misses",
     "tokens_equal_resident",
+    "logits_max_diff",
+    "logits_equal_resident",
 )
 
 
@@ -92,6 +95,7 @@ def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
         "num_examples": len(bench.examples),
         "primary_metric": bench.task.primary_metric,
         "checkpoint": bench.checkpoint,
+        "checkpoint_label": _label(bench.checkpoint),
         "reference": bench.reference,
         "reference_label": "source" if _is_source(bench.reference) else "reference",
         **compare(run, subject, compared),
@@ -124,17 +128,6 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
 
 
-def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
-    """The expert family and slab size of a checkpoint that the engine can serve within the budget, from its headers."""
-    opened = open_model(directory)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
-    family = switch_expert_family(config)
-    slab_bytes = check_budget(run, family, serving_dtype(config, opened, family))
-    if run.engine.drive is Drive.device:
-        check_driven(run, config, slab_bytes)
-    return family, slab_bytes
-
-
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
     stored = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
@@ -144,29 +137,6 @@ def check_gates(run: Run, checkpoint: str) -> None:
         checkpoint,
         "leave the setting out, or convert and train a checkpoint with it",
     )
-
-
-def check_engine(run: Run) -> None:
-    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`."""
-    pick_device(run.engine.device)
-    if run.then_eval:
-        if run.reference is not None:
-            check_servable(run, run.reference)
-        settings = run.model.geometry if run.model.source is None else read_config(run.model.source, run.model.revision)
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(settings)
-        slab_bytes = check_budget(run, switch_expert_family(config), torch.float32)
-        if run.engine.drive is Drive.device:
-            check_driven(run, config, slab_bytes)
-
-
-def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
-    """Refuse a budget that some policy cannot serve with; returns the bytes of one slab."""
-    slab_bytes = SlabLayout.of(family, dtype, run.engine.slab_dtype).slab_bytes
-    host_buffers_within(run.engine.host_budget, family, slab_bytes)
-    for policy in (run.engine.policy, *run.engine.policies):
-        if policy is not Policy.gpu_only:
-            slots_within(run.engine.device_budget, policy, family, slab_bytes)
-    return slab_bytes
 
 
 def open_engine(
@@ -207,9 +177,10 @@ def assess(bench: Bench, checkpoint: str, policy: Policy) -> Subject:
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens or bench.run.task.max_target_tokens,
             num_beams=settings.num_beams,
+            name=checkpoint,
         )
         routed = bench.examples[: settings.agreement_examples]
-        routes = record_routes(engine, routed, bench.collate, settings.batch_size) if routed else {}
+        routes = record_routes(engine, routed, bench.collate, settings.batch_size, checkpoint) if routed else {}
     scores = bench.task.score(predictions, [example.references for example in bench.examples])
     return Subject(checkpoint, predictions, scores, routes)
 
@@ -239,6 +210,12 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
     return section
 
 
+def _label(checkpoint: str) -> str:
+    """What kind of model it is."""
+    gating = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
+    return "pre_gated" if gating.lookahead else "conventional"
+
+
 def _is_source(reference: str | None) -> bool:
     """Whether the reference is the conventional model that a run trained for itself."""
     return reference is not None and Path(reference).parts[-2:] == ("source", "checkpoint")
@@ -250,7 +227,7 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     shown = bench.examples[: engine.bench_prompts]
     prompts = [bench.collate([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
-    expected = _expected_tokens(bench, request)
+    expected = _expected(bench, request)
     # what training or packing wrote must not reach the disk while policies are timed
     os.sync()
     records, traces = {}, {}
@@ -262,9 +239,11 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
         keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
             if engine.drive is Drive.device:
-                records[str(policy)] = measure_driven(opened, request, bench.device, expected)
-                continue
-            records[str(policy)], traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+                record = measure_driven(opened, request, bench.device, expected)
+            else:
+                record, traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+            check_logits(bench.checkpoint, f"served with policy {policy}", record["logits_finite"])
+            records[str(policy)] = record
         except (DeviceFullError, torch.OutOfMemoryError):
             if policy is not Policy.gpu_only:
                 raise
@@ -272,13 +251,23 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     return records, traces
 
 
-def _expected_tokens(bench: Bench, request: BenchRequest) -> list[torch.Tensor] | None:
-    """The resident model's tokens, or None where the whole model does not fit on the device."""
+def check_logits(checkpoint: str, how: str, finite: bool) -> None:
+    """Raises `UsageError` for logits that are not finite."""
+    if not finite:
+        raise UsageError(f"The logits of {checkpoint}, {how}, are NaN or infinite: {WHAT_TO_CHECK}.")
+
+
+def _expected(bench: Bench, request: BenchRequest) -> Expected | None:
+    """What the resident model gives, or None where the whole model does not fit on the device."""
     try:
-        return resident_tokens(load_resident(bench.checkpoint, device_map=str(bench.device)), request)
+        resident = load_resident(bench.checkpoint, device_map=str(bench.device))
+        expected = resident_answers(resident, request, bench.run.engine.slab_dtype is SlabDtype.source)
     except torch.OutOfMemoryError:
         say("The whole model does not fit on the device: tokens are not compared with it.")
         return None
+    finite = all(bool(logits.isfinite().all()) for logits in expected.logits)
+    check_logits(bench.checkpoint, "as a whole in memory", finite)
+    return expected
 
 
 def settings(bench: Bench) -> dict[str, Any]:
@@ -365,7 +354,7 @@ def publish(
     metrics = list(evaluation["scores"]["pre_gated"])
     tracker.table(
         "parity",
-        ["metric", "pre_gated", "reference", "delta", "interval_low", "interval_high"],
+        ["metric", evaluation["checkpoint_label"], "reference", "delta", "interval_low", "interval_high"],
         [
             [
                 metric,

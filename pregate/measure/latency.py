@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.trace import Span, Trace
+from pregate.measure.logits import check_moved, compare_logits, tolerance, watched
 from pregate.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
@@ -148,36 +149,61 @@ class BenchRequest:
         }
 
 
-def resident_tokens(model: Any, request: BenchRequest) -> list[Tensor]:
-    """What the whole model in memory generates through Hugging Face `generate`, prompt by prompt."""
+@dataclass(frozen=True)
+class Expected:
+    """What the whole model in memory gives, prompt by prompt: tokens (1, T), and logits (1, T - 1, V) with those as
+    input.
+
+    `most`: how far logits of the same weights may be off, see `logits.TOLERANCE`; None where other weights are served.
+    """
+
+    tokens: Sequence[Tensor]
+    logits: Sequence[Tensor]
+    most: float | None = None
+
+
+def resident_answers(model: Any, request: BenchRequest, same_weights: bool = True) -> Expected:
+    """Through Hugging Face `generate` and a forward call; `same_weights`: whether these are also what is served."""
+    prompts = [prompt.to(model.device) for prompt in request.prompts]
     with torch.inference_mode():
-        return [model.generate(**request.options(p.to(model.device))).cpu() for p in request.prompts]
+        tokens = [model.generate(**request.options(prompt)).cpu() for prompt in prompts]
+        logits = [forced_logits(model, prompt, each) for prompt, each in zip(prompts, tokens, strict=True)]
+    return Expected(tokens, logits, tolerance({p.dtype for p in model.parameters()}) if same_weights else None)
+
+
+def forced_logits(forward: Callable[..., Any], prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Logits (1, T - 1, V) of each place of `tokens` (1, T), given those before it."""
+    targets = tokens[:, :-1].to(prompt.device)
+    return forward(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), decoder_input_ids=targets, use_cache=False
+    ).logits.cpu()
 
 
 def measure_policy(
     open_engine: Callable[[], OffloadEngine],
     request: BenchRequest,
     device: torch.device,
-    expected: Sequence[Tensor] | None,
+    expected: Expected | None,
     keep_trace: Callable[[list[Span]], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One engine record (see `eval.json`) and a short window of its trace.
 
     Times and counts are per prompt: `ttft_ms` to the first token, `tpot_ms` per token after it, `block_ms` per whole
     decoder layer with an MoE block and `exposed_ms_per_token` both while decoding. Bytes, hits and misses are those
-    of one pass over all prompts. `peak_device_bytes` covers opening and serving. Without `expected`, the resident
-    model's tokens, nothing is said about equality. `keep_trace` is given the whole trace of one request.
+    of one pass over all prompts. `peak_device_bytes` covers opening and serving. Without `expected` nothing is said
+    about equality. `keep_trace` is given the whole trace of one request.
     """
-    with PeakMemory(device) as peak, open_engine() as engine:
+    with PeakMemory(device) as peak, open_engine() as engine, watched(engine) as rows_not_finite:
         prompts = [prompt.to(device) for prompt in request.prompts]
         engine.generate(**request.options(prompts[0]))
         clock, timed = TokenClock(device), []
-        equal, timeline = True, []
+        equal, timeline, ever_moved = True, [], 0
         for repeat in range(request.repeats):
+            ever_moved += engine.counters.bytes_moved
             engine.reset_counters()
             for number, prompt in enumerate(prompts):
                 served = time_request(engine.generate, request.options(prompt), clock, engine.trace)
-                equal = equal and expected is not None and torch.equal(served.tokens, expected[number])
+                equal = equal and expected is not None and torch.equal(served.tokens, expected.tokens[number])
                 timed.append(served)
                 if repeat == request.repeats - 1 and number == 0:
                     timeline = _window(served.spans or [], served.seconds)
@@ -185,6 +211,10 @@ def measure_policy(
                         keep_trace(served.spans or [])
         peak_bytes = peak.read()
         counted = engine.counters.to_dict()
+        check_moved(engine.policy, ever_moved + counted["bytes_moved"])
+        wanted = expected.tokens if expected is not None else [served.tokens for served in timed]
+        logits = [forced_logits(engine.forward, *pair) for pair in zip(prompts, wanted, strict=False)]
+        logits_record = judged(logits, expected, bool(rows_not_finite()))
     figures = medians(timed)
     record: dict[str, Any] = {
         "ttft_ms": figures.pop("ttft_ms"),
@@ -194,11 +224,17 @@ def measure_policy(
         "misses": counted["misses"],
     }
     if expected is not None:
-        record["tokens_equal_resident"] = equal
-    record |= figures
+        record["tokens_equal_resident"] = equal and logits_record["logits_finite"]
+    record |= logits_record | figures
     if peak_bytes is not None:
         record["peak_device_bytes"] = peak_bytes
     return record, timeline
+
+
+def judged(logits: Sequence[Tensor], expected: Expected | None, broke: bool) -> dict[str, Any]:
+    """`compare_logits` with what is expected; `broke`: a step that was timed had logits that were not finite."""
+    found = compare_logits(logits, expected.logits if expected else None, expected.most if expected else None)
+    return found | ({"logits_finite": False} if broke else {})
 
 
 def _window(spans: Sequence[Span], seconds: Sequence[float]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from pregate.measure.summary import (
     equal,
     key_figures,
     metric_label,
+    model_labels,
     primary_metric,
     print_summary,
     routing_table,
@@ -133,8 +134,9 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
         + "</tr>"
         for label, cells in rows
     )
+    ours, theirs = (_escape(label.lower()) for label in model_labels(evaluation).values())
     paired = (
-        " The difference is pre-gated minus reference, resampled over the same examples; an interval that "
+        f" The difference is {ours} minus {theirs}, resampled over the same examples; an interval that "
         "contains 0 means that these examples cannot tell the two models apart."
         if evaluation.get("parity")
         else ""
@@ -148,7 +150,8 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
 def _routing(evaluation: Mapping[str, Any]) -> str:
     caption = (
-        "Share of tokens that the pre-gated model sends to the same expert as the reference does, block by block. "
+        f"Share of tokens that the {model_labels(evaluation)['pre_gated'].lower()} model sends to the same expert as "
+        "the reference does, block by block. "
         "It says how much the routing changed, not how good it is."
     )
     figure = _figure(plot_agreement, evaluation, "Bar chart of routing agreement for each MoE block", caption)
@@ -212,7 +215,7 @@ def _engine_table(engine: Mapping[str, Mapping[str, Any]]) -> str:
         body += f"<tr{ours}><th>{_escape(policy_label(policy))}</th>{cells}{marks[equal(row)]}</tr>"
     caption = (
         "<caption>TTFT: time to first token. TPOT: time per output token after it. Waiting: time in which compute "
-        "stands still for an expert. Tokens: compared with the resident model's.</caption>"
+        "stands still for an expert. Tokens: compared with the resident model's, and logits with its logits.</caption>"
     )
     return (
         f'<div class="scroll"><table class="engine">{caption}<thead><tr><th>Policy</th>{head}<th>Tokens</th></tr>'
@@ -266,7 +269,8 @@ def _samples(evaluation: Mapping[str, Any], predictions: Sequence[Mapping[str, A
     model = "<th>Reference model</th>" if paired else ""
     return (
         f'<section><h2>Predictions</h2><div class="scroll"><table class="samples"><caption>{_escape(caption)}</caption>'
-        f"<thead><tr><th></th><th>Source</th><th>Pre-gated</th>{model}<th>Right answers</th></tr></thead>"
+        f"<thead><tr><th></th><th>Source</th><th>{_escape(model_labels(evaluation)['pre_gated'])}</th>{model}"
+        "<th>Right answers</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div></section>"
     )
 

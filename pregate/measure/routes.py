@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
-from pregate.measure.accuracy import length_sorted_batches
+from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
 from pregate.models.adapter import block_logits, real_tokens
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
@@ -36,9 +36,14 @@ Routes = Mapping[str, Sequence[BlockRoutes]]
 
 
 def record_routes(
-    engine: OffloadEngine | DeviceEngine, examples: Sequence[Example], collate: Collator, batch_size: int
+    engine: OffloadEngine | DeviceEngine,
+    examples: Sequence[Example],
+    collate: Collator,
+    batch_size: int,
+    name: str = "the model",
 ) -> dict[str, list[BlockRoutes]]:
-    """The routes of every unpadded token of `examples`, with the targets as the decoder's input.
+    """The routes of every unpadded token of `examples`, with the targets as the decoder's input. Raises `UsageError` as
+    `predict` does for logits that are not finite.
 
     Two models given the same examples and batch size list the same tokens in the same order.
     """
@@ -48,6 +53,8 @@ def record_routes(
     for batch in length_sorted_batches(examples, batch_size):
         inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
         output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
+        broken = (~output.logits.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        refuse_not_finite(broken, [examples[i] for i in batch], name, engine)
         masks = real_tokens(inputs)
         for stack, blocks in block_logits(output).items():
             mask_BT = masks[stack]

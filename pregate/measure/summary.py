@@ -111,10 +111,19 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
     return rows
 
 
+def model_labels(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What to call the evaluated checkpoint, `pre_gated` in all records, and the reference: what they are."""
+    labels = {
+        "pre_gated": policy_label(evaluation.get("checkpoint_label", "pre_gated")),
+        "reference": policy_label(evaluation.get("reference_label", "reference")),
+    }
+    return {model: label.capitalize() for model, label in labels.items()}
+
+
 def score_headers(evaluation: Mapping[str, Any]) -> list[str]:
     models = list(evaluation.get("scores") or {})
-    names = {"reference": evaluation.get("reference_label", "reference")}
-    return [policy_label(names.get(model, model)).capitalize() for model in models] + (
+    names = model_labels(evaluation)
+    return [names.get(model, policy_label(model).capitalize()) for model in models] + (
         ["Difference"] if len(models) > 1 else []
     )
 
@@ -123,15 +132,25 @@ def token_verdict(evaluation: Mapping[str, Any]) -> tuple[bool, str] | None:
     """Whether every policy gave the resident model's tokens, as a sentence; None if nobody looked."""
     told = {policy: equal(row) for policy, row in (evaluation.get("engine") or {}).items()}
     told = {policy: same for policy, same in told.items() if same is not None}
-    wrong = [policy_label(policy) for policy, same in told.items() if not same]
+    rows = evaluation.get("engine") or {}
+    wrong = [policy for policy, same in told.items() if not same]
     if wrong:
+        tokens = [policy_label(policy) for policy in wrong if not rows[policy].get("tokens_equal_resident")]
+        if tokens:
+            said = f"tokens_equal_resident: FALSE for {', '.join(tokens)}; their tokens differ from the whole model's."
+            return False, said
+        labels = [policy_label(policy) for policy in wrong]
         return (
             False,
-            f"tokens_equal_resident: FALSE for {', '.join(wrong)}; their tokens differ from the whole model's.",
+            f"logits_equal_resident: FALSE for {', '.join(labels)}; their tokens equal the whole model's, their logits "
+            f"differ by up to {_largest(rows)}.",
         )
     if not told:
         return None
-    return True, f"tokens_equal_resident: true for {len(told)} of {len(told)} policies (the whole model in memory)."
+    where = "the whole model in memory"
+    if _largest(rows) is not None:
+        where += f"; logits differ by at most {_largest(rows)}"
+    return True, f"tokens_equal_resident: true for {len(told)} of {len(told)} policies ({where})."
 
 
 def engine_settings(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -162,15 +181,17 @@ def key_figures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]
         figures.append(("Routing agreement", f"{100 * sum(blocks) / len(blocks):.0f}", "%", note))
     engine = evaluation.get("engine") or {}
     ours, demand, resident = (engine.get(name) or {} for name in ("pre_gated", "on_demand", "gpu_only"))
+    # a conventional model may be served by that policy, and is not pre-gated for it
+    served = "Pre-gated" if model_labels(evaluation)["pre_gated"] == "Pre-gated" else "Policy pre-gated"
     tpot, tpot_demand = ours.get("tpot_ms"), demand.get("tpot_ms")
     if tpot:
         note = f"on demand: {three_digits(tpot_demand)} ms ({tpot_demand / tpot:.2f}×)" if tpot_demand else ""
-        figures.append(("Pre-gated, per token", three_digits(tpot), "ms", note))
+        figures.append((f"{served}, per token", three_digits(tpot), "ms", note))
     peak, peak_resident = ours.get("peak_device_bytes"), resident.get("peak_device_bytes")
     if peak:
         note = f"{peak / peak_resident:.0%} of GPU only, {human_bytes(peak_resident)}" if peak_resident else ""
         value, unit = human_bytes(peak).split(" ")
-        figures.append(("Pre-gated, peak memory", value, unit, note))
+        figures.append((f"{served}, peak memory", value, unit, note))
     return figures
 
 
@@ -186,7 +207,7 @@ def routing_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[s
     """(headers, rows) of the routing section: one row a MoE block, in hundredths, with a column for each model where
     a figure is of one model; nothing of an evaluation that only knows the agreement, which the plot shows."""
     routing = evaluation.get("routing") or {}
-    names = {"pre_gated": "pre-gated", "reference": evaluation.get("reference_label", "reference")}
+    names = {model: label.lower() for model, label in model_labels(evaluation).items()}
     columns: dict[str, Mapping[str, Sequence[float | None]]] = {}
     for figure, header in ROUTING_FIGURES.items():
         found = routing.get(figure) or {}
@@ -260,8 +281,16 @@ def print_summary(evaluation: Mapping[str, Any], console: Console) -> None:
 
 
 def equal(row: Mapping[str, Any]) -> bool | None:
-    """Whether a policy gave the resident model's tokens; None if nobody looked."""
-    return row.get("tokens_equal_resident")
+    """Whether a policy gave the resident model's tokens, and its logits where those were compared; None if nobody
+    looked."""
+    tokens = row.get("tokens_equal_resident")
+    return tokens and row.get("logits_equal_resident", True)
+
+
+def _largest(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The largest difference of a policy's logits from the resident model's."""
+    known = [row["logits_max_diff"] for row in rows.values() if row.get("logits_max_diff") is not None]
+    return f"{max(known):.2g}" if known else None
 
 
 def _hit_rate(row: Mapping[str, Any]) -> str:

@@ -143,9 +143,10 @@ class Task:
         return {field: named.get(field, field) for field in needed}
 
     def _source(self, chunk: Chunk, row: int, split: str) -> str:
-        shown = {field: chunk.read(row, field, prompt_text) for field in self.prompt_fields}
-        for field, text in shown.items():
-            if text is None:
+        shown = {}
+        for field in self.prompt_fields:
+            shown[field] = chunk.read(row, field, prompt_text)
+            if shown[field] is None:
                 raise UsageError(
                     f"Split {split!r} of task {self.name!r} has rows without {field!r}, which task.prompt shows "
                     f"(the first is {chunk.place(row)}): fill or remove them, or name another column with "
@@ -159,7 +160,7 @@ class Task:
                 f"Split {split!r} of task {self.name!r} is empty: add rows to it, or choose another split with "
                 "task.train_split or task.eval_split."
             )
-        bad = [example.id for example in examples if not example.references]
+        bad = [" ".join(example.id.split())[:40] for example in examples if not example.references]
         if bad:
             shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
             raise UsageError(

@@ -99,7 +99,7 @@ def _json_list(text: str) -> list[tuple[None, Any]]:
 
 
 def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    numbered = ((number, text) for number, text in enumerate(file, start=1) if text.strip())
+    numbered = ((number, text) for number, text in enumerate(map(str.rstrip, file), start=1) if text)
     for line, text in numbered:
         try:
             yield line, json.loads(text, object_pairs_hook=_object)

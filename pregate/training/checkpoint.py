@@ -296,14 +296,14 @@ def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def make_room(directory: Path, needed: int) -> None:
-    """Let the state before the one in `directory` go if the disk has no room for `needed` bytes beside it.
+    """Let a damaged state and the one before that in `directory` go if the disk has no room for `needed` bytes.
 
     Raises `UsageError` if there is too little even so.
     """
-    previous = directory.with_name(PREVIOUS)
-    if free_bytes(directory) < needed and directory.exists() and previous.exists():
-        say(f"the disk is nearly full: {previous}, the state before {directory}, is removed to make room.")
-        shutil.rmtree(previous, ignore_errors=True)
+    for spare in (directory.with_name(DAMAGED), directory.with_name(PREVIOUS)):
+        if free_bytes(directory) < needed and directory.exists() and spare.exists():
+            say(f"the disk is nearly full: {spare} is removed to make room, {directory} stays.")
+            shutil.rmtree(spare, ignore_errors=True)
     free = free_bytes(directory)
     if free < needed:
         raise UsageError(

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion import MANIFEST, check_convertible, convert_for
 from pregate.durable import make_directory
+from pregate.engine.decode import serving_dtype
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating, settings_chosen
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.loading import load_resident, open_model
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.processes import check_mixed_precision, join, main_only
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
@@ -177,6 +179,24 @@ def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwi
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
+
+
+def trained_config(run: Run) -> tuple[PreGatedSwitchTransformersConfig, torch.dtype]:
+    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
+    `UsageError` for a source that cannot be read."""
+    source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
+    if source is None:
+        return geometry_config(run, gating, vocab_size=128), torch.float32
+    opened = open_model(source, revision)
+    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
+    if not PreGatedSwitchTransformersConfig.describes(opened.config) and gating.lookahead:
+        ahead = {"model_type": config.model_type, "pregate": gating.to_dict()}
+        # where the model is too shallow for it, conversion, which comes before training, says so in better words
+        with suppress(UsageError):
+            config = PreGatedSwitchTransformersConfig.of_checkpoint({**opened.config, **ahead})
+    if run.train.steps:
+        return config, torch.float32  # in which weights are trained and saved
+    return config, serving_dtype(config, opened, switch_expert_family(config))
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:

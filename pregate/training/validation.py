@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from pregate.config import UsageError
+from pregate.models.finite import finite_logits
 from pregate.training.losses import TokenCounts
 
 
@@ -33,7 +35,8 @@ def validate(
     """Loss per target token and the task's metrics (percent) of the unwrapped `model` on `examples`.
 
     Without `predicts` nothing is generated and the loss is all. Examples are split over the processes and the
-    predictions gathered; every process returns the same numbers.
+    predictions gathered; every process returns the same numbers. Raises `UsageError`, in every process, for a loss or
+    for logits of a generation that are not finite.
     """
     was_training = model.training
     model.eval()
@@ -43,6 +46,7 @@ def validate(
         order.sort(key=lambda i: len(examples[i].source))
     mine = order[rank::world]
     predictions: list[tuple[int, str]] = []
+    broken: list[int] = []
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
@@ -51,12 +55,24 @@ def validate(
         with autocast():
             loss = model(**inputs, labels=batch["labels"], loss_only=True, use_cache=False).loss.item()
             sums += torch.tensor([loss, TokenCounts.of(batch).target], dtype=torch.float64)
+            if not abs(loss) < float("inf"):
+                broken += chosen
             if not predicts:
                 continue
-            tokens_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            with finite_logits(model) as finite:
+                tokens_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+                broken += [chosen[row] for row in finite.rows_not_finite()]
         texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
         predictions += zip(chosen, (text.strip() for text in texts), strict=True)
     model.train(was_training)
+    everywhere = gather_object(broken)
+    if everywhere:
+        first = examples[min(everywhere)]
+        raise UsageError(
+            f"Logits or loss of {len(set(everywhere))} of {len(examples)} validation examples are NaN or infinite, "
+            f"first of {getattr(first, 'id', min(everywhere))!r}: lower the learning_rate, set clip_norm or use "
+            "precision=fp32 (what was saved so far is kept)."
+        )
     totals = torch.tensor(gather_object([sums.tolist()])).sum(0)
     loss = float(totals[0] / totals[1])
     if not predicts:

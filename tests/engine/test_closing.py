@@ -19,7 +19,7 @@ from pregate.engine.decode import OffloadEngine, open_store
 from tests.engine.serving import OFFLOADED, Served, assert_same, assert_serves, generated, request, serve
 from tests.tiny import pregated_model
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 
 
 def test_a_budget_below_one_expert(served: Served) -> None:

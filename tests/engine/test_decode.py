@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,11 @@ def test_expected_bytes_follow_from_the_geometry(served: Served) -> None:
 def test_pre_gating_moves_slabs_while_the_block_before_computes(
     served: Served, policy: Policy, fetched_in: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the trace; experts are made slow enough for a fetch to begin in the time of one."""
+    """In the trace; an expert computes until every fetch that was begun beside it is over."""
 
     def slow(matrices: Any, hidden_ND: Tensor) -> Tensor:
-        time.sleep(0.02)
+        for transfer in list(engine._scheduler._transfers.values()):
+            transfer.wait()
         return served.model.get_parameter("lm_head.weight").new_zeros(hidden_ND.shape)
 
     with OffloadEngine.open(served.directory, policy=policy, tier=Tier.dram) as engine:

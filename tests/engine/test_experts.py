@@ -186,7 +186,7 @@ def test_what_is_here_is_computed_while_the_rest_travels() -> None:
 
     def hold_back(_: int, key: ExpertKey) -> None:
         if key.expert == 0:
-            in_time.append(computed.wait(10))
+            in_time.append(computed.wait(120))
 
     bench = make_bench(3, 1, 3, CacheRule.lru, num_threads=1, before_read=hold_back)
     hidden_TD, _, weights_TK = choices(6, 1, 3, 0.0, 0)

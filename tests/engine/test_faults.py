@@ -28,7 +28,7 @@ from tests.engine.serving import OFFLOADED, SLAB, Served, assert_serves, needs_i
 ROADS = [pytest.param(True, id="io_uring", marks=needs_io_uring), pytest.param(False, id="threads")]
 """Ways on which slabs come from a disk to a CPU."""
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.engine.serving import (
     serve,
 )
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 
 
 @pytest.mark.parametrize(("policy", "slots"), [*((policy, 9) for policy in OFFLOADED), (Policy.pre_gated, 1)])
@@ -135,13 +135,15 @@ def test_many_interrupts_at_any_moment(
             io_threads=3,
         ) as engine:
             assert isinstance(engine._mover, UringMover) == (host_budget is None)
-            begun = time.perf_counter()
-            serve(engine)
-            whole_s = time.perf_counter() - begun
-            for number in range(40):
-                interrupted += generate(engine, max(1e-5, whole_s * number / 40), 1e-4 * (number % 3))
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            whole_s = float("inf")
+            for number in range(41):
+                if number:
+                    interrupted += generate(engine, max(1e-5, whole_s * (number - 1) / 40), 1e-4 * (number % 3))
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                begun = time.perf_counter()
                 assert_same(serve(engine), expected)
+                # the shortest so far, or on a busy machine most would be over before the signal
+                whole_s = min(whole_s, time.perf_counter() - begun)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -174,7 +176,7 @@ def test_ctrl_c_ends_a_process_that_generates_for_ever(served: Served) -> None:
         assert process.stdout.readline() == "begun\n", process.stderr.read()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        _, told = process.communicate(timeout=200)
     finally:
         process.kill()
         process.communicate()

@@ -26,7 +26,7 @@ from pregate.engine.trace import Counters, Trace
 from pregate.models.adapter import ExpertKey
 from tests.engine.hostile import HostileStore, MemoryStore
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 def key(number: int) -> ExpertKey:
@@ -171,7 +171,7 @@ def test_an_interrupted_close_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     again = threading.Thread(target=pool.close, daemon=True)
     again.start()
-    again.join(5)
+    again.join(120)
     assert not again.is_alive(), "the second close hangs"
     assert not any(thread.is_alive() for thread in threads)
 

@@ -28,7 +28,7 @@ from pregate.models.adapter import ExpertKey
 from tests.engine.hostile import HostileRing, poison_slots
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, needs_io_uring, request
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left_behind")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 PAGES = 64
 
 

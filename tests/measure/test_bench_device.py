@@ -17,7 +17,7 @@ from pregate.measure import drives
 from pregate.measure.bench_device import captured_compute_ms
 from pregate.measure.bench_grid import RowSpec, bench_models, grid
 from pregate.measure.bench_table import bench_tables
-from tests.measure.test_bench import MOE_BLOCKS, rows_of, tiny_run
+from tests.measure.test_bench import MOE_BLOCKS, check_floor, rows_of, tiny_run
 from tests.tiny import pregated_model
 
 
@@ -57,7 +57,7 @@ def test_device_driven_rows_stand_beside_the_hosts(tmp_path: Path) -> None:
             assert row["link_bytes_per_step"] == row["misses"] == 0
         else:
             assert row["compute_ms"] == gpu_only["tpot_ms"]
-            assert row["floor_ms"] == max(row["link_ms"], row["compute_ms"])
+            check_floor(row)
         if row.get("cache") == "none" and row["policy"] != "prefetch_all":
             # no cache, the same routes: the same slabs in every step
             assert row["link_bytes_per_step"] == beside["link_bytes_per_step"], row

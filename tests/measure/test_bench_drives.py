@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,31 +26,43 @@ KEYS = [ExpertKey("decoder", 0, expert) for expert in range(4)]
 SLAB = 1 << 20
 
 
-class SleepyStore:
-    """Gives a slab of 1 MB after 10 ms, in one part."""
+class CountingStore:
+    """Gives a slab of 1 MB in one part, once as many are being read together as can be; notes the most."""
 
     in_host_memory = False
     layout = SimpleNamespace(slab_bytes=SLAB)
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.seen: set[ExpertKey] = set()
+        self._full, self._lock = threading.Semaphore(0), threading.Lock()
+        self._wanted, self._now, self.most = most, 0, 0
 
     def read_part(self, key: ExpertKey, slab_B: torch.Tensor, first: int, last: int) -> None:
         assert (first, last) == (0, slab_B.numel()) == (0, SLAB)
-        self.seen.add(key)
-        time.sleep(0.01)
+        with self._lock:
+            self.seen.add(key)
+            self._now += 1
+            self.most = max(self.most, self._now)
+            if self.most == self._wanted:
+                self._full.release(self._now)
+        assert self.most == self._wanted or self._full.acquire(timeout=60), f"{self.most} reads at once at the most"
+        with self._lock:
+            self._now -= 1
 
     def arrived(self, key: ExpertKey, slab_B: torch.Tensor) -> None:
         return None
 
 
-def test_bandwidth_counts_all_reads_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.3)
-    store: Any = SleepyStore()
-    one = link_bandwidth(store, KEYS, torch.device("cpu"), io_threads=1)
-    four = link_bandwidth(store, KEYS, torch.device("cpu"), io_threads=4)
-    assert 0.04 < one <= 0.11
-    assert 2.5 * one < four <= 0.43
+@pytest.mark.parametrize("io_threads", [1, 4])
+def test_bandwidth_counts_all_reads_in_flight(monkeypatch: pytest.MonkeyPatch, io_threads: int) -> None:
+    """By a clock that moves 1/64 s each time it is looked at. After the first look, 31 slabs until half a second is
+    over, which the 33rd look tells."""
+    looks = itertools.count()
+    monkeypatch.setattr(drives, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 64))
+    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.5)
+    store: Any = CountingStore(io_threads)
+    assert link_bandwidth(store, KEYS, torch.device("cpu"), io_threads) == 31 * SLAB / (33 / 64) / 1e9
+    assert store.most == io_threads, "so many slabs were read at the same time"
     assert store.seen == set(KEYS)
 
 

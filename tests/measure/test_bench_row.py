@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from pregate.engine.trace import Span
 from pregate.measure.baselines import Reference
 from pregate.measure.bench_grid import RowSpec
-from pregate.measure.bench_row import Effort, Requests, figures, logit_difference
+from pregate.measure.bench_row import Effort, Requests, figures
 from pregate.measure.latency import Timed, TokenClock, time_request
+from pregate.measure.logits import logit_difference
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
 CPU = torch.device("cpu")
@@ -118,19 +120,22 @@ def test_no_repeat_begins_after_the_time_is_up() -> None:
     assert len(Effort(repeats=50, warmup=1, max_seconds=0.05).run(slow)) < 10
 
 
-def test_work_between_steps_is_not_timed_and_counts_are_read_with_each_token() -> None:
-    calls, counter = [], iter(range(100, 200))
+def test_work_between_steps_is_not_timed_and_counts_are_read_with_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the test moves: a step takes 1 s, the work before it 100 s."""
+    calls, counter, now = [], iter(range(100, 200)), [50.0]
+    monkeypatch.setattr("pregate.measure.latency.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def between() -> None:
         calls.append(1)
-        time.sleep(0.05)
+        now[0] += 100
 
     def generate(streamer: TokenClock) -> torch.Tensor:
         for _ in range(4):
             streamer.put(torch.tensor([0]))
+            now[0] += 1
         return torch.zeros(1, 4)
 
     served = time_request(generate, {}, TokenClock(CPU, read=lambda: next(counter), between=between))
-    assert len(served.seconds) == 3 and served.seconds[-1] < 0.05
+    assert served.seconds == [1.0, 2.0, 3.0]
     assert served.readings == [100, 101, 102]
     assert len(calls) == 5, "before the request and after every token"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pregate.config import Policy
-from pregate.measure.bench_grid import RowSpec
+from pregate.measure.bench_grid import ACCELERATE_WARM, RowSpec
 from pregate.measure.bench_row import Effort
-from pregate.measure.bench_whole import ACCELERATE_WARM, Accelerated, References
+from pregate.measure.bench_whole import Accelerated, References
 from pregate.models.checkpoint import open_checkpoint
 from tests.tiny import pregated_model
 

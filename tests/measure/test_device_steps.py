@@ -15,7 +15,7 @@ from tests.tiny import batch, pregated_model
 
 
 def test_time_per_token_is_that_of_the_steps_after_the_first() -> None:
-    timed = StepsTimed(torch.zeros(1, 5), [0.5, 0.9], [0, 40], None, steps=4, counted={}, distinct=1.0)
+    timed = StepsTimed(torch.zeros(1, 5), [0.5, 0.9], [0, 40], None, steps=4, counted={}, distinct=1.0, finite=True)
     assert timed.ttft_ms == 500
     assert timed.tpot_ms == pytest.approx(100)
     assert timed.exposed_ms_per_token is None and timed.block_ms == []

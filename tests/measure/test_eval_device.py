@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from pregate import eval as command
+from pregate import tracking
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Run, UsageError
+from pregate.measure.summary import routing_table, score_headers
 from pregate.tasks.generated import generated_tokenizer
-from tests.tiny import pregated_model
+from tests.tiny import pregated_model, upstream_model
 
 ROWS = [
     {"question": f"who is {i}?", "context": f"it is number {i}", "answers": [f"number {i}"], "id": str(i)}
@@ -93,3 +95,36 @@ def test_what_it_cannot_serve_is_refused_before_any_work(
         command.main(run_of(checkpoint, tmp_path / "out", "engine.drive=device", *overrides))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conventional_checkpoint_is_called_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the table, the report and the tracker's table; a pre-gated one beside it is the reference."""
+    conventional = tmp_path / "conventional"
+    upstream_model(0, vocab_size=512).save_pretrained(conventional)
+    generated_tokenizer(GeneratedConfig(train=200, validation=20)).save_pretrained(conventional)
+    tables: dict[str, list[str]] = {}
+    monkeypatch.setattr(tracking.Tracker, "table", lambda _, name, columns, rows: tables.update({name: columns}))
+    run = run_of(checkpoint, tmp_path / "out", f"checkpoint={conventional}", "engine.policies=[pre_gated]")
+    found, _ = evaluated(run, tmp_path / "out")
+    assert found["checkpoint_label"] == "conventional"
+    assert score_headers(found) == ["Conventional", "Reference", "Difference"]
+    assert tables["parity"][:3] == ["metric", "conventional", "reference"]
+    printed = capsys.readouterr().out
+    assert "Metric" in printed and "Conventional" in printed.partition("Offloaded inference")[0]
+    assert "Pre-gated" not in printed.partition("Offloaded inference")[0]
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>Conventional<small>" in shown and "<th>Conventional</th>" in shown
+    assert "The difference is conventional minus reference" in shown and "<th>Pre-gated<small>" not in shown
+    assert "Policy pre-gated, per token" in shown, "that is the policy's name"
+    assert "Load, conventional" in routing_table(found)[0]
+
+
+def test_an_evaluation_of_earlier_days_has_a_label(checkpoint: Path) -> None:
+    """Committed files say nothing of it: what was evaluated then was pre-gated."""
+    assert score_headers({"scores": {"pre_gated": {"em": 1.0}, "reference": {"em": 2.0}}}) == [
+        "Pre-gated",
+        "Reference",
+        "Difference",
+    ]

@@ -50,6 +50,20 @@ def test_each_request_is_compared_with_what_stood_beside_it() -> None:
     assert (slower["over_floor_min"], slower["over_floor_max"]) == pytest.approx((1.1, 1.1))
 
 
+def test_a_floor_is_the_median_of_the_requests_own_floors() -> None:
+    """A link that is faster than the computation beside one request and slower beside the other: the floor is neither
+    of the two medians."""
+    found = floors([Request(24.0, 10e6), Request(44.0, 10e6)], probes([1.0, 1.0, 1 / 3], [], compute_ms=12.0), batch=2)
+    link_ms = [10.0, 15.0]  # 10 MB at 1 GB/s, and at the mean of 1 and 1/3
+    assert found["link_ms"] == pytest.approx(sum(link_ms) / 2)
+    assert found["floor_ms"] == pytest.approx((12.0 + 15.0) / 2) and found["floor_ms"] > max(found["link_ms"], 12.0)
+    assert found["serial_ms"] == pytest.approx((22.0 + 27.0) / 2)
+    assert found["over_floor_min"] == pytest.approx(2.0) and found["over_floor_max"] == pytest.approx(44 / 15)
+    assert found["over_floor"] == pytest.approx((2.0 + 44 / 15) / 2)
+    assert found["possible_gain"] == pytest.approx((22 / 12 + 27 / 15) / 2)
+    assert found["roofline_tokens_per_s"] == pytest.approx(2e3 / 13.5)
+
+
 def test_what_was_not_measured_has_no_floor() -> None:
     moving, still = [Request(33.0, 60e6)], [Request(22.0, 0.0)]
     found = floors(moving, probes([2.0, 2.0], []), 1)

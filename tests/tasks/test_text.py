@@ -37,7 +37,9 @@ def test_prompt_fields():
     assert prompt_fields("{{literal}} {text}") == ("text",)
 
 
-@pytest.mark.parametrize("prompt", ["question: {question", "}", "{}", "{0}", "{a.b}", "{a[0]}", "no field at all"])
+@pytest.mark.parametrize(
+    "prompt", ["question: {question", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "no field at all"]
+)
 def test_prompts_that_cannot_work(prompt):
     with pytest.raises(UsageError, match=r"task.prompt=") as error:
         prompt_fields(prompt)

@@ -280,17 +280,15 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_the_previous_state_gives_way_on_a_disk_that_is_nearly_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("last", PREVIOUS):
+    for name in ("last", PREVIOUS, DAMAGED):
         (tmp_path / name).mkdir()
-    free(monkeypatch, 100)
-    make_room(tmp_path / "last", 100)
-    assert (tmp_path / PREVIOUS).exists() and capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "free_bytes", lambda _: 100 if (tmp_path / PREVIOUS).exists() else 101)
-    make_room(tmp_path / "last", 101)
-    assert not (tmp_path / PREVIOUS).exists() and (tmp_path / "last").exists()
-    assert capsys.readouterr().err.startswith("pregate: the disk is nearly full: ")
-    with pytest.raises(UsageError, match="needs 102 B and 101 B are free: make room"):
-        make_room(tmp_path / "last", 102)
+    monkeypatch.setattr(module, "free_bytes", lambda _: 103 - len(list(tmp_path.iterdir())))
+    for needed, left in ((100, {"last", PREVIOUS, DAMAGED}), (101, {"last", PREVIOUS}), (102, {"last"})):
+        make_room(tmp_path / "last", needed)
+        assert {path.name for path in tmp_path.iterdir()} == left
+        assert capsys.readouterr().err.count("pregate: the disk is nearly full: ") == (needed > 100)
+    with pytest.raises(UsageError, match="needs 103 B and 102 B are free: make room"):
+        make_room(tmp_path / "last", 103)
     assert (tmp_path / "last").exists()
 
 

@@ -355,7 +355,7 @@ def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: in
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=280)
         assert process.returncode == status, errors
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.decode import Checkpoint, OffloadEngine, open_store, serving_dtype
+from pregate.engine.decode import BUSY, CLOSED, Checkpoint, OffloadEngine, open_store, serving_dtype
 from pregate.engine.device import require_triton
 from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
@@ -78,9 +79,11 @@ class DeviceEngine:
         )
         self._graphs = StepGraphs(self.decoder.step, self._begin_nothing, self._device)
         self._kind = StepKind()
+        self._left: int | None = None
+        """Tokens that there is room for in the request that `prefill` began; None where there is none to go on with."""
         self._own_store: Store | None = None
         self._serving = threading.RLock()
-        self._closed = False
+        self._closed = self._busy = False
 
     @classmethod
     def open(
@@ -148,14 +151,14 @@ class DeviceEngine:
         all tokens, and repeats itself after `torch.manual_seed`. Raises `UsageError` for every other setting and for
         larger requests than the engine was opened for.
         """
-        with self._serving:
+        with self._served():
             request = self.request(**options)
-            self.prefill(input_ids, attention_mask, request.sampling)
+            self._prefill(input_ids, attention_mask, request.sampling)
             logits, done = [], 0
             at_once = 1 if request.with_logits else EOS_CHECK_EVERY
             while done < request.new_tokens:
                 steps = min(at_once, request.new_tokens - done)
-                self.decode(steps)
+                self._decode(steps)
                 done += steps
                 if request.with_logits:
                     logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
@@ -171,7 +174,7 @@ class DeviceEngine:
 
     def forward(self, **inputs: Any) -> Any:
         """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
-        with self._serving:
+        with self._served():
             self._wait_for_steps()
             try:
                 return self.host.forward(**inputs)
@@ -187,31 +190,51 @@ class DeviceEngine:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
-        """Encode the source and get ready for `decode_one_token`. Raises `UsageError` for one that is too large."""
-        with self._serving:
-            if self._closed:
-                raise RuntimeError("This engine is closed: open it again.")
-            rows, places = input_ids.shape
-            if rows > self.batch or places > self.max_source_len:
-                raise UsageError(
-                    f"A request of {rows} rows and {places} source tokens is too large for an engine opened for "
-                    f"{self.batch} and {self.max_source_len}: open it with more."
-                )
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            self._wait_for_steps()
-            self._graphs.prepare(sampling.kind)
-            states_BSD = self.host.encode(input_ids=input_ids, attention_mask=attention_mask)
-            self.host.lend_slots()
-            self.table.clear()
-            self.decoder.begin(states_BSD, attention_mask, sampling)
-            self._kind = sampling.kind
+        """Encode the source and get ready for `decode_one_token`. Raises `UsageError` for one that is too large, and
+        `RuntimeError` for a closed engine, for a call from within a request and for a model that has a listener."""
+        with self._served():
+            self._prefill(input_ids, attention_mask, sampling)
+
+    def _prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
+        rows, places = input_ids.shape
+        if rows > self.batch or places > self.max_source_len:
+            raise UsageError(
+                f"A request of {rows} rows and {places} source tokens is too large for an engine opened for "
+                f"{self.batch} and {self.max_source_len}: open it with more."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self._left = None
+        self._wait_for_steps()
+        self._follow_the_model()
+        self._graphs.prepare(sampling.kind)
+        states_BSD = self.host.encode(input_ids=input_ids, attention_mask=attention_mask)
+        self.host.lend_slots()
+        self.table.clear()
+        self.decoder.begin(states_BSD, attention_mask, sampling)
+        self._kind, self._left = sampling.kind, self.max_new_tokens
 
     @torch.inference_mode()
     def decode(self, num_tokens: int) -> None:
         """So many more tokens for every row of the request that `prefill` began, in all at most what the engine was
-        opened for. Returns before the device has made them."""
+        opened for. Returns before the device has made them. Raises `UsageError` for more than that or less than 0, and
+        `RuntimeError` without a request and for a closed engine."""
+        with self._served():
+            self._decode(num_tokens)
+
+    def _decode(self, num_tokens: int) -> None:
+        left = self._left
+        if left is None:
+            raise RuntimeError("This engine has no request to decode: begin one with prefill.")
+        if not 0 <= num_tokens <= left:
+            raise UsageError(
+                f"{num_tokens} more tokens are asked for, but this request has room for {left} of the "
+                f"{self.max_new_tokens} that the engine was opened for: ask for 0 to {left}, or open it with a larger "
+                "max_new_tokens."
+            )
+        self._left = None  # a step that is cut short leaves nothing to go on with
         self._graphs.run(self._kind, num_tokens)
+        self._left = left - num_tokens
 
     def decode_one_token(self) -> None:
         """One more token for every row of the request that `prefill` began. Returns before the device has done it."""
@@ -221,6 +244,10 @@ class DeviceEngine:
         """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
         request overwrites them."""
         return self.decoder.chooser.tokens_BT
+
+    def rows_not_finite(self) -> list[int]:
+        """Rows of the last request with a NaN or an infinity among the logits of a step. Waits for the device."""
+        return (~self.decoder.chooser.finite_B).nonzero().flatten().tolist()
 
     def counters(self) -> Counters:
         """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
@@ -234,22 +261,49 @@ class DeviceEngine:
         return {**self.host.expected_bytes(), "static": self.decoder.num_bytes + self._experts.num_bytes}
 
     def close(self) -> None:
-        """Give back memory and what the store holds; may be called again."""
-        self._closed = True
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._graphs.close()
-        self.host.close()
-        self._experts.forget_slots()
-        if self._own_store is not None:
-            self._own_store.close()
-            self._own_store = None
+        """Give back memory and what the store holds; may be called again. Waits for another thread's request. Raises
+        `RuntimeError` if called from within a request."""
+        with self._serving:
+            if self._busy:
+                raise RuntimeError(BUSY)
+            self._closed = True
+            self._wait_for_steps()
+            self._graphs.forget()
+            self.host.close()
+            self._experts.forget_slots()
+            if self._own_store is not None:
+                self._own_store.close()
+                self._own_store = None
 
     def __enter__(self) -> DeviceEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _served(self) -> Iterator[None]:
+        """One call at a time, none of a closed engine, and none from within another."""
+        with self._serving:
+            if self._closed:
+                raise RuntimeError(CLOSED)
+            if self._busy:
+                raise RuntimeError(BUSY)
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
+
+    def _follow_the_model(self) -> None:
+        """Whoever has changed a gate or put other weights in since the steps were captured has them captured anew."""
+        if self.decoder.has_changed():
+            self._graphs.forget()
+        if self.decoder.listener not in (None, self.host._on_route):
+            raise RuntimeError(
+                "The model of this engine has a listener, which steps driven by the device do not tell of routes: take "
+                "it away with set_listener(None), or serve with OffloadEngine."
+            )
 
     @torch.inference_mode()
     def _begin_nothing(self) -> None:

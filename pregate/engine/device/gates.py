@@ -5,13 +5,70 @@ Knows logits and routes; knows nothing about slots or experts. Letters: B rows, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pregate.models.routing import Routing, route, router_logits
-from pregate.models.switch_layers import SwitchGate
+from pregate.models.switch_layers import EmbeddingGate, SwitchGate
+
+
+def decide_own(gate: SwitchGate, hidden_B1D: Tensor) -> Routing:
+    """A block's own gate decides as the model asks it to: `perturb`, which in evaluation changes nothing but the dtype
+    and is left out, then `decide`."""
+    seen_B1D = gate.perturb(hidden_B1D) if _is_other(gate, "perturb", SwitchGate.perturb) else hidden_B1D
+    return gate.decide(seen_B1D, hidden_B1D.dtype)
+
+
+def is_called(gate: nn.Module) -> bool:
+    """Whether a gate that the model calls (a pre-gate, an entry gate) has to be called here as well: its `forward` is
+    another than the family's, or hooks watch it."""
+    if not isinstance(gate, SwitchGate):
+        return True
+    family = EmbeddingGate.forward if isinstance(gate, EmbeddingGate) else SwitchGate.forward
+    other = _is_other(gate, "forward", family) or _is_other(gate, "perturb", SwitchGate.perturb)
+    return other or _has_hooks(gate)
+
+
+def _is_other(module: nn.Module, name: str, method: Any) -> bool:
+    return name in vars(module) or getattr(type(module), name) is not method
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def state_of(gates: Iterable[nn.Module], parts: Iterable[nn.Module]) -> list[Any]:
+    """What a captured step has for good: which gates there are and how each decides, and where the weights of `parts`
+    of the model lie. The numbers in a weight are read in every step and are not in it."""
+    state: list[Any] = []
+    for gate in gates:
+        for module in gate.modules():
+            state += [module, *_settings(module)]
+    for part in parts:
+        for parameter in part.parameters():
+            state += [parameter, parameter.data_ptr()]
+    return state
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    for name, value in vars(module).items():
+        if name in ("_forward_hooks", "_forward_pre_hooks"):
+            yield from value.values()
+        elif not name.startswith("_"):
+            yield from (name, value)
+
+
+def is_same(state: list[Any], other: list[Any]) -> bool:
+    """Whether two states of `state_of` are the same objects and the same numbers."""
+    plain = (bool, int, float, str)
+    return len(state) == len(other) and all(
+        one is two or (isinstance(one, plain) and type(one) is type(two) and one == two)
+        for one, two in zip(state, other, strict=True)
+    )
 
 
 def for_steps(gate: SwitchGate) -> SwitchGate:
@@ -26,6 +83,8 @@ def for_steps(gate: SwitchGate) -> SwitchGate:
 
 
 def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
+    if type(gate.classifier) is not nn.Linear or _has_hooks(gate.classifier) or "forward" in vars(gate.classifier):
+        return SwitchGate.score(gate, seen_BTD)
     weight, bias = gate.classifier.weight, gate.classifier.bias
     if seen_BTD.shape[1] > 1 or weight.dtype != gate.dtype:
         return router_logits(seen_BTD, weight, bias, gate.dtype)

@@ -116,8 +116,8 @@ class StepGraphs:
         for _ in range(steps % STEPS_AT_ONCE):
             self._graphs[kind, 1].replay()
 
-    def close(self) -> None:
-        """Give back the memory of the graphs, which must not be running."""
+    def forget(self) -> None:
+        """Give back the graphs, which must not be running, and their memory; what is prepared next is captured anew."""
         self._graphs.clear()
         self._pool = None
 

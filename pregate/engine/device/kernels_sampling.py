@@ -17,6 +17,8 @@ from pregate.engine.device.kernels_numbers import FLOATS, RAW, numbers
 
 SPLITS = 16
 """Programs that share a row's vocabulary."""
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+"""Of the finite numbers."""
 
 
 @triton.jit
@@ -30,18 +32,23 @@ def best_kernel(
     penalty_1,
     best_BP,
     token_BP,
+    broken_BP,
     V: tl.constexpr,
     PENALISES: tl.constexpr,
     KIND: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The best of TILE tokens of a row, for each of SPLITS programs. Flags are bytes."""
+    """The best of TILE tokens of a row, and whether a logit of theirs is NaN or infinite, for each of SPLITS programs.
+    Flags are bytes."""
     part, row = tl.program_id(0), tl.program_id(1)
     token = part * TILE + tl.arange(0, TILE)
     inside = token < V
     score = numbers(tl.load(logits + row * V + token, mask=inside, other=0), KIND)
     tl.store(kept_BV + row * V + token, score, mask=inside)
+    # a comparison with NaN is false
+    is_finite = tl.abs(score) <= LARGEST
+    tl.store(broken_BP + row * SPLITS + part, tl.max((inside & (is_finite == 0)).to(tl.int32), axis=0))
     if PENALISES:
         penalty = tl.load(penalty_1)
         is_seen = tl.load(seen_BV + row * V + token, mask=inside, other=0) != 0
@@ -58,11 +65,13 @@ def best_kernel(
 def choose_kernel(
     best_BP,
     token_BP,
+    broken_BP,
     seen_BV,
     eos_V,
     tokens_BT,
     token_B,
     live_B,
+    finite_B,
     position_1,
     pad_1,
     num_rows: tl.constexpr,
@@ -82,6 +91,9 @@ def choose_kernel(
     # where no number was larger than another, as in a row of NaN
     chosen = tl.where(chosen < V, chosen, 0).to(tl.int64)
     is_live = tl.load(live_B + row, mask=inside, other=0) != 0
+    is_broken = tl.max(tl.load(broken_BP + place, mask=inside[:, None], other=0), axis=1) != 0
+    was_finite = tl.load(finite_B + row, mask=inside, other=0) != 0
+    tl.store(finite_B + row, (was_finite & ((is_broken & is_live) == 0)).to(tl.uint8), mask=inside)
     chosen = tl.where(is_live, chosen, tl.load(pad_1))
     position = tl.load(position_1)
     tl.debug_barrier()
@@ -102,6 +114,7 @@ def launch_choose(
     tokens_BT: Tensor,
     token_B: Tensor,
     live_B: Tensor,
+    finite_B: Tensor,
     position_1: Tensor,
     min_new_1: Tensor,
     pad_1: Tensor,
@@ -112,7 +125,7 @@ def launch_choose(
     """See `TokenChooser.choose_greedily`; flags are uint8 views. `kept_BV` gets the logits."""
     (rows, vocabulary), kind = logits_BV.shape, FLOATS[logits_BV.dtype]
     best_BP = torch.empty(rows, SPLITS, dtype=torch.float32, device=logits_BV.device)
-    token_BP = torch.empty(rows, SPLITS, dtype=torch.int32, device=logits_BV.device)
+    token_BP, broken_BP = (torch.empty(rows, SPLITS, dtype=torch.int32, device=logits_BV.device) for _ in range(2))
     launch: Any = best_kernel[(SPLITS, rows)]
     launch(
         logits_BV.contiguous().view(RAW[kind]),
@@ -124,6 +137,7 @@ def launch_choose(
         penalty_1,
         best_BP,
         token_BP,
+        broken_BP,
         V=vocabulary,
         PENALISES=penalises,
         KIND=kind,
@@ -135,11 +149,13 @@ def launch_choose(
     launch(
         best_BP,
         token_BP,
+        broken_BP,
         seen_BV,
         eos_V,
         tokens_BT,
         token_B,
         live_B,
+        finite_B,
         position_1,
         pad_1,
         num_rows=rows,

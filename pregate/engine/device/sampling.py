@@ -42,7 +42,8 @@ class Sampling:
 
 class TokenChooser:
     """The tokens of a batch so far, in tensors that stay where they are: `tokens_BT`, `token_B` (the next step's
-    input), `position_1` (its place), `live_B` (rows that have not ended), `logits_BV` (float32, of the last step)."""
+    input), `position_1` (its place), `live_B` (rows that have not ended), `logits_BV` (float32, of the last step),
+    `finite_B` (rows whose logits held no NaN and no infinity in any step that they lived)."""
 
     def __init__(self, batch: int, length: int, vocab_size: int, device: torch.device) -> None:
         def room(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -52,6 +53,7 @@ class TokenChooser:
         self.token_B = room(batch, dtype=torch.int64)
         self.position_1 = room(1, dtype=torch.int64)
         self.live_B = room(batch, dtype=torch.bool)
+        self.finite_B = room(batch, dtype=torch.bool)
         self.logits_BV = room(batch, vocab_size, dtype=torch.float32)
         self._seen_BV = room(batch, vocab_size, dtype=torch.bool)
         self._eos_V = room(vocab_size, dtype=torch.bool)
@@ -72,6 +74,7 @@ class TokenChooser:
         self.position_1.zero_()
         self.live_B.zero_()
         self.live_B[:rows] = True
+        self.finite_B.fill_(True)
         self._seen_BV.zero_()
         self._seen_BV[:, sampling.start] = True
         self._eos_V.zero_()
@@ -93,10 +96,12 @@ class TokenChooser:
         """`choose` without a draw, by a kernel."""
         from pregate.engine.device.kernels_sampling import launch_choose
 
-        seen_BV, eos_V, live_B = (flags.view(torch.uint8) for flags in (self._seen_BV, self._eos_V, self.live_B))
+        flags = (self._seen_BV, self._eos_V, self.live_B, self.finite_B)
+        seen_BV, eos_V, live_B, finite_B = (flag.view(torch.uint8) for flag in flags)
         settings = (self._min_new_1, self._pad_1, self._penalty_1)
         launch_choose(
-            *(logits_BV, self.logits_BV, seen_BV, eos_V, self.tokens_BT, self.token_B, live_B, self.position_1),
+            *(logits_BV, self.logits_BV, seen_BV, eos_V, self.tokens_BT, self.token_B, live_B, finite_B),
+            self.position_1,
             *settings,
             penalises=kind.penalise,
         )
@@ -105,6 +110,7 @@ class TokenChooser:
         """`choose` in plain torch."""
         self.logits_BV.copy_(logits_BV)
         scores_BV = self.logits_BV
+        self.finite_B &= scores_BV.isfinite().all(-1) | ~self.live_B
         if kind.penalise:
             penalised_BV = torch.where(scores_BV < 0, scores_BV * self._penalty_1, scores_BV / self._penalty_1)
             scores_BV = torch.where(self._seen_BV, penalised_BV, scores_BV)

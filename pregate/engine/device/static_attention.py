@@ -68,12 +68,19 @@ class StaticSelfAttention:
     """Self-attention of one decoder layer, between its norm and its residual, with room for `length` tokens."""
 
     def __init__(self, layer: Any, batch: int, length: int) -> None:
-        attention = layer.SelfAttention
+        self._attention = attention = layer.SelfAttention
         self.norm, self._out = layer.layer_norm, attention.o
         self._qkv = join_projections(attention)
         self._shape = (batch, 1, 3, attention.n_heads, attention.key_value_proj_dim)
         shape = (2, batch, attention.n_heads, length, attention.key_value_proj_dim)
         self.cache_2BHTC = torch.zeros(shape, dtype=self._qkv.dtype, device=self._qkv.device)
+
+    def join(self) -> None:
+        """Join the projections again if one of them has got another weight."""
+        projections = (self._attention.q, self._attention.k, self._attention.v)
+        parts = zip(projections, self._qkv.chunk(3), strict=True)
+        if any(projection.weight.data_ptr() != part.data_ptr() for projection, part in parts):
+            self._qkv = join_projections(self._attention)
 
     def __call__(self, normed_B1D: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
         """`position_1`: the place of this token. Places behind it hold leftovers, which `bias_1H1T` must hide."""
@@ -113,11 +120,20 @@ class PositionBias:
     """
 
     def __init__(self, attention: Any, length: int) -> None:
-        bias_1H1T = attention.compute_bias(1, length, past_seen_tokens=length - 1).detach()
-        past_HT = bias_1H1T[0, :, 0]  # distances length-1 … 0
+        self._attention, self._length = attention, length
+        past_HT = self._past()
         hidden_HT = torch.full_like(past_HT[:, 1:], torch.finfo(past_HT.dtype).min)
         self._table = torch.cat([past_HT, hidden_HT], dim=1)
         self._places_T = torch.arange(length, device=past_HT.device) + (length - 1)
+
+    def _past(self) -> Tensor:
+        """The bias (H, T) of distances length-1 … 0."""
+        bias_1H1T = self._attention.compute_bias(1, self._length, past_seen_tokens=self._length - 1)
+        return bias_1H1T.detach()[0, :, 0]
+
+    def look_up(self) -> None:
+        """Fill the table again, in its place, for weights that somebody has changed."""
+        self._table[:, : self._length].copy_(self._past())
 
     def __call__(self, position_1: Tensor) -> Tensor:
         """The bias (1, H, 1, T) of the token at `position_1` towards every place of the cache."""

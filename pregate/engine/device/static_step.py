@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pregate.engine.device.gates import for_steps
+from pregate.engine.device.gates import decide_own, for_steps, is_called, is_same, state_of
 from pregate.engine.device.norms import add_norm
 from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
 from pregate.engine.device.static_attention import (
@@ -63,11 +63,38 @@ class StaticDecoder:
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else 1.0
         self._experts = experts
-        self._entries = {int(block): for_steps(gate) for block, gate in decoder.entry_gates.items()}
+        self._decoder = decoder
+        self._gates: list[nn.Module] = []
+        self._state: list[Any] = []
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
         self._routes: dict[int, Routing] = {}
+        self.has_changed()
+
+    @property
+    def listener(self) -> Any:
+        """Whom the model's decoder tells of its routes; a step here tells nobody."""
+        return self._decoder.listener
+
+    @torch.inference_mode()
+    def has_changed(self) -> bool:
+        """Whether a gate, or where a weight lies, is another than at the last call; what was captured before knows
+        nothing of it. Gets ready for steps of the model as it is now."""
+        gates: list[Any] = list(self._decoder.entry_gates.values())
+        for layer in self._decoder.block:
+            mlp = layer.layer[-1].mlp if layer.is_sparse else None
+            gates += [] if mlp is None else [gate for gate in (mlp.router, mlp.pre_gate) if gate is not None]
+        for gate in gates:
+            # once, or it would undo what somebody has put there since
+            if isinstance(gate, SwitchGate) and all(gate is not known for known in self._gates):
+                for_steps(gate)
+        for layer in self._layers:
+            layer.attention.join()
+        self._bias.look_up()
+        before, self._gates = self._state, gates
+        self._state = state_of(gates, (self._decoder, self._head))
+        return not is_same(before, self._state)
 
     @property
     def num_bytes(self) -> int:
@@ -92,8 +119,8 @@ class StaticDecoder:
         chooser = self.chooser
         hidden_B1D = self._embed(chooser.token_B[:, None])
         self._experts.begin_step()
-        for block, gate in self._entries.items():
-            self._commit(block, self._entry(gate, hidden_B1D))
+        for block, gate in self._decoder.entry_gates.items():
+            self._commit(int(block), self._entry(gate, hidden_B1D))
         # behind the entry gates, for which fetches wait
         bias_1H1T = self._bias(chooser.position_1)
         added_B1D = None
@@ -109,7 +136,9 @@ class StaticDecoder:
         # handed to the allocator here, not at some later replay's begin
         self._routes.clear()
 
-    def _entry(self, gate: SwitchGate, embedded_B1D: Tensor) -> Routing:
+    def _entry(self, gate: Any, embedded_B1D: Tensor) -> Routing:
+        if is_called(gate):
+            return gate(embedded_B1D)
         if isinstance(gate, EmbeddingGate):
             _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
         return gate.decide(embedded_B1D, embedded_B1D.dtype)
@@ -120,16 +149,17 @@ class StaticDecoder:
 
     def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-        own = None if mlp.router is None else for_steps(mlp.router)
-        ahead = None if mlp.pre_gate is None else for_steps(mlp.pre_gate)
         block, target = mlp.index, mlp.target
 
         def run(normed_B1D: Tensor) -> Tensor:
+            own, ahead = mlp.router, mlp.pre_gate
             if own is not None:
-                self._commit(block, own.decide(normed_B1D, normed_B1D.dtype))
+                self._commit(block, decide_own(own, normed_B1D))
             if ahead is not None and target is not None:
                 # behind the block's own route, which is needed first
-                self._commit(target, ahead.decide(normed_B1D, normed_B1D.dtype))
+                called = is_called(ahead)
+                routing = ahead(normed_B1D) if called else ahead.decide(normed_B1D, normed_B1D.dtype)
+                self._commit(target, routing)
             weights_BK = self._routes.pop(block).weights_BTK[:, 0]
             return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
 

@@ -18,7 +18,7 @@ def test_on_a_cpu_steps_run_as_they_are() -> None:
     graphs.prepare(GREEDY)
     graphs.run(GREEDY)
     graphs.run(SAMPLED, 3)
-    graphs.close()
+    graphs.forget()
     assert ran == [GREEDY, *[SAMPLED] * 3]
 
 
@@ -53,7 +53,7 @@ def test_each_kind_is_captured_once_and_replayed() -> None:
     assert count.item() == 21 + 2 * STEPS_AT_ONCE + 3
     expected = 2 * (2 * WARM_UPS + 1 + STEPS_AT_ONCE)
     assert len(calls) == captured == expected, "warm-ups and captures of each kind, and no call after that"
-    graphs.close()
+    graphs.forget()
 
 
 @pytest.mark.gpu

@@ -157,13 +157,20 @@ def test_choice_of_a_token(kernel_device: str, penalises: bool, vocabulary: int)
         logits = random(5, vocabulary, seed=step, dtype=torch.bfloat16 if step % 2 else torch.float32)
         logits[0, 7] = 50.0 if step in (0, 3) else -9.0  # wants to end: too early, then not
         logits[1, [2, vocabulary - 1]] = 30.0  # of equals the first
-        logits[4] = torch.nan  # a row that has ended may hold anything
+        logits[2, vocabulary // 2] = {4: torch.nan, 5: torch.inf}.get(step, logits[2, vocabulary // 2])
+        logits[3, -1] = -torch.inf if step == 6 else logits[3, -1]
+        logits[0, 2] = torch.nan if step == 6 else logits[0, 2]  # the row has ended
+        logits[4] = torch.nan  # a row that is not used may hold anything
         expected.choose_twin(logits, kind)
         got.choose_greedily(logits.to(kernel_device), kind)
-        live = slice(4)
-        for name in ("tokens_BT", "token_B", "position_1", "live_B"):
+        broken = [row for row in range(4) if not (step >= 4 and row == 2) and not (step == 6 and row == 3)]
+        assert expected.finite_B.nonzero().flatten().tolist() == [*broken, 4], "these rows have had finite logits"
+        live = [row for row in range(4) if row != 2 or step < 4]  # which token NaN gives is nobody's promise
+        for name in ("finite_B", "position_1"):
+            assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), (step, name)
+        for name in ("tokens_BT", "token_B", "live_B"):
             assert torch.equal(getattr(got, name).cpu()[live], getattr(expected, name)[live]), (step, name)
-        assert torch.equal(got.logits_BV.cpu()[live], expected.logits_BV[live])
+        assert torch.equal(got.logits_BV.cpu()[:4].nan_to_num(7.0), expected.logits_BV[:4].nan_to_num(7.0))
         if penalises:
             assert torch.equal(got._seen_BV.cpu()[live], expected._seen_BV[live])
     assert not expected.live_B[0] and expected.tokens_BT[0, 5] == 4, "the first row has ended"
@@ -181,3 +188,20 @@ def test_the_cache_is_read_in_wide_loads(compiler: None, grows: bool) -> None:
     ptx = compiled(attention_kernel, pointers | sizes, constants, NUM_WARPS).asm["ptx"]
     assert ptx.count("ld.global.v4.b32") >= 2, "keys and values"
     assert ".local" not in ptx, "nothing is spilled"
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+def test_the_choice_compiles_for_a_gpu(compiler: None, kind: str) -> None:
+    """The interpreter takes more than the compiler does."""
+    from pregate.engine.device.kernels_sampling import SPLITS, best_kernel, choose_kernel
+    from tests.engine.device.compiling import compiled
+
+    raw = {"fp32": "*fp32", "bf16": "*i16", "fp16": "*fp16"}[kind]
+    pointers = {"logits": raw, "kept_BV": "*fp32", "seen_BV": "*u8", "eos_V": "*u8", "position_1": "*i64"}
+    pointers |= {"min_new_1": "*i64", "penalty_1": "*fp32", "best_BP": "*fp32", "token_BP": "*i32", "broken_BP": "*i32"}
+    constants = {"V": 32128, "PENALISES": True, "KIND": kind, "SPLITS": SPLITS, "TILE": 2048}
+    assert ".local" not in compiled(best_kernel, pointers, constants, 8).asm["ptx"], "nothing is spilled"
+    pointers = {"best_BP": "*fp32", "token_BP": "*i32", "broken_BP": "*i32", "seen_BV": "*u8", "eos_V": "*u8"}
+    pointers |= {"tokens_BT": "*i64", "token_B": "*i64", "live_B": "*u8", "finite_B": "*u8", "position_1": "*i64"}
+    constants = {"num_rows": 5, "V": 32128, "T": 9, "PENALISES": True, "SPLITS": SPLITS, "ROWS": 8}
+    assert compiled(choose_kernel, pointers | {"pad_1": "*i64"}, constants, 1).asm["ptx"]

@@ -19,10 +19,11 @@ if name in os.environ.get("FAKE_FAIL", "").split():
     sys.exit(2)
 run_dir.mkdir(parents=True, exist_ok=True)
 if name in os.environ.get("FAKE_SLOW", "").split() and not (run_dir / "half").exists():
-    (run_dir / "half").touch()
     try:
         print("train: step 1/2  loss 1.0", flush=True)
-        time.sleep(60)
+        (run_dir / "half").touch()  # from here on it is stopped as it should be
+        time.sleep(250)
+        sys.exit("nobody has stopped it")
     except KeyboardInterrupt:
         print("saved")
         sys.exit(130)

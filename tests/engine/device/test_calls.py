@@ -1,0 +1,152 @@
+"""Calls in an order, from a thread or of a size that the device-driven engine cannot serve: one clear error, and the
+next request is right."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pregate.config import CacheRule, UsageError
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.sampling import Sampling
+from tests.engine.device.test_static_step import inputs_of
+from tests.engine.serving import Served
+
+pytestmark = pytest.mark.timeout(300)
+NEW = 4
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "repetition_penalty": 1e6}
+
+
+@pytest.fixture(params=["gpu_only", "pre_gated"])
+def engine(served: Served, request: pytest.FixtureRequest) -> Any:
+    with DeviceEngine.open(
+        served.directory, batch=2, max_source_len=11, max_new_tokens=NEW, policy=request.param, cache=CacheRule.lru
+    ) as opened:
+        yield opened
+
+
+def prefill(engine: DeviceEngine) -> None:
+    inputs = inputs_of(3, 2)
+    engine.prefill(inputs["input_ids"], inputs["attention_mask"], Sampling(repetition_penalty=1e6))
+
+
+def assert_generates(engine: DeviceEngine, served: Served) -> None:
+    inputs = inputs_of(5, 2)
+    wanted = served.model.generate(**inputs, **OPTIONS)
+    got = engine.generate(**inputs, **OPTIONS)
+    assert torch.equal(got, wanted), f"engine:\n{got}\nresident model:\n{wanted}"
+
+
+def test_decoding_goes_as_far_as_the_engine_was_opened_for(engine: DeviceEngine, served: Served) -> None:
+    """Steps in two parts, with a call of the host between them, are those of one request."""
+    inputs = inputs_of(3, 2)
+    wanted = served.model.generate(**inputs, **OPTIONS)
+    prefill(engine)
+    engine.decode(0)
+    engine.decode(NEW - 1)
+    with pytest.raises(UsageError, match=r"2 more tokens .* room for 1 of the 4 .* ask for 0 to 1, or open it with a"):
+        engine.decode(2)
+    engine.forward(**inputs, decoder_input_ids=wanted[:, :2])
+    engine.decode_one_token()
+    assert torch.equal(engine.tokens(), wanted)
+    for too_many in (1, -1, -3):
+        with pytest.raises(UsageError, match=rf"{too_many} more tokens are asked for, .* ask for 0 to 0, or open it"):
+            engine.decode(too_many)
+    assert torch.equal(engine.tokens(), wanted), "what was refused has changed the tokens"
+    assert_generates(engine, served)
+
+
+def test_there_is_nothing_to_decode_without_a_request(engine: DeviceEngine, served: Served) -> None:
+    """Before the first one, after one that was refused, and after a step that was cut short."""
+
+    def refused() -> None:
+        for steps in (0, 1):
+            with pytest.raises(RuntimeError, match="no request to decode: begin one with prefill"):
+                engine.decode(steps)
+
+    refused()
+    prefill(engine)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.model.encoder, "forward", interrupt)
+        prefill(engine)
+    refused()
+    prefill(engine)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine._experts, "run", interrupt)
+        engine.decode_one_token()
+    refused()
+    assert_generates(engine, served)
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_closed_engine_says_so(engine: DeviceEngine) -> None:
+    prefill(engine)
+    engine.close()
+    inputs = inputs_of(3, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.generate(**inputs),
+        lambda: engine.generate(**inputs, num_beams=2),
+        lambda: engine.forward(**inputs, decoder_input_ids=inputs["input_ids"][:, :2]),
+        lambda: prefill(engine),
+        lambda: engine.decode(1),
+        lambda: engine.decode(0),
+        engine.decode_one_token,
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="closed: open it again"):
+            call()
+    engine.close()
+
+
+def test_closing_waits_for_another_threads_request(engine: DeviceEngine, served: Served) -> None:
+    inside, went_on, closed = threading.Event(), threading.Event(), threading.Event()
+    inputs = inputs_of(3, 2)
+    wanted = served.model.generate(**inputs, **OPTIONS)
+    run = engine._experts.run
+    got: list[Tensor] = []
+
+    def slow(*args: Any) -> Tensor:
+        inside.set()
+        assert went_on.wait(30)
+        assert not closed.is_set(), "the engine was closed under a request"
+        return run(*args)
+
+    def generate() -> None:
+        got.append(engine.generate(**inputs, **OPTIONS))
+
+    def close() -> None:
+        engine.close()
+        closed.set()
+
+    engine._experts.run = slow  # type: ignore[method-assign]
+    threads = [threading.Thread(target=generate)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads.append(threading.Thread(target=close))
+    threads[1].start()
+    # as long as it takes a thread that does not wait to get through
+    threads[1].join(0.2)
+    went_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert closed.is_set() and torch.equal(got[0], wanted)
+    with pytest.raises(RuntimeError, match="closed: open it again"):
+        engine.generate(**inputs)
+
+
+def test_a_request_cannot_be_served_or_closed_from_within_another(engine: DeviceEngine, served: Served) -> None:
+    inputs = inputs_of(3, 2)
+    for call in (engine.close, lambda: engine.generate(**inputs), lambda: engine.decode(1), lambda: prefill(engine)):
+        hook = engine.model.encoder.block[2].register_forward_hook(lambda *_, call=call: call())
+        with pytest.raises(RuntimeError, match="is serving a request: call it again, or close it, when"):
+            engine.generate(**inputs, **OPTIONS)
+        hook.remove()
+        assert_generates(engine, served)
