@@ -6,9 +6,11 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run, UsageError
+from pregate.processes import check_alone
 
 
 def main(run: Run) -> None:
+    check_alone("bench")
     from pregate.engine.pack import refuse_output
     from pregate.measure.bench import measure, prepare
     from pregate.tracking import open_tracker

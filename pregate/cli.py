@@ -6,31 +6,31 @@ combination is told within the first second.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
+import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pregate.config import GeneratedConfig, Run, TaskConfig, TrainConfig, UsageError
+from pregate.config import Run, UsageError
 from pregate.config_check import check_run
 from pregate.durable import FULL
+from pregate.overrides import (
+    check_arguments,
+    config_dir,
+    first_line,
+    in_optional_section,
+    known_keys,
+    no_setting,
+    parsed,
+)
+from pregate.processes import PeerFailedError, asked, end_in_silence, lost_connection, may_tell
 from pregate.stopping import GOES_ON, stoppable
-
-
-def config_dir() -> Path:
-    """The directory of the YAML groups: inside the installed package, or beside it in a source tree."""
-    here = Path(__file__).resolve().parent
-    for candidate in (here / "configs", here.parent / "configs"):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise UsageError("pregate finds no configs/ directory: reinstall the package.")
 
 
 def register_schema() -> None:
@@ -39,34 +39,45 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="run_schema", node=Run)
 
 
-def compose_run(overrides: list[str]) -> Run:
-    """Build a `Run` from `configs/` and command-line `overrides`, without Hydra's run directory or logging.
+def compose_run(arguments: list[str]) -> Run:
+    """Build a `Run` from `configs/` and the `arguments` of a command line, without Hydra's run directory or logging.
 
-    Raises `UsageError` with one sentence for a misspelt key, a wrong type, an unknown group member or an
-    impossible combination.
+    Raises `UsageError` with one sentence for misspelt keys, wrong types, unknown group members or an impossible
+    combination.
     """
+    check_arguments(arguments)
+    return validated(_composed(arguments), arguments)
+
+
+def _composed(arguments: Sequence[str]) -> Any:
+    """Hydra's config for `arguments`. Raises `UsageError`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_schema()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
+
+        def attempt(given: Sequence[str]) -> Any:
+            return compose("config", overrides=list(given))
+
         try:
-            cfg = compose("config", overrides=overrides)
-            return validated(cfg, overrides)
-        except UsageError:
-            raise
+            return attempt(arguments)
         except Exception as error:
-            raise UsageError(explain(error, overrides)) from error
+            raise UsageError(explain(error, arguments, attempt)) from error
 
 
 def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
     """Turn a composed OmegaConf node into a checked `Run`. Raises `UsageError`."""
-    unknown = next(_unknown_keys(cfg, ""), None)
-    if unknown is not None:
-        raise UsageError(f"There is no setting {unknown!r}{_closest(unknown, _known_keys())}")
-    OmegaConf.update(cfg, "overrides", list(overrides))
-    run = OmegaConf.to_object(cfg)
+    try:
+        unknown = next(_unknown_keys(cfg, ""), None)
+        if unknown is not None:
+            raise UsageError(no_setting(unknown).sentence)
+        OmegaConf.update(cfg, "overrides", list(overrides))
+        run = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UsageError(f"{where}{first_line(error)}.") from error
     assert isinstance(run, Run), type(run)
     _check_arm(run, overrides)
     check_run(run)
@@ -108,73 +119,98 @@ def _unknown_keys(node: Any, prefix: str) -> Iterator[str]:
             yield from _unknown_keys(node[key], f"{prefix}{key}.")
 
 
-def _known_keys() -> list[str]:
-    flat: list[str] = []
+def explain(error: BaseException, arguments: Sequence[str], attempt: Callable[[Sequence[str]], Any]) -> str:
+    """One sentence for whatever Hydra or OmegaConf raised over `arguments` that are each right by themselves.
 
-    def walk(node: Any, prefix: str) -> None:
-        for key in node:
-            flat.append(f"{prefix}{key}")
-            child = OmegaConf.select(node, key) if not OmegaConf.is_missing(node, key) else None
-            if OmegaConf.is_dict(child):
-                walk(child, f"{prefix}{key}.")
-
-    schema = OmegaConf.structured(Run(source_train=TrainConfig(), task=TaskConfig(generated=GeneratedConfig())))
-    walk(schema, "")
-    return flat
+    `attempt` composes; the arguments to blame are found by leaving some out.
+    """
+    clauses = list(_homeless(arguments, attempt))
+    if clauses:
+        return "; ".join(clauses) + "."
+    blamed = [argument for argument in arguments if _works(attempt, [a for a in arguments if a is not argument])]
+    return f"{' '.join(blamed or arguments)} cannot be used here: {first_line(error)}."
 
 
-def _closest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ": --cfg job shows them all."
+def _homeless(arguments: Sequence[str], attempt: Callable[[Sequence[str]], Any]) -> Iterator[str]:
+    """What to do about settings of a section that is empty here, or that a section does not hold yet."""
+    nested = {a: key for a in arguments if (key := _key(a)) and (in_optional_section(key) or key not in known_keys())}
+    try:
+        base = attempt([a for a in arguments if a not in nested])
+    except Exception:
+        return
+    for argument, key in nested.items():
+        section = key.rpartition(".")[0]
+        if OmegaConf.select(base, section) is None:
+            yield (
+                f"{argument} sets a part of {section}, which is empty here: choose an experiment or a group member "
+                f"that fills it, such as {FILLED_BY.get(section, '+experiment=quickstart')}"
+            )
+        elif key not in known_keys():
+            plain, there = argument.lstrip("+"), _holds(base, section, key)
+            if there == (plain != argument):
+                yield f"{argument} {'takes no plus' if there else 'needs a plus'}: write " + shlex.quote(
+                    plain if there else f"+{plain}"
+                )
 
 
-def explain(error: BaseException, overrides: list[str]) -> str:
-    """One sentence for whatever Hydra or OmegaConf raised, naming the key and the nearest right spelling."""
-    from hydra.errors import MissingConfigException
+def _holds(config: Any, section: str, key: str) -> bool:
+    return key.rpartition(".")[2] in OmegaConf.select(config, section)
 
-    if isinstance(error, MissingConfigException):
-        text = " ".join(str(error).split())
-        found = re.search(r"Could not find '([^']+)'", text)
-        group, _, wanted = (found.group(1) if found else "").rpartition("/")
-        folder = config_dir() / group
-        names = sorted(p.stem for p in folder.glob("*.yaml")) if group and folder.is_dir() else []
-        if names:
-            return f"There is no {group} named {wanted!r}: choose one of {', '.join(names)}."
-        groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
-        return f"There is no config {wanted!r}: the groups are {', '.join(groups)}."
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    text = " ".join(str(error).split())
-    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
-    full_key = getattr(cause, "full_key", None)
-    if "not in" in text or "Could not override" in text or "not found" in text.lower():
-        key = missing.group(1) if missing else str(full_key)
-        key = key.lstrip("+")
-        return f"There is no setting {key!r}{_closest(key, _known_keys())}"
-    if "Unexpected type for root: NoneType" in text:
-        return (
-            f"One of {', '.join(overrides)} sets a part of a section that is empty here: choose an experiment or a "
-            "group member that fills it, such as +experiment=quickstart for source_train."
-        )
-    if cause is not None:
-        reason = re.split(r"\s*full_key:", " ".join(str(cause).split()))[0]
-        where = f"{full_key}: " if full_key else ""
-        return f"{where}{reason.rstrip('.')}."
-    return f"The command line {' '.join(overrides)!r} cannot be read: {text}"
+
+FILLED_BY = {"source_train": "+experiment=quickstart", "task.generated": "task=generated"}
+
+
+def _key(argument: str) -> str | None:
+    override = parsed(argument)
+    if override is None or override.package is not None or override.is_hydra_override():
+        return None
+    return override.key_or_group if "." in override.key_or_group else None
+
+
+def _works(attempt: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> bool:
+    try:
+        attempt(arguments)
+    except Exception:
+        return False
+    return True
 
 
 def fail(message: str) -> None:
-    """Print `message` as the last word of the command and exit with status 2."""
+    """Print `message` as the last word of the command, once for all its processes, and exit with status 2."""
+    if not may_tell():
+        end_in_silence(2)
     print(f"pregate: {message}", file=sys.stderr)
     sys.exit(2)
 
 
+MULTIRUN_FLAGS = ("--multirun", "-m")
 # flags with which composing the plain arguments ahead of Hydra would be needless or wrong
 HYDRA_FLAGS = (
-    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--multirun", "-m"),
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", *MULTIRUN_FLAGS),
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"),
 )
+OTHER_FLAGS = ("--run", "-r", "--resolve", "--shell-completion", "-sc", "--experimental-rerun")
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would refuse in lines of its own. Raises `UsageError`."""
+    flags = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
+    for flag in flags:
+        if not any(flag == known or (len(flag) > 2 and known.startswith(flag)) for known in HYDRA_FLAGS + OTHER_FLAGS):
+            name = flag.lstrip("-").replace("-", "_")
+            setting = name if name in known_keys() else "key"
+            raise UsageError(f"There is no option {flag}: settings are written without dashes, {setting}=VALUE.")
+    settings = [argument for argument in arguments if not argument.startswith("-")]
+    if set(flags) <= {*MULTIRUN_FLAGS} and flags:
+        variable, size = asked()
+        if size > 1:
+            raise UsageError(
+                f"A sweep runs its jobs one after the other in one process, but {variable}={size} asks for {size}: "
+                "start each training by itself, or the sweep without a launcher."
+            )
+        _composed(check_arguments(settings, multirun=True))
+    elif not any(flag in HYDRA_FLAGS for flag in flags):
+        compose_run(settings)
 
 
 @stoppable()
@@ -190,30 +226,109 @@ def entry_point(work: Callable[[Run], None]) -> None:
     from hydra.types import RunMode
 
     try:
-        arguments = sys.argv[1:]
-        if not any(a.split("=")[0] in HYDRA_FLAGS for a in arguments):
-            compose_run([a for a in arguments if not a.startswith("-")])
+        check_command_line(sys.argv[1:])
     except UsageError as error:
         fail(str(error))
     register_schema()
 
+    failed: list[Failure] = []
+
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def run_under_hydra(cfg: Any) -> None:
-        try:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                place = HydraConfig.get().runtime.output_dir
-                OmegaConf.update(cfg, "run_dir", place)
-                if cfg.output is None:  # evaluations of one checkpoint would overwrite each other's results
-                    OmegaConf.update(cfg, "output", place)
-            work(validated(cfg, HydraConfig.get().overrides.task))
-        except UsageError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            fail(str(error))
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            what = error.filename or "a file"
-            fail(f"The disk is too full for {what}: make room, and run the command again; {GOES_ON}")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _run_job(work, cfg, failed)
+        else:
+            ending_in_one_sentence(lambda: work(validated(cfg, HydraConfig.get().overrides.task)))
 
-    run_under_hydra()
+    try:
+        run_under_hydra()
+    except KeyboardInterrupt:
+        _name_failed(failed)
+        raise
+    if failed:
+        _tell_failed(failed)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job of a sweep that failed."""
+
+    job: str
+    sentence: str
+    status: int
+
+
+def ending_in_one_sentence(work: Callable[[], None]) -> None:
+    """Do `work`; a user's error, a full disk and another process's failure end the command without a traceback.
+
+    Where several processes run, the first that fails tells why, and the others end in silence.
+    """
+    try:
+        work()
+    except PeerFailedError:
+        end_in_silence(1)
+    except Exception as error:
+        said = in_one_sentence(error)
+        if said is not None:
+            if isinstance(error, UsageError) and os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            fail(said)
+        if not may_tell():
+            end_in_silence(1)
+        sentence = lost_connection(error)
+        if sentence is None:
+            raise
+        print(f"pregate: {sentence}", file=sys.stderr)
+        sys.exit(1)
+
+
+def in_one_sentence(error: Exception) -> str | None:
+    """What a user can do about `error`, or None if that is nothing."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"The disk is too full for {error.filename or 'a file'}: make room, and run the command again; {GOES_ON}"
+    return None
+
+
+def _run_job(work: Callable[[Run], None], cfg: Any, failed: list[Failure]) -> None:
+    """One job of a sweep, in a directory of its own. What it fails of is told and noted, so that the others run."""
+    from hydra.core.hydra_config import HydraConfig
+
+    place = HydraConfig.get().runtime.output_dir
+    OmegaConf.update(cfg, "run_dir", place)
+    if cfg.output is None:  # evaluations of one checkpoint would overwrite each other's results
+        OmegaConf.update(cfg, "output", place)
+    overrides = list(HydraConfig.get().overrides.task)
+    if not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher"):  # a job in a process of its own
+        work(validated(cfg, overrides))
+        return
+
+    def job() -> None:
+        name = f"job {HydraConfig.get().job.num} ({' '.join(overrides)})"
+        try:
+            work(validated(cfg, overrides))
+        except Exception as error:
+            said = in_one_sentence(error)
+            if said is None:
+                failed.append(Failure(name, f"{type(error).__name__}: {' '.join(str(error).split())}", 1))
+                traceback.print_exc()
+            else:
+                failed.append(Failure(name, said, 2))
+                print(f"pregate: {name} failed: {said}", file=sys.stderr)
+
+    ending_in_one_sentence(job)
+
+
+def _tell_failed(failed: Sequence[Failure]) -> None:
+    """The last words of a sweep of which jobs failed. Exits with 2 if the user's settings are the reason for all."""
+    _name_failed(failed)
+    sys.exit(max(failed, key=lambda failure: failure.status == 1).status)
+
+
+def _name_failed(failed: Sequence[Failure]) -> None:
+    if failed:
+        count = "1 job" if len(failed) == 1 else f"{len(failed)} jobs"
+        print(f"pregate: {count} of the sweep failed:", file=sys.stderr)
+        for failure in failed:
+            print(f"pregate: {failure.job}: {failure.sentence}", file=sys.stderr)

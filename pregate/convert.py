@@ -9,9 +9,11 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Init, Run, UsageError
+from pregate.processes import check_alone
 
 
 def work(run: Run) -> None:
+    check_alone("convert")
     if run.source is None or run.output is None:
         raise UsageError("Conversion needs two places: source=DIRECTORY_OR_HUB_ID output=NEW_DIRECTORY.")
     from pregate.engine.pack import refuse_output

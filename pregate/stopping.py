@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pregate.processes import may_tell
+
 GOES_ON = "a training or a benchmark goes on with the same command and resume=true."
 
 
@@ -33,7 +35,8 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        print(f"pregate: {'terminated' if terminated else 'stopped'}; {GOES_ON}", file=sys.stderr)
+        if may_tell():
+            print(f"pregate: {'terminated' if terminated else 'stopped'}; {GOES_ON}", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     finally:
         if mine:

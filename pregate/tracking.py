@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
 from pregate.durable import flush, flush_file, make_directory
+from pregate.processes import rank
 from pregate.runtime import environment, to_jsonable, write_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -270,8 +271,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = "/") -
 
 
 def say(sentence: str) -> None:
-    """A notice to the user, on standard error so that it never mixes with results."""
-    print(f"pregate: {sentence}", file=sys.stderr)
+    """A notice to the user, on standard error so that it never mixes with results; one process gives it."""
+    if rank() == 0:
+        print(f"pregate: {sentence}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run
+from pregate.processes import join, leave
 
 
 def main(run: Run) -> None:
-    from accelerate import PartialState
-
     from pregate.engine.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.measure.servable import check_engine
@@ -20,6 +19,8 @@ def main(run: Run) -> None:
     from pregate.tracking import open_tracker
     from pregate.training import stages
 
+    state = join()
+    stages.check_precision(run)
     refuse_output("run_dir", Path(run.run_dir))
     stages.check_model(run)
     check_engine(run, *stages.trained_config(run))
@@ -29,11 +30,12 @@ def main(run: Run) -> None:
     stages.check_teachers(run, tokenizer)
     task.check(tokenizer, splits_read(run))
     run_dir = stages.claim_run_dir(run)
-    is_main = PartialState().is_main_process
+    is_main = state.is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)
         trained = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
+        leave()
         evaluation = None
         if run.then_eval and is_main:
             reference = run.reference or (source if run.source_train is not None else None)

@@ -6,12 +6,13 @@ import errno
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from pregate.cli import entry_point
-from pregate.config import Run
+from pregate.config import Run, UsageError
 
 pytestmark = pytest.mark.usefixtures("in_process_hydra")
 
@@ -99,3 +100,115 @@ def test_a_users_own_config_directory_is_found(tmp_path: Path, monkeypatch: pyte
     runs: list[Run] = []
     start(["--config-dir", str(tmp_path), "+experiment=mine"], monkeypatch, runs.append)
     assert [run.name for run in runs] == ["mine"]
+
+
+def swept(
+    arguments: list[str], failing: dict[int, Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[list[int], int]:
+    """The seeds of the jobs that were begun, and the exit status, of a sweep in which some seeds fail."""
+    begun: list[int] = []
+
+    def work(run: Run) -> None:
+        begun.append(run.seed)
+        if run.seed in failing:
+            raise failing[run.seed]
+
+    monkeypatch.chdir(tmp_path)
+    try:
+        start(["-m", "name=swept", *arguments], monkeypatch, work)
+    except SystemExit as stop:
+        return begun, int(stop.code or 0)
+    return begun, 0
+
+
+def test_a_bad_job_of_a_sweep_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing: dict[int, Exception] = {1: UsageError("Nothing there."), 3: UsageError("Nor there.")}
+    assert swept(["seed=1,2,3"], failing, monkeypatch, tmp_path) == ([1, 2, 3], 2)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "pregate: job 0 (name=swept seed=1) failed: Nothing there."
+    assert told[-3:] == [
+        "pregate: 2 jobs of the sweep failed:",
+        "pregate: job 0 (name=swept seed=1): Nothing there.",
+        "pregate: job 2 (name=swept seed=3): Nor there.",
+    ]
+
+
+def test_an_impossible_setting_of_one_job_is_that_jobs_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = swept(["pregate.lookahead=9,1", "seed=3"], {}, monkeypatch, tmp_path)
+    assert begun == ([3], 2)
+    assert "job 0 (name=swept pregate.lookahead=9 seed=3): pregate.lookahead=9 is outside" in capsys.readouterr().err
+
+
+def test_a_bug_in_one_job_keeps_its_traceback_and_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing: dict[int, Exception] = {1: UsageError("Nothing there."), 2: RuntimeError("a bug\nof two lines")}
+    assert swept(["seed=1,2"], failing, monkeypatch, tmp_path) == ([1, 2], 1)
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told
+    assert told.endswith("pregate: job 1 (name=swept seed=2): RuntimeError: a bug of two lines\n")
+
+
+def test_ctrl_c_ends_a_sweep_and_names_what_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing: dict[int, Any] = {1: UsageError("Nothing there."), 2: KeyboardInterrupt()}
+    assert swept(["seed=1,2,3"], failing, monkeypatch, tmp_path) == ([1, 2], 130)
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "pregate: 1 job of the sweep failed:",
+        "pregate: job 0 (name=swept seed=1): Nothing there.",
+        "pregate: stopped; a training or a benchmark goes on with the same command and resume=true.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seed=1,two"], "seed: Value 'two' of type 'str' could not be converted to Integer."),
+        (["sede=1,2"], "There is no setting 'sede'; did you mean seed?"),
+        (["task=squad,sqad"], "There is no task named 'sqad': choose one of"),
+        (["source_train.steps=1,2"], "source_train.steps=1 sets a part of source_train, which is empty here"),
+        (["checkpoint=a=b,c"], "'checkpoint=a=b,c' cannot be read"),
+    ],
+)
+def test_a_typo_ends_a_sweep_before_its_first_job(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert swept(arguments, {}, monkeypatch, tmp_path) == ([], 2)
+    told = capsys.readouterr().err
+    assert told.startswith(f"pregate: {said}") and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_runs_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert swept(["seed=1,2"], {}, monkeypatch, tmp_path) == ([], 2)
+    assert "A sweep runs its jobs one after the other in one process, but WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--resume", "There is no option --resume: settings are written without dashes, resume=VALUE."),
+        ("-x", "There is no option -x: settings are written without dashes, key=VALUE."),
+        ("--run-dir=a", "There is no option --run-dir: settings are written without dashes, run_dir=VALUE."),
+    ],
+)
+def test_settings_are_no_options(
+    flag: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        start([flag, "seed=1"], monkeypatch, print)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"pregate: {said}\n"

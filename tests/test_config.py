@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pregate.cli import compose_run, config_dir
 from pregate.config import Policy, UsageError, save_run, to_dict
+from pregate.overrides import check_arguments, parsed
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 COMMANDS = {
@@ -116,6 +120,21 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("task.mean_span_tokens=0.5", "must be at least 1"),
         ("train.steps=[1", "cannot be read"),
         ("source_train.steps=3", "+experiment=quickstart"),
+        ("task.generated.seed=3", "task.generated, which is empty here: choose an experiment or a group member that"),
+        ("experiment=quickstart", "experiment=quickstart needs a plus: write +experiment=quickstart."),
+        ("arm=shifted", "arm=shifted needs a plus: write +arm=shifted."),
+        ("+model=switch_base_8", "takes no plus: write model=switch_base_8."),
+        ("+seed=3", "takes no plus: write seed=3."),
+        ("task.files.extra=a.jsonl", "needs a plus: write +task.files.extra=a.jsonl."),
+        ("~train.clip_norm", "deletes a setting, and all must be there: set train.clip_norm=VALUE."),
+        ("train.steps=1,2", "holds several values: give one, or add --multirun for one run with each."),
+        ("engine.policies=pre_gated,on_demand", "write 'engine.policies=[pre_gated,on_demand]' for a list"),
+        ("task=squad,sst2", "holds several values: give one, or add --multirun"),
+        ("resume", "'resume' cannot be read: a setting is written resume=VALUE."),
+        ("trian.steps=a=b", "no setting 'trian.steps'; did you mean train.steps?"),
+        ("model.revision=1234e5", "would become 123400000.0: write 'model.revision=\"1234e5\"'."),
+        ("task.labels=[true,false]", "would become True,False: put each text in quotes"),
+        ("seed=${nothing}", "Interpolation key 'nothing' not found"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
@@ -125,6 +144,80 @@ def test_nonsense_is_refused_in_one_sentence(override: str, said: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_only_the_argument_to_blame_is_named() -> None:
+    """Among others that are fine."""
+    with pytest.raises(UsageError) as refused:
+        compose_run(["seed=1", "source_train.steps=3", "name=x", "task=qa"])
+    assert str(refused.value) == (
+        "source_train.steps=3 sets a part of source_train, which is empty here: choose an experiment or a group member "
+        "that fills it, such as +experiment=quickstart."
+    )
+    with pytest.raises(UsageError, match=r"^name=\$\{nothing\} cannot be used here|^name: Interpolation key 'nothing'"):
+        compose_run(["seed=1", "name=${nothing}", "task=qa"])
+
+
+def test_all_typos_are_told_at_once() -> None:
+    given = ["trian.steps=3", "seed=1", "train.steps=many", "model=switch_base_9", "experiment=quickstart", "name=a=b"]
+    with pytest.raises(UsageError) as refused:
+        compose_run(given)
+    assert str(refused.value) == (
+        "5 arguments cannot be used: 'trian.steps' is no setting (did you mean train.steps?); train.steps: Value "
+        "'many' of type 'str' could not be converted to Integer; 'switch_base_9' is no model (did you mean "
+        "switch_base_8?); "
+        "experiment=quickstart needs a plus: write +experiment=quickstart; 'name=a=b' cannot be read: its value needs "
+        "quotes, and these need the shell's around them: write 'name=\"a=b\"'."
+    )
+
+
+AWKWARD = [
+    "runs/lr=1e-4/x",
+    "a,b",
+    "a#b",
+    "a{b}",
+    "{a}",
+    "a b{c} d",
+    "it's",
+    'say "x"',
+    'it\'s "x"',
+    "a(b)",
+    "[a",
+    "1e3",
+    "a$b=",
+    "true",
+    "[a]",
+    "{a: b}",
+]
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_advice_on_quoting_works_when_it_is_typed(value: str) -> None:
+    """As a shell splits it, with the very text in the setting."""
+    with pytest.raises(UsageError) as refused:
+        compose_run([f"checkpoint={value}"])
+    assert compose_run(shlex.split(advised(str(refused.value)))).checkpoint == value
+
+
+def advised(sentence: str) -> str:
+    """What a sentence says to write."""
+    return sentence.partition(": write ")[2].removesuffix(".").partition(" for one")[0]
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(st.text(alphabet="ab1e0/=,#{}()[]'\": .-+_~%@*?|;&<>!tTnN", min_size=1, max_size=8).map(str.strip))
+def test_a_text_is_taken_as_it_is_or_the_way_to_write_it_is_told(value: str) -> None:
+    said = None
+    try:
+        check_arguments([f"name={value}"])
+        taken = parsed(f"name={value}")
+    except UsageError as refused:
+        said = str(refused)
+        (argument,) = shlex.split(advised(said)) if ": write " in said else [said]
+        check_arguments([argument])
+        taken = parsed(argument)
+    assert taken is not None
+    assert str(taken.value()) == value or (taken.value() is None and value.lower() == "null"), (value, said)
+
+
 def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
     assert compose_run(["+experiment=nano_sst2", "train.steps=0"]).train.steps == 0
     with pytest.raises(UsageError, match=r"source_train\.steps=0 must be at least 1"):
@@ -132,7 +225,8 @@ def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
 
 
 LEVELS = {
-    **dict.fromkeys(("config", "config_check", "cli", "durable", "stopping", "runtime", "memory", "tracking"), 0),
+    **dict.fromkeys(("config", "config_check", "overrides", "cli"), 0),
+    **dict.fromkeys(("processes", "durable", "stopping", "runtime", "memory", "tracking"), 0),
     "models": 1,
     **dict.fromkeys(("conversion", "conversion_plan", "calibration", "gate_fit", "gate_states", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),

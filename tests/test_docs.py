@@ -47,9 +47,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/how_it_works.md", "docs/accuracy.md"])
 def test_settings_named_in_the_docs_exist(page: str) -> None:
     """Every `section.key` of a setting in backticks or a command is one of the schema's."""
-    from pregate.cli import _known_keys
+    from pregate.overrides import known_keys
 
-    known = set(_known_keys())
+    known = set(known_keys())
     text = (ROOT / page).read_text()
     named = set(
         re.findall(r"\b((?:train|source_train|eval|engine|bench|task|tracking|pregate|model|data)\.[a-z_.]+)=", text)

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.processes import main_only
 from pregate.stopping import Terminated
 from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
 from pregate.training.distill import target_rows
@@ -28,7 +29,6 @@ from pregate.training.optim import clip_gradients, learning_rate, optimizer_byte
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
 from pregate.training.validation import validate
-from pregate.training.waiting import wait_for_main
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
@@ -238,10 +238,12 @@ def evaluate(session: Session) -> str:
     if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
     if best if train.keep == Keep.best else state.step == train.steps:
-        if session.accelerator.is_main_process:
+
+        def write() -> None:
             make_room(session.out_dir / "last", model_bytes(session.model))
             save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
-        wait_for_main("writing the checkpoint")
+
+        main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -249,7 +251,8 @@ def evaluate(session: Session) -> str:
 def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
-    if session.accelerator.is_main_process:
+
+    def write() -> None:
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
         make_room(session.out_dir / "last", model_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
@@ -261,7 +264,8 @@ def save(session: Session) -> None:
             random_states,
             session.carry,
         )
-    wait_for_main("saving the state")
+
+    main_only(write, "saving the state")
 
 
 def finish(session: Session) -> TrainSummary:

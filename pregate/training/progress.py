@@ -14,8 +14,11 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from pregate.processes import asked, rank
 from pregate.stopping import Termination, is_forked
 
+ECHO_S = 1.0
+"""A launcher hands Ctrl-C on to processes that the terminal has told already: within this time it is the same one."""
 LINES_EVERY = 10
 """Without a terminal, one line is printed for this many logged steps."""
 
@@ -101,6 +104,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.first: int | None = None
         self._presses = 0
+        self._pressed_s = 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
 
@@ -128,7 +132,11 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if is_forked(self._process, number):
             return
-        self._presses += number == signal.SIGINT
+        if number == signal.SIGINT:
+            echo = asked()[1] > 1 and self._presses and time.monotonic() - self._pressed_s < ECHO_S
+            if echo:
+                return
+            self._presses, self._pressed_s = self._presses + 1, time.monotonic()
         if self._presses > 1:
             raise KeyboardInterrupt
         if self.first is None:
@@ -138,5 +146,6 @@ class Interrupts:
                 if number == signal.SIGINT
                 else "Asked to end (SIGTERM): stopping after this step."
             )
-            with suppress(RuntimeError):  # it came in the middle of another line
-                print(f"\n{sentence}", file=sys.stderr, flush=True)
+            if rank() == 0:
+                with suppress(RuntimeError):  # it came in the middle of another line
+                    print(f"\n{sentence}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ Knows Accelerate and which setting belongs where; knows nothing about the order 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from pregate.config import Keep, Run, Trainable, TrainConfig, UsageError
+from pregate.config import Keep, Run, Trainable, TrainConfig
 from pregate.models.adapter import gates
+from pregate.processes import join, main_only
 from pregate.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
 from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-from pregate.training.waiting import wait_for_main
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Task
@@ -74,15 +75,10 @@ def prepare(
     carry: Sequence[Path],
 ) -> Session:
     """Build everything a step needs, or bring it back from `out_dir/last`. Raises `UsageError`."""
+    join()
     # autocast is ours and per run, because Accelerate fixes its precision once per process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-    allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in allowed:
-        raise UsageError(
-            f"Training runs on one process or under DDP, not {accelerator.distributed_type.value}: "
-            "start it with `accelerate launch --multi_gpu` or plain python."
-        )
     batching = derive_batching(train, run.task.max_source_tokens, accelerator.num_processes)
     share = Share(run, train, batching, accelerator.process_index, pin_memory=accelerator.device.type == "cuda")
     feed = build_feed(task, tokenizer, share)
@@ -92,9 +88,12 @@ def prepare(
     optimizer = build_optimizer(model, train)
     state = restore(model, optimizer, train, run, out_dir, accelerator)
     dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
+    with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        wrapped = accelerator.prepare_model(model)
     return Session(
         model=model,
-        wrapped=accelerator.prepare_model(model),
+        wrapped=wrapped,
         tokenizer=tokenizer,
         task=task,
         train=train,
@@ -131,15 +130,17 @@ def restore(
     model: Any, optimizer: torch.optim.Optimizer, train: TrainConfig, run: Run, out_dir: Path, accelerator: Accelerator
 ) -> TrainState:
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
-    if accelerator.is_main_process:
+
+    def tidy() -> None:
         recover(out_dir / "checkpoint")
         if run.resume:
             settle(out_dir / "last")
-    wait_for_main("looking for a saved state")
+
+    main_only(tidy, "looking for a saved state")
     found = load_last(out_dir / "last", model, optimizer) if run.resume else None
     state, random_states = found or (TrainState(), [])
-    if accelerator.is_main_process:
-        check_space(out_dir, model, optimizer, -(-(train.steps - state.step) // train.save_every))
+    saves = -(-(train.steps - state.step) // train.save_every)
+    main_only(lambda: check_space(out_dir, model, optimizer, saves), "looking for space on the disk")
     if found is None:
         return state
     if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():

@@ -6,6 +6,7 @@ in a run directory; the loop itself is in `loop`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
@@ -28,6 +28,7 @@ from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_con
 from pregate.models.loading import load_resident, open_model
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.processes import check_mixed_precision, join, main_only
 from pregate.runtime import first_of, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
@@ -35,7 +36,7 @@ from pregate.tracking import Tracker, flatten, say
 from pregate.training.checkpoint import replaced, steps_done, write_model
 from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune
-from pregate.training.waiting import wait_for_main
+from pregate.training.optim import autocast_dtype
 
 SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
 CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
@@ -46,21 +47,58 @@ def claim_run_dir(run: Run) -> Path:
     """The run directory, new or to be resumed, with `config.yaml` in it; what that changes in a resumed run is told.
     Raises `UsageError` if it is in use."""
     run_dir = Path(run.run_dir)
-    if int(os.environ.get("RANK", "0")) == 0:
-        if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
-            raise UsageError(
-                f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
-            )
-        config = run_dir / "config.yaml"
+    main_only(lambda: _claim(run, run_dir), "claiming the run directory")
+    return run_dir
+
+
+def _claim(run: Run, run_dir: Path) -> None:
+    used = f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
+    if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UsageError(used)
+    config = run_dir / "config.yaml"
+    try:
+        make_directory(run_dir)
+        _lock(run_dir)
+        if not run.resume and any(run_dir.iterdir()):  # another process was faster, and has ended
+            raise UsageError(used)
         changes = _changes(config, run)
         if changes:
             say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
-        try:
-            make_directory(run_dir)
-            save_run(run, config)
-        except OSError as error:
-            raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
-    return run_dir
+        save_run(run, config)
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
+
+
+_locked: dict[Path, int] = {}
+
+
+def _lock(run_dir: Path) -> None:
+    """Keep every other process out of `run_dir` until this one ends, however it ends. Raises `UsageError`."""
+    place = run_dir.resolve()
+    if place in _locked:
+        return
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UsageError(
+            f"Another process works in {run_dir}: wait for its end, or choose another run_dir=DIR (several processes "
+            "of one run are started by a launcher, see the README)."
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return
+    _locked[place] = handle
+
+
+def check_precision(run: Run) -> None:
+    """Refuse a mixed precision that a launcher was asked for and training does not use. Raises `UsageError`."""
+    device = join().device
+    assert device is not None
+    for train in (run.train, run.source_train):
+        if train is not None:
+            check_mixed_precision("no" if autocast_dtype(train.precision, device) is None else "bf16")
 
 
 def _changes(config: Path, run: Run) -> list[str]:
@@ -174,10 +212,12 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
         summary = fine_tune(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
         )
-        if PartialState().is_main_process:
+
+        def complete() -> None:
             mark_conventional(directory / CHECKPOINT)
             write_json(directory / SUMMARY, summary.to_dict())
-        wait_for_main("finishing the source")
+
+        main_only(complete, "finishing the source")
     return str(directory / CHECKPOINT)
 
 
@@ -189,11 +229,15 @@ def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForCond
 
 def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
     directory = run_dir / INITIAL
-    if PartialState().is_main_process and not directory.is_dir():
+
+    def create() -> None:
+        if directory.is_dir():
+            return
         with replaced(directory) as fresh:
             write_model(fresh, _random_model(run, tokenizer), tokenizer)
             mark_conventional(fresh)
-    wait_for_main("making a random source")
+
+    main_only(create, "making a random source")
     return str(directory)
 
 
@@ -206,17 +250,18 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
     if run.pregate.lookahead == 0 or PreGatedSwitchTransformersConfig.describes(config):
         return source
     directory = run_dir / CONVERTED
-    state = PartialState()
-    if (directory / MANIFEST).is_file():
-        _refuse_other_gating(run, directory)
-    elif state.is_main_process:
-        if run.pregate.init is Init.calibrated:
+
+    def create() -> None:
+        if (directory / MANIFEST).is_file():
+            _refuse_other_gating(run, directory)
+        elif run.pregate.init is Init.calibrated:
             assert not isinstance(task, SpanCorruption), "pre-training starts at random"
-            _, calibration = calibrate(run, source, directory, task, tokenizer, state.device)
+            _, calibration = calibrate(run, source, directory, task, tokenizer, join().device)
             print(calibration.table(), flush=True)
         else:
             convert_for(run, source, directory)
-    wait_for_main("converting the source")
+
+    main_only(create, "converting the source")
     return str(directory)
 
 
@@ -248,10 +293,12 @@ def train_converted(
         summary = keep_untrained(converted, revision, run_dir, tokenizer)
     else:
         summary = _fine_tune_converted(run, run_dir, converted, revision, task, tokenizer, tracker)
-    is_main = PartialState().is_main_process
-    if is_main and "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
-        mark_conventional(Path(summary.checkpoint))
-    wait_for_main("finishing the checkpoint")
+
+    def complete() -> None:
+        if "pregate" in read_config(summary.checkpoint) and run.pregate.lookahead == 0:
+            mark_conventional(Path(summary.checkpoint))
+
+    main_only(complete, "finishing the checkpoint")
     return summary
 
 
@@ -265,7 +312,7 @@ def _fine_tune_converted(
     tracker: Tracker,
 ) -> TrainSummary:
     set_seed(run.seed)
-    state = PartialState()
+    state = join()
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
     done = steps_done(run_dir / LAST) if run.resume else 0
@@ -297,11 +344,13 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
             f"{run_dir} holds a run of {done} steps, which train.steps=0 would replace: choose another run_dir=DIR."
         )
     directory = run_dir / CHECKPOINT
-    if PartialState().is_main_process:
+
+    def copy() -> None:
         with replaced(directory) as fresh:
             _copy_model(converted, revision, fresh)
             tokenizer.save_pretrained(fresh)
-    wait_for_main("copying the checkpoint")
+
+    main_only(copy, "copying the checkpoint")
     return TrainSummary(
         steps=0,
         best_score=None,
@@ -335,7 +384,7 @@ def _copy_model(source: str, revision: str | None, directory: Path) -> None:
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
     """Write `summary.json`, and drop the untrained checkpoints that the trained one replaces."""
-    if not PartialState().is_main_process:
+    if not join().is_main_process:
         return
     scratch = source == str(run_dir / INITIAL)
     summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": trained.to_dict()}

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from pregate.stopping import Terminated, stoppable
+from pregate.training import progress as progress_module
 from pregate.training.progress import Interrupts, Progress
 
 
@@ -111,3 +112,21 @@ def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent(held: 
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_launchers_echo_of_ctrl_c_is_no_second_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun hands on what the terminal has sent to its processes already; what they have learned is to be saved."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "\nStopping after this step; press Ctrl-C again to stop at once.\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with Interrupts() as interrupts:
+            monkeypatch.setattr(progress_module, "ECHO_S", 600.0)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert interrupts.pending
+            monkeypatch.setattr(progress_module, "ECHO_S", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err == said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,23 @@ def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> Non
         (tmp_path / "run" / "config.yaml").write_bytes(torn)
         claim_run_dir(run)
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_directory_in_which_another_process_works_is_refused(tmp_path: Path, resume: bool) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    other = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match=r"Another process works in .*run: wait for its end, or choose"):
+        claim_run_dir(Run(run_dir=str(run_dir), resume=resume))
+    assert not list(run_dir.iterdir())
+    os.close(other)
+    claim_run_dir(Run(run_dir=str(run_dir), resume=resume))
+    other = os.open(run_dir, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
 
 
 def untrained(run: Run, run_dir: Path, source: str) -> dict[str, torch.Tensor]:
