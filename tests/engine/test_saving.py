@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from pregate.config import PreGateConfig, UsageError
 from pregate.conversion import convert
 from pregate.engine.decode import OffloadEngine
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.models.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig, without_experts
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.engine.serving import Served, assert_same, generated, request

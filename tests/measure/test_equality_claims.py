@@ -22,7 +22,7 @@ from pregate.measure.latency import BenchRequest, resident_answers
 from pregate.measure.logits import check_moved, compare_logits, tolerance
 from pregate.measure.summary import equal, token_verdict
 from pregate.models.finite import FiniteLogits
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.tasks.generated import generated_tokenizer
 from tests.measure.test_bench import quick_collections, rows_of, tiny_run
 from tests.measure.test_eval_device import ROWS, run_of
@@ -280,6 +280,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "now", root / "stale"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drive", DRIVES)
 def test_an_evaluation_notices_stale_experts_by_their_logits(
     two: tuple[Path, Path], tmp_path: Path, drive: str, monkeypatch: pytest.MonkeyPatch

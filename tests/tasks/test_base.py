@@ -92,7 +92,7 @@ def test_limit_is_a_prefix_and_never_splits_a_group(limit, tmp_path):
 def test_groups_and_ids_survive_chunk_borders(tmp_path):
     rows = [{"dialogue": f"D{i // 3}", "summary": f"S{i}"} for i in range(CHUNK_ROWS + 5)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    task = task_of("task=dialogsum", "task.hub=null", "task.columns.id=null", f"+task.files.train={tmp_path}/a.jsonl")
+    task = task_of("task=dialogsum", "task.hub=null", "task.columns.id=null", f"task.files.train={tmp_path}/a.jsonl")
     examples = task.examples("train")
     assert [len(e.references) for e in examples[:-1]] == [3] * (len(examples) - 1)
     assert sum(len(e.references) for e in examples) == len(rows)

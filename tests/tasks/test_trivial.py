@@ -18,7 +18,7 @@ def task_over(folder: Path, name: str, train: list[dict[str, Any]], dev: list[di
     (folder / name).mkdir()
     for split, rows in (("train", train), ("validation", dev)):
         (folder / name / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    files = [f"+task.files.{split}={folder}/{name}/{split}.jsonl" for split in ("train", "validation")]
+    files = [f"task.files.{split}={folder}/{name}/{split}.jsonl" for split in ("train", "validation")]
     return build_task(compose_run([f"task={name}", "task.hub=null", *files, *more]))
 
 

@@ -378,7 +378,7 @@ def test_all_processes_end_after_the_same_step_when_one_gets_sigterm(tmp_path: P
     assert len(state["random"]) == 2
 
 
-@pytest.mark.parametrize("trainable", ["all", "gates"])
+@pytest.mark.parametrize("trainable", ["all", pytest.param("gates", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
     settings: dict[str, Any] = {"trainable": trainable}
     terms = ["loss", "z", "grad_norm", "eval/loss", "eval/accuracy"]
