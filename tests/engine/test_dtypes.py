@@ -187,7 +187,7 @@ def test_a_dtype_in_which_nothing_computes_is_one_sentence(tmp_path: Path) -> No
     save_file(whole_numbers, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         UsageError,
-        match=r"holds decoder\.block\.0\.layer\.0\.SelfAttention\.k\.weight in int32, as quantised models do",
+        match=r"k\.weight in int32, as quantised models do",
     ):
         OffloadEngine.open(tmp_path)
     assert not (tmp_path / "experts").exists()
