@@ -23,7 +23,7 @@ from pregate.engine.decode import OffloadEngine, open_store
 from pregate.engine.slabs import SlabLayout
 from pregate.models import checkpoint
 from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.models.switch_layers import switch_expert_family
 from tests.engine.serving import as_stored, assert_same, generated, request
 from tests.tiny import batch, pregated_model

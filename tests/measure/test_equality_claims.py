@@ -22,7 +22,7 @@ from pregate.measure.latency import BenchRequest, resident_answers
 from pregate.measure.logits import check_moved, compare_logits, tolerance
 from pregate.measure.summary import equal, token_verdict
 from pregate.models.finite import FiniteLogits
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.tasks.generated import generated_tokenizer
 from tests.measure.test_bench import quick_collections, rows_of, tiny_run
 from tests.measure.test_eval_device import ROWS, run_of

@@ -14,7 +14,8 @@ from pregate.cli import compose_run
 from pregate.config import Run, UsageError
 from pregate.measure import eval_device, servable
 from pregate.measure.servable import check_engine
-from pregate.training.stages import splits, trained_config
+from pregate.tasks.base import splits_read
+from pregate.training.stages import trained_config
 from tests.tiny import upstream_model
 
 FP32, BF16 = 8192, 4096
@@ -127,6 +128,6 @@ def test_what_the_device_cannot_compute_or_decode_is_refused_too(
 
 
 def test_the_split_of_the_evaluation_is_looked_at_before_training(tmp_path: Path) -> None:
-    assert splits(run_of(tmp_path, "eval.split=test")) == ["train", "validation", "test"]
-    assert splits(run_of(tmp_path, "eval.split=test", "then_eval=false")) == ["train", "validation"]
-    assert splits(run_of(tmp_path, "eval.split=validation")) == ["train", "validation"]
+    assert list(splits_read(run_of(tmp_path, "eval.split=test"))) == ["train", "validation", "test"]
+    assert list(splits_read(run_of(tmp_path, "eval.split=test", "then_eval=false"))) == ["train", "validation"]
+    assert list(splits_read(run_of(tmp_path, "eval.split=validation"))) == ["train", "validation"]
