@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from pregate.config import PreGateConfig, UsageError
 from pregate.conversion import convert
 from pregate.engine.decode import OffloadEngine
-from pregate.models.switch import load_resident
+from pregate.models.loading import load_resident
 from pregate.models.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig, without_experts
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.engine.serving import Served, assert_same, generated, request
@@ -23,9 +23,10 @@ from tests.tiny import geometry, pregated_model, upstream_model
 def test_a_served_model_is_not_saved(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: pytest.fail("the hub was asked"))
     with OffloadEngine.open(served.directory) as engine:
-        for save in (engine.model.save_pretrained, engine.model.push_to_hub):
-            with pytest.raises(UsageError, match="cannot be saved, because an engine holds its experts: copy the dire"):
-                save(str(tmp_path / "saved"))
+        for part in (engine.model, engine.model.encoder, engine.model.get_decoder()):
+            for save in (part.save_pretrained, part.push_to_hub):
+                with pytest.raises(UsageError, match="cannot be saved, because an engine holds its experts: copy the "):
+                    save(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match="cannot be saved"):
         engine.model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
