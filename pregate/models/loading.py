@@ -36,6 +36,8 @@ LM_HEAD = "lm_head.weight"
 TABLES = (*EMBEDDINGS, LM_HEAD)
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "switch_transformers.")
 """What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP, training frameworks, upstream."""
+INSIDE = re.compile(r"(?<=\.)(_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
+"""What they put into names where layers are wrapped one by one; the last is activation checkpointing."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLETE = "use the complete weights of the model that its config.json describes"
 ONE_MODEL = "use the config.json and the weights of one and the same model"
@@ -128,22 +130,24 @@ def parameter_shapes(config: PreGatedSwitchTransformersConfig) -> dict[str, tupl
 def _stripped(checkpoint: SourceCheckpoint) -> dict[str, TensorInfo]:
     """The tensors by their names without what wrappers put before them, in the order of the files."""
     found: dict[str, TensorInfo] = {}
-    removed: dict[str, str] = {}
+    removed: dict[str, set[str]] = {"before": set(), "inside": set()}
     for stored, info in checkpoint.tensors.items():
-        name = _without_prefixes(stored)
+        whole = _without_prefixes(stored)
+        name = INSIDE.sub("", whole)
         if name in found:
             raise UsageError(
                 f"{checkpoint.directory} holds both {found[name].key or name} and {stored}, which name the same "
                 "tensor: keep the one of the trained model."
             )
         found[name] = replace(info, key=info.key or stored)
-        if name != stored:
-            removed[stored.removesuffix(name)] = name
-    if removed:
-        _say_once(
-            f"{checkpoint.directory} has {first_of(sorted(removed), 3)} before the names of tensors, as wrapped models "
-            "have: it is left out."
-        )
+        removed["before"] |= {stored.removesuffix(whole)} - {""}
+        removed["inside"] |= set(INSIDE.findall(whole))
+    for where, parts in removed.items():
+        if parts:
+            _say_once(
+                f"{checkpoint.directory} has {first_of(sorted(parts), 3)} {where} the names of tensors, as wrapped "
+                "models have: it is left out."
+            )
     return found
 
 
@@ -168,12 +172,18 @@ def _refuse_other_counts(
     checkpoint: SourceCheckpoint, names: Iterable[str], config: PreGatedSwitchTransformersConfig
 ) -> None:
     """Experts and layers are counted ahead of their names: one number says more than a thousand missing tensors."""
+    names = list(names)
     numbers: dict[str, set[str]] = {stack: set() for stack in STACKS} | {"expert": set()}
     for name in names:
         if found := re.match(r"(encoder|decoder)\.block\.(\d+)\.", name):
             numbers[found[1]].add(found[2])
         if found := re.search(r"\.mlp\.experts\.expert_(\d+)\.", name):
             numbers["expert"].add(found[1])
+    if names and not (numbers["encoder"] or numbers["decoder"]):
+        raise UsageError(
+            f"{checkpoint.directory} holds no layer that is named as in a Switch model, but {first_of(names, 3)}: save "
+            "the model itself, without what wraps it."
+        )
     sparse = any(config.moe_layers(stack) for stack in STACKS)
     for setting, what, said, held in (
         ("num_layers", "encoder layers", config.num_layers, len(numbers["encoder"])),
@@ -251,8 +261,12 @@ def generation_config(checkpoint: SourceCheckpoint) -> GenerationConfig:
         if checkpoint.generation:
             named = {name: settings.get(name) for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id")}
             own = {name: value for name, value in checkpoint.generation.items() if value is not None}
-            return GenerationConfig.from_dict({**named, **own})
-        return GenerationConfig.from_dict(settings, _from_model_config=True)
+            found = GenerationConfig.from_dict({**named, **own})
+        else:
+            found = GenerationConfig.from_dict(settings, _from_model_config=True)
     except Exception as error:  # its validation brings exception types of its own
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"The generation settings of {checkpoint.directory} cannot be used: {reason}.") from error
+    # as from_pretrained does: what was published, such as a temperature without do_sample, may be saved as it was
+    found._original_object_hash = hash(found)
+    return found

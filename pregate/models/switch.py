@@ -45,7 +45,7 @@ from pregate.runtime import first_of
 LEFTOVERS = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
 
 
-class PreGatedSwitchPreTrainedModel(upstream.SwitchTransformersPreTrainedModel):
+class PreGatedSwitchPreTrainedModel(SavedWhole, upstream.SwitchTransformersPreTrainedModel):
     config: PreGatedSwitchTransformersConfig
     config_class = PreGatedSwitchTransformersConfig
     _no_split_modules = ["PreGatedSwitchBlock"]
@@ -229,7 +229,7 @@ class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
 
 
 class PreGatedSwitchTransformersForConditionalGeneration(
-    SavedWhole, PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
+    PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
 ):
     """Switch Transformers with a language-modelling head, its gates `config.pregate.lookahead` MoE blocks ahead."""
 

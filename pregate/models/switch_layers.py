@@ -44,10 +44,10 @@ def without_experts() -> Iterator[None]:
 
 
 class SavedWhole:
-    """A model with `moe_blocks` that is saved as upstream's is, but not without its experts, which the files would
-    lack: both ways to save raise `UsageError` then, before they write or ask the hub for anything."""
+    """A model or stack that is saved as upstream's is, but not without its experts, which the files would lack: both
+    ways to save raise `UsageError` then, before they write or ask the hub for anything."""
 
-    moe_blocks: Any
+    modules: Any
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_without_experts()
@@ -58,7 +58,8 @@ class SavedWhole:
         return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     def _refuse_without_experts(self) -> None:
-        if any(next(block.module.experts.parameters(), None) is None for block in self.moe_blocks()):
+        blocks = (module for module in self.modules() if isinstance(module, PreGatedSparseMLP))
+        if any(next(block.experts.parameters(), None) is None for block in blocks):
             raise UsageError(
                 "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
                 "was opened with, or load that with load_resident and save what it gives."

@@ -23,9 +23,10 @@ from tests.tiny import geometry, pregated_model, upstream_model
 def test_a_served_model_is_not_saved(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: pytest.fail("the hub was asked"))
     with OffloadEngine.open(served.directory) as engine:
-        for save in (engine.model.save_pretrained, engine.model.push_to_hub):
-            with pytest.raises(UsageError, match="cannot be saved, because an engine holds its experts: copy the dire"):
-                save(str(tmp_path / "saved"))
+        for part in (engine.model, engine.model.encoder, engine.model.get_decoder()):
+            for save in (part.save_pretrained, part.push_to_hub):
+                with pytest.raises(UsageError, match="cannot be saved, because an engine holds its experts: copy the "):
+                    save(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match="cannot be saved"):
         engine.model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from pregate.cli import compose_run
 from pregate.config import Run, UsageError
 from pregate.measure import eval_device, servable
 from pregate.measure.servable import check_engine
+from pregate.tasks.base import splits_read
 from pregate.training.stages import trained_config
 from tests.tiny import upstream_model
 
@@ -124,3 +125,9 @@ def test_what_the_device_cannot_compute_or_decode_is_refused_too(
     monkeypatch.setattr(eval_device, "require_triton", missing)
     with pytest.raises(UsageError, match="needs Triton"):
         check(run_of(source))
+
+
+def test_the_split_of_the_evaluation_is_looked_at_before_training(tmp_path: Path) -> None:
+    assert list(splits_read(run_of(tmp_path, "eval.split=test"))) == ["train", "validation", "test"]
+    assert list(splits_read(run_of(tmp_path, "eval.split=test", "then_eval=false"))) == ["train", "validation"]
+    assert list(splits_read(run_of(tmp_path, "eval.split=validation"))) == ["train", "validation"]

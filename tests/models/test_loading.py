@@ -191,6 +191,32 @@ def test_what_wrappers_put_before_names_is_left_out_and_told(
     ]
 
 
+@pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("before", ["", "module."])
+def test_what_wrappers_put_into_names_is_left_out_and_told(
+    tmp_path: Path, before: str, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers that were compiled, sharded or checkpointed one by one."""
+    tensors = {before + name.replace(".layer.", f".{part}layer.", 1): t for name, t in truth("tied")[1].items()}
+    directory = write(tmp_path / "source", "tied", tensors)
+    for way in WAYS:
+        assert outcome(directory, "tied", way) == "right"
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pregate: ")]
+    left = [f"{before} before"] * bool(before) + [f"{part} inside"]
+    assert told == [
+        f"pregate: {directory} has {what} the names of tensors, as wrapped models have: it is left out."
+        for what in left
+    ]
+
+
+def test_names_behind_an_unknown_prefix_are_told(tmp_path: Path) -> None:
+    """An adapter's checkpoint, whose layers are all there, under other names."""
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in truth("tied")[1].items()}
+    directory = write(tmp_path / "source", "tied", prefixed)
+    for way in WAYS:
+        assert "named as in a Switch model, but base_model.model." in outcome(directory, "tied", way)
+
+
 def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     tensors = truth("tied")[1]
     directory = write(tmp_path / "source", "tied", {**tensors, f"module.{EXPERT}": tensors[EXPERT] + 1})
@@ -283,6 +309,16 @@ def test_the_auto_class_refuses_what_it_would_draw_at_random(tmp_path: Path) -> 
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UsageError, match=f"{name}.*{new or gone}"):
             AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
+
+
+def test_generation_settings_without_effect_are_kept(tmp_path: Path) -> None:
+    """Many published models have them. Training used to end in a traceback when it saved the model."""
+    directory = write(tmp_path / "source", "tied", truth("tied")[1])
+    settings = {"temperature": 0.7, "num_beams": 2, "max_length": 20, "early_stopping": True, "eos_token_id": 1}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
+    load_resident(directory).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert settings.items() <= saved.items()
 
 
 # --- the token that the decoder begins with -------------------------------------------------------------------------

@@ -169,6 +169,15 @@ def test_a_table_without_a_header(tmp_path: Path, name: str) -> None:
     assert pairs(path) == right
 
 
+@pytest.mark.parametrize("sign", [";", "|"])
+def test_a_table_with_other_separators_is_told_so(tmp_path: Path, sign: str) -> None:
+    rows = f"document{sign}summary\nd{sign}s\n"
+    told = refusal(file(tmp_path, "a.csv", rows))
+    assert f"one column, 'document{sign}summary': its cells seem to be separated by '{sign}'" in told
+    assert pairs(file(tmp_path, "b.csv", rows.replace(sign, ","))) == [("d", "s")]
+    assert pairs(file(tmp_path, "c.tsv", rows.replace(sign, "\t"))) == [("d", "s")]
+
+
 def test_a_header_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^task.header names document twice: give each column"):
         task_of("task.header=[document,document]")
