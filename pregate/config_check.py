@@ -10,6 +10,9 @@ from math import isfinite
 
 from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
 
+SIZES = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "num_experts", "expert_capacity")
+"""Those parts of a geometry of which there must be at least one."""
+
 
 def check_run(run: Run) -> None:
     """Refuse combinations that cannot work, before any work starts. Raises `UsageError`."""
@@ -18,6 +21,13 @@ def check_run(run: Run) -> None:
         if not holds:
             raise UsageError(sentence)
 
+    for key in ("name", "run_dir"):
+        need(bool(getattr(run, key).strip()), f"{key} is empty: give it a value, or leave it out.")
+    for key, value in run.model.geometry.items():
+        whole = isinstance(value, int) and key in SIZES
+        need(not whole or value > 0, f"model.geometry.{key}={value} must be at least 1.")
+        rate = isinstance(value, int | float) and key == "dropout_rate"
+        need(not rate or 0 <= value <= 1, f"model.geometry.{key}={value} must lie between 0 and 1.")
     gate = run.pregate
     need(
         0 <= gate.lookahead <= 3,

@@ -271,7 +271,7 @@ def _refuse_full_disk(output: Path, needed: int) -> None:
     if needed > free:
         raise UsageError(
             f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "
-            "make room, or name an output on another disk."
+            "make room, or choose another disk."
         )
 
 

@@ -134,6 +134,15 @@ def clear_abandoned(target: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with all that it holds, as far as that can be done."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def free_bytes(place: Path) -> int:
     """What is free on the disk that `place` lies on, or will."""
     return shutil.disk_usage(next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())).free

@@ -168,7 +168,7 @@ def _faults(override: Override, multirun: bool, searches: bool) -> list[Fault]:
         return []
     if override.is_delete():
         clause = f"{override.input_line} deletes a setting, and all must be there: set {key}=VALUE"
-        return [] if key in groups() else [Fault.of(clause)]
+        return [Fault.of(clause)]
     if override.is_sweep_override():
         return _sweep_faults(override, multirun, searches)
     if key in groups():

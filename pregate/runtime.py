@@ -199,6 +199,15 @@ def write_json(path: Path, value: Any) -> None:
     durable.write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None if it is not there or a power cut has spoilt it."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def console() -> Console:
     """Standard output for rich tables; 100 columns where it is no terminal, since rich would assume 80."""
     from rich.console import Console

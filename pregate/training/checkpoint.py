@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pregate.config import UsageError
-from pregate.durable import flush_file, flush_tree, free_bytes, make_directory, num_bytes, refusal
+from pregate.durable import flush_file, flush_tree, free_bytes, make_directory, num_bytes, refusal, remove
 from pregate.runtime import human_bytes, silent_bars
 from pregate.tracking import say
 from pregate.training.optim import optimizer_bytes
@@ -84,7 +84,7 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
         yield fresh
         flush_tree(fresh)
     except BaseException as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         reason = refusal(error)
         if reason is None:
             raise
@@ -93,21 +93,21 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
             "go on with the same command and resume=true."
         ) from error
     if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         directory.rename(old)
     fresh.rename(directory)
     flush_file(directory.parent)
     if previous is None:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def recover(directory: Path) -> None:
     """Undo a replacement of `directory` that was killed half-way."""
-    shutil.rmtree(_beside(directory, "new"), ignore_errors=True)
+    remove(_beside(directory, "new"))
     previous = _beside(directory, "old")
     if previous.exists():
         if directory.exists():
-            shutil.rmtree(previous)
+            remove(previous)
         else:
             previous.rename(directory)
             flush_file(directory.parent)
@@ -152,7 +152,7 @@ def save_last(
         (fresh / STATE_FILE).write_text(json.dumps(record))
         sums = {path.name: checksum(path) for path in sorted(fresh.iterdir())}
         (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": sums}, indent=2))
-    shutil.rmtree(directory.with_name(DAMAGED), ignore_errors=True)
+    remove(directory.with_name(DAMAGED))
 
 
 def checksum(path: Path) -> str:
@@ -219,7 +219,7 @@ def settle(directory: Path) -> None:
             f"{wrong} and there is no whole state before it in {previous}: put the file back from a copy, or choose "
             "another run_dir=DIR to start anew."
         )
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     directory.rename(aside)
     previous.rename(directory)
     flush_file(directory.parent)
@@ -303,7 +303,7 @@ def make_room(directory: Path, needed: int) -> None:
     for spare in (directory.with_name(DAMAGED), directory.with_name(PREVIOUS)):
         if free_bytes(directory) < needed and directory.exists() and spare.exists():
             say(f"the disk is nearly full: {spare} is removed to make room, {directory} stays.")
-            shutil.rmtree(spare, ignore_errors=True)
+            remove(spare)
     free = free_bytes(directory)
     if free < needed:
         raise UsageError(

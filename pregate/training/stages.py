@@ -20,7 +20,7 @@ import torch
 from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion import MANIFEST, check_convertible, convert_for
-from pregate.durable import make_directory
+from pregate.durable import FULL, make_directory
 from pregate.engine.decode import serving_dtype
 from pregate.memory import PeakMemory
 from pregate.models.adapter import PreGating, settings_chosen
@@ -29,7 +29,7 @@ from pregate.models.loading import load_resident, open_model
 from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
 from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.processes import check_mixed_precision, join, main_only
-from pregate.runtime import first_of, set_seed, write_json
+from pregate.runtime import first_of, read_object, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker, flatten, say
@@ -66,7 +66,8 @@ def _claim(run: Run, run_dir: Path) -> None:
             say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
         save_run(run, config)
     except OSError as error:
-        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run_dir=DIR.") from error
+        way = "make room" if error.errno in FULL else "choose another run_dir=DIR"
+        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): {way}.") from error
 
 
 _locked: dict[Path, int] = {}
@@ -109,7 +110,7 @@ def _changes(config: Path, run: Run) -> list[str]:
 
     try:
         before = flatten(OmegaConf.to_container(OmegaConf.load(config)), separator=".")  # type: ignore[arg-type]
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # a new run, or a file that was cut short
+    except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
         return []
     now = flatten(to_dict(run), separator=".")
     shared = [key for key in now if key in before and key not in ("resume", "overrides", "run_dir")]
@@ -207,7 +208,7 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
     if run.source_train is None:
         return _get_initial(run, run_dir, tokenizer)
     directory = run_dir / SOURCE
-    if not (directory / SUMMARY).is_file():
+    if read_object(directory / SUMMARY) is None:
         model = _random_model(run, tokenizer)
         summary = fine_tune(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
@@ -388,9 +389,9 @@ def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluati
         return
     scratch = source == str(run_dir / INITIAL)
     summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": trained.to_dict()}
-    trained_source = run_dir / SOURCE / SUMMARY
-    if trained_source.is_file():
-        summary["source_train"] = json.loads(trained_source.read_text())
+    trained_source = read_object(run_dir / SOURCE / SUMMARY)
+    if trained_source is not None:
+        summary["source_train"] = trained_source
     if evaluation is not None:
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)

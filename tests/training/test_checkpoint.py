@@ -374,3 +374,26 @@ def test_whatever_finds_no_room_is_told(
         with pytest.raises(UsageError, match="checkpoint cannot be written"):
             save_model(tmp_path / "checkpoint", model, tokenizer)
     assert tree_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_directory_gives_way_too(saved: Tree, tmp_path: Path, kind: str) -> None:
+    run = lay({PREVIOUS: saved[PREVIOUS]}, tmp_path / "run")
+
+    def spoil(path: Path) -> None:
+        if kind == "file":
+            path.write_text("spoilt")
+        else:  # somebody has moved it to another disk
+            path.symlink_to(lay(saved["last"], tmp_path / f"moved_{path.name}"))
+
+    for name in (DAMAGED, ".last.new"):
+        spoil(run / name)
+    (run / "last").write_text("spoilt")
+    settle(run / "last")
+    assert {path.name: path.is_dir() for path in run.iterdir()} == {"last": True, DAMAGED: False}
+    spoil(run / PREVIOUS)
+    model = pregated_model(seed=1, **SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig())
+    for step in (5, 6):
+        save_last(run / "last", model, word_tokenizer(), optimizer, TrainState(step=step), [random_state()])
+    assert {path.name: steps_done(path) for path in run.iterdir()} == {"last": 6, PREVIOUS: 5}

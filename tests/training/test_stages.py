@@ -26,6 +26,7 @@ from pregate.training.stages import (
     check_teachers,
     claim_run_dir,
     get_converted,
+    get_source,
     train_converted,
 )
 from tests.tiny import geometry, pregated_model, upstream_model
@@ -68,7 +69,7 @@ def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> Non
         f"pregate: {tmp_path / 'run' / 'config.yaml'} was written with other settings: seed 0, now 7; "
         "train.learning_rate 0.0001, now 0.5\n"
     )
-    for torn in (b"", b"train: {steps: 4", b"seed: ${oops", b"name: \xff"):
+    for torn in (b"", b"train: {steps: 4", b"seed: ${oops", b"name: \xff", b"[1, 2]"):
         (tmp_path / "run" / "config.yaml").write_bytes(torn)
         claim_run_dir(run)
         assert capsys.readouterr().err == ""
@@ -254,3 +255,20 @@ def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) ->
     assert all(torch.equal(found[name], fitted[name]) for name in fitted)
     told = json.loads((tmp_path / CHECKPOINT / MANIFEST).read_text())["calibration"]
     assert told["seconds"] > 0 and told["task"] == "squad"
+
+
+@pytest.mark.parametrize("summary", ["", "{", "[]"])
+def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path, summary: str) -> None:
+    shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
+    run = short_run()
+    run.source_train, run.model = TrainConfig(steps=1, batch_sequences=2, eval_examples=2), ModelConfig(geometry=shape)
+    given = (tmp_path, FirstWords(), word_tokenizer(), Recorder())
+    directory = get_source(run, *given)  # type: ignore[arg-type]
+    weights = (Path(directory) / "model.safetensors").read_bytes()
+    path = tmp_path / "source" / "summary.json"
+    whole = json.loads(path.read_text())
+    path.write_text(summary)
+    run.resume = True
+    assert get_source(run, *given) == directory  # type: ignore[arg-type]
+    assert json.loads(path.read_text())["steps"] == whole["steps"] == 1
+    assert (Path(directory) / "model.safetensors").read_bytes() == weights
