@@ -19,13 +19,11 @@ import numpy as np
 from pregate.config import TaskConfig, UsageError
 from pregate.runtime import first_of
 from pregate.tasks.cells import CellError, of_type
-from pregate.tasks.text_files import HEADER, TABLES, Record, json_rows, table_cell, table_rows, undecodable
+from pregate.tasks.text_files import TABLES, Record, header_advice, json_rows, table_cell, table_rows, undecodable
 
 Meaning = TypeVar("Meaning")
 Shard = TypeVar("Shard")
 DOTTED = "a dotted column is a field of a struct, or of each struct in a list"
-SEPARATORS = (";", "\t", "|", ",")
-"""What may stand between cells; a table that is read with another one has a single column."""
 SUFFIXES = (".parquet", *TABLES, ".json", ".jsonl")
 
 
@@ -391,13 +389,4 @@ def _missing_column(
         f"Task {task.name!r} finds no column {column!r} in {where}, whose columns are {first_of(shown, 40)}: "
         f"name the right one with {key_of(task, 'columns', name)}=COLUMN"
     )
-    if not no_header:
-        return UsageError(f"{sentence}.")
-    other = next((sign for sign in SEPARATORS if len(there) == 1 and sign in there[0]), None)
-    if other is not None:
-        return UsageError(
-            f"{where} has one column, {shown[0]!r}: its cells seem to be separated by {other!r}. Separate them with "
-            "commas, or with tabs in a file ending in .tsv."
-        )
-    columns = "the column" if len(there) == 1 else f"all {len(there)} columns"
-    return UsageError(f"{sentence}, or where its first line is no header, name {columns} with {HEADER}.")
+    return UsageError(sentence + (header_advice(there, where) if no_header else "") + ".")

@@ -137,3 +137,16 @@ def undecodable(path: Path) -> str:
                 cut = error.reason == "unexpected end of data" and not line.endswith(b"\n")
                 return f"line {number} ends inside a character" if cut else f"line {number} is not UTF-8"
     return "it changes while it is read"
+
+
+def header_advice(names: Sequence[str], where: str) -> str:
+    """What to do if `names`, the first line of a table, are no header: the end of a sentence. Raises `UsageError` for an
+    only column that holds several names: it was read with a wrong separator."""
+    other = next((sign for sign in (";", "\t", "|", ",") if len(names) == 1 and sign in names[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"{where} has one column, {names[0][:40]!r}: its cells seem to be separated by {other!r}. Separate them "
+            "with commas, or with tabs in a file ending in .tsv."
+        )
+    columns = "the column" if len(names) == 1 else f"all {len(names)} columns"
+    return f", or where its first line is no header, name {columns} with {HEADER}"
