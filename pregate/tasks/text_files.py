@@ -140,8 +140,10 @@ def undecodable(path: Path) -> str:
 
 
 def header_advice(names: Sequence[str], where: str) -> str:
-    """What to do if `names`, the first line of a table, are no header: the end of a sentence. Raises `UsageError` for an
-    only column that holds several names: it was read with a wrong separator."""
+    """What to do if `names`, the first line of a table, are no header: the end of a sentence.
+
+    Raises `UsageError` for an only column that holds several names: it was read with a wrong separator.
+    """
     other = next((sign for sign in (";", "\t", "|", ",") if len(names) == 1 and sign in names[0]), None)
     if other is not None:
         raise UsageError(

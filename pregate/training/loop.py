@@ -269,8 +269,13 @@ def save(session: Session) -> None:
 
 
 def finish(session: Session) -> TrainSummary:
-    """The summary; the model is left in evaluation mode."""
+    """The summary; the model is left in evaluation mode. Raises `UsageError` for a lost checkpoint."""
     state, checkpoint = session.state, session.out_dir / "checkpoint"
+    if not checkpoint.is_dir():
+        raise UsageError(
+            f"{checkpoint} is gone, and no step is left that could make it again: put it back, or train in another "
+            "run_dir=DIR."
+        )
     session.model.eval()
     return TrainSummary(
         steps=state.step,

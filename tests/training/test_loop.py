@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,6 +57,15 @@ def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) ->
     assert timeless(second) == timeless(logged, from_step=3)
     assert (resumed_summary.best_score, resumed_summary.best_step) == (summary.best_score, summary.best_step)
     assert resumed_summary.target_tokens == summary.target_tokens
+
+
+def test_a_finished_run_that_lost_its_checkpoint_says_so(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=2)
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match=r"checkpoint is gone, and no step is left .* put it back, or train"):
+        train_tiny(tmp_path, resume=True, steps=2)
+    _, logged, _ = train_tiny(tmp_path, resume=True, steps=3)
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file() and logged, "one step more makes it again"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
