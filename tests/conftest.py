@@ -1,6 +1,7 @@
 """Test-wide settings: one thread, because tiny tensors spend longer waking threads than computing."""
 
 import os
+import signal
 
 import pytest
 
@@ -13,6 +14,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell starts its background jobs so; tests press Ctrl-C, and what they start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
 
 
