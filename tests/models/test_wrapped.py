@@ -14,8 +14,6 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForSeq2SeqLM
@@ -24,6 +22,7 @@ from pregate.models.linear import is_plain
 from pregate.models.loading import load_resident
 from tests.tiny import batch, pregated_model, upstream_model
 
+peft = pytest.importorskip("peft")  # not on every machine that runs the GPU tests
 few = settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -100,7 +99,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 def adapted(model: nn.Module, targets: Sequence[str] = ("q", "v", "wi", "wo", "classifier", "lm_head")) -> nn.Module:
     """LoRA, not at its neutral start: by default on attention, experts, gates and head."""
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), lora_alpha=16))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), lora_alpha=16))
     generator = torch.Generator().manual_seed(5)
     for _, parameter in sorted((n, p) for n, p in wrapped.named_parameters() if "lora_" in n):
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -148,7 +147,7 @@ def test_adapters_on_gates_are_those_that_merging_gives(pregated: Path) -> None:
     """Without the head, which shares its weight with the embeddings: merging changes those as well."""
     plain = logits(load_resident(pregated))
     model: Any = adapted(load_resident(pregated), ["q", "wo", "classifier"])
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert any("pre_gate" in n for n in wrapped) and any("entry_gates" in n for n in wrapped), wrapped
     through = logits(model)
     torch.testing.assert_close(through, logits(model.merge_and_unload()), rtol=1e-4, atol=1e-4)
@@ -172,7 +171,7 @@ def test_adapters_on_gates_and_head_learn(pregated: Path) -> None:
 @pytest.mark.parametrize("gate", ["router", "pre_gate"])
 def test_a_gate_that_is_replaced_as_a_whole_decides(gate: str) -> None:
     """`modules_to_save` trains a copy of a whole gate: the copy routes, not the original beside it."""
-    model: Any = get_peft_model(pregated_model(4), LoraConfig(target_modules=["q"], modules_to_save=[gate]))
+    model: Any = peft.get_peft_model(pregated_model(4), peft.LoraConfig(target_modules=["q"], modules_to_save=[gate]))
     before = logits(model)
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
