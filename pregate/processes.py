@@ -78,6 +78,11 @@ def _first_number(names: tuple[str, ...], otherwise: int) -> tuple[str, int]:
     return names[0], otherwise
 
 
+def _asked_for(variable: str) -> bool:
+    """Whether an environment variable is set to one of the words that Accelerate takes for yes."""
+    return os.environ.get(variable, "").lower() in TRUE
+
+
 def check_alone(command: str) -> None:
     """Refuse several processes for a command that works as one. Raises `UsageError`."""
     variable, size = asked()
@@ -93,7 +98,7 @@ def check_launch() -> None:
     """Refuse what a launcher was asked for and training cannot honour. Raises `UsageError`."""
     _check_launcher("train")
     for name, variable in PLUGINS.items():
-        if os.environ.get(variable, "").lower() in TRUE:
+        if _asked_for(variable):
             raise UsageError(
                 f"{name} was asked for ({variable}={os.environ[variable]}), but training is plain data parallel "
                 f"(DDP): leave it out of the launcher's options and configuration, or start {SEVERAL}."
@@ -159,9 +164,10 @@ def _meet(size: int) -> PartialState:
     if size > 1:
         _check_gpus(torch.cuda.device_count())
     # Accelerate forms a group of CPU processes only if told to use the CPU, and PartialState reads no flag by itself
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
     try:
-        state = PartialState(cpu=cpu or (size > 1 and not torch.accelerator.is_available()))
+        state = PartialState(
+            cpu=_asked_for("ACCELERATE_USE_CPU") or (size > 1 and not torch.accelerator.is_available())
+        )
     except (torch.distributed.DistError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"The {size} processes cannot meet ({reason}): start {SEVERAL}.") from error
@@ -177,8 +183,8 @@ def _meet(size: int) -> PartialState:
 def _check_gpus(count: int) -> None:
     """torchrun gives all its processes the same GPUs; other launchers may give each its own."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
-    if count and here > count and "TORCHELASTIC_RUN_ID" in os.environ and not on_cpu:
+    on_gpus = "TORCHELASTIC_RUN_ID" in os.environ and not _asked_for("ACCELERATE_USE_CPU")
+    if count and here > count and on_gpus:
         raise UsageError(
             f"{here} processes were started for {count} GPU{'s' if count > 1 else ''}: start one for each GPU, or "
             "set ACCELERATE_USE_CPU=true to train on the CPU."

@@ -24,9 +24,14 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
         # offloading and quantising tools put another forward on the instance
         and "forward" not in vars(layer)
         and layer._compiled_call_impl is None
-        and not any(getattr(layer, name) for name in HOOKS)
+        and not has_hooks(layer)
         and not _has_any_global_hook()
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of its own happens when `module` is called, or gradients pass it."""
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def linear_in(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ very weights the slabs hold."""
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -107,3 +108,35 @@ def assert_serves(engine: OffloadEngine, expected: tuple[Tensor, Tensor]) -> Non
     """The engine generates what the resident model does, again and again."""
     for _ in range(2):
         assert_same(serve(engine), expected)
+
+
+class ClosedBehind:
+    """A request that waits in the middle while another thread closes the engine behind it."""
+
+    def __init__(self) -> None:
+        self._inside, self._went_on, self._closed = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(self, *_: Any) -> None:
+        """Called from within the request: lets the other thread try, and holds that it has not come through."""
+        self._inside.set()
+        assert self._went_on.wait(30)
+        assert not self._closed.is_set(), "the engine was closed under a request"
+
+    def run(self, request: Callable[[], object], close: Callable[[], object]) -> None:
+        """Serve `request`, which calls `wait`, and `close` beside it; both have ended at the end."""
+
+        def then_closed() -> None:
+            close()
+            self._closed.set()
+
+        serving = threading.Thread(target=request)
+        serving.start()
+        assert self._inside.wait(30)
+        closing = threading.Thread(target=then_closed)
+        closing.start()
+        # as long as it takes a thread that does not wait to get through
+        closing.join(0.2)
+        self._went_on.set()
+        for thread in (serving, closing):
+            thread.join(30)
+        assert self._closed.is_set()

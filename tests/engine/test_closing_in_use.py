@@ -3,7 +3,6 @@ one clear error; no crash, and the next request is right."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -12,38 +11,17 @@ from torch import Tensor
 from pregate.config import CacheRule
 from pregate.engine.decode import OffloadEngine
 from tests.engine.hostile import Streamer
-from tests.engine.serving import Served, assert_same, assert_serves, request, serve
+from tests.engine.serving import ClosedBehind, Served, assert_same, assert_serves, request, serve
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left_behind")]
 
 
 def test_closing_waits_for_another_threads_request(served: Served, expected: tuple[Tensor, Tensor]) -> None:
     engine = OffloadEngine.open(served.directory, device_budget="20%", cache=CacheRule.lru)
-    inside, went_on, closed = threading.Event(), threading.Event(), threading.Event()
-    got: list[tuple[Tensor, Tensor]] = []
-
-    def slow(*_: Any) -> None:
-        inside.set()
-        assert went_on.wait(30)
-        assert not closed.is_set(), "the engine was closed under a request"
-
-    def close() -> None:
-        engine.close()
-        closed.set()
-
-    hook = engine.model.decoder.block[1].register_forward_hook(slow)
-    threads = [threading.Thread(target=lambda: got.append(serve(engine)))]
-    threads[0].start()
-    assert inside.wait(30)
-    threads.append(threading.Thread(target=close))
-    threads[1].start()
-    # as long as it takes a thread that does not wait to get through
-    threads[1].join(0.2)
-    went_on.set()
-    for thread in threads:
-        thread.join(30)
+    behind, got = ClosedBehind(), []
+    hook = engine.model.decoder.block[1].register_forward_hook(behind.wait)
+    behind.run(lambda: got.append(serve(engine)), engine.close)
     hook.remove()
-    assert closed.is_set()
     assert_same(got[0], expected)
     with pytest.raises(RuntimeError, match="closed: open it again"):
         serve(engine)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pregate.models.linear import is_plain
+from pregate.models.linear import has_hooks, is_plain
 from pregate.models.routing import Routing, route, router_logits
 from pregate.models.switch_layers import EmbeddingGate, SwitchGate
 
@@ -30,15 +30,11 @@ def is_called(gate: nn.Module) -> bool:
         return True
     family = EmbeddingGate.forward if isinstance(gate, EmbeddingGate) else SwitchGate.forward
     other = _is_other(gate, "forward", family) or _is_other(gate, "perturb", SwitchGate.perturb)
-    return other or _has_hooks(gate)
+    return other or has_hooks(gate)
 
 
 def _is_other(module: nn.Module, name: str, method: Any) -> bool:
     return name in vars(module) or getattr(type(module), name) is not method
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def state_of(gates: Iterable[nn.Module], parts: Iterable[nn.Module]) -> list[Any]:

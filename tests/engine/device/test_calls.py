@@ -3,7 +3,6 @@ next request is right."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from pregate.config import CacheRule, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.sampling import Sampling
 from tests.engine.device.test_static_step import inputs_of
-from tests.engine.serving import Served
+from tests.engine.serving import ClosedBehind, Served
 
 pytestmark = pytest.mark.timeout(300)
 NEW = 4
@@ -107,37 +106,18 @@ def test_a_closed_engine_says_so(engine: DeviceEngine) -> None:
 
 
 def test_closing_waits_for_another_threads_request(engine: DeviceEngine, served: Served) -> None:
-    inside, went_on, closed = threading.Event(), threading.Event(), threading.Event()
+    behind, got = ClosedBehind(), []
     inputs = inputs_of(3, 2)
     wanted = served.model.generate(**inputs, **OPTIONS)
     run = engine._experts.run
-    got: list[Tensor] = []
 
     def slow(*args: Any) -> Tensor:
-        inside.set()
-        assert went_on.wait(30)
-        assert not closed.is_set(), "the engine was closed under a request"
+        behind.wait()
         return run(*args)
 
-    def generate() -> None:
-        got.append(engine.generate(**inputs, **OPTIONS))
-
-    def close() -> None:
-        engine.close()
-        closed.set()
-
     engine._experts.run = slow  # type: ignore[method-assign]
-    threads = [threading.Thread(target=generate)]
-    threads[0].start()
-    assert inside.wait(30)
-    threads.append(threading.Thread(target=close))
-    threads[1].start()
-    # as long as it takes a thread that does not wait to get through
-    threads[1].join(0.2)
-    went_on.set()
-    for thread in threads:
-        thread.join(30)
-    assert closed.is_set() and torch.equal(got[0], wanted)
+    behind.run(lambda: got.append(engine.generate(**inputs, **OPTIONS)), engine.close)
+    assert torch.equal(got[0], wanted)
     with pytest.raises(RuntimeError, match="closed: open it again"):
         engine.generate(**inputs)
 
