@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pregate.config import CacheRule, Policy, SlabDtype, Tier
-    from pregate.engine.decode import OffloadEngine
-    from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-    from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+    from pregate.engine.engine import OffloadEngine
+    from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
+    from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "PreGatedSwitchTransformersConfig": "pregate.models.switch_layers",
-    "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.switch",
-    "OffloadEngine": "pregate.engine.decode",
+    "PreGatedSwitchTransformersConfig": "pregate.models.families.switch_layers",
+    "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch",
+    "OffloadEngine": "pregate.engine.engine",
     "CacheRule": "pregate.config",
     "Policy": "pregate.config",
     "SlabDtype": "pregate.config",
@@ -51,4 +51,4 @@ def _is_own_command() -> bool:
 
 
 if not _is_own_command():
-    importlib.import_module("pregate.models.switch")
+    importlib.import_module("pregate.models.families.switch")

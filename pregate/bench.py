@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run, UsageError
-from pregate.processes import check_alone
+from pregate.system.processes import check_alone
 
 
 def main(run: Run) -> None:
     check_alone("bench")
-    from pregate.engine.pack import refuse_output
-    from pregate.measure.bench import measure, prepare
+    from pregate.engine.storage.pack import refuse_output
+    from pregate.measure.bench.run import measure, prepare
     from pregate.tracking import open_tracker
 
     refuse_output("run_dir", Path(run.run_dir))
@@ -23,7 +23,7 @@ def main(run: Run) -> None:
     except OSError as error:
         raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another run_dir=DIR.") from error
     if run.plan:
-        from pregate.measure.plan import plan
+        from pregate.measure.bench.plan import plan
 
         plan(run, study.rows, study.device, out_dir)
         print(f"Plan: {out_dir / 'plan.md'}, {out_dir / 'plan.json'}")

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pregate.config import Run, UsageError
 from pregate.config_check import check_run
-from pregate.durable import FULL
 from pregate.overrides import (
     check_arguments,
     config_dir,
@@ -29,8 +28,9 @@ from pregate.overrides import (
     no_setting,
     parsed,
 )
-from pregate.processes import PeerFailedError, asked, end_in_silence, lost_connection, may_tell
-from pregate.stopping import GOES_ON, stoppable
+from pregate.system.durable import FULL
+from pregate.system.processes import PeerFailedError, asked, end_in_silence, lost_connection, may_tell
+from pregate.system.stopping import GOES_ON, stoppable
 
 
 def register_schema() -> None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pregate.durable import write_text
+from pregate.system.durable import write_text
 
 
 class UsageError(ValueError):
@@ -240,7 +240,7 @@ class TrainConfig:
 
 @dataclass
 class CalibrationConfig:
-    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.calibration`).
+    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.conversion.calibration`).
 
     Examples of the training split are drawn until there are `examples` of them or `tokens` in their sources and targets
     together, and pass through the models `batch_size` at a time. The share `held_out` of them chooses between fits.

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run, UsageError
-from pregate.processes import check_alone
+from pregate.system.processes import check_alone
 
 
 def main(run: Run) -> None:
     check_alone("eval")
-    from pregate.engine.pack import refuse_output
+    from pregate.engine.storage.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.tracking import open_tracker
 

@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
-from pregate.durable import flush, flush_file, make_directory
-from pregate.processes import rank
-from pregate.runtime import environment, to_jsonable, write_json
+from pregate.system.durable import flush, flush_file, make_directory
+from pregate.system.processes import rank
+from pregate.system.runtime import environment, to_jsonable, write_json
 
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "tracking.json"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run
-from pregate.processes import join, leave
+from pregate.system.processes import join, leave
 
 
 def main(run: Run) -> None:
-    from pregate.engine.pack import refuse_output
+    from pregate.engine.storage.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.measure.servable import check_engine
     from pregate.models.checkpoint import read_config

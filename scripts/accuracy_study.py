@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 
 from pregate.config import UsageError
-from pregate.measure.study.cells import PRETRAINING, SIZES, plan
-from pregate.measure.study.records import CELLS, check_claim, claim, recorded_cells
-from pregate.measure.study.runner import Runner, Study, missing_of
-from pregate.measure.study.tables import render
+from studies.accuracy.cells import PRETRAINING, SIZES, plan
+from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
+from studies.accuracy.runner import Runner, Study, missing_of
+from studies.accuracy.tables import render
 
 NOTE = "results_folder"
 HELPS = "PREGATE_STUDY_HELPS"

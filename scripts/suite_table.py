@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.bench_table import with_speedups
-from pregate.measure.paper import as_cell, beside_the_paper, share_of_gpu_only
+from pregate.measure.bench.paper import as_cell, beside_the_paper, share_of_gpu_only
+from pregate.measure.bench.table import with_speedups
 
 NAMES = ("model", "drive", "policy", "slabs", "cache")
 HEADERS = (*NAMES, "batch", "tokens/s", "÷ floor", "× Accelerate", "GB/s", "peak GB")

@@ -232,9 +232,9 @@ def test_a_run_may_take_no_steps_but_a_source_must_be_trained() -> None:
 
 LEVELS = {
     **dict.fromkeys(("config", "config_check", "overrides", "cli"), 0),
-    **dict.fromkeys(("processes", "durable", "stopping", "runtime", "memory", "tracking"), 0),
+    **dict.fromkeys(("system", "tracking"), 0),
     "models": 1,
-    **dict.fromkeys(("conversion", "conversion_plan", "calibration", "gate_fit", "gate_states", "tasks", "engine"), 2),
+    **dict.fromkeys(("conversion", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),
     **dict.fromkeys(("train", "eval", "convert", "bench"), 4),
 }

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate import conversion
 from pregate.cli import compose_run
 from pregate.config import (
     CalibrationConfig,
@@ -22,9 +21,10 @@ from pregate.config import (
     TaskConfig,
     UsageError,
 )
-from pregate.conversion import convert
+from pregate.conversion import write as conversion
+from pregate.conversion.write import convert
 from pregate.convert import work
-from pregate.stopping import Terminated
+from pregate.system.stopping import Terminated
 from tests.make_switch_base import SWITCH_BASE_8, TINY, make, shapes, sparse_steps
 from tests.tiny import upstream_model
 

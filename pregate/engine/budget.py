@@ -11,10 +11,10 @@ from torch import Tensor
 from pregate.config import Policy, Tier, UsageError
 from pregate.config_check import share_of
 from pregate.engine.policy import default_slots
-from pregate.engine.slabs import SlabLayout, aligned_bytes
-from pregate.memory import is_out_of_memory
-from pregate.models.adapter import ExpertFamily
-from pregate.runtime import human_bytes, parse_bytes
+from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
+from pregate.models.pregating import ExpertFamily
+from pregate.system.memory import is_out_of_memory
+from pregate.system.runtime import human_bytes, parse_bytes
 
 
 class DeviceFullError(UsageError):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pregate.engine.policy import MovePolicy
 from pregate.engine.scheduler import Scheduler
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
-from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.moe import Factor, combine, group_by_expert
+from pregate.models.experts import Factor, combine, group_by_expert
+from pregate.models.pregating import ExpertFamily, ExpertKey
 from pregate.models.routing import DROPPED, Routing
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pregate.config import Policy
-from pregate.models.adapter import ExpertFamily, ExpertKey
+from pregate.models.pregating import ExpertFamily, ExpertKey
 
 
 class MovePolicy(Protocol):

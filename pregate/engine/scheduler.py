@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pregate.engine.cache import Placed, SlotTable
-from pregate.engine.mover import Mover, Transfer
+from pregate.engine.io.mover import Mover, Transfer
 from pregate.engine.trace import Counters, Trace
-from pregate.models.adapter import ExpertKey
+from pregate.models.pregating import ExpertKey
 
 
 class Scheduler:

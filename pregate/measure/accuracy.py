@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pregate.config import UsageError
-from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.measure.logits import watched
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.tasks.base import Example

@@ -17,14 +17,14 @@ from transformers import GenerationConfig
 from pregate.config import Policy, Run, UsageError
 from pregate.engine.device import require_triton
 from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
-from pregate.engine.device.experts import check_activation
+from pregate.engine.device.ops.experts import check_activation
 from pregate.engine.device.request import read_request
 from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
 from pregate.measure.latency import BenchRequest, Expected, judged, medians
 from pregate.measure.logits import check_moved
-from pregate.memory import PeakMemory
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.runtime import pick_device
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.system.memory import PeakMemory
+from pregate.system.runtime import pick_device
 
 
 def check_driven(

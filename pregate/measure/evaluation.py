@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
-from pregate.durable import flush_folders, write_text
 from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
-from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine, slots_for
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import measure_driven, open_driven
@@ -29,12 +28,13 @@ from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable
 from pregate.measure.summary import print_summary
-from pregate.models.adapter import ExpertFamily, PreGating, settings_asked_for
 from pregate.models.checkpoint import read_config
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.loading import load_resident
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.runtime import console, environment, pick_device, set_seed, write_json
+from pregate.models.pregating import ExpertFamily, PreGating, settings_asked_for
+from pregate.system.durable import flush_folders, write_text
+from pregate.system.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
 from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
 from pregate.tracking import Tracker, say

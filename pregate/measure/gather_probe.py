@@ -25,11 +25,11 @@ from torch import Tensor
 
 from pregate.config import Device, UsageError
 from pregate.engine.device import require_triton
-from pregate.engine.device.gather import gather_slabs, gather_slabs_twin
 from pregate.engine.device.host_memory import device_addresses, host_allocated
+from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
 from pregate.engine.device.slots import FetchPlan
-from pregate.engine.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
-from pregate.runtime import environment, human_bytes, pick_device
+from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
+from pregate.system.runtime import environment, human_bytes, pick_device
 
 ROWS = "gather_probe.jsonl"
 TABLE = "gather_probe.md"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from pregate.engine.decode import OffloadEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span, Trace
 from pregate.measure.logits import check_moved, compare_logits, tolerance, watched
-from pregate.memory import PeakMemory
+from pregate.system.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
 

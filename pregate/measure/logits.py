@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.models.finite import finite_logits
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}

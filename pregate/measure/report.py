@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.durable import write_text
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline, policy_label
 from pregate.measure.summary import (
     ABSENT,
@@ -31,6 +30,7 @@ from pregate.measure.summary import (
     score_rows,
     token_verdict,
 )
+from pregate.system.durable import write_text
 
 __all__ = ["pick_samples", "print_summary", "shorten", "write_report"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.decode import OffloadEngine
 from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
-from pregate.models.adapter import block_logits, real_tokens
+from pregate.models.pregating import block_logits, real_tokens
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 

@@ -10,13 +10,13 @@ from transformers import GenerationConfig
 
 from pregate.config import Drive, Policy, Run
 from pregate.engine.budget import host_buffers_within, slots_within
-from pregate.engine.decode import serving_dtype
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.engine import serving_dtype
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.eval_device import check_driven
-from pregate.models.adapter import ExpertFamily
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.loading import generation_config, open_model
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.runtime import pick_device
+from pregate.models.pregating import ExpertFamily
+from pregate.system.runtime import pick_device
 
 
 def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tier, UsageError
-from pregate.engine.decode import open_store
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
-from pregate.measure.bench_device import serve_one
-from pregate.measure.bench_grid import BenchModel, RowSpec, bench_models
-from pregate.measure.bench_row import Requests, greedy
-from pregate.runtime import environment, pick_device
+from pregate.engine.engine import open_store
+from pregate.measure.bench.device import serve_one
+from pregate.measure.bench.grid import BenchModel, RowSpec, bench_models
+from pregate.measure.bench.row import Requests, greedy
+from pregate.system.runtime import environment, pick_device
 
 TABLE = "step_profile.md"
 REPEATS = 5

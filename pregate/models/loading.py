@@ -18,7 +18,6 @@ import torch
 from transformers import GenerationConfig
 
 from pregate.config import UsageError
-from pregate.models.adapter import STACKS
 from pregate.models.checkpoint import (
     SourceCheckpoint,
     TensorInfo,
@@ -26,9 +25,14 @@ from pregate.models.checkpoint import (
     read_config,
     read_generation_settings,
 )
-from pregate.models.switch import LEFTOVERS, PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
-from pregate.runtime import first_of, silent_bars
+from pregate.models.families.switch import LEFTOVERS, PreGatedSwitchTransformersForConditionalGeneration
+from pregate.models.families.switch_layers import (
+    PreGatedSwitchTransformersConfig,
+    switch_expert_family,
+    without_experts,
+)
+from pregate.models.pregating import STACKS
+from pregate.system.runtime import first_of, silent_bars
 from pregate.tracking import say
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
-from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family, without_experts
+from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
+from pregate.models.families.switch_layers import (
+    PreGatedSwitchTransformersConfig,
+    switch_expert_family,
+    without_experts,
+)
 
 POOL = 3_999_971
 """Numbers in the pool; a prime, so that runs which wrap around do not line up with matrix rows."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pregate.config import TaskConfig, UsageError
-from pregate.runtime import first_of
+from pregate.system.runtime import first_of
 from pregate.tasks.cells import CellError, of_type
 from pregate.tasks.text_files import TABLES, Record, header_advice, json_rows, table_cell, table_rows, undecodable
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pregate.config import TrainConfig, UsageError
-from pregate.models.adapter import STACKS, block_logits, real_tokens
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.models.head import IGNORED
 from pregate.models.loading import load_resident, open_model
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.models.pregating import STACKS, block_logits, real_tokens
 from pregate.training.losses import TokenCounts, real_rows
 
 

@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
-from pregate.processes import main_only
-from pregate.stopping import Terminated
+from pregate.system.processes import main_only
+from pregate.system.stopping import Terminated
 from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
 from pregate.training.distill import target_rows
 from pregate.training.losses import TokenCounts, loss_share

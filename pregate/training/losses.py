@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pregate.models.adapter import block_logits, real_tokens
 from pregate.models.head import IGNORED
+from pregate.models.pregating import block_logits, real_tokens
 from pregate.models.routing import balance_loss, z_loss
 
 

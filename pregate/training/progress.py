@@ -14,8 +14,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from pregate.processes import asked, rank
-from pregate.stopping import Termination, is_forked
+from pregate.system.processes import asked, rank
+from pregate.system.stopping import Termination, is_forked
 
 ECHO_S = 1.0
 """A launcher hands Ctrl-C on to processes that the terminal has told already: within this time it is the same one."""

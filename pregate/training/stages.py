@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from pregate.calibration import calibrate
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
-from pregate.conversion import MANIFEST, check_convertible, convert_for
-from pregate.durable import FULL, make_directory
-from pregate.engine.decode import serving_dtype
-from pregate.memory import PeakMemory
-from pregate.models.adapter import PreGating, settings_chosen
+from pregate.conversion.calibration import calibrate
+from pregate.conversion.write import MANIFEST, check_convertible, convert_for
+from pregate.engine.engine import serving_dtype
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
+from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.loading import load_resident, open_model
-from pregate.models.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.processes import check_mixed_precision, join, main_only
-from pregate.runtime import first_of, read_object, set_seed, write_json
+from pregate.models.pregating import PreGating, settings_chosen
+from pregate.system.durable import FULL, make_directory
+from pregate.system.memory import PeakMemory
+from pregate.system.processes import check_mixed_precision, join, main_only
+from pregate.system.runtime import first_of, read_object, set_seed, write_json
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker, flatten, say

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pregate.engine.decode import OffloadEngine
-from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes
-from pregate.engine.store import Store, copy_bytes
-from pregate.models.adapter import ExpertKey
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
+from pregate.engine.storage.store import Store, copy_bytes
+from pregate.models.pregating import ExpertKey
 
 POISON = 0xFF
 """NaN in float32, bfloat16, float16 and fp8; -1 in int8, whose scales are float32."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.decode import OffloadEngine
-from pregate.engine.slabs import PAGE, SlabLayout, aligned_bytes
-from pregate.engine.uring import Ring, RingUnavailableError
-from pregate.models.switch_layers import switch_expert_family
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.io.uring import Ring, RingUnavailableError
+from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
+from pregate.models.families.switch_layers import switch_expert_family
 from tests.tiny import batch, pregated_model
 
 SLAB = 8192

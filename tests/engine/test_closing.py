@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pregate.config import CacheRule, SlabDtype, Tier, UsageError
 from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots
-from pregate.engine.decode import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine, open_store
 from tests.engine.serving import OFFLOADED, Served, assert_same, assert_serves, generated, request, serve
 from tests.tiny import pregated_model
 

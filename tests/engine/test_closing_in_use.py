@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from pregate.config import CacheRule
-from pregate.engine.decode import OffloadEngine
+from pregate.engine.engine import OffloadEngine
 from tests.engine.hostile import Streamer
 from tests.engine.serving import ClosedBehind, Served, assert_same, assert_serves, request, serve
 

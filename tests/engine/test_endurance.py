@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pregate.config import CacheRule, Policy, Tier
-from pregate.engine.decode import OffloadEngine
+from pregate.engine.engine import OffloadEngine
 from tests.engine.serving import needs_io_uring
 from tests.tiny import batch, pregated_model
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
-from pregate.engine import mover
-from pregate.engine.decode import OffloadEngine, open_store
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.io import mover
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.families.switch_layers import switch_expert_family
 from pregate.models.loading import load_resident
-from pregate.models.switch_layers import switch_expert_family
 from tests.engine.hostile import HostileStore, poison_slots
 from tests.engine.serving import Served, as_stored, assert_same, generated, request, saved
 from tests.tiny import batch, upstream_model

@@ -17,13 +17,13 @@ from torch.nn.functional import silu
 from pregate.config import CacheRule, SlabDtype
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
-from pregate.engine.mover import ThreadMover
+from pregate.engine.io.mover import ThreadMover
 from pregate.engine.policy import OnDemand
 from pregate.engine.scheduler import Scheduler
-from pregate.engine.slabs import SlabLayout, aligned_bytes
+from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
 from pregate.engine.trace import Counters, Trace
-from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.moe import Factor, grouped_experts, project
+from pregate.models.experts import Factor, grouped_experts, project
+from pregate.models.pregating import ExpertFamily, ExpertKey
 from pregate.models.routing import DROPPED, Routing
 from tests.engine.hostile import POISON, HostileStore, MemoryStore
 

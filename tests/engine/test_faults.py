@@ -15,13 +15,13 @@ import pytest
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
-from pregate.engine import store
-from pregate.engine.decode import OffloadEngine, open_store
-from pregate.engine.pack import read_index
-from pregate.engine.slabs import PAGE
-from pregate.engine.store import DamagedPackError, DiskStore, SlabReadError
-from pregate.engine.uring import Ring
-from pregate.models.adapter import ExpertKey
+from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.io.uring import Ring
+from pregate.engine.storage import store
+from pregate.engine.storage.pack import read_index
+from pregate.engine.storage.slabs import PAGE
+from pregate.engine.storage.store import DamagedPackError, DiskStore, SlabReadError
+from pregate.models.pregating import ExpertKey
 from tests.engine.hostile import Streamer
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_serves, needs_io_uring, request, serve
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier
-from pregate.engine.decode import OffloadEngine, open_store
-from pregate.engine.uring_mover import UringMover
+from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.io.uring_mover import UringMover
 from tests.engine.hostile import HostileStore, Streamer, interrupted_expert
 from tests.engine.serving import (
     OFFLOADED,
@@ -154,7 +154,7 @@ def test_many_interrupts_at_any_moment(
 def test_ctrl_c_ends_a_process_that_generates_for_ever(served: Served) -> None:
     program = """
         import sys
-        from pregate.engine.decode import OffloadEngine, open_store
+        from pregate.engine.engine import OffloadEngine, open_store
         from tests.engine.hostile import HostileStore
         from tests.engine.serving import request
         store = HostileStore(open_store(sys.argv[1]), most_s=0.002)

@@ -9,8 +9,8 @@ import pytest
 from pregate.config import Policy, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.policy import default_slots, make_policy
-from pregate.models.adapter import ExpertFamily, ExpertKey
-from pregate.models.switch_layers import switch_expert_family
+from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.pregating import ExpertFamily, ExpertKey
 from tests.tiny import pregated_model
 
 

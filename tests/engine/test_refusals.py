@@ -17,15 +17,17 @@ import pregate.eval
 import pregate.train
 from pregate.cli import compose_run
 from pregate.config import PreGateConfig, Tier, UsageError
-from pregate.conversion import convert
-from pregate.engine import budget, pack, readers, slabs, store
+from pregate.conversion.write import convert
+from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
-from pregate.engine.decode import OffloadEngine, open_store
 from pregate.engine.device import host_memory
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.slabs import aligned_bytes, page_lock
-from pregate.memory import is_out_of_memory
-from pregate.runtime import compute_device
+from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.io import readers
+from pregate.engine.storage import pack, slabs, store
+from pregate.engine.storage.slabs import aligned_bytes, page_lock
+from pregate.system.memory import is_out_of_memory
+from pregate.system.runtime import compute_device
 from tests.engine.serving import SLAB, Served
 from tests.tiny import pregated_model
 

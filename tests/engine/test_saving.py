@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from pregate.config import PreGateConfig, UsageError
-from pregate.conversion import convert
-from pregate.engine.decode import OffloadEngine
+from pregate.conversion.write import convert
+from pregate.engine.engine import OffloadEngine
+from pregate.models.families.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig, without_experts
 from pregate.models.loading import load_resident
-from pregate.models.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig, without_experts
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.engine.serving import Served, assert_same, generated, request
 from tests.tiny import geometry, pregated_model, upstream_model

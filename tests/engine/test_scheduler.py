@@ -15,7 +15,7 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.adapter import ExpertFamily, ExpertKey
+from pregate.models.pregating import ExpertFamily, ExpertKey
 
 NUM_BLOCKS, NUM_EXPERTS = 4, 5
 

@@ -15,16 +15,20 @@ from torch import Tensor
 from pregate import bench as bench_command
 from pregate import eval as eval_command
 from pregate.config import GeneratedConfig, Policy, Run, UsageError
-from pregate.engine.decode import OffloadEngine
-from pregate.measure import bench, bench_device, bench_row, drives, evaluation
-from pregate.measure.bench_table import bench_tables, verdict
+from pregate.engine.engine import OffloadEngine
+from pregate.measure import evaluation
+from pregate.measure.bench import device as bench_device
+from pregate.measure.bench import drives
+from pregate.measure.bench import row as bench_row
+from pregate.measure.bench import run as bench
+from pregate.measure.bench.table import bench_tables, verdict
 from pregate.measure.latency import BenchRequest, resident_answers
 from pregate.measure.logits import check_moved, compare_logits, tolerance
 from pregate.measure.summary import equal, token_verdict
 from pregate.models.finite import FiniteLogits
 from pregate.models.loading import load_resident
 from pregate.tasks.generated import generated_tokenizer
-from tests.measure.test_bench import quick_collections, rows_of, tiny_run
+from tests.measure.bench.test_bench_run import quick_collections, rows_of, tiny_run
 from tests.measure.test_eval_device import ROWS, run_of
 from tests.tiny import batch, pregated_model
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pregate.config import Policy
-from pregate.engine.decode import OffloadEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span
 from pregate.measure.latency import BenchRequest, TokenClock, _without, measure_policy, resident_answers
-from pregate.memory import PeakMemory
+from pregate.system.memory import PeakMemory
 from tests.tiny import batch, pregated_model
 
 

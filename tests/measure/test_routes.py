@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate.engine.decode import OffloadEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.measure.routes import (
     BlockRoutes,
     agreement,

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import Init, PreGateConfig, UsageError
-from pregate.conversion import convert
-from pregate.engine.decode import OffloadEngine
+from pregate.conversion.write import convert
+from pregate.engine.engine import OffloadEngine
 from pregate.models.loading import LEFTOVERS, TABLES, load_resident, open_model
 from tests.models.test_checkpoint import sentence
 from tests.tiny import pregated_model, upstream_model

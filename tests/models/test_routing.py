@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pregate.models.moe import group_by_expert, grouped_experts, reference_experts
+from pregate.models.experts import group_by_expert, grouped_experts, reference_experts
 from pregate.models.routing import DROPPED, apply_capacity, balance_loss, choose_experts, route, z_loss
 
 

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pregate import durable
 from pregate.config import Optimizer, TrainConfig, UsageError
+from pregate.system import durable
 from pregate.training import checkpoint as module
 from pregate.training.checkpoint import (
     CHECKSUMS_FILE,
@@ -46,7 +46,7 @@ from pregate.training.checkpoint import (
     steps_done,
 )
 from pregate.training.optim import build_optimizer, optimizer_bytes
-from tests.power import Tree, lay, tree_of
+from tests.system.power import Tree, lay, tree_of
 from tests.tiny import batch, pregated_model
 from tests.training.copying import SHALLOW, word_tokenizer
 

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import UsageError
-from pregate.models.switch_layers import SwitchGate
-from pregate.stopping import Terminated
+from pregate.models.families.switch_layers import SwitchGate
+from pregate.system.stopping import Terminated
 from pregate.training.batching import derive_batching
 from pregate.training.checkpoint import steps_done
 from pregate.training.loop import next_step
@@ -372,7 +372,7 @@ def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: in
 ONE_IS_ASKED_TO_END = """
 import os, signal, sys
 from pathlib import Path
-from pregate.stopping import stoppable
+from pregate.system.stopping import stoppable
 from tests.training.copying import Recorder, train_tiny
 asked = {"0": None, "1": 3}[os.environ["RANK"]]
 with stoppable():

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pregate.stopping import Terminated, stoppable
+from pregate.system.stopping import Terminated, stoppable
 from pregate.training import progress as progress_module
 from pregate.training.progress import Interrupts, Progress
 

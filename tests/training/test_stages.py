@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import SwitchTransformersForConditionalGeneration
 
 from pregate.config import CalibrationConfig, Entry, Init, ModelConfig, PreGateConfig, Run, TrainConfig, UsageError
-from pregate.conversion import MANIFEST, convert
+from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.training.checkpoint import steps_done
 from pregate.training.stages import (

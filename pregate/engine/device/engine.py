@@ -23,25 +23,25 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.decode import BUSY, CLOSED, Checkpoint, OffloadEngine, open_store, serving_dtype
 from pregate.engine.device import require_triton
-from pregate.engine.device.experts import check_activation
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
+from pregate.engine.device.ops.experts import check_activation
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
-from pregate.engine.device.static_step import StaticDecoder
+from pregate.engine.device.steps.t5 import StaticDecoder
+from pregate.engine.engine import BUSY, CLOSED, Checkpoint, OffloadEngine, open_store, serving_dtype
 from pregate.engine.policy import default_slots
-from pregate.engine.slabs import SlabLayout
-from pregate.engine.store import Store
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters
-from pregate.models.adapter import ExpertKey
 from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.loading import open_model
-from pregate.models.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.runtime import compute_device, human_bytes
+from pregate.models.pregating import ExpertKey
+from pregate.system.runtime import compute_device, human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
 from pregate.models.linear import has_hooks, is_plain
 from pregate.models.routing import Routing, route, router_logits
-from pregate.models.switch_layers import EmbeddingGate, SwitchGate
 
 
 def decide(gate: Any, hidden_B1D: Tensor) -> Routing:
@@ -96,7 +96,7 @@ def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing
 def gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """Expert logits (B, 1, E) of one token a row, in the dtype of the weights."""
     if hidden_B1D.device.type == "cuda":
-        from pregate.engine.device.kernels_gates import launch_gate_logits
+        from pregate.engine.device.ops.kernels_gates import launch_gate_logits
 
         return launch_gate_logits(hidden_B1D, weight_ED, bias_E)
     return gate_logits_twin(hidden_B1D, weight_ED, bias_E)
@@ -111,7 +111,7 @@ def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     """The most probable expert of each token and its probability in `dtype`: (expert_ids_B11, weights_B11). On equal
     probabilities the first expert wins."""
     if logits_B1E.device.type == "cuda":
-        from pregate.engine.device.kernels_gates import launch_first_choice
+        from pregate.engine.device.ops.kernels_gates import launch_first_choice
 
         return launch_first_choice(logits_B1E, dtype)
     return first_choice_twin(logits_B1E, dtype)

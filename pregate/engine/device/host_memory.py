@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.runtime import human_bytes
+from pregate.system.runtime import human_bytes
 
 DEVICE_POINTER = 3
 """CU_POINTER_ATTRIBUTE_DEVICE_POINTER: where kernels of the current context reach memory, any byte of it."""
@@ -29,8 +29,8 @@ INVALID_VALUE, OUT_OF_MEMORY = 1, 2
 def device_addresses(slabs: Iterable[Tensor], device: torch.device | str) -> Tensor:
     """Where `device` sees the first byte of each CPU tensor: int64, one a slab, on the device.
 
-    For a GPU the memory must be page-locked and mapped, as `pregate.engine.slabs.page_lock` does. Raises `UsageError`
-    where it is not.
+    For a GPU the memory must be page-locked and mapped, as `slabs.page_lock` does. Raises `UsageError` where it is
+    not.
     """
     device = torch.device(device)
     hosts = [slab.data_ptr() for slab in slabs]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.device.experts import ExpertScratch, expert_outputs
-from pregate.engine.device.gather import gather_slabs
 from pregate.engine.device.graph import SideStream, side_stream
+from pregate.engine.device.ops.experts import ExpertScratch, expert_outputs
+from pregate.engine.device.ops.gather import gather_slabs
 from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots, want_slabs
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.routing import DROPPED
 
 

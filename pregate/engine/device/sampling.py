@@ -94,7 +94,7 @@ class TokenChooser:
 
     def choose_greedily(self, logits_BV: Tensor, kind: StepKind) -> None:
         """`choose` without a draw, by a kernel."""
-        from pregate.engine.device.kernels_sampling import launch_choose
+        from pregate.engine.device.ops.kernels_sampling import launch_choose
 
         flags = (self._seen_BV, self._eos_V, self.live_B, self.finite_B)
         seen_BV, eos_V, live_B, finite_B = (flag.view(torch.uint8) for flag in flags)

@@ -86,7 +86,7 @@ def want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N
     """Into `wanted_N` (int32, B*K of one place a row): the slab of each choice of a block whose expert 0 is
     `first_slab`; -1 for a dropped choice and for all of a row that does not live."""
     if wanted_N.device.type == "cuda":
-        from pregate.engine.device.kernels_slots import launch_want_slabs
+        from pregate.engine.device.ops.kernels_slots import launch_want_slabs
 
         launch_want_slabs(expert_ids_BTK, live_B, first_slab, wanted_N)
     else:
@@ -109,7 +109,7 @@ def assign_slots(table: DeviceSlots, wanted_N: Tensor, plan: FetchPlan, *, keep:
     counts as an error: `minimum_slots` says what rules that out.
     """
     if wanted_N.device.type == "cuda":
-        from pregate.engine.device.kernels_slots import launch_assign_slots
+        from pregate.engine.device.ops.kernels_slots import launch_assign_slots
 
         launch_assign_slots(table, wanted_N, plan, keep=keep, protected_fetches=protected_fetches)
     else:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import SlabDtype
-from pregate.engine.device.experts import ExpertScratch
-from pregate.engine.slabs import SlabLayout
-from pregate.models.adapter import ExpertFamily
-from pregate.models.moe import grouped_experts
+from pregate.engine.device.ops.experts import ExpertScratch
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.experts import grouped_experts
+from pregate.models.pregating import ExpertFamily
 
 NOT_A_NUMBER = 255
 """As a byte, in every place: NaN in all dtypes, or a scale of NaN."""

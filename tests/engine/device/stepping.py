@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pregate.engine.device.sampling import Sampling
-from pregate.engine.device.static_step import StaticDecoder
+from pregate.engine.device.steps.t5 import StaticDecoder
 
 
 class ResidentExperts:

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.decode import open_store
 from pregate.engine.device import moves
 from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine, slots_for
 from pregate.engine.device.sampling import StepKind
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.engine import open_store
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.families.switch_layers import switch_expert_family
 from pregate.models.loading import load_resident
-from pregate.models.switch_layers import switch_expert_family
 from tests.engine.device.stepping import assert_equal_while_live
-from tests.engine.device.test_static_step import ATOL, inputs_of, models, reference
+from tests.engine.device.steps.test_t5 import ATOL, inputs_of, models, reference
 from tests.engine.serving import SLAB, Served, as_stored, saved
 
 STEPS = 8

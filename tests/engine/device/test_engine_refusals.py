@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pregate.config import Tier, UsageError
-from pregate.engine.decode import open_store
 from pregate.engine.device.engine import DeviceEngine
-from tests.engine.device.test_static_step import inputs_of
+from pregate.engine.engine import open_store
+from tests.engine.device.steps.test_t5 import inputs_of
 from tests.engine.serving import SLAB, Served
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.sampling import StepKind
-from pregate.measure.active_experts import forced_experts
+from pregate.measure.bench.active_experts import forced_experts
+from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
 from pregate.models.routing import Routing
-from pregate.models.switch_layers import EmbeddingGate, SwitchGate
-from tests.engine.device.test_static_step import ATOL, inputs_of
+from tests.engine.device.steps.test_t5 import ATOL, inputs_of
 from tests.tiny import pregated_model
 
 STEPS = 6

@@ -14,9 +14,9 @@ from pregate.config import Policy
 from pregate.engine.device import moves
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
 from pregate.engine.device.slots import DeviceSlots
-from pregate.engine.slabs import SlabLayout
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.families.switch_layers import switch_expert_family
 from pregate.models.routing import DROPPED
-from pregate.models.switch_layers import switch_expert_family
 from tests.tiny import pregated_model
 
 EXPERTS, BLOCKS, WIDTH, FIRST = 5, 4, 20, 15

@@ -20,21 +20,24 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import gates, gather, moves, static_attention, static_step
+from pregate.engine.device import gates, moves
 from pregate.engine.device.graph import InOrder
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
+from pregate.engine.device.ops import gather
 from pregate.engine.device.sampling import StepKind, TokenChooser
 from pregate.engine.device.slots import DeviceSlots
-from pregate.engine.device.static_step import StaticDecoder
-from pregate.engine.slabs import SlabLayout
-from pregate.models.switch_layers import switch_expert_family
+from pregate.engine.device.steps import static_attention
+from pregate.engine.device.steps import t5 as static_step
+from pregate.engine.device.steps.t5 import StaticDecoder
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.families.switch_layers import switch_expert_family
 from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
 SOURCES = [
-    *("static_step.py", "static_attention.py", "sampling.py", "moves.py"),
-    *("slots.py", "gather.py", "experts.py", "gates.py", "norms.py"),
+    *("steps/t5.py", "steps/static_attention.py", "sampling.py", "moves.py"),
+    *("slots.py", "ops/gather.py", "ops/experts.py", "gates.py", "ops/norms.py"),
 ]
 FOLDER = Path(device.__file__).parent
 
@@ -133,7 +136,7 @@ def test_a_step_asks_nothing(
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
     """The real launchers; in the place of the kernels they launch, notes of their grids and constants."""
     pytest.importorskip("triton")
-    from pregate.engine.device import (
+    from pregate.engine.device.ops import (
         kernels_attention,
         kernels_experts,
         kernels_gates,
@@ -269,7 +272,7 @@ def questions(source: str) -> list[str]:
 
 
 def test_the_sources_of_a_step_hold_no_question() -> None:
-    files = [FOLDER / name for name in SOURCES] + sorted(FOLDER.glob("kernels_*.py"))
+    files = [FOLDER / name for name in SOURCES] + sorted(FOLDER.glob("ops/kernels_*.py"))
     for file in files:
         assert questions(file.read_text()) == [], file.name
 

@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 sys.modules["triton"] = None
 import torch
-import pregate.engine.device.experts, pregate.engine.device.gather, pregate.engine.device.host_memory
+import pregate.engine.device.ops.experts, pregate.engine.device.ops.gather, pregate.engine.device.host_memory
 import pregate.measure.gather_probe
 from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots
 

@@ -1,0 +1,1 @@
+"""The operations of a decoding step, each as plain torch and as a Triton kernel."""

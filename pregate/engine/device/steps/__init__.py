@@ -1,0 +1,1 @@
+"""One decoding step with fixed shapes; a family names its own."""

@@ -1,0 +1,1 @@
+"""Who moves an expert from its store into a slot."""

@@ -1,0 +1,1 @@
+"""What an expert is as bytes, and where all of them lie."""

@@ -1,0 +1,1 @@
+"""The benchmark: its grid, its rows, its baselines, its tables, its planner."""

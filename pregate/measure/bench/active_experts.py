@@ -1,0 +1,66 @@
+"""How many experts a block uses at once: counted, or forced to a number for a study of it.
+
+Both watch the gates themselves, before a route is announced, so that whole models and engines see the same routes.
+Knows gates and routes; knows nothing about engines or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pregate.models.families.switch_layers import SwitchGate
+from pregate.models.pregating import STACKS
+from pregate.models.routing import DROPPED, Routing
+
+
+@contextmanager
+def forced_experts(model: Any, num_active: int | None) -> Iterator[None]:
+    """While it lasts, every route sends token t of its call to expert t mod `num_active`; None changes nothing.
+
+    A step of fewer than `num_active` tokens uses as many experts as it has tokens. Combine weights stay the gate's.
+    """
+
+    def spread(routing: Routing) -> Routing:
+        assert num_active is not None
+        ids_BTK = routing.expert_ids_BTK
+        order = torch.arange(ids_BTK.numel(), device=ids_BTK.device).view_as(ids_BTK)
+        return routing._replace(expert_ids_BTK=order % num_active)
+
+    with _after_decisions(model, STACKS if num_active is not None else (), spread):
+        yield
+
+
+@contextmanager
+def counted_experts(model: Any) -> Iterator[list[int]]:
+    """While it lasts, the distinct experts of each route of the decoder, one number for each block and step."""
+    counts: list[int] = []
+
+    def count(routing: Routing) -> Routing:
+        ids = routing.expert_ids_BTK
+        counts.append(ids[ids != DROPPED].unique().numel())
+        return routing
+
+    with _after_decisions(model, ("decoder",), count):
+        yield counts
+
+
+@contextmanager
+def _after_decisions(model: Any, stacks: tuple[str, ...], change: Callable[[Routing], Routing]) -> Iterator[None]:
+    # `decide`, not a forward hook: a block's own gate is asked through it and its forward never runs
+    gates = [m for stack in stacks for m in getattr(model, stack).modules() if isinstance(m, SwitchGate)]
+    before = [vars(gate).get("decide") for gate in gates]
+    for gate in gates:
+        decide = gate.decide
+        gate.decide = lambda *args, decide=decide: change(decide(*args))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for gate, earlier in zip(gates, before, strict=True):
+            if earlier is None:
+                del gate.decide
+            else:
+                gate.decide = earlier  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""The model families, one file each; only `pregate.models.family` imports them."""

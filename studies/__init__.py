@@ -1,0 +1,1 @@
+"""What only the studies need; not part of the wheel."""

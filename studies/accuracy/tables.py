@@ -1,0 +1,313 @@
+"""The report of a study: README.md with verdicts, tables and plots, made from its records alone.
+
+Knows records and what `statistics` says of them; knows nothing about how cells were run. A figure that no record has
+does not appear, and what is missing is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pregate.measure.summary import ABSENT, METRIC_LABELS, metric_label, signed
+from pregate.system.runtime import first_of
+from studies.accuracy.cells import (
+    ABLATIONS,
+    CONVENTIONAL,
+    OTHER_SEED,
+    PRETRAINING,
+    SIZES,
+    TASK_LABELS,
+    TAUGHT,
+    THREADS,
+    Cell,
+)
+from studies.accuracy.plots import plot_study
+from studies.accuracy.records import load_baselines, load_records
+from studies.accuracy.statistics import (
+    ArmSummary,
+    by_block,
+    difference,
+    overall,
+    recovery,
+    summaries,
+    tasks_of,
+    verdict,
+)
+
+LETTERS = {
+    "conventional": "(a) conventional",
+    "shifted": "(b) shifted, untrained",
+    "calibrated": "(c) shifted and calibrated",
+    "pre_gated": "(d) pre-gated",
+    "distilled": "(e) pre-gated, distilled",
+    "gates_only": "(f) gates only, distilled",
+}
+LABELS = {TAUGHT: "(a) conventional, distilled", (CONVENTIONAL, OTHER_SEED): "(a) of another seed"}
+"""Of variants that are no change to their arm as the others are."""
+SHORT = {(CONVENTIONAL, ""): "(a)", ("pre_gated", ""): "(d)", TAUGHT: "(a) distilled"}
+"""What differences are taken from, in the heads of tables."""
+VARIANTS = {
+    "n2": "lookahead 2",
+    "n3": "lookahead 3",
+    "init_random": "random gates",
+    "init_calibrated": "calibrated gates",
+    "entry_embedding": "entry gate on the embeddings",
+    "encoder": "encoder only",
+    "decoder": "decoder only",
+}
+PLOTS = {
+    "lookahead": "Score of the arms against how far ahead the gates decide",
+    "agreement": "Routing agreement with the conventional model, block by block",
+    "curves": "Validation during fine-tuning",
+}
+
+
+def render(folder: Path, size: str, cells: Sequence[Cell]) -> None:
+    """Write README.md and plots/ into `folder` from its cells.jsonl and baselines.json."""
+    records, baselines = load_records(folder), load_baselines(folder)
+    arms = {task: summaries(records, task) for task in tasks_of(records)}
+    drawn = plot_study(arms, folder / "plots")
+    text = study_markdown(records, arms, baselines, size, cells, drawn, told_place(folder))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def told_place(folder: Path) -> str:
+    """As a person in the current directory writes it."""
+    here = Path.cwd()
+    whole = folder.resolve()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else folder)
+
+
+def study_markdown(
+    records: Sequence[Mapping[str, Any]],
+    arms: Mapping[str, Sequence[ArmSummary]],
+    baselines: Mapping[str, Any],
+    size: str,
+    cells: Sequence[Cell],
+    plots: Sequence[str] = (),
+    place: str = "DIR",
+) -> str:
+    names = {record["cell"] for record in records}
+    missing = [cell.name for cell in cells if cell.name not in names]
+    done = f"{len(cells) - len(missing)} of {len(cells)} cells."
+    if missing:
+        done += f" Missing: {first_of(missing, 8)}."
+    parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
+    parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
+    parts.append(how_to_repeat(records, size, place if missing else None))
+    for task, found in arms.items():
+        parts += task_section(task, found, baselines.get(task, {}))
+    for name in plots:
+        parts.append(f"![{PLOTS[name]}](plots/{name}.png)")
+    parts += [pretraining_line(records), NOTES, machine(records)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdicts(task: str, arms: Sequence[ArmSummary]) -> list[str]:
+    """One line an arm, and what calibration wins back."""
+    lines = [f"- {label(arm)}: {verdict(arm)}" for arm in arms if arm.arm != CONVENTIONAL]
+    found = recovery(arms)
+    if found is not None:
+        line = f"- Calibration: routing agreement {100 * found.shifted:.1f} % shifted"
+        line += f", {100 * found.calibrated:.1f} % calibrated"
+        line += f", {100 * found.share:.0f} % of what the shift lost" if found.share is not None else ""
+        line += f", in {100 * found.time_share:.1f} % of fine-tuning's time" if found.time_share is not None else ""
+        lines.append(line)
+    return [f"**{TASK_LABELS.get(task, task)}**", "\n".join(lines)] if lines else []
+
+
+def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]]) -> list[str]:
+    named = {(arm.arm, arm.variant): arm for arm in arms}
+    first = arms[0].records[0]
+    parts = [
+        f"## {TASK_LABELS.get(task, task)}",
+        f"{first['num_examples']} examples of the {first['split']} split, in percent.",
+    ]
+    main = [arm for arm in arms if not arm.variant]
+    ahead = [arm for arm in main if arm.arm == CONVENTIONAL]
+    ahead += [arm for arm in arms if arm.arm == "pre_gated" and arm.variant not in ABLATIONS]
+    conventional, pre_gated, distilled = (CONVENTIONAL, ""), ("pre_gated", ""), ("distilled", "")
+
+    def present(*keys: tuple[str, str]) -> list[ArmSummary]:
+        return [named[key] for key in keys if key in named]
+
+    parts.append(score_table(main, present(conventional), trivial))
+    if any(arm.variant for arm in ahead):
+        parts += ["How far ahead:", score_table(ahead, present(conventional), first="lookahead")]
+    changed = present(pre_gated, distilled, *(("pre_gated", variant) for variant in ABLATIONS))
+    if pre_gated in named and len(changed) > 1:
+        parts += ["One change to (d) at a time:", score_table(changed, present(pre_gated))]
+    if TAUGHT in named:
+        parts += [
+            "What the teacher of (e) gives a model that is not pre-gated, and what is left of the difference:",
+            score_table(present(conventional, TAUGHT, distilled), present(conventional, TAUGHT)),
+        ]
+    return [*parts, *routing_tables(arms)]
+
+
+def score_table(
+    arms: Sequence[ArmSummary],
+    bases: Sequence[ArmSummary],
+    trivial: Mapping[str, Mapping[str, float]] | None = None,
+    first: str = "arm",
+) -> str:
+    """A row an arm with mean, spread and its difference from each of `bases`, trivial predictions below."""
+    metric = arms[0].metric
+    others = [name for name in next(iter(arms[0].by_seed.values())) if name != metric]
+    headers = [first, "seeds", metric_label(metric), "lowest to highest"]
+    for base in bases:
+        headers += [f"difference from {SHORT[base.arm, base.variant]}", "of each seed"]
+    headers += [*(metric_label(name) for name in others), "training, s"]
+    rows = []
+    for arm in arms:
+        name = f"{arm.lookahead}, {label(arm)}" if first == "lookahead" else label(arm)
+        row = [name, str(len(arm.by_seed)), f"{arm.mean(metric):.1f}"]
+        row.append(f"{min(arm.primary):.1f} to {max(arm.primary):.1f}")
+        for base in bases:
+            row += _difference(arm, base)
+        row += [*(f"{arm.mean(other):.1f}" for other in others), _seconds(arm)]
+        rows.append(row)
+    for name, scores in (trivial or {}).items():
+        dashes = [ABSENT] * (1 + 2 * len(bases))
+        extra = [f"{scores[other]:.1f}" if other in scores else ABSENT for other in others]
+        rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, ABSENT])
+    return table(headers, rows)
+
+
+def _difference(arm: ArmSummary, base: ArmSummary) -> list[str]:
+    """The difference with its interval, and that of each seed."""
+    if arm is base:
+        return [ABSENT, ABSENT]
+    from_conventional = (base.arm, base.variant) == (CONVENTIONAL, "")
+    change = arm.difference if from_conventional else difference(arm.records, base.records)
+    if change is None:
+        return [ABSENT, ABSENT]
+    interval = f"{signed(change.mean)} [{signed(change.low)}, {signed(change.high)}]"
+    return [interval, " ".join(signed(value) for value in change.by_seed.values())]
+
+
+def _seconds(arm: ArmSummary) -> str:
+    trained = f"{arm.train_seconds:.0f}" if arm.train_seconds else "0"
+    return trained if arm.calibration_seconds is None else f"{trained} + {arm.calibration_seconds:.1f} calibration"
+
+
+def routing_tables(arms: Sequence[ArmSummary]) -> list[str]:
+    """Agreement and mass of every block, then load and switches as means over the blocks."""
+    parts = []
+    for figure, title in (
+        ("agreement", "Routing agreement with (a) of the same seed, % of tokens:"),
+        ("gate_mass", "Gate mass, % of what (a)'s routers give to their own choice:"),
+    ):
+        found = {label(arm): by_block(arm.records, figure) for arm in arms}
+        found = {name: blocks for name, blocks in found.items() if blocks}
+        if found:
+            stacks = next(iter(found.values()))
+            heads = [f"{stack} {block}" for stack, blocks in stacks.items() for block in range(len(blocks))]
+            rows = [
+                [name, *(_percent(v) for stack in stacks for v in blocks[stack]), _percent(overall(blocks))]
+                for name, blocks in found.items()
+            ]
+            parts += [title, table(["arm", *heads, "mean"], rows)]
+    rows = []
+    for arm in arms:
+        cells = [
+            _percent(overall(by_block(arm.records, figure, model)))
+            for figure in ("load_balance", "switch_rate")
+            for model in ("pre_gated", "reference")
+        ]
+        if any(cell != ABSENT for cell in cells):
+            rows.append([label(arm), *cells])
+    if rows:
+        heads = ["arm", "load balance", "of its (a)", "switch rate, %", "of its (a)"]
+        parts += ["Load of the experts (100 is even) and switches between neighbouring tokens, mean of all blocks:"]
+        parts.append(table(heads, rows))
+    return parts
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.0f}"
+
+
+def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | None) -> str:
+    """The commands that give these results again. `place`: this folder, if cells are missing in it."""
+    whole = f"./scripts/reproduce_accuracy.sh {size}"
+    told, lines = ["all of it"], [whole]
+    if place is not None:
+        told.append("what is missing here")
+        lines.append(f"OUT={place} {whole}")
+    cells = [record for record in records if record["cell"] != PRETRAINING]
+    if cells:
+        told.append("one cell and what it needs, apart from these results")
+        lines.append(f"OUT=runs/repeat/results WORK=runs/repeat ONLY={cells[0]['cell']} {whole}")
+        told.append("that cell alone, where the checkpoints that it names are there")
+        lines.append(command_of(cells[0], size))
+    commands = "\n".join(f"PREGATE_DATA=DIR {line}" for line in lines)
+    named = "; ".join(told)
+    return (
+        f"## Repeat it\n\n{named[0].upper()}{named[1:]}. The command of every cell is in cells.jsonl.\n\n"
+        f"```bash\n{commands}\n```"
+    )
+
+
+def command_of(record: Mapping[str, Any], size: str) -> str:
+    """A cell's command with the threads that it computed with where its digits depend on them."""
+    threads = record.get("environment", {}).get("torch_threads")
+    given = record["command"]
+    if SIZES[size].threads is None or threads is None or given.startswith(THREADS):
+        return given
+    return f"{THREADS}={threads} {given}"
+
+
+def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
+    found = next((record for record in records if record["cell"] == PRETRAINING), None)
+    if found is None:
+        return ""
+    end = found["curve"][-1] if found.get("curve") else {}
+    figures = ", ".join(f"{METRIC_LABELS.get(k, k)} {v:.2f}" for k, v in end.items() if k != "step")
+    told = f" Validation at the end: {figures}." if figures else ""
+    return f"Pre-training: {found['steps']} steps in {found['train_seconds']:.0f} s.{told}"
+
+
+NOTES = (
+    "Difference: score minus that of the other arm, of the same seed on the same examples. Its 95 % interval resamples "
+    "seeds and examples with replacement, both at once, 10,000 times "
+    "(`studies.accuracy.statistics.paired_bootstrap`). With three seeds it counts what varies between seeds two "
+    "thirds and the luck of single predictions two to three times: too narrow where seeds differ much, too wide where "
+    "they hardly do. With one seed it holds no luck of the seed at all. “Not worse beyond its interval” means that the "
+    "interval holds zero or lies above it, not that the two are equal: its lower end is the loss that is not excluded. "
+    "Many arms are compared, and nothing is corrected for that.\n\n"
+    "Rows in italics need no model. Trained arms of a task share data, steps, batch, schedule and seeds, and keep "
+    "their last state: no score has chosen a checkpoint. Agreement, gate mass, load and switches are those of the "
+    "first `eval.agreement_examples` examples. Training seconds hold neither loading nor a teacher's own training, and "
+    "cells that ran at a time slowed one another."
+)
+
+
+def machine(records: Sequence[Mapping[str, Any]]) -> str:
+    """Every distinct environment and commit among the records."""
+    environments = list(
+        dict.fromkeys(
+            ", ".join(f"{k} {v}" for k, v in r["environment"].items()) for r in records if r.get("environment")
+        )
+    )
+    commits = dict.fromkeys(
+        f"{r['commit']['commit'][:12]}{' with changes' if r['commit'].get('dirty') else ''}"
+        for r in records
+        if r.get("commit")
+    )
+    lines = [f"Environment: {environment}." for environment in environments]
+    return "\n\n".join([*lines, *([f"Commit: {', '.join(commits)}."] if commits else [])])
+
+
+def label(arm: ArmSummary) -> str:
+    if (arm.arm, arm.variant) in LABELS:
+        return LABELS[arm.arm, arm.variant]
+    name = LETTERS.get(arm.arm, arm.arm)
+    return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])

@@ -1,0 +1,98 @@
+"""One gate: exact where that is possible, the minimum that a naive solver finds, never worse than its start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pregate.conversion.gate_fit import Tokens, fit_gate, refine, ridge_fit
+
+D, E = 12, 5
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def skewed(seed: int, count: int) -> Tensor:
+    """States whose variance lies in a few directions, as that of a residual stream does."""
+    return normal(seed, count, D) * torch.logspace(1, -2, D)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("steps", [0, 20])
+def test_a_linear_target_is_found_exactly(bias: bool, steps: int) -> None:
+    true_ED, true_E = normal(0, E, D), normal(1, E) if bias else torch.zeros(E)
+
+    def tokens(seed: int) -> Tokens:
+        states_TD = normal(seed, 400, D)
+        # a constant for each token changes no route
+        return Tokens(states_TD, states_TD @ true_ED.T + true_E + normal(seed + 1, 400, 1))
+
+    found = fit_gate(torch.zeros(E, D), torch.zeros(E) if bias else None, tokens(2), tokens(4), steps)
+    assert max(found.ridge, found.refined) >= 0.995 > 0.5 > found.copy
+    assert found.weight_ED.shape == (E, D) and (found.bias_E is None) != bias
+    ridge_ED = ridge_fit(torch.zeros(E, D).double(), tokens(2).states_TD, tokens(2).logits_TE, 1e-8)
+    if not bias:
+        centred_ED = true_ED - true_ED.mean(0)
+        torch.testing.assert_close(ridge_ED.float(), centred_ED, atol=1e-4, rtol=1e-4)
+
+
+def test_a_start_that_is_right_already_stays_as_it_is() -> None:
+    weight_ED = normal(0, E, D)
+    fit, held = (Tokens(states, states @ weight_ED.T) for states in (normal(1, 50, D), normal(2, 50, D)))
+    found = fit_gate(weight_ED, None, fit, held, 10)
+    assert (found.chosen, found.copy) == ("copy", 1.0)
+    assert torch.equal(found.weight_ED, weight_ED)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+@pytest.mark.parametrize("seed", range(4))
+def test_never_worse_than_the_start_on_held_out_tokens(seed: int, count: int) -> None:
+    """Whatever is fitted on tokens that teach nothing, or fewer of them than there are features."""
+    start_ED = normal(seed, E, D)
+    states_TD = skewed(seed + 10, 60)
+    held = Tokens(states_TD, states_TD @ start_ED.T + 0.5 * normal(seed + 20, 60, E))
+    found = fit_gate(start_ED, None, Tokens(skewed(seed + 30, count), normal(seed + 40, count, E)), held, 10)
+
+    def agreement(weight_ED: Tensor) -> float:
+        return (states_TD @ weight_ED.T).argmax(-1).eq(held.logits_TE.argmax(-1)).double().mean().item()
+
+    assert found.copy == pytest.approx(agreement(start_ED))
+    assert agreement(found.weight_ED) == pytest.approx(max(found.copy, found.ridge, found.refined))
+    assert found.weight_ED.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_refining_reaches_the_minimum_that_newton_finds(temperature: float) -> None:
+    penalty, count = 1e-2, 200
+    states_TD, start_ED = skewed(0, count), 0.1 * normal(1, E, D)
+    logits_TE = torch.tanh(states_TD @ normal(2, E, D).T) + 0.3 * normal(3, count, E)
+    closed_ED = ridge_fit(start_ED.double(), states_TD, logits_TE, penalty)
+    found_ED = refine(closed_ED, start_ED.double(), states_TD, logits_TE, temperature, penalty, 300)
+
+    states, start, logits = states_TD.double(), start_ED.double(), logits_TE.double()
+    logits = logits - logits.mean(-1, keepdim=True)
+    scale = temperature * logits.std()
+    wanted_TE = (logits / scale).softmax(-1)
+
+    def loss(flat: Tensor) -> Tensor:
+        gate_ED = flat.view(E, D)
+        entropy = -(wanted_TE * (states @ gate_ED.T / scale).log_softmax(-1)).sum(-1).mean()
+        moved = ((gate_ED - start) / scale).square().sum()
+        return entropy + penalty * states.square().mean() / (2 * E) * moved
+
+    flat = found_ED.flatten().clone()
+    for _ in range(20):
+        gradient = torch.autograd.functional.jacobian(loss, flat)
+        curvature = torch.autograd.functional.hessian(loss, flat)
+        flat = flat - torch.linalg.solve(curvature, gradient)
+    assert loss(found_ED.flatten()) <= loss(flat) + 1e-5, (loss(found_ED.flatten()), loss(flat))
+    assert loss(found_ED.flatten()) < loss(closed_ED.flatten())
+
+
+def test_states_and_logits_that_say_nothing_are_survived() -> None:
+    nothing = Tokens(torch.zeros(9, D), torch.zeros(9, E))
+    found = fit_gate(normal(0, E, D), None, nothing, nothing, 5)
+    assert found.chosen == "copy"

@@ -1,0 +1,28 @@
+"""The gather's twin copies the listed slabs and nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from pregate.engine.device.host_memory import device_addresses
+from pregate.engine.device.ops.gather import gather_slabs
+from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots
+from pregate.engine.storage.slabs import PAGE, aligned_bytes
+
+
+def test_listed_slabs_arrive_whole_and_alone() -> None:
+    size = 3 * PAGE
+    store = [torch.randint(256, (size,), dtype=torch.uint8, out=aligned_bytes(size)) for _ in range(7)]
+    addresses_G = device_addresses(store, "cpu")
+    table, plan = DeviceSlots.empty(7, 4, "cpu"), FetchPlan.empty(3, "cpu")
+    slots_SB = torch.zeros(4, size, dtype=torch.uint8)
+    for wanted in ([1, 1, 5], [-1, 6, 1], [0, 2, 0], [-1, -1, -1], [3, 3, 3]):
+        assign_slots(table, torch.tensor(wanted, dtype=torch.int32), plan, keep=True, protected_fetches=0)
+        expected_SB = slots_SB.clone()
+        for slab, slot in zip(plan.copy_slab_N.tolist(), plan.copy_slot_N.tolist(), strict=True):
+            if slab >= 0:
+                expected_SB[slot] = store[slab]
+        gather_slabs(addresses_G, plan, slots_SB)
+        assert torch.equal(slots_SB, expected_SB), wanted
+        for slab, slot in zip(wanted, plan.slot_N.tolist(), strict=True):
+            assert slab < 0 or torch.equal(slots_SB[slot], store[slab])

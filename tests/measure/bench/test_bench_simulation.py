@@ -1,0 +1,142 @@
+"""The virtual clock against hand-computed timelines, and the planner's figures where they can be known exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pregate.config import CacheRule, Policy
+from pregate.engine.trace import Counters, Span
+from pregate.measure.bench.planner import durations, verdict
+from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
+from pregate.measure.latency import Timed
+from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.pregating import ExpertFamily, ExpertKey, PreGating
+from tests.tiny import pregated_model
+
+BLOCKS = 3
+SLAB = 8192
+
+
+def times(**changes: Any) -> Durations:
+    parts = {"before_block": (4.0,) * BLOCKS, "expert": 1.0, "after_blocks": 5.0, "slab": 3.0, **changes}
+    return Durations(**parts)
+
+
+def served(policy: Policy, given: Durations, gating: PreGating, slots: int = 6, **changes: Any) -> Predicted:
+    family: ExpertFamily = switch_expert_family(pregated_model(0, gating.lookahead, entry=gating.entry).config)
+    settings: dict[str, Any] = {
+        "policy": policy,
+        "cache": CacheRule.none,
+        "num_slots": slots,
+        "slab_bytes": SLAB,
+        "load": Load(1),
+        "prompt_tokens": 2,
+        "new_tokens": 6,
+        **changes,
+    }
+    return simulate(family, gating, given, **settings)
+
+
+def test_the_resident_model_takes_the_sum_of_its_parts() -> None:
+    found = served(Policy.gpu_only, times(), PreGating(1), slots=30)
+    assert found == Predicted(pytest.approx(3 * 4 + 3 * 1 + 5), 0.0, 0, 1)
+
+
+def test_on_demand_adds_every_fetch() -> None:
+    found = served(Policy.on_demand, times(), PreGating(1))
+    assert found.tpot_ms == pytest.approx(20 + 3 * 3)
+    assert found.exposed_ms_per_token == pytest.approx(9)
+    assert found.bytes_per_step == 3 * SLAB
+
+
+@pytest.mark.parametrize(("entry", "waited"), [("own", 3.0), ("embedding", 0.0)])
+def test_pre_gating_hides_fetches_that_fit_but_for_an_own_entry(entry: str, waited: float) -> None:
+    """A slab of 3 ms travels while the expert (1 ms) and the layers behind it (4 ms) compute."""
+    found = served(Policy.pre_gated, times(), PreGating(1, entry=entry))
+    assert found.tpot_ms == pytest.approx(20 + waited)
+    assert found.exposed_ms_per_token == pytest.approx(waited)
+
+
+def test_a_slow_link_leaves_what_computation_cannot_cover() -> None:
+    """Slabs of 7 ms against 1 + 4 ms of computation: 2 ms remain for two blocks, 3 ms for the entry's 4 ms."""
+    found = served(Policy.pre_gated, times(slab=7.0), PreGating(1, entry="embedding"))
+    assert found.exposed_ms_per_token == pytest.approx(3 + 2 + 2)
+
+
+def test_slots_for_everything_and_a_cache_move_nothing_in_the_end() -> None:
+    found = served(Policy.on_demand, times(), PreGating(1), slots=30, cache=CacheRule.lru, load=Load(1, 5))
+    assert found.bytes_per_step == 0
+    assert found.tpot_ms == pytest.approx(12 + 3 * 5 * 1 + 5)
+
+
+def test_prefetch_all_moves_every_expert_of_every_block() -> None:
+    assert served(Policy.prefetch_all, times(), PreGating(1), slots=10).bytes_per_step == 3 * 5 * SLAB
+
+
+def test_computing_beside_a_transfer_is_slower_and_so_is_the_transfer() -> None:
+    """A slab of 4 ms takes 8 ms beside computation, in which 4 ms of work are done at half speed."""
+    clock = Clock(times(compute_slowdown=2.0, link_slowdown=2.0))
+    transfer: Any = VirtualMover(clock, 4.0, SLAB, Counters()).start(ExpertKey("decoder", 0, 0), 0)
+    clock.compute(6.0)
+    assert clock.now == pytest.approx(8 + 2)
+    assert transfer.done()
+    late: Any = VirtualMover(clock, 4.0, SLAB, Counters()).start(ExpertKey("decoder", 0, 1), 0)
+    clock.compute(1.0)
+    assert not late.done()
+    late.wait()
+    assert clock.now == pytest.approx(10 + 2 + 3)
+
+
+def test_after_a_wait_computing_takes_longer_and_that_is_no_waiting() -> None:
+    """On demand every one of three slabs is waited for; a step that waits for nothing resumes nothing."""
+    plain = served(Policy.on_demand, times(), PreGating(1))
+    slow = served(Policy.on_demand, times(resume=0.5), PreGating(1))
+    assert slow.tpot_ms == pytest.approx(plain.tpot_ms + 3 * 0.5)
+    assert slow.exposed_ms_per_token == pytest.approx(plain.exposed_ms_per_token)
+    kept = served(Policy.on_demand, times(resume=0.5), PreGating(1), slots=30, cache=CacheRule.lru, load=Load(1, 5))
+    assert kept.tpot_ms == pytest.approx(12 + 3 * 5 * 1 + 5)
+
+
+def test_slabs_travel_in_the_order_they_were_asked_for() -> None:
+    clock = Clock(times())
+    mover = VirtualMover(clock, 3.0, SLAB, Counters())
+    first, second = (mover.start(ExpertKey("decoder", 0, n), n) for n in range(2))
+    second.wait()
+    assert first.done() and clock.now == 6.0
+
+
+def test_durations_are_read_off_a_trace() -> None:
+    """Two steps of 20 ms after the first token at 10 ms; two blocks, the second with two experts."""
+    spans = []
+    for begin in (10.0, 30.0):
+        spans += [
+            Span("compute", "decoder block 0 expert 3", begin + 4, begin + 5),
+            Span("compute", "decoder block 1 expert 0", begin + 8, begin + 10),
+            Span("compute", "decoder block 1 expert 1", begin + 10, begin + 12),
+            Span("compute", "encoder block 0 expert 1", begin + 1, begin + 2),
+        ]
+    timed = Timed(torch.zeros(1, 1), [0.010, 0.030, 0.050], [], spans)
+    found = durations(timed, slab_ms=2.5)
+    assert found.before_block == pytest.approx((4.0, 3.0))
+    assert found.expert == pytest.approx(1.5)
+    assert found.after_blocks == pytest.approx(8.0)
+    assert found.slab == 2.5
+
+
+def row(policy: str, cache: str, speed: float, link: float, compute: float = 10.0) -> dict[str, Any]:
+    return {"policy": policy, "cache": cache, "tokens_per_s": speed, "link_ms": link, "compute_ms": compute}
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [(8.0, "Pre-gating pays: 1.50×"), (0.5, "there is little to hide"), (50.0, "a cache, smaller slabs or a larger")],
+)
+def test_the_verdict_follows_the_floors(link: float, said: str) -> None:
+    rows = [row("on_demand", "none", 10, link), row("pre_gated", "none", 15, link), row("on_demand", "lru", 30, link)]
+    assert said in verdict(rows)
+    if link == 50.0:
+        assert "on_demand with an lru cache reaches 2.00×" in verdict(rows)
+    assert "Plan both" in verdict(rows[:1])
