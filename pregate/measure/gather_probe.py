@@ -4,8 +4,8 @@
 
 On CUDA each figure is the time between two events around a replayed graph of fetches, one slab after the other from
 changing places, so that nothing is read from a cache and no launch is counted. Every arrangement is checked for what
-it copied before it is timed. Without a GPU the same code times the twin and a plain copy, which says nothing about a
-link: it is there so that the code is tested. GB are powers of 1000.
+it copied before it is timed. Without a GPU the same code times the reference implementation and a plain copy, which
+says nothing about a link: it is there so that the code is tested. GB are powers of 1000.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from pregate.config import Device, UsageError
-from pregate.engine.device import require_triton
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
+from pregate.engine.device.ops.gather_slabs import gather_slabs
+from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.slots import FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.system.runtime import environment, human_bytes, pick_device
@@ -139,10 +139,7 @@ def _of_one_size(
 
     def gather_all(num_programs: int, unroll: int) -> None:
         for plan in plans:
-            if device.type == "cuda":
-                gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
-            else:
-                gather_slabs_twin(addresses_G, plan, slots_SB)
+            gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
 
     def row(method: str, work: Callable[[], None], **arrangement: int) -> dict[str, Any]:
         slots_SB.zero_()

@@ -4,7 +4,7 @@
 
 For each policy the time of a token (as `pregate.bench` takes it), then a profile of as many steps as one graph holds: a
 table of what was launched, and a trace that Perfetto opens. Random weights, batch 1, entry gates on the embeddings.
-Without a GPU the same code profiles the operations of the twins, which says nothing about kernels.
+Without a GPU the same code profiles the reference implementations, which says nothing about kernels.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.device import require_triton
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
-from pregate.engine.device.ops.experts import check_activation
+from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
@@ -161,9 +161,9 @@ class DeviceEngine:
                 self._decode(steps)
                 done += steps
                 if request.with_logits:
-                    logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
+                    logits.append(self.decoder.sampler.logits_BV[: len(input_ids)].clone())
                 looks = request.sampling.eos and done % EOS_CHECK_EVERY == 0
-                if looks and not self.decoder.chooser.live_B.any().item():
+                if looks and not self.decoder.sampler.live_B.any().item():
                     break
             self._check_errors()
             tokens_BT = self._tokens(len(input_ids), request)
@@ -243,11 +243,11 @@ class DeviceEngine:
     def tokens(self) -> Tensor:
         """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
         request overwrites them."""
-        return self.decoder.chooser.tokens_BT
+        return self.decoder.sampler.tokens_BT
 
     def rows_not_finite(self) -> list[int]:
         """Rows of the last request with a NaN or an infinity among the logits of a step. Waits for the device."""
-        return (~self.decoder.chooser.finite_B).nonzero().flatten().tolist()
+        return (~self.decoder.sampler.finite_B).nonzero().flatten().tolist()
 
     def counters(self) -> Counters:
         """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
@@ -310,7 +310,7 @@ class DeviceEngine:
         """A state in which a step may run: no row lives, and of the policies only `prefetch_all` fetches even so."""
         self.host.lend_slots()
         self.table.clear()
-        self.decoder.chooser.begin(Sampling(), rows=0)
+        self.decoder.sampler.begin(Sampling(), rows=0)
 
     def _wait_for_steps(self) -> None:
         """Steps of the last request may still read slots that the host is about to fill."""

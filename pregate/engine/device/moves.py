@@ -20,9 +20,11 @@ from torch import Tensor
 
 from pregate.config import Policy
 from pregate.engine.device.graph import SideStream, side_stream
-from pregate.engine.device.ops.experts import ExpertScratch, expert_outputs
-from pregate.engine.device.ops.gather import gather_slabs
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots, want_slabs
+from pregate.engine.device.ops.assign_slots import assign_slots
+from pregate.engine.device.ops.expert_outputs import ExpertScratch, expert_outputs
+from pregate.engine.device.ops.gather_slabs import gather_slabs
+from pregate.engine.device.ops.want_slabs import want_slabs
+from pregate.engine.device.slots import DeviceSlots, FetchPlan, minimum_slots
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.routing import DROPPED
 

@@ -9,10 +9,11 @@ Letters: R rows and C columns of a matrix, B bytes of a slab.
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -142,6 +143,11 @@ class SlabLayout:
                 widen(matrix, wide)
                 factors.append(RowScaled(wide, scale_R1.flatten().to(self.dtype)))
         return factors
+
+    @cached_property
+    def text(self) -> str:
+        """`to_json` as one line."""
+        return json.dumps(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {

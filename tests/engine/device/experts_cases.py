@@ -1,4 +1,4 @@
-"""Random experts in slots, and the choices of a decoding step, for the tests of the twin and of the kernel."""
+"""Random experts in slots, and the choices of a decoding step, for the tests of the operation and of its kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import SlabDtype
-from pregate.engine.device.ops.experts import ExpertScratch
+from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.experts import grouped_experts
 from pregate.models.pregating import ExpertFamily
@@ -105,6 +105,12 @@ class ExpertsCase:
             self.out_BD,
             "relu",
         )
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """As the implementations take them."""
+        scratch = self.scratch.hidden_NF, self.scratch.weighted_ND
+        return (*self.arguments[:4], *scratch, self.out_BD, self.layout.text, "relu")
 
     def resident(self) -> Tensor:
         """What the resident experts of a model make of it, each slot an expert."""

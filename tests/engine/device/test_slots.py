@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pregate.engine.device.slots import (
-    ERRORS,
-    HITS,
-    MISSES,
-    DeviceSlots,
-    FetchPlan,
-    assign_slots,
-    minimum_slots,
-)
+from pregate.engine.device.ops.assign_slots import assign_slots, assign_slots_reference
+from pregate.engine.device.slots import ERRORS, HITS, MISSES, DeviceSlots, FetchPlan, minimum_slots
 from tests.engine.device.naive import NaiveTable, assert_consistent, random_wanted
 
 # slabs, slots, choices, blocks, fetches protected, keep: few slots and many, one slot, one choice, too few for all
@@ -122,11 +115,11 @@ def test_nothing_wanted_changes_nothing_but_the_tick() -> None:
         assert torch.equal(getattr(table, name), tensor), name
 
 
-def test_the_twin_reads_no_number_back() -> None:
+def test_the_reference_reads_no_number_back() -> None:
     """Tensors without values: anything that depends on one raises."""
     with FakeTensorMode():
         table, plan = DeviceSlots.empty(12, 4, "cpu"), FetchPlan.empty(3, "cpu")
         for keep in (True, False):
             wanted_N = torch.empty(3, dtype=torch.int32)
-            assign_slots(table, wanted_N, plan, keep=keep, protected_fetches=1)
+            assign_slots_reference(*vars(table).values(), wanted_N, *vars(plan).values(), keep, 1)
     assert plan.slot_N.shape == (3,)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
-from pregate.engine.device.ops.norms import add_norm
-from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
+from pregate.engine.device.ops.add_norm import add_norm
+from pregate.engine.device.sampling import Sampler, Sampling, StepKind
 from pregate.engine.device.steps.static_attention import (
     PositionBias,
     StaticCrossAttention,
@@ -59,7 +59,7 @@ class StaticDecoder:
         weight = decoder.embed_tokens.weight
         self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
         # the last new token is never an input, the start token always is
-        self.chooser = TokenChooser(batch, max_new_tokens + 1, config.vocab_size, weight.device)
+        self.sampler = Sampler(batch, max_new_tokens + 1, config.vocab_size, weight.device)
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else 1.0
         self._experts = experts
@@ -100,7 +100,7 @@ class StaticDecoder:
     def num_bytes(self) -> int:
         """What the step's own tensors take: caches, mask, tokens and logits."""
         caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
-        return caches + self._mask_B11S.nbytes + self.chooser.num_bytes
+        return caches + self._mask_B11S.nbytes + self.sampler.num_bytes
 
     @torch.inference_mode()
     def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
@@ -111,28 +111,28 @@ class StaticDecoder:
         source_mask(attention_mask_BS, self._mask_B11S)
         for layer in self._layers:
             layer.cross.fill(encoder_states_BSD)
-        self.chooser.begin(sampling, rows)
+        self.sampler.begin(sampling, rows)
 
     @torch.inference_mode()
     def step(self, kind: StepKind) -> None:
         """One token for every row. Never synchronises with the host; the same launches whatever the data."""
-        chooser = self.chooser
-        hidden_B1D = self._embed(chooser.token_B[:, None])
+        sampler = self.sampler
+        hidden_B1D = self._embed(sampler.token_B[:, None])
         self._experts.begin_step()
         for block, gate in self._decoder.entry_gates.items():
             self._commit(int(block), self._entry(gate, hidden_B1D))
         # behind the entry gates, for which fetches wait
-        bias_1H1T = self._bias(chooser.position_1)
+        bias_1H1T = self._bias(sampler.position_1)
         added_B1D = None
         for layer in self._layers:
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.attention.norm)
-            added_B1D = layer.attention(normed_B1D, chooser.position_1, bias_1H1T)
+            added_B1D = layer.attention(normed_B1D, sampler.position_1, bias_1H1T)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.cross.norm)
             added_B1D = layer.cross(normed_B1D, self._mask_B11S)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.norm)
             added_B1D = layer.feed_forward(normed_B1D)
         _, normed_B1D = _add_norm(hidden_B1D, added_B1D, self._norm, self._scale)
-        chooser.choose(self._head(normed_B1D)[:, 0], kind)
+        sampler.choose(self._head(normed_B1D)[:, 0], kind)
         # handed to the allocator here, not at some later replay's begin
         self._routes.clear()
 
@@ -145,7 +145,7 @@ class StaticDecoder:
 
     def _commit(self, block: int, routing: Routing) -> None:
         self._routes[block] = routing
-        self._experts.commit(block, routing.expert_ids_BTK, self.chooser.live_B)
+        self._experts.commit(block, routing.expert_ids_BTK, self.sampler.live_B)
 
     def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""

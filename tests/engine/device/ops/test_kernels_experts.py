@@ -1,4 +1,4 @@
-"""The experts' kernel holds to its twin over dtypes, shapes and choices; its conversions are exact."""
+"""The experts' kernel holds to its reference over dtypes, shapes and choices; its conversions are exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pregate.config import SlabDtype
-from pregate.engine.device.ops.experts import expert_outputs_twin
 from pregate.engine.storage.slabs import SlabLayout
 from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of
 
@@ -16,22 +15,23 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from pregate.engine.device.ops.kernels_experts import (  # noqa: E402
+from pregate.engine.device.ops.expert_outputs import (  # noqa: E402
     NUM_WARPS,
+    expert_outputs_reference,
     launch_expert_outputs,
     linear_constants,
     slot_linear_kernel,
 )
-from pregate.engine.device.ops.kernels_numbers import RAW, numbers, rounded, stored  # noqa: E402
+from pregate.engine.device.ops.numbers import RAW, numbers, rounded, stored  # noqa: E402
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def hold_to_twin(case: ExpertsCase, device: str) -> None:
+def hold_to_reference(case: ExpertsCase, device: str) -> None:
     moved = case.copied_to(device)
-    launch_expert_outputs(*moved.arguments)
+    launch_expert_outputs(*moved.flat)
     got_BD = moved.out_BD.cpu()
-    expert_outputs_twin(*case.arguments)
+    expert_outputs_reference(*case.flat)
     assert_close(got_BD, case.out_BD, case.slot_N.tolist())
     dropped_B = (case.slot_N.view(len(got_BD), -1) < 0).all(1)
     assert (got_BD[dropped_B] == 0).all()
@@ -42,7 +42,7 @@ def hold_to_twin(case: ExpertsCase, device: str) -> None:
 def test_one_choice_and_several(kernel_device: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
     for slots in ([1], [2, 0, 2, -1, 1]):
         case = ExpertsCase.random(len(slots), slots, width=32, hidden=40, dtype=dtype, stored=slab_dtype)
-        hold_to_twin(case, kernel_device)
+        hold_to_reference(case, kernel_device)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,9 @@ def test_one_choice_and_several(kernel_device: str, dtype: torch.dtype, slab_dty
 @pytest.mark.parametrize(("width", "hidden"), [(64, 80), (18, 70), (33, 7)])
 def test_shapes_that_fill_tiles_and_that_do_not(kernel_device: str, slots: list[int], width: int, hidden: int) -> None:
     for slab_dtype in (SlabDtype.source, SlabDtype.int8):
-        hold_to_twin(ExpertsCase.random(width, slots, width=width, hidden=hidden, stored=slab_dtype), kernel_device)
+        hold_to_reference(
+            ExpertsCase.random(width, slots, width=width, hidden=hidden, stored=slab_dtype), kernel_device
+        )
 
 
 @pytest.mark.parametrize("batch", [2, 8, 16, 17, 32])
@@ -61,13 +63,13 @@ def test_batches(kernel_device: str, batch: int) -> None:
     generator = torch.Generator().manual_seed(batch)
     for most in (2, 12):
         slots = (torch.randint(most, (batch,), generator=generator) - 1).tolist()
-        hold_to_twin(ExpertsCase.random(batch, slots, width=32, hidden=64, dtype=torch.bfloat16), kernel_device)
+        hold_to_reference(ExpertsCase.random(batch, slots, width=32, hidden=64, dtype=torch.bfloat16), kernel_device)
 
 
 @pytest.mark.parametrize("dtype", list(FLOATS.values()), ids=str)
 def test_several_experts_a_token(kernel_device: str, dtype: torch.dtype) -> None:
     for slots, top_k in (([1, 0], 2), ([2, 0, 0, 2, 2, -1, -1, -1], 2), ([0, 1, 2, 2, 1, 0], 3)):
-        hold_to_twin(ExpertsCase.random(0, slots, width=32, hidden=48, dtype=dtype, top_k=top_k), kernel_device)
+        hold_to_reference(ExpertsCase.random(0, slots, width=32, hidden=48, dtype=dtype, top_k=top_k), kernel_device)
 
 
 @triton.jit
@@ -155,10 +157,10 @@ def test_experts_of_a_real_size_in_a_cuda_graph(slab_dtype: SlabDtype, batch: in
     slots = torch.randint(10, (batch,), generator=generator).tolist()
     case = ExpertsCase.random(1, slots, width=768, hidden=3072, dtype=torch.bfloat16, stored=slab_dtype)
     moved = case.copied_to("cuda")
-    launch_expert_outputs(*moved.arguments)
+    launch_expert_outputs(*moved.flat)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch_expert_outputs(*moved.arguments)
+        launch_expert_outputs(*moved.flat)
     for shift in range(3):
         slot_N = case.slot_N.roll(shift)
         slot_N[-1] = -1 if shift == 2 else slot_N[-1]
@@ -166,5 +168,5 @@ def test_experts_of_a_real_size_in_a_cuda_graph(slab_dtype: SlabDtype, batch: in
         moved.out_BD.fill_(float("nan"))
         graph.replay()
         case.slot_N.copy_(slot_N)
-        expert_outputs_twin(*case.arguments)
+        expert_outputs_reference(*case.flat)
         assert_close(moved.out_BD, case.out_BD, slot_N.tolist())

@@ -1,4 +1,4 @@
-"""The gather kernel holds to its twin over slab sizes, grids and unrolls, and reads registered memory on a GPU."""
+"""The gather kernel holds to its reference over sizes, grids and unrolls, and reads registered memory on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
+from pregate.engine.device.ops.gather_slabs import (
+    gather_kernel,
+    gather_slabs,
+    gather_slabs_reference,
+    launch_gather_slabs,
+)
 from pregate.engine.device.slots import FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock
 
@@ -43,6 +48,11 @@ def plan_of(listed: tuple[list[int], list[int]], device: str) -> FetchPlan:
     return plan
 
 
+def listed_in(listed: tuple[list[int], list[int]], device: str) -> tuple[Tensor, Tensor]:
+    plan = plan_of(listed, device)
+    return plan.copy_slab_N, plan.copy_slot_N
+
+
 def random_store(num_slabs: int, size: int, seed: int) -> Tensor:
     memory = aligned_bytes(num_slabs * size)
     torch.randint(256, memory.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed), out=memory)
@@ -52,20 +62,18 @@ def random_store(num_slabs: int, size: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("pages", [1, 3, 20])
 @pytest.mark.parametrize("listed", list(PLANS))
 @pytest.mark.parametrize(("num_programs", "unroll", "num_warps"), [(1, 1, 1), (3, 2, 4), (16, 4, 8), (40, 8, 8)])
-def test_as_the_twin(
+def test_as_the_reference(
     kernel_device: str, pages: int, listed: str, num_programs: int, unroll: int, num_warps: int
 ) -> None:
-    from pregate.engine.device.ops.kernels_gather import launch_gather_slabs
-
     memory = random_store(NUM_SLABS, pages * PAGE, pages)
     expected_SB = torch.full((NUM_SLOTS, pages * PAGE), 171, dtype=torch.uint8)
     slots_SB = expected_SB.to(kernel_device, copy=True)
     store = memory.view(NUM_SLABS, -1)
-    gather_slabs_twin(device_addresses(store, "cpu"), plan_of(PLANS[listed], "cpu"), expected_SB)
+    gather_slabs_reference(device_addresses(store, "cpu"), *listed_in(PLANS[listed], "cpu"), expected_SB)
     with readable_by(kernel_device, memory):
         launch_gather_slabs(
             device_addresses(store, kernel_device),
-            plan_of(PLANS[listed], kernel_device),
+            *listed_in(PLANS[listed], kernel_device),
             slots_SB,
             num_programs=num_programs,
             unroll=unroll,
@@ -76,8 +84,6 @@ def test_as_the_twin(
 
 @pytest.mark.parametrize("num_choices", [1, 2, 8, 17, 32])
 def test_as_many_slabs_as_a_batch_wants(kernel_device: str, num_choices: int) -> None:
-    from pregate.engine.device.ops.kernels_gather import launch_gather_slabs
-
     memory = random_store(40, PAGE, num_choices)
     generator = torch.Generator().manual_seed(num_choices)
     count = int(torch.randint(1, num_choices + 1, (), generator=generator))
@@ -89,12 +95,11 @@ def test_as_many_slabs_as_a_batch_wants(kernel_device: str, num_choices: int) ->
     expected_SB[slots] = store[slabs]
     with readable_by(kernel_device, memory):
         addresses_G = device_addresses(store, kernel_device)
-        launch_gather_slabs(addresses_G, plan_of(listed, kernel_device), slots_SB, num_programs=3, unroll=1)
+        launch_gather_slabs(addresses_G, *listed_in(listed, kernel_device), slots_SB, num_programs=3, unroll=1)
         assert torch.equal(slots_SB.cpu(), expected_SB)
 
 
 def test_every_load_and_store_of_a_slab_is_16_bytes_wide(compiler: None) -> None:
-    from pregate.engine.device.ops.kernels_gather import gather_kernel
     from tests.engine.device.compiling import compiled
 
     pointers = {"addresses_G": "*i64", "copy_slab_N": "*i32", "copy_slot_N": "*i32", "slots": "*i64"}

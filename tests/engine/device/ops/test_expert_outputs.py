@@ -1,4 +1,4 @@
-"""The experts' twin against the resident experts, and what it refuses."""
+"""The experts' reference implementation against the resident experts, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pregate.config import SlabDtype, UsageError
-from pregate.engine.device.ops.experts import ExpertScratch, expert_outputs, up_and_down
+from pregate.engine.device.ops.expert_outputs import (
+    ExpertScratch,
+    expert_outputs,
+    expert_outputs_reference,
+    up_and_down,
+)
 from pregate.engine.storage.slabs import SlabLayout
 from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of
 
@@ -54,9 +59,9 @@ def test_experts_of_another_form_are_refused() -> None:
 
 
 @pytest.mark.parametrize("stored", list(SlabDtype))
-def test_the_twin_reads_no_number_back(stored: SlabDtype) -> None:
+def test_the_reference_reads_no_number_back(stored: SlabDtype) -> None:
     case = ExpertsCase.random(0, [2, -1, 2, 1], width=24, hidden=56, stored=stored, top_k=2)
     with FakeTensorMode() as mode:
         empty = case.converted(mode.from_tensor)
-        expert_outputs(*empty.arguments)
+        expert_outputs_reference(*empty.flat)
     assert empty.out_BD.shape == (2, 24)

@@ -1,12 +1,13 @@
-"""The gather's twin copies the listed slabs and nothing else."""
+"""The gather's reference implementation copies the listed slabs and nothing else."""
 
 from __future__ import annotations
 
 import torch
 
 from pregate.engine.device.host_memory import device_addresses
-from pregate.engine.device.ops.gather import gather_slabs
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots
+from pregate.engine.device.ops.assign_slots import assign_slots
+from pregate.engine.device.ops.gather_slabs import gather_slabs
+from pregate.engine.device.slots import DeviceSlots, FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes
 
 
