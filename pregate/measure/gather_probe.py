@@ -139,7 +139,7 @@ def _of_one_size(
 
     def gather_all(num_programs: int, unroll: int) -> None:
         for plan in plans:
-            gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
+            gather_slabs(addresses_G, plan.copy_slab_N, plan.copy_slot_N, slots_SB, num_programs, unroll)
 
     def row(method: str, work: Callable[[], None], **arrangement: int) -> dict[str, Any]:
         slots_SB.zero_()

@@ -103,13 +103,10 @@ class ResidentSlots:
         """The block's output (B, D), in a tensor that the next block's overwrites; 0 where nothing was needed."""
         memory = self._memory
         expert_outputs(
-            hidden_BD.contiguous(),
-            self._slots(block),
-            weights_BK.reshape(-1),
-            memory.slots_SB,
-            memory.layout,
-            self._scratch,
+            *(hidden_BD.contiguous(), self._slots(block), weights_BK.reshape(-1), memory.slots_SB),
+            *self._scratch,
             self._out_BD,
+            memory.layout.text,
             self._blocks.activation,
         )
         return self._out_BD
@@ -137,10 +134,11 @@ class OnDemand(ResidentSlots):
 
     def _assign(self, wanted_N: Tensor, plan: FetchPlan, protected_fetches: int) -> None:
         memory = self._memory
-        assign_slots(memory.table, wanted_N, plan, keep=memory.keep, protected_fetches=protected_fetches)
+        assign_slots(*memory.table, wanted_N, *plan, memory.keep, protected_fetches)
 
     def _copy(self, plan: FetchPlan) -> None:
-        gather_slabs(self._memory.addresses_G, plan, self._memory.slots_SB)
+        memory = self._memory
+        gather_slabs(memory.addresses_G, plan.copy_slab_N, plan.copy_slot_N, memory.slots_SB)
 
 
 class PreGated(OnDemand):

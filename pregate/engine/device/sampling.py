@@ -91,6 +91,6 @@ class Sampler:
         choose_tokens(
             *(logits_BV, self.logits_BV, self._seen_BV, self._eos_V, self.tokens_BT, self.token_B, self.live_B),
             *(self.finite_B, self.position_1, self._min_new_1, self._pad_1, self._penalty_1, self._temperature_1),
-            penalise=kind.penalise,
-            sample=kind.sample,
+            kind.penalise,
+            kind.sample,
         )

@@ -7,7 +7,7 @@ Letters: G slabs of the store, S slots, N choices of one block and step (tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ def minimum_slots(num_choices: int, num_experts: int, lookahead: int) -> int:
     return (lookahead + 1) * min(num_experts, num_choices)
 
 
-@dataclass(frozen=True)
-class DeviceSlots:
+class DeviceSlots(NamedTuple):
     """The slot table. Its tensors keep their addresses for good.
 
     slot_of_G: int32, the slot that holds a slab. slab_in_S: int32, the slab in a slot. last_use_S: int64, the number
@@ -63,8 +62,7 @@ class DeviceSlots:
         self.counters.zero_()
 
 
-@dataclass(frozen=True)
-class FetchPlan:
+class FetchPlan(NamedTuple):
     """What one fetch decides, in preallocated int32 tensors.
 
     slot_N: where each choice finds its slab, -1 for a dropped choice. copy_slab_N, copy_slot_N: the distinct slabs to

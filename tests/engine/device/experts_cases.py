@@ -71,7 +71,7 @@ class ExpertsCase:
             layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
         num_tokens = len(slots) // top_k
         scratch = ExpertScratch.empty(len(slots), layout, "cpu")
-        for tensor in vars(scratch).values():
+        for tensor in scratch:
             tensor.fill_(float("nan"))
         return cls(
             family,
@@ -87,30 +87,16 @@ class ExpertsCase:
     def converted(self, convert: Callable[[Tensor], Tensor]) -> ExpertsCase:
         """With every tensor replaced by what `convert` makes of it."""
         tensors = {name: convert(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        scratch = ExpertScratch(*map(convert, vars(self.scratch).values()))
+        scratch = ExpertScratch(*map(convert, self.scratch))
         return replace(self, scratch=scratch, **tensors)
 
     def copied_to(self, device: str) -> ExpertsCase:
         return self.converted(lambda tensor: tensor.to(device, copy=True))
 
     @property
-    def arguments(self) -> tuple[Any, Any, Any, Any, Any, Any, Any, str]:
-        return (
-            self.hidden_BD,
-            self.slot_N,
-            self.weights_N,
-            self.slots_SB,
-            self.layout,
-            self.scratch,
-            self.out_BD,
-            "relu",
-        )
-
-    @property
-    def flat(self) -> tuple[Any, ...]:
-        """As the implementations take them."""
-        scratch = self.scratch.hidden_NF, self.scratch.weighted_ND
-        return (*self.arguments[:4], *scratch, self.out_BD, self.layout.text, "relu")
+    def arguments(self) -> tuple[Any, ...]:
+        tensors = self.hidden_BD, self.slot_N, self.weights_N, self.slots_SB, *self.scratch, self.out_BD
+        return *tensors, self.layout.text, "relu"
 
     def resident(self) -> Tensor:
         """What the resident experts of a model make of it, each slot an expert."""

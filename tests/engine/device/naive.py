@@ -70,7 +70,7 @@ def assert_tables_equal(
     one: tuple[DeviceSlots, FetchPlan], other: tuple[DeviceSlots, FetchPlan], note: object = ""
 ) -> None:
     for mine, theirs in zip(one, other, strict=True):
-        for name, value in vars(mine).items():
+        for name, value in mine._asdict().items():
             expected = getattr(theirs, name)
             assert torch.equal(value.cpu(), expected.cpu()), f"{note} {name}\n{value}\n{expected}"
 

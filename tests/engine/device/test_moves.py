@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pregate.config import Policy
 from pregate.engine.device import moves
@@ -51,7 +50,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The launches of the kernels, in their order: `f2/1` fetches for block 2 with 1 fetch protected."""
     noted: list[str] = []
 
-    def assign(table: Any, wanted_N: Tensor, plan: Any, *, keep: bool, protected_fetches: int) -> None:
+    def assign(*arguments: Any) -> None:
+        wanted_N, protected_fetches = arguments[len(DeviceSlots._fields)], arguments[-1]
         wanted = wanted_N[wanted_N >= 0]
         block = (int(wanted[0]) - FIRST) // EXPERTS if len(wanted) else "-"
         noted.append(f"f{block}/{protected_fetches}")

@@ -34,6 +34,7 @@ from pregate.engine.device.ops import (
     gather_slabs,
     want_slabs,
 )
+from pregate.engine.device.ops.registry import OPERATIONS
 from pregate.engine.device.sampling import StepKind
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.device.steps.t5 import StaticDecoder
@@ -45,12 +46,6 @@ BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
 SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "moves.py", "slots.py", "gates.py"]
 FOLDER = Path(device.__file__).parent
-OPERATIONS = [
-    *((add_norm, "norm"), (add_norm, "add_norm"), (attention, "self_attention"), (attention, "cross_attention")),
-    *((want_slabs, "want_slabs"), (assign_slots, "assign_slots"), (gather_slabs, "gather_slabs")),
-    *((gate_logits, "gate_logits"), (first_choice, "first_choice")),
-    *((expert_outputs, "expert_outputs"), (choose_tokens, "choose_tokens")),
-]
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),
     *((want_slabs, "want_kernel"), (add_norm, "add_norm_kernel"), (first_choice, "first_choice_kernel")),
@@ -124,8 +119,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
         return note
 
-    for module, name in OPERATIONS:
-        monkeypatch.setattr(module, f"_{name}", getattr(module, f"{name}_reference"))
+    for operation in OPERATIONS.values():
+        monkeypatch.setattr(operation, "chosen", operation.reference)
     for name in ("assign_slots", "gather_slabs", "expert_outputs"):
         monkeypatch.setattr(moves, name, stand_in(name))
     return noted
@@ -168,8 +163,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Kernel(name))
-    for module, name in OPERATIONS:
-        monkeypatch.setattr(module, f"_{name}", getattr(module, f"launch_{name}"))
+    for operation in OPERATIONS.values():
+        monkeypatch.setattr(operation, "chosen", operation.kernel)
     return noted
 
 
@@ -181,7 +176,7 @@ def test_a_step_is_operations_that_know_their_shapes(policy: Policy) -> None:
         static.step(StepKind())
     found = {name.removeprefix("pregate.").removesuffix(".default") for name in watch.operations if "pregate." in name}
     absent = {"assign_slots", "gather_slabs"} if policy is Policy.gpu_only else set()
-    assert found == {name for _, name in OPERATIONS} - absent
+    assert found == OPERATIONS.keys() - absent
 
 
 @pytest.mark.parametrize("policy", list(Policy))
@@ -212,10 +207,10 @@ def test_launching_the_kernels_asks_nothing(
 @pytest.mark.parametrize(
     "asks",
     [
-        lambda table, *_, **__: int(table.tick),
-        lambda table, *_, **__: float(table.counters.sum()),
-        lambda table, *_, **__: table.slab_in_S.to("cpu"),
-        lambda table, wanted_N, *_, **__: bool(wanted_N[0]),
+        lambda *arguments: int(DeviceSlots(*arguments[:5]).tick),
+        lambda *arguments: float(DeviceSlots(*arguments[:5]).counters.sum()),
+        lambda *arguments: DeviceSlots(*arguments[:5]).slab_in_S.to("cpu"),
+        lambda *arguments: bool(arguments[5][0]),
     ],
     ids=["int", "float", "to cpu", "if"],
 )
@@ -257,7 +252,7 @@ def questions(source: str) -> list[str]:
     found = []
 
     def walk(node: ast.AST) -> None:
-        if isinstance(node, ast.FunctionDef) and node.name == "gather_slabs_reference":
+        if isinstance(node, ast.FunctionDef) and node.name == "gather_slabs":
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ASKING:
             found.append(f"line {node.lineno}: .{node.func.attr}()")
@@ -276,4 +271,4 @@ def test_the_sources_of_a_step_hold_no_question() -> None:
 
 def test_a_question_in_a_source_is_found() -> None:
     assert questions("def f(x):\n    return x.sum().item()") == ["line 2: .item()"]
-    assert questions("def gather_slabs_reference(x):\n    return x.sum().item()") == []
+    assert questions("def gather_slabs(x):\n    return x.sum().item()") == []

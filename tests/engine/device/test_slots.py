@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pregate.engine.device.ops.assign_slots import assign_slots, assign_slots_reference
+from pregate.engine.device.ops.assign_slots import assign_slots
 from pregate.engine.device.slots import ERRORS, HITS, MISSES, DeviceSlots, FetchPlan, minimum_slots
 from tests.engine.device.naive import NaiveTable, assert_consistent, random_wanted
 
@@ -34,7 +34,7 @@ def run_against_simulation(shape: tuple, device: str, steps: int) -> None:
     for step in range(steps):
         wanted_N = random_wanted(generator, num_slabs, num_choices, step=step, blocks=blocks)
         slots, copies = naive.fetch(wanted_N.tolist(), keep, protected)
-        assign_slots(table, wanted_N.to(device), plan, keep=keep, protected_fetches=protected)
+        assign_slots(*table, wanted_N.to(device), *plan, keep, protected)
         padding = [(-1, -1)] * (num_choices - len(copies))
         listed = list(zip(plan.copy_slab_N.tolist(), plan.copy_slot_N.tolist(), strict=True))
         assert plan.slot_N.tolist() == slots, f"step {step}, {wanted_N}: {plan.slot_N} is not {slots}"
@@ -75,7 +75,7 @@ def test_minimum_slots_are_enough_and_one_less_is_not(lookahead: int, num_choice
         table, plan = DeviceSlots.empty(num_experts * blocks, slots, "cpu"), FetchPlan.empty(num_choices, "cpu")
         for step in range(40):
             wanted_N = (torch.arange(num_choices) + step) % num_experts + step % blocks * num_experts
-            assign_slots(table, wanted_N.int(), plan, keep=keep, protected_fetches=lookahead)
+            assign_slots(*table, wanted_N.int(), *plan, keep, lookahead)
             if enough:
                 assert (plan.slot_N >= 0).all(), plan.slot_N
         assert (table.counters[ERRORS].item() == 0) is enough, table.counters
@@ -87,7 +87,7 @@ def test_what_earlier_fetches_wanted_is_never_overwritten() -> None:
     safe: list[set[int]] = []
     for _ in range(500):
         wanted_N = torch.randint(100, (3,), generator=generator).int()
-        assign_slots(table, wanted_N, plan, keep=True, protected_fetches=2)
+        assign_slots(*table, wanted_N, *plan, True, 2)
         written = {slot for slot in plan.copy_slot_N.tolist() if slot >= 0}
         assert not written & set().union(*safe), f"{written} of {safe}"
         safe = [*safe, set(plan.slot_N.tolist())][-2:]
@@ -95,21 +95,21 @@ def test_what_earlier_fetches_wanted_is_never_overwritten() -> None:
 
 def test_clear_forgets_in_place() -> None:
     table, plan = DeviceSlots.empty(6, 3, "cpu"), FetchPlan.empty(2, "cpu")
-    places = [tensor.data_ptr() for tensor in vars(table).values()]
-    assign_slots(table, torch.tensor([4, 5], dtype=torch.int32), plan, keep=True, protected_fetches=0)
+    places = [tensor.data_ptr() for tensor in table]
+    assign_slots(*table, torch.tensor([4, 5], dtype=torch.int32), *plan, True, 0)
     assert table.counters.tolist() == [0, 2, 0, 0] and table.slab_in_S.tolist() == [4, 5, -1]
     table.clear()
-    for name, fresh in vars(DeviceSlots.empty(6, 3, "cpu")).items():
+    for name, fresh in DeviceSlots.empty(6, 3, "cpu")._asdict().items():
         assert torch.equal(getattr(table, name), fresh), name
-    assert [tensor.data_ptr() for tensor in vars(table).values()] == places
+    assert [tensor.data_ptr() for tensor in table] == places
 
 
 def test_nothing_wanted_changes_nothing_but_the_tick() -> None:
     table, plan = DeviceSlots.empty(6, 3, "cpu"), FetchPlan.empty(2, "cpu")
-    assign_slots(table, torch.tensor([4, 5], dtype=torch.int32), plan, keep=True, protected_fetches=0)
-    before = {name: tensor.clone() for name, tensor in vars(table).items()}
-    assign_slots(table, torch.tensor([-1, -1], dtype=torch.int32), plan, keep=True, protected_fetches=0)
-    assert all((tensor == -1).all() for tensor in vars(plan).values()), plan
+    assign_slots(*table, torch.tensor([4, 5], dtype=torch.int32), *plan, True, 0)
+    before = {name: tensor.clone() for name, tensor in table._asdict().items()}
+    assign_slots(*table, torch.tensor([-1, -1], dtype=torch.int32), *plan, True, 0)
+    assert all((tensor == -1).all() for tensor in plan), plan
     assert table.tick.item() == before.pop("tick").item() + 1
     for name, tensor in before.items():
         assert torch.equal(getattr(table, name), tensor), name
@@ -121,5 +121,5 @@ def test_the_reference_reads_no_number_back() -> None:
         table, plan = DeviceSlots.empty(12, 4, "cpu"), FetchPlan.empty(3, "cpu")
         for keep in (True, False):
             wanted_N = torch.empty(3, dtype=torch.int32)
-            assign_slots_reference(*vars(table).values(), wanted_N, *vars(plan).values(), keep, 1)
+            assign_slots.reference(*table, wanted_N, *plan, keep, 1)
     assert plan.slot_N.shape == (3,)

@@ -21,7 +21,7 @@ from pregate.engine.device.slots import DeviceSlots, FetchPlan
 
 plan = FetchPlan.empty(2, "cpu")
 wanted_N = torch.tensor([3, 3], dtype=torch.int32)
-assign_slots(DeviceSlots.empty(4, 2, "cpu"), wanted_N, plan, keep=True, protected_fetches=0)
+assign_slots(*DeviceSlots.empty(4, 2, "cpu"), wanted_N, *plan, True, 0)
 print(plan.copy_slab_N.tolist())
 """
 

@@ -11,25 +11,16 @@ from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 
 
-def add_norm(
-    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """`hidden + added` (or `hidden` itself), and that divided by its root mean square and scaled by `weight_D`, then by
-    `factor`.
+@operation(fake=lambda hidden_B1D, *_: torch.empty_like(hidden_B1D))
+def norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0) -> Tensor:
+    """`hidden` divided by its root mean square and scaled by `weight_D`, then by `factor`.
 
-    Both in the dtype of `hidden_B1D`, rounded where the family's own norm rounds; the mean is taken in float32
-    (T5's layer norm: no mean subtracted, no bias).
+    In the dtype of `hidden_B1D`, rounded where the family's own norm rounds; the mean is taken in float32 (T5's layer
+    norm: no mean subtracted, no bias).
     """
-    if added_B1D is None:
-        return hidden_B1D, _norm(hidden_B1D, weight_D, eps, factor)
-    return _add_norm(hidden_B1D, added_B1D, weight_D, eps, factor)
-
-
-def norm_reference(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float) -> Tensor:
-    """In the order of the family's own operations."""
     variance_B11 = hidden_B1D.float().pow(2).mean(-1, keepdim=True)
     normed_B1D = hidden_B1D * torch.rsqrt(variance_B11 + eps)
     if weight_D.dtype in (torch.float16, torch.bfloat16):
@@ -38,11 +29,13 @@ def norm_reference(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: flo
     return normed_B1D if factor == 1.0 else normed_B1D * factor
 
 
-def add_norm_reference(
-    hidden_B1D: Tensor, added_B1D: Tensor, weight_D: Tensor, eps: float, factor: float
+@operation(fake=lambda hidden_B1D, *_: (torch.empty_like(hidden_B1D), torch.empty_like(hidden_B1D)))
+def add_norm(
+    hidden_B1D: Tensor, added_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
+    """`hidden + added`, and its `norm`."""
     summed_B1D = hidden_B1D + added_B1D
-    return summed_B1D, norm_reference(summed_B1D, weight_D, eps, factor)
+    return summed_B1D, norm.reference(summed_B1D, weight_D, eps, factor)
 
 
 @triton.jit
@@ -77,17 +70,19 @@ def add_norm_kernel(
     tl.store(normed + row + column, stored(result, KIND), mask=inside)
 
 
-def launch_norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float) -> Tensor:
+@norm.on_cuda
+def launch_norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0) -> Tensor:
     if weight_D.dtype != hidden_B1D.dtype:
-        return norm_reference(hidden_B1D, weight_D, eps, factor)
+        return norm.reference(hidden_B1D, weight_D, eps, factor)
     return _launch(hidden_B1D, None, weight_D, eps, factor)[1]
 
 
+@add_norm.on_cuda
 def launch_add_norm(
-    hidden_B1D: Tensor, added_B1D: Tensor, weight_D: Tensor, eps: float, factor: float
+    hidden_B1D: Tensor, added_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     if weight_D.dtype != hidden_B1D.dtype:
-        return add_norm_reference(hidden_B1D, added_B1D, weight_D, eps, factor)
+        return add_norm.reference(hidden_B1D, added_B1D, weight_D, eps, factor)
     return _launch(hidden_B1D, added_B1D, weight_D, eps, factor)
 
 
@@ -117,17 +112,3 @@ def _launch(
         num_warps=4 if tile <= 1024 else 8,
     )
     return summed_B1D, normed_B1D
-
-
-_norm = register(
-    "norm(Tensor hidden_B1D, Tensor weight_D, float eps, float factor) -> Tensor",
-    reference=norm_reference,
-    kernel=launch_norm,
-    fake=lambda hidden_B1D, *_: torch.empty_like(hidden_B1D),
-)
-_add_norm = register(
-    "add_norm(Tensor hidden_B1D, Tensor added_B1D, Tensor weight_D, float eps, float factor) -> (Tensor, Tensor)",
-    reference=add_norm_reference,
-    kernel=launch_add_norm,
-    fake=lambda hidden_B1D, *_: (torch.empty_like(hidden_B1D), torch.empty_like(hidden_B1D)),
-)

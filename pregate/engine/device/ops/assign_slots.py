@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.engine.device.ops.language import tl, triton
-from pregate.engine.device.ops.registry import register
-from pregate.engine.device.slots import NONE, DeviceSlots, FetchPlan
+from pregate.engine.device.ops.registry import operation
+from pregate.engine.device.slots import NONE
 
 NEVER_A_VICTIM = torch.iinfo(torch.int64).max
 MAX_SLOTS = 1 << 14
@@ -26,24 +26,8 @@ SLOT_MASK = tl.constexpr((1 << 20) - 1)
 NO_VICTIM = tl.constexpr((1 << 63) - 1)
 
 
-def assign_slots(table: DeviceSlots, wanted_N: Tensor, plan: FetchPlan, *, keep: bool, protected_fetches: int) -> None:
-    """Give each slab of `wanted_N` (int32 slab numbers, -1 for a dropped choice, repeats allowed) a slot.
-
-    A slab that is there stays where it is. The others take free slots first (the lowest first), then those whose slab
-    was wanted longest ago (of those the lowest slot), never one that this fetch or the `protected_fetches` before it
-    wanted. `keep` false copies every distinct slab, where it is if it is there. A slab that finds no slot gets -1 and
-    counts as an error: `minimum_slots` says what rules that out.
-    """
-    _assign_slots(
-        *(table.slot_of_G, table.slab_in_S, table.last_use_S, table.tick, table.counters),
-        wanted_N,
-        *(plan.slot_N, plan.copy_slab_N, plan.copy_slot_N),
-        keep,
-        protected_fetches,
-    )
-
-
-def assign_slots_reference(
+@operation("slot_of_G", "slab_in_S", "last_use_S", "tick_1", "counters_4", "slot_N", "copy_slab_N", "copy_slot_N")
+def assign_slots(
     slot_of_G: Tensor,
     slab_in_S: Tensor,
     last_use_S: Tensor,
@@ -56,7 +40,15 @@ def assign_slots_reference(
     keep: bool,
     protected_fetches: int,
 ) -> None:
-    """Without reading a number back: the same shapes whatever is wanted."""
+    """Give each slab of `wanted_N` (int32 slab numbers, -1 for a dropped choice, repeats allowed) a slot.
+
+    A slab that is there stays where it is. The others take free slots first (the lowest first), then those whose slab
+    was wanted longest ago (of those the lowest slot), never one that this fetch or the `protected_fetches` before it
+    wanted. `keep` false copies every distinct slab, where it is if it is there. A slab that finds no slot gets -1 and
+    counts as an error: `minimum_slots` says what rules that out. The first five arguments are a `DeviceSlots`, and the
+    three after `wanted_N` a `FetchPlan`.
+    """
+    # no number is read back: the same shapes whatever is wanted
     num_choices, num_slots = wanted_N.shape[0], slab_in_S.shape[0]
     order_N = torch.arange(num_choices, device=wanted_N.device)
     earlier_NN = order_N[None, :] < order_N[:, None]
@@ -188,6 +180,7 @@ def assign_kernel(
     tl.store(tick_1, tick + 1)
 
 
+@assign_slots.on_cuda
 def launch_assign_slots(
     slot_of_G: Tensor,
     slab_in_S: Tensor,
@@ -227,12 +220,3 @@ def launch_assign_slots(
         SLOTS=slots_tile,
         num_warps=4 if slots_tile <= 1024 else 8,
     )
-
-
-_assign_slots = register(
-    "assign_slots(Tensor(a!) slot_of_G, Tensor(b!) slab_in_S, Tensor(c!) last_use_S, Tensor(d!) tick_1, "
-    "Tensor(e!) counters_4, Tensor wanted_N, Tensor(f!) slot_N, Tensor(g!) copy_slab_N, Tensor(h!) copy_slot_N, "
-    "bool keep, int protected_fetches) -> ()",
-    reference=assign_slots_reference,
-    kernel=launch_assign_slots,
-)

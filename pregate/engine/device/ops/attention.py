@@ -14,31 +14,30 @@ from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 
 TILE = 128
 """Places looked at together."""
 NUM_WARPS = 8
 
 
+def _no_result(queries: Tensor, cache_2BHTC: Tensor, *_: Tensor) -> Tensor:
+    batch, heads, width = cache_2BHTC.shape[1], cache_2BHTC.shape[2], cache_2BHTC.shape[4]
+    return queries.new_empty(batch, 1, heads * width)
+
+
+@operation("cache_2BHTC", fake=_no_result)
 def self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
     """Put this token's key and value into the cache at `position_1`, then attend to every place that the bias does not
     hide; those behind the position must be hidden. qkv_B13HC: query, key and value, contiguous. Returns (B, 1, H*C)."""
-    return _self_attention(qkv_B13HC, cache_2BHTC, position_1, bias_1H1T)
-
-
-def self_attention_reference(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
     qkv_3BH1C = qkv_B13HC.permute(2, 0, 3, 1, 4)
     cache_2BHTC.index_copy_(3, position_1, qkv_3BH1C[1:])
     return _attend(qkv_3BH1C[0], cache_2BHTC[0], cache_2BHTC[1], bias_1H1T)
 
 
+@operation(fake=_no_result)
 def cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
     """Attend to every source place that the mask does not hide: (B, 1, H*C)."""
-    return _cross_attention(query_B1HC, cache_2BHSC, mask_B11S)
-
-
-def cross_attention_reference(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
     return _attend(query_B1HC.transpose(1, 2), cache_2BHSC[0], cache_2BHSC[1], mask_B11S)
 
 
@@ -119,10 +118,12 @@ def attention_kernel(
     tl.store(outputs + row * H * C + head * C + channel, stored(result, KIND), mask=inside)
 
 
+@self_attention.on_cuda
 def launch_self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
     return _launch(qkv_B13HC, cache_2BHTC, bias_1H1T, position_1)
 
 
+@cross_attention.on_cuda
 def launch_cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
     return _launch(query_B1HC, cache_2BHSC, mask_B11S, None)
 
@@ -155,22 +156,3 @@ def _launch(queries: Tensor, cache_2BHTC: Tensor, bias_BHXT: Tensor, position_1:
         num_warps=NUM_WARPS,
     )
     return outputs
-
-
-def _no_result(queries: Tensor, cache_2BHTC: Tensor, *_: Tensor) -> Tensor:
-    batch, heads, width = cache_2BHTC.shape[1], cache_2BHTC.shape[2], cache_2BHTC.shape[4]
-    return queries.new_empty(batch, 1, heads * width)
-
-
-_self_attention = register(
-    "self_attention(Tensor qkv_B13HC, Tensor(a!) cache_2BHTC, Tensor position_1, Tensor bias_1H1T) -> Tensor",
-    reference=self_attention_reference,
-    kernel=launch_self_attention,
-    fake=_no_result,
-)
-_cross_attention = register(
-    "cross_attention(Tensor query_B1HC, Tensor cache_2BHSC, Tensor mask_B11S) -> Tensor",
-    reference=cross_attention_reference,
-    kernel=launch_cross_attention,
-    fake=_no_result,
-)

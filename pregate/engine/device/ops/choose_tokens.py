@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 
 SPLITS = 16
 """Programs that share a row's vocabulary."""
@@ -19,6 +19,7 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 """Of the finite numbers."""
 
 
+@operation("kept_BV", "seen_BV", "tokens_BT", "token_B", "live_B", "finite_B", "position_1")
 def choose_tokens(
     logits_BV: Tensor,
     kept_BV: Tensor,
@@ -43,29 +44,6 @@ def choose_tokens(
     `token_B`: all tokens and the last. `position_1`: the place of the last. `penalise`, `sample`: whether there is a
     repetition penalty, and whether the token is drawn, by the temperature, or is the likeliest.
     """
-    _choose_tokens(
-        *(logits_BV, kept_BV, seen_BV, eos_V, tokens_BT, token_B, live_B, finite_B, position_1),
-        *(min_new_1, pad_1, penalty_1, temperature_1, penalise, sample),
-    )
-
-
-def choose_tokens_reference(
-    logits_BV: Tensor,
-    kept_BV: Tensor,
-    seen_BV: Tensor,
-    eos_V: Tensor,
-    tokens_BT: Tensor,
-    token_B: Tensor,
-    live_B: Tensor,
-    finite_B: Tensor,
-    position_1: Tensor,
-    min_new_1: Tensor,
-    pad_1: Tensor,
-    penalty_1: Tensor,
-    temperature_1: Tensor,
-    penalise: bool,
-    sample: bool,
-) -> None:
     kept_BV.copy_(logits_BV)
     scores_BV = kept_BV
     finite_B &= scores_BV.isfinite().all(-1) | ~live_B
@@ -171,6 +149,7 @@ def choose_kernel(
         tl.store(seen_BV + row * V + chosen, tl.full((ROWS,), 1, tl.uint8), mask=inside)
 
 
+@choose_tokens.on_cuda
 def launch_choose_tokens(
     logits_BV: Tensor,
     kept_BV: Tensor,
@@ -189,7 +168,7 @@ def launch_choose_tokens(
     sample: bool,
 ) -> None:
     if sample:
-        choose_tokens_reference(
+        choose_tokens.reference(
             *(logits_BV, kept_BV, seen_BV, eos_V, tokens_BT, token_B, live_B, finite_B, position_1),
             *(min_new_1, pad_1, penalty_1, temperature_1, penalise, sample),
         )
@@ -236,12 +215,3 @@ def launch_choose_tokens(
         ROWS=triton.next_power_of_2(rows),
         num_warps=1,
     )
-
-
-_choose_tokens = register(
-    "choose_tokens(Tensor logits_BV, Tensor(a!) kept_BV, Tensor(b!) seen_BV, Tensor eos_V, Tensor(c!) tokens_BT, "
-    "Tensor(d!) token_B, Tensor(e!) live_B, Tensor(f!) finite_B, Tensor(g!) position_1, Tensor min_new_1, "
-    "Tensor pad_1, Tensor penalty_1, Tensor temperature_1, bool penalise, bool sample) -> ()",
-    reference=choose_tokens_reference,
-    kernel=launch_choose_tokens,
-)

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from pregate.config import UsageError
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 
 NUM_WARPS = 4
@@ -52,8 +51,7 @@ def check_activation(activation: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ExpertScratch:
+class ExpertScratch(NamedTuple):
     """Room for what lies between an expert's matrices, made once. hidden_NF: after the activation. weighted_ND: each
     choice's weighted result, before a token's are added up. Both in the compute dtype."""
 
@@ -73,37 +71,14 @@ class ExpertScratch:
         return self.hidden_NF.nbytes + self.weighted_ND.nbytes
 
 
-def expert_outputs(
-    hidden_BD: Tensor,
-    slot_N: Tensor,
-    weights_N: Tensor,
-    slots_SB: Tensor,
-    layout: SlabLayout,
-    scratch: ExpertScratch,
-    out_BD: Tensor,
-    activation: str = "relu",
-) -> None:
-    """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))).
-
-    hidden_BD, weights_N, out_BD: in the layout's dtype. slot_N: int32, where each choice's slab is; a choice with -1
-    adds nothing. Rounds to the dtype where the resident expert does: after each matrix, after weighting, after the
-    sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation or experts it lacks.
-    """
-    check_activation(activation)
-    _expert_outputs(
-        *(hidden_BD, slot_N, weights_N, slots_SB, scratch.hidden_NF, scratch.weighted_ND, out_BD),
-        layout.text,
-        activation,
-    )
-
-
 @lru_cache
 def _layout(text: str) -> SlabLayout:
     """An operation takes tensors and plain values, so a layout comes as its `text`."""
     return SlabLayout.from_json(json.loads(text))
 
 
-def expert_outputs_reference(
+@operation("hidden_NF", "weighted_ND", "out_BD")
+def expert_outputs(
     hidden_BD: Tensor,
     slot_N: Tensor,
     weights_N: Tensor,
@@ -112,13 +87,21 @@ def expert_outputs_reference(
     weighted_ND: Tensor,
     out_BD: Tensor,
     layout_text: str,
-    activation: str,
+    activation: str = "relu",
 ) -> None:
-    """One choice after the other, without reading a slot's number back."""
+    """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))).
+
+    hidden_BD, weights_N, out_BD: in the layout's dtype. slot_N: int32, where each choice's slab is; a choice with -1
+    adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`. Rounds to the dtype where
+    the resident expert does: after each matrix, after weighting, after the sum; dequantised weights are rounded to it
+    as well. Raises `UsageError` for an activation or experts it lacks.
+    """
+    check_activation(activation)
     layout = _layout(layout_text)
     up_and_down(layout)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
     top_k = num_choices // num_tokens
+    # one choice after the other, without reading a slot's number back
     for choice in range(num_choices):
         token = choice // top_k
         slot_1 = slot_N[choice : choice + 1]
@@ -233,6 +216,7 @@ def slot_linear_kernel(
             )
 
 
+@expert_outputs.on_cuda
 def launch_expert_outputs(
     hidden_BD: Tensor,
     slot_N: Tensor,
@@ -242,10 +226,10 @@ def launch_expert_outputs(
     weighted_ND: Tensor,
     out_BD: Tensor,
     layout_text: str,
-    activation: str,
+    activation: str = "relu",
 ) -> None:
     layout = _layout(layout_text)
-    assert activation == "relu", activation
+    check_activation(activation)
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
     up, down = up_and_down(layout)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
@@ -324,11 +308,3 @@ def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
     while choices == 1 and tile_rows > 4 and rows // tile_rows < 192:
         tile_rows //= 2
     return tile_rows, tile_columns
-
-
-_expert_outputs = register(
-    "expert_outputs(Tensor hidden_BD, Tensor slot_N, Tensor weights_N, Tensor slots_SB, Tensor(a!) hidden_NF, "
-    "Tensor(b!) weighted_ND, Tensor(c!) out_BD, str layout_text, str activation) -> ()",
-    reference=expert_outputs_reference,
-    kernel=launch_expert_outputs,
-)

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 from pregate.models.routing import route
 
 
+def _no_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*logits_B1E.shape[:-1], 1)
+    return logits_B1E.new_empty(shape, dtype=torch.int64), logits_B1E.new_empty(shape, dtype=dtype)
+
+
+@operation(fake=_no_choice)
 def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The most probable expert of each token and its probability in `dtype`: (expert_ids_B11, weights_B11). On equal
     probabilities the first expert wins."""
-    return _first_choice(logits_B1E, dtype)
-
-
-def first_choice_reference(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """By the rule that everything else routes by."""
     chosen = route(logits_B1E, top_k=1, capacity=None, dtype=dtype)
     return chosen.expert_ids_BTK, chosen.weights_BTK
 
@@ -50,6 +51,7 @@ def first_choice_kernel(
     tl.store(weights + row, stored(best, KIND))
 
 
+@first_choice.on_cuda
 def launch_first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     *shape, num_experts = logits_B1E.shape
     routed, kind = FLOATS[logits_B1E.dtype], FLOATS[dtype]
@@ -67,16 +69,3 @@ def launch_first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor,
         num_warps=1 if num_experts <= 128 else 4,
     )
     return ids, weights
-
-
-def _no_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (*logits_B1E.shape[:-1], 1)
-    return logits_B1E.new_empty(shape, dtype=torch.int64), logits_B1E.new_empty(shape, dtype=dtype)
-
-
-_first_choice = register(
-    "first_choice(Tensor logits_B1E, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=first_choice_reference,
-    kernel=launch_first_choice,
-    fake=_no_choice,
-)

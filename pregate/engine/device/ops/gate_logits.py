@@ -10,20 +10,16 @@ from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 from pregate.models.routing import router_logits
 
 TILE_E = 8
 """Experts that a program scores."""
 
 
+@operation(fake=lambda hidden_B1D, weight_ED, _: weight_ED.new_empty(hidden_B1D.shape[0], 1, weight_ED.shape[0]))
 def gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """Expert logits (B, 1, E) of one token a row, in the dtype of the weights."""
-    return _gate_logits(hidden_B1D, weight_ED, bias_E)
-
-
-def gate_logits_reference(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """By the rule that everything else routes by."""
     return router_logits(hidden_B1D, weight_ED, bias_E, weight_ED.dtype)
 
 
@@ -55,6 +51,7 @@ def gate_logits_kernel(
     tl.store(logits + row * E + expert, stored(logit, ROUTED), mask=expert < E)
 
 
+@gate_logits.on_cuda
 def launch_gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     (num_experts, width), rows = weight_ED.shape, hidden_B1D.shape[0]
     kind, routed = FLOATS[hidden_B1D.dtype], FLOATS[weight_ED.dtype]
@@ -75,11 +72,3 @@ def launch_gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | N
         num_warps=8,
     )
     return logits_B1E
-
-
-_gate_logits = register(
-    "gate_logits(Tensor hidden_B1D, Tensor weight_ED, Tensor? bias_E) -> Tensor",
-    reference=gate_logits_reference,
-    kernel=launch_gate_logits,
-    fake=lambda hidden_B1D, weight_ED, _: weight_ED.new_empty(hidden_B1D.shape[0], 1, weight_ED.shape[0]),
-)

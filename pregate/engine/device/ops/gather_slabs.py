@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
-from pregate.engine.device.ops.registry import register
-from pregate.engine.device.slots import FetchPlan
+from pregate.engine.device.ops.registry import operation
 
 NUM_PROGRAMS = 16
 """Multiprocessors given to copying; enough loads in flight for a PCIe 5.0 link, by its latency. Not yet measured."""
@@ -28,26 +27,20 @@ WIDTH = 16
 """Bytes of the widest load a thread can do."""
 
 
+@operation("slots_SB")
 def gather_slabs(
     addresses_G: Tensor,
-    plan: FetchPlan,
+    copy_slab_N: Tensor,
+    copy_slot_N: Tensor,
     slots_SB: Tensor,
-    *,
     num_programs: int = NUM_PROGRAMS,
     unroll: int = UNROLL,
 ) -> None:
-    """Copy the slabs that `plan` lists into their slots; nothing where it lists none.
+    """Copy the slabs that a `FetchPlan` lists into their slots; nothing where it lists none.
 
     addresses_G: int64, where the device sees each slab (`pregate.engine.device.host_memory`), on the device. slots_SB:
-    uint8, whole 4 KiB pages a slot. `num_programs`: thread blocks that share the work; `unroll`: loads in flight. The
-    reference implementation has neither.
+    uint8, whole 4 KiB pages a slot. `num_programs`: thread blocks that share the work; `unroll`: loads in flight.
     """
-    _gather_slabs(addresses_G, plan.copy_slab_N, plan.copy_slot_N, slots_SB, num_programs, unroll)
-
-
-def gather_slabs_reference(
-    addresses_G: Tensor, copy_slab_N: Tensor, copy_slot_N: Tensor, slots_SB: Tensor, *_: int
-) -> None:
     addresses = addresses_G.numpy()
     for slab, slot in zip(copy_slab_N.numpy(), copy_slot_N.numpy(), strict=True):
         if slab >= 0:
@@ -82,13 +75,14 @@ def gather_kernel(
         tl.store(slots + slot * slab_words + words, tl.load(source, mask=inside), mask=inside)
 
 
+@gather_slabs.on_cuda
 def launch_gather_slabs(
     addresses_G: Tensor,
     copy_slab_N: Tensor,
     copy_slot_N: Tensor,
     slots_SB: Tensor,
-    num_programs: int,
-    unroll: int,
+    num_programs: int = NUM_PROGRAMS,
+    unroll: int = UNROLL,
     num_warps: int = NUM_WARPS,
 ) -> None:
     slots_SW = slots_SB.view(torch.int64)
@@ -104,11 +98,3 @@ def launch_gather_slabs(
         TILE=num_warps * WARP * WIDTH // 8 * unroll,
         num_warps=num_warps,
     )
-
-
-_gather_slabs = register(
-    "gather_slabs(Tensor addresses_G, Tensor copy_slab_N, Tensor copy_slot_N, Tensor(a!) slots_SB, int num_programs, "
-    "int unroll) -> ()",
-    reference=gather_slabs_reference,
-    kernel=launch_gather_slabs,
-)

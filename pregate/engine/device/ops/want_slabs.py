@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from pregate.engine.device.ops.language import tl, triton
-from pregate.engine.device.ops.registry import register
+from pregate.engine.device.ops.registry import operation
 from pregate.engine.device.slots import NONE
 
 
+@operation("wanted_N")
 def want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
     """Into `wanted_N` (int32, B*K of one place a row): the slab of each choice of a block whose expert 0 is
     `first_slab`; -1 for a dropped choice and for all of a row that does not live."""
-    _want_slabs(expert_ids_BTK, live_B, first_slab, wanted_N)
-
-
-def want_slabs_reference(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
     # masked_fill: its value is an argument of the launch, where `torch.where` would make a tensor of it
     unneeded = (expert_ids_BTK < 0) | ~live_B[:, None, None]
     wanted_N.copy_((expert_ids_BTK + first_slab).masked_fill(unneeded, NONE).view(-1))
@@ -37,6 +34,7 @@ def want_kernel(
     tl.store(wanted_N + order, tl.where((expert >= 0) & is_live, expert + first_slab, -1), mask=inside)
 
 
+@want_slabs.on_cuda
 def launch_want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, wanted_N: Tensor) -> None:
     num_choices = wanted_N.shape[0]
     assert expert_ids_BTK.numel() == num_choices, (expert_ids_BTK.shape, num_choices)
@@ -50,10 +48,3 @@ def launch_want_slabs(expert_ids_BTK: Tensor, live_B: Tensor, first_slab: int, w
         CHOICES=1 << (num_choices - 1).bit_length(),
         num_warps=1,
     )
-
-
-_want_slabs = register(
-    "want_slabs(Tensor expert_ids_BTK, Tensor live_B, int first_slab, Tensor(a!) wanted_N) -> ()",
-    reference=want_slabs_reference,
-    kernel=launch_want_slabs,
-)

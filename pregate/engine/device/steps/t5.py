@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
-from pregate.engine.device.ops.add_norm import add_norm
+from pregate.engine.device.ops.add_norm import add_norm, norm
 from pregate.engine.device.sampling import Sampler, Sampling, StepKind
 from pregate.engine.device.steps.static_attention import (
     PositionBias,
@@ -164,11 +164,13 @@ class StaticDecoder:
         return run
 
 
-def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, norm: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, layer: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """The residual stream behind a part of a layer, and the normed input of the next part."""
     if hidden_B1D.dtype == torch.float16 and added_B1D is not None:
         hidden_B1D, added_B1D = finite(hidden_B1D + added_B1D), None
-    return add_norm(hidden_B1D, added_B1D, norm.weight, norm.variance_epsilon, factor)
+    if added_B1D is None:
+        return hidden_B1D, norm(hidden_B1D, layer.weight, layer.variance_epsilon, factor)
+    return add_norm(hidden_B1D, added_B1D, layer.weight, layer.variance_epsilon, factor)
 
 
 class _StaticLayer:

@@ -18,12 +18,12 @@ def test_listed_slabs_arrive_whole_and_alone() -> None:
     table, plan = DeviceSlots.empty(7, 4, "cpu"), FetchPlan.empty(3, "cpu")
     slots_SB = torch.zeros(4, size, dtype=torch.uint8)
     for wanted in ([1, 1, 5], [-1, 6, 1], [0, 2, 0], [-1, -1, -1], [3, 3, 3]):
-        assign_slots(table, torch.tensor(wanted, dtype=torch.int32), plan, keep=True, protected_fetches=0)
+        assign_slots(*table, torch.tensor(wanted, dtype=torch.int32), *plan, True, 0)
         expected_SB = slots_SB.clone()
         for slab, slot in zip(plan.copy_slab_N.tolist(), plan.copy_slot_N.tolist(), strict=True):
             if slab >= 0:
                 expected_SB[slot] = store[slab]
-        gather_slabs(addresses_G, plan, slots_SB)
+        gather_slabs(addresses_G, plan.copy_slab_N, plan.copy_slot_N, slots_SB)
         assert torch.equal(slots_SB, expected_SB), wanted
         for slab, slot in zip(wanted, plan.slot_N.tolist(), strict=True):
             assert slab < 0 or torch.equal(slots_SB[slot], store[slab])

@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 
 from pregate.engine.device.ops.expert_outputs import (  # noqa: E402
     NUM_WARPS,
-    expert_outputs_reference,
+    expert_outputs,
     launch_expert_outputs,
     linear_constants,
     slot_linear_kernel,
@@ -29,9 +29,9 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def hold_to_reference(case: ExpertsCase, device: str) -> None:
     moved = case.copied_to(device)
-    launch_expert_outputs(*moved.flat)
+    launch_expert_outputs(*moved.arguments)
     got_BD = moved.out_BD.cpu()
-    expert_outputs_reference(*case.flat)
+    expert_outputs.reference(*case.arguments)
     assert_close(got_BD, case.out_BD, case.slot_N.tolist())
     dropped_B = (case.slot_N.view(len(got_BD), -1) < 0).all(1)
     assert (got_BD[dropped_B] == 0).all()
@@ -157,10 +157,10 @@ def test_experts_of_a_real_size_in_a_cuda_graph(slab_dtype: SlabDtype, batch: in
     slots = torch.randint(10, (batch,), generator=generator).tolist()
     case = ExpertsCase.random(1, slots, width=768, hidden=3072, dtype=torch.bfloat16, stored=slab_dtype)
     moved = case.copied_to("cuda")
-    launch_expert_outputs(*moved.flat)
+    launch_expert_outputs(*moved.arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch_expert_outputs(*moved.flat)
+        launch_expert_outputs(*moved.arguments)
     for shift in range(3):
         slot_N = case.slot_N.roll(shift)
         slot_N[-1] = -1 if shift == 2 else slot_N[-1]
@@ -168,5 +168,5 @@ def test_experts_of_a_real_size_in_a_cuda_graph(slab_dtype: SlabDtype, batch: in
         moved.out_BD.fill_(float("nan"))
         graph.replay()
         case.slot_N.copy_(slot_N)
-        expert_outputs_reference(*case.flat)
+        expert_outputs.reference(*case.arguments)
         assert_close(moved.out_BD, case.out_BD, slot_N.tolist())

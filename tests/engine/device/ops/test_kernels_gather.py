@@ -13,10 +13,8 @@ from pregate.engine.device.host_memory import device_addresses, host_allocated
 from pregate.engine.device.ops.gather_slabs import (
     gather_kernel,
     gather_slabs,
-    gather_slabs_reference,
     launch_gather_slabs,
 )
-from pregate.engine.device.slots import FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock
 
 NUM_SLABS, NUM_SLOTS = 9, 6
@@ -41,16 +39,9 @@ def readable_by(device: str, memory: Tensor) -> Iterator[None]:
         page_unlock(memory)
 
 
-def plan_of(listed: tuple[list[int], list[int]], device: str) -> FetchPlan:
-    plan = FetchPlan.empty(len(listed[0]), device)
-    for tensor, values in zip((plan.copy_slab_N, plan.copy_slot_N), listed, strict=True):
-        tensor.copy_(torch.tensor(values))
-    return plan
-
-
-def listed_in(listed: tuple[list[int], list[int]], device: str) -> tuple[Tensor, Tensor]:
-    plan = plan_of(listed, device)
-    return plan.copy_slab_N, plan.copy_slot_N
+def listed_on(device: str, listed: tuple[list[int], list[int]]) -> list[Tensor]:
+    """Slabs and slots as a fetch plan lists them."""
+    return [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in listed]
 
 
 def random_store(num_slabs: int, size: int, seed: int) -> Tensor:
@@ -69,11 +60,11 @@ def test_as_the_reference(
     expected_SB = torch.full((NUM_SLOTS, pages * PAGE), 171, dtype=torch.uint8)
     slots_SB = expected_SB.to(kernel_device, copy=True)
     store = memory.view(NUM_SLABS, -1)
-    gather_slabs_reference(device_addresses(store, "cpu"), *listed_in(PLANS[listed], "cpu"), expected_SB)
+    gather_slabs.reference(device_addresses(store, "cpu"), *listed_on("cpu", PLANS[listed]), expected_SB)
     with readable_by(kernel_device, memory):
         launch_gather_slabs(
             device_addresses(store, kernel_device),
-            *listed_in(PLANS[listed], kernel_device),
+            *listed_on(kernel_device, PLANS[listed]),
             slots_SB,
             num_programs=num_programs,
             unroll=unroll,
@@ -95,7 +86,7 @@ def test_as_many_slabs_as_a_batch_wants(kernel_device: str, num_choices: int) ->
     expected_SB[slots] = store[slabs]
     with readable_by(kernel_device, memory):
         addresses_G = device_addresses(store, kernel_device)
-        launch_gather_slabs(addresses_G, *listed_in(listed, kernel_device), slots_SB, num_programs=3, unroll=1)
+        launch_gather_slabs(addresses_G, *listed_on(kernel_device, listed), slots_SB, num_programs=3, unroll=1)
         assert torch.equal(slots_SB.cpu(), expected_SB)
 
 
@@ -126,7 +117,7 @@ def test_memory_of_the_drivers_own_making(write_combined: bool) -> None:
     with host_allocated(memory.numel(), write_combined=write_combined) as own:
         own.copy_(memory)
         slots_SB = torch.zeros(NUM_SLOTS, 64 * PAGE, dtype=torch.uint8, device="cuda")
-        gather_slabs(device_addresses(own.view(NUM_SLABS, -1), "cuda"), plan_of(PLANS["all"], "cuda"), slots_SB)
+        gather_slabs(device_addresses(own.view(NUM_SLABS, -1), "cuda"), *listed_on("cuda", PLANS["all"]), slots_SB)
         slabs, slots = PLANS["all"]
         assert torch.equal(slots_SB.cpu()[slots], memory.view(NUM_SLABS, -1)[slabs])
 
@@ -138,22 +129,21 @@ def test_in_a_cuda_graph_on_a_side_stream() -> None:
     store = memory.view(NUM_SLABS, -1)
     slots_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8, device="cuda")
     result_SB = torch.zeros_like(slots_SB)
-    plan = plan_of(PLANS["none"], "cuda")
+    plan = listed_on("cuda", PLANS["none"])
     with readable_by("cuda", memory):
         addresses_G = device_addresses(store, "cuda")
-        gather_slabs(addresses_G, plan, slots_SB)  # compiled before the capture
+        gather_slabs(addresses_G, *plan, slots_SB)  # compiled before the capture
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                gather_slabs(addresses_G, plan, slots_SB)
+                gather_slabs(addresses_G, *plan, slots_SB)
             torch.cuda.current_stream().wait_stream(side)
             result_SB.copy_(slots_SB)
         for listed in ("all", "one", "none", "all"):
             slots_SB.zero_()
-            fresh = plan_of(PLANS[listed], "cuda")
-            plan.copy_slab_N.copy_(fresh.copy_slab_N)
-            plan.copy_slot_N.copy_(fresh.copy_slot_N)
+            for tensor, fresh in zip(plan, listed_on("cuda", PLANS[listed]), strict=True):
+                tensor.copy_(fresh)
             graph.replay()
             expected_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8)
             for slab, slot in zip(*PLANS[listed], strict=True):

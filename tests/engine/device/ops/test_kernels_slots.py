@@ -14,16 +14,11 @@ from pregate.engine.device.ops.assign_slots import (
     MAX_CHOICES,
     MAX_SLOTS,
     assign_kernel,
-    assign_slots_reference,
+    assign_slots,
     launch_assign_slots,
 )
 from pregate.engine.device.slots import DeviceSlots, FetchPlan, minimum_slots
 from tests.engine.device.naive import assert_consistent, assert_tables_equal, random_wanted
-
-
-def flat(table: DeviceSlots, wanted_N: Tensor, plan: FetchPlan) -> tuple[Tensor, ...]:
-    """As the implementations take them."""
-    return (*vars(table).values(), wanted_N, *vars(plan).values())
 
 
 def hold_to_reference(
@@ -32,8 +27,8 @@ def hold_to_reference(
     table, expected = (DeviceSlots.empty(num_slabs, num_slots, place) for place in (device, "cpu"))
     for number, wanted_N in enumerate(fetches):
         plan, plan_expected = (FetchPlan.empty(len(wanted_N), place) for place in (device, "cpu"))
-        assign_slots_reference(*flat(expected, wanted_N, plan_expected), keep, protected)
-        launch_assign_slots(*flat(table, wanted_N.to(device), plan), keep, protected)
+        assign_slots.reference(*expected, wanted_N, *plan_expected, keep, protected)
+        launch_assign_slots(*table, wanted_N.to(device), *plan, keep, protected)
         assert_tables_equal((table, plan), (expected, plan_expected), f"fetch {number}, {wanted_N}:")
     assert_consistent(table)
     return expected
@@ -100,7 +95,7 @@ def test_more_than_a_program_looks_at_is_refused(kernel_device: str) -> None:
         table, plan = DeviceSlots.empty(8, num_slots, "cpu"), FetchPlan.empty(num_choices, "cpu")
         wanted_N = torch.zeros(num_choices, dtype=torch.int32)
         with pytest.raises(UsageError, match="slots and"):
-            launch_assign_slots(*flat(table, wanted_N, plan), True, 0)
+            launch_assign_slots(*table, wanted_N, *plan, True, 0)
 
 
 def test_what_one_thread_writes_the_others_read_behind_a_barrier(compiler: None) -> None:
@@ -123,15 +118,15 @@ def test_in_a_cuda_graph() -> None:
     table, expected = DeviceSlots.empty(40, 12, "cuda"), DeviceSlots.empty(40, 12, "cpu")
     plan, plan_expected = FetchPlan.empty(4, "cuda"), FetchPlan.empty(4, "cpu")
     wanted_N = torch.full((4,), -1, dtype=torch.int32, device="cuda")
-    launch_assign_slots(*flat(table, wanted_N, plan), True, 1)  # compiled before the capture
+    launch_assign_slots(*table, wanted_N, *plan, True, 1)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch_assign_slots(*flat(table, wanted_N, plan), True, 1)
+        launch_assign_slots(*table, wanted_N, *plan, True, 1)
     table.clear()
     generator = torch.Generator().manual_seed(0)
     for step in range(200):
         chosen_N = random_wanted(generator, 40, 4, step=step, blocks=5)
         wanted_N.copy_(chosen_N)
         graph.replay()
-        assign_slots_reference(*flat(expected, chosen_N, plan_expected), True, 1)
+        assign_slots.reference(*expected, chosen_N, *plan_expected, True, 1)
         assert_tables_equal((table, plan), (expected, plan_expected), f"replay {step}:")
