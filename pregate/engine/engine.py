@@ -20,8 +20,8 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.budget import allocate_slots, host_buffers_within, resolve_tier, slots_within
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
-from pregate.engine.io.mover import Mover
-from pregate.engine.io.movers import make_mover
+from pregate.engine.io.base import Mover
+from pregate.engine.io.choose import make_mover
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.origin import Unchanged

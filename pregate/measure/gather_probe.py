@@ -28,7 +28,7 @@ from pregate.engine.device.host_memory import device_addresses, host_allocated
 from pregate.engine.device.ops.gather_slabs import gather_slabs
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.slots import FetchPlan
-from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
+from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.system.runtime import environment, human_bytes, pick_device
 
 ROWS = "gather_probe.jsonl"

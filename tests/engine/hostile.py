@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
-from pregate.engine.storage.store import Store, copy_bytes
+from pregate.engine.storage.memory import PAGE, aligned_bytes, copy_bytes
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.engine.storage.store import Store
 from pregate.models.pregating import ExpertKey
 
 POISON = 0xFF

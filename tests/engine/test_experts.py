@@ -17,10 +17,11 @@ from torch.nn.functional import silu
 from pregate.config import CacheRule, SlabDtype
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
-from pregate.engine.io.mover import ThreadMover
+from pregate.engine.io.threads import ThreadMover
 from pregate.engine.policy import OnDemand
 from pregate.engine.scheduler import Scheduler
-from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
+from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import Factor, grouped_experts, project
 from pregate.models.pregating import ExpertFamily, ExpertKey

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier
 from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.io.uring_mover import UringMover
+from pregate.engine.io.uring import UringMover
 from tests.engine.hostile import HostileStore, Streamer, interrupted_expert
 from tests.engine.serving import (
     OFFLOADED,

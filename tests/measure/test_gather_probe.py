@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate.engine.storage.slabs import PAGE
+from pregate.engine.storage.memory import PAGE
 from pregate.measure import gather_probe
 from pregate.measure.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
 

@@ -12,13 +12,13 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.engine.storage.memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
 from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
-from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.pregating import ExpertFamily, ExpertKey
 from pregate.system.runtime import human_bytes
@@ -59,11 +59,6 @@ class Store(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def copy_bytes(source: Tensor, target: Tensor) -> None:
-    """Between CPU slabs, on this thread alone: torch would start a team of threads beside the one that computes."""
-    np.copyto(target.numpy(), source.numpy())
 
 
 class DramStore:

@@ -17,7 +17,7 @@ import torch
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
-from pregate.engine.io.mover import Transfer
+from pregate.engine.io.base import Transfer
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace

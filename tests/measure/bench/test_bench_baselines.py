@@ -10,7 +10,7 @@ import torch
 
 from pregate.config import SlabDtype, Tier
 from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.storage.slabs import aligned_bytes
+from pregate.engine.storage.memory import aligned_bytes
 from pregate.measure.bench.baselines import (
     cpu_offloaded,
     dequantised_resident,

@@ -8,7 +8,7 @@ from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.ops.assign_slots import assign_slots
 from pregate.engine.device.ops.gather_slabs import gather_slabs
 from pregate.engine.device.slots import DeviceSlots, FetchPlan
-from pregate.engine.storage.slabs import PAGE, aligned_bytes
+from pregate.engine.storage.memory import PAGE, aligned_bytes
 
 
 def test_listed_slabs_arrive_whole_and_alone() -> None:

@@ -15,7 +15,7 @@ from pregate.engine.device.ops.gather_slabs import (
     gather_slabs,
     launch_gather_slabs,
 )
-from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock
+from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock
 
 NUM_SLABS, NUM_SLOTS = 9, 6
 PLANS = {
