@@ -17,7 +17,8 @@ import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
-from pregate.engine.device.engine import DeviceEngine, slots_for
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict

@@ -22,7 +22,7 @@ import torch
 from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.measure.bench.device import serve_one
 from pregate.measure.bench.grid import BenchModel, RowSpec, bench_models
 from pregate.measure.bench.row import Requests, greedy

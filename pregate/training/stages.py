@@ -20,7 +20,7 @@ import torch
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion.calibration import calibrate
 from pregate.conversion.write import MANIFEST, check_convertible, convert_for
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family

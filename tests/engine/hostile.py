@@ -89,7 +89,7 @@ class HostileRing:
     """
 
     def __init__(self, engine: OffloadEngine, seed: int = 0) -> None:
-        mover: Any = engine._mover
+        mover: Any = engine.host.mover
         self._ring, mover._ring = mover._ring, self
         self._draw, self._kept = random.Random(seed), []
         self.num_pieces = 0
@@ -145,7 +145,7 @@ class MemoryStore:
 
 def poison_slots(engine: OffloadEngine) -> None:
     """From now on a slot loses what it held at the moment that a transfer into it is started."""
-    mover: Any = engine._mover
+    mover: Any = engine.host.mover
     start = mover.start
 
     def poisoned_start(key: ExpertKey, slot: Tensor) -> Any:

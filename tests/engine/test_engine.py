@@ -95,7 +95,7 @@ def test_pre_gating_moves_slabs_while_the_block_before_computes(
     """In the trace; an expert computes until every fetch that was begun beside it is over."""
 
     def slow(matrices: Any, hidden_ND: Tensor) -> Tensor:
-        for transfer in list(engine._scheduler._transfers.values()):
+        for transfer in list(engine.host.scheduler._transfers.values()):
             transfer.wait()
         return served.model.get_parameter("lm_head.weight").new_zeros(hidden_ND.shape)
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import threads
+from pregate.engine.opening import open_store
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.families.switch_layers import switch_expert_family
 from pregate.models.loading import load_resident

@@ -22,8 +22,9 @@ from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
 from pregate.engine.device import host_memory
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import host_buffers
+from pregate.engine.opening import open_store
 from pregate.engine.storage import memory, pack, store
 from pregate.engine.storage.memory import aligned_bytes, page_lock
 from pregate.system.memory import is_out_of_memory

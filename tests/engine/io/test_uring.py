@@ -215,7 +215,7 @@ def test_without_a_ring_threads_read_and_the_reason_is_told(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with OffloadEngine.open(served.directory) as engine:
-            assert isinstance(engine._mover, ThreadMover)
+            assert isinstance(engine.host.mover, ThreadMover)
             assert_same(generated(engine.generate, request(2)), expected)
     reasons = [str(warning.message) for warning in told if "read by threads" in str(warning.message)]
     assert len(reasons) == warned
@@ -226,7 +226,7 @@ def test_without_a_ring_threads_read_and_the_reason_is_told(
 def test_the_kernel_reads_unless_it_is_told_not_to_or_slabs_pass_through_host_memory(served: Served) -> None:
     for options, kind in (({}, UringMover), ({"io_uring": False}, ThreadMover), ({"host_budget": "50%"}, ThreadMover)):
         with OffloadEngine.open(served.directory, **options) as engine:
-            assert type(engine._mover) is kind, options
+            assert type(engine.host.mover) is kind, options
 
 
 @needs_io_uring
@@ -276,8 +276,8 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
 ) -> None:
     """They would share the link with slabs that are needed sooner."""
     with OffloadEngine.open(served.directory, device_budget="60%", io_threads=2) as engine:
-        mover: Any = engine._mover
-        slots = engine._scheduler._slots
+        mover: Any = engine.host.mover
+        slots = engine.host.scheduler._slots
         under_way: list[int] = []
         ended: list[tuple[int, int]] = []
         monkeypatch.setattr(Ring, "read", lambda ring, number, *_: under_way.append(number))
@@ -304,9 +304,9 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
 def test_what_was_called_off_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transfer under way, and one that was waiting for its turn, when everything was reset."""
     with OffloadEngine.open(served.directory, device_budget="60%", io_threads=1) as engine:
-        mover: Any = engine._mover
+        mover: Any = engine.host.mover
         monkeypatch.setattr(Ring, "completed", lambda ring: [])  # the first might have ended when the second is begun
-        slots = engine._scheduler._slots
+        slots = engine.host.scheduler._slots
         begun, waiting = (mover.start(key, slots[number]) for number, key in enumerate(engine.family.keys()[:2]))
         mover.drain()
         for read in (begun, waiting):

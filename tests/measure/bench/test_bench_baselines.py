@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pregate.config import SlabDtype, Tier
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.engine.storage.memory import aligned_bytes
 from pregate.measure.bench.baselines import (
     cpu_offloaded,

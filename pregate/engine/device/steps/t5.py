@@ -10,11 +10,12 @@ Letters: B batch, S source places, T target places, D model width, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.ops.add_norm import add_norm, norm
@@ -63,7 +64,7 @@ class StaticDecoder:
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else 1.0
         self._experts = experts
-        self._decoder = decoder
+        self._encoder, self._decoder = model.encoder, decoder
         self._gates: list[nn.Module] = []
         self._state: list[Any] = []
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
@@ -101,6 +102,19 @@ class StaticDecoder:
         """What the step's own tensors take: caches, mask, tokens and logits."""
         caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
         return caches + self._mask_B11S.nbytes + self.sampler.num_bytes
+
+    def read_prompt(
+        self, run: Callable[[Any, dict[str, Any]], Any], input_ids_BS: Tensor, attention_mask_BS: Tensor
+    ) -> Tensor:
+        """The last hidden states (B, S, D) of the source, for `begin`. `run` calls a part of the model while the host
+        fetches its experts."""
+        inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
+        return run(self._encoder, inputs).last_hidden_state
+
+    def output(self, tokens_BT: Tensor, logits: Sequence[Tensor] | None) -> GenerateEncoderDecoderOutput:
+        """What `generate` of the model returns as a dictionary."""
+        kept: Any = None if logits is None else tuple(logits)
+        return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
