@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pregate.config import Policy
-from pregate.engine.policy import make_policy
+from pregate.engine.policy import fetched_on_enter, fetched_on_route
 from pregate.engine.scheduler import Scheduler
 from pregate.models.pregating import ExpertFamily, ExpertKey
 
@@ -18,14 +18,13 @@ class Fetcher:
 
     def __init__(self, policy: Policy, family: ExpertFamily, scheduler: Scheduler) -> None:
         self.reads_routes = policy is Policy.pre_gated
-        self._policy, self._scheduler = make_policy(policy, family), scheduler
+        self._policy, self._family, self._scheduler = policy, family, scheduler
 
     def on_route(self, stack: str, block: int, experts: Sequence[int]) -> None:
         """The route of (stack, block) is committed; `experts` are the ids that it uses, most urgent first."""
-        if self.reads_routes:
-            self._scheduler.request(self._policy.on_route(stack, block, experts))
+        self._scheduler.request(fetched_on_route(self._policy, stack, block, experts))
 
     def on_enter(self, stack: str, block: int, needed: Iterable[ExpertKey]) -> None:
         """(stack, block) begins. What it needs comes before everything that was announced earlier."""
         self._scheduler.request(needed, urgent=True)
-        self._scheduler.request(self._policy.on_enter(stack, block))
+        self._scheduler.request(fetched_on_enter(self._policy, self._family, stack, block))

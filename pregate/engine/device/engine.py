@@ -23,9 +23,9 @@ from pregate.engine.base import Engine
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.limits import refuse_settings, slots_for
-from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
 from pregate.engine.device.ops.expert_outputs import check_activation
 from pregate.engine.device.ops.language import require_triton
+from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
@@ -73,7 +73,7 @@ class DeviceEngine(Engine):
             opened.config.d_model,
             opened.config.dense_act_fn,
         )
-        self._experts = make_moves(policy, memory, blocks, side_stream(self._device))
+        self._experts = make_experts(policy, memory, blocks, side_stream(self._device))
         self.decoder = StaticDecoder(
             model, self._experts, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
         )

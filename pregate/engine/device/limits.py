@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.device.moves import slots_needed
+from pregate.engine.device.policies import slots_needed
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family

@@ -62,7 +62,7 @@ class DeviceSlots(NamedTuple):
         self.counters.zero_()
 
 
-class FetchPlan(NamedTuple):
+class Fetch(NamedTuple):
     """What one fetch decides, in preallocated int32 tensors.
 
     slot_N: where each choice finds its slab, -1 for a dropped choice. copy_slab_N, copy_slot_N: the distinct slabs to
@@ -74,5 +74,5 @@ class FetchPlan(NamedTuple):
     copy_slot_N: Tensor
 
     @classmethod
-    def empty(cls, num_choices: int, device: torch.device | str) -> FetchPlan:
+    def empty(cls, num_choices: int, device: torch.device | str) -> Fetch:
         return cls(*(torch.full((num_choices,), NONE, dtype=torch.int32, device=device) for _ in range(3)))

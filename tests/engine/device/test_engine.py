@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.device import moves
+from pregate.engine.device import policies
 from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.device.sampling import StepKind
@@ -144,8 +144,8 @@ def test_slots_of_the_running_block_are_never_reused(
     with DeviceEngine.open(served.directory, batch=3, policy=policy, device_budget=f"{slots * SLAB}B") as engine:
         with pytest.raises(RuntimeError, match=f"experts found no slot among {slots}"):
             served_by(engine, inputs, steps, None)
-        assign = moves.assign_slots
-        monkeypatch.setattr(moves, "assign_slots", lambda *arguments: assign(*arguments[:-1], 0))
+        assign = policies.assign_slots
+        monkeypatch.setattr(policies, "assign_slots", lambda *arguments: assign(*arguments[:-1], 0))
         monkeypatch.setattr(engine, "_check_errors", lambda: [0, 0, 0, 0])
         got = served_by(engine, inputs, steps, None)
     assert not torch.allclose(got[1], wanted[1], atol=1e-3)
@@ -157,7 +157,7 @@ def test_without_fetching_nothing_right_comes_out(
 ) -> None:
     inputs = inputs_of(0, 2)
     wanted = reference(served.model, inputs, STEPS, None)
-    monkeypatch.setattr(moves, "gather_slabs", lambda *_: None)
+    monkeypatch.setattr(policies, "gather_slabs", lambda *_: None)
     with DeviceEngine.open(served.directory, batch=2, policy=policy) as engine:
         engine._experts._memory.slots_SB.fill_(0xFF)
         monkeypatch.setattr(engine.host, "run", lambda _, inputs: served.model.encoder(**inputs))

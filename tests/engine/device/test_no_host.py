@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import moves
+from pregate.engine.device import policies
 from pregate.engine.device.graph import InOrder
-from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
 from pregate.engine.device.ops import (
     add_norm,
     assign_slots,
@@ -35,6 +34,7 @@ from pregate.engine.device.ops import (
     want_slabs,
 )
 from pregate.engine.device.ops.registry import OPERATIONS
+from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.sampling import StepKind
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.device.steps.t5 import StaticDecoder
@@ -44,7 +44,7 @@ from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
-SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "moves.py", "slots.py", "gates.py"]
+SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "policies.py", "slots.py", "gates.py"]
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),
@@ -101,7 +101,7 @@ def decoder(policy: Policy, **options: Any) -> StaticDecoder:
         model.config.d_model,
         "relu",
     )
-    experts = make_moves(policy, memory, blocks, InOrder())
+    experts = make_experts(policy, memory, blocks, InOrder())
     return StaticDecoder(model.to(meta), experts, batch=BATCH, max_source_len=7, max_new_tokens=5)
 
 
@@ -122,7 +122,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
     for operation in OPERATIONS.values():
         monkeypatch.setattr(operation, "chosen", operation.reference)
     for name in ("assign_slots", "gather_slabs", "expert_outputs"):
-        monkeypatch.setattr(moves, name, stand_in(name))
+        monkeypatch.setattr(policies, name, stand_in(name))
     return noted
 
 
@@ -218,7 +218,7 @@ def test_a_launcher_that_asks_is_noticed(
     asks: Callable[..., Any], launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     static = decoder(Policy.pre_gated, lookahead=1)
-    monkeypatch.setattr(moves, "assign_slots", asks)
+    monkeypatch.setattr(policies, "assign_slots", asks)
     with Watch(), pytest.raises((HostAskedError, RuntimeError, NotImplementedError)):
         static.step(StepKind())
 
@@ -241,7 +241,7 @@ def test_what_asks_is_noticed(
     asks: Callable[[Tensor], Any], launches: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     static = decoder(Policy.pre_gated)
-    monkeypatch.setattr(moves, "expert_outputs", lambda hidden_BD, *rest: asks(hidden_BD))
+    monkeypatch.setattr(policies, "expert_outputs", lambda hidden_BD, *rest: asks(hidden_BD))
     said = "depends on data|has a tensor on cpu|meta tensor"
     with Watch(), pytest.raises((HostAskedError, RuntimeError, NotImplementedError), match=said):
         static.step(StepKind())

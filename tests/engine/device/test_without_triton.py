@@ -17,12 +17,12 @@ import torch
 import pregate.engine.device.engine
 import pregate.measure.gather_probe
 from pregate.engine.device.ops.assign_slots import assign_slots
-from pregate.engine.device.slots import DeviceSlots, FetchPlan
+from pregate.engine.device.slots import DeviceSlots, Fetch
 
-plan = FetchPlan.empty(2, "cpu")
+fetch = Fetch.empty(2, "cpu")
 wanted_N = torch.tensor([3, 3], dtype=torch.int32)
-assign_slots(*DeviceSlots.empty(4, 2, "cpu"), wanted_N, *plan, True, 0)
-print(plan.copy_slab_N.tolist())
+assign_slots(*DeviceSlots.empty(4, 2, "cpu"), wanted_N, *fetch, True, 0)
+print(fetch.copy_slab_N.tolist())
 """
 
 

@@ -46,7 +46,7 @@ def assign_slots(
     was wanted longest ago (of those the lowest slot), never one that this fetch or the `protected_fetches` before it
     wanted. `keep` false copies every distinct slab, where it is if it is there. A slab that finds no slot gets -1 and
     counts as an error: `minimum_slots` says what rules that out. The first five arguments are a `DeviceSlots`, and the
-    three after `wanted_N` a `FetchPlan`.
+    three after `wanted_N` a `Fetch`.
     """
     # no number is read back: the same shapes whatever is wanted
     num_choices, num_slots = wanted_N.shape[0], slab_in_S.shape[0]

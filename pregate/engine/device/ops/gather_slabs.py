@@ -1,4 +1,4 @@
-"""Copies the slabs of a fetch plan from page-locked host memory into slots, on the device's own initiative.
+"""Copies the slabs of a fetch from page-locked host memory into slots, on the device's own initiative.
 
 The store's memory must stay registered and where it is for as long as its addresses are used. The link is fast only
 with many loads in flight, and the computation needs the multiprocessors: so few programs, each with several 16-byte
@@ -36,7 +36,7 @@ def gather_slabs(
     num_programs: int = NUM_PROGRAMS,
     unroll: int = UNROLL,
 ) -> None:
-    """Copy the slabs that a `FetchPlan` lists into their slots; nothing where it lists none.
+    """Copy the slabs that a `Fetch` lists into their slots; nothing where it lists none.
 
     addresses_G: int64, where the device sees each slab (`pregate.engine.device.host_memory`), on the device. slots_SB:
     uint8, whole 4 KiB pages a slot. `num_programs`: thread blocks that share the work; `unroll`: loads in flight.

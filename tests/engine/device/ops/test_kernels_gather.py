@@ -40,7 +40,7 @@ def readable_by(device: str, memory: Tensor) -> Iterator[None]:
 
 
 def listed_on(device: str, listed: tuple[list[int], list[int]]) -> list[Tensor]:
-    """Slabs and slots as a fetch plan lists them."""
+    """Slabs and slots as a fetch lists them."""
     return [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in listed]
 
 
@@ -129,20 +129,20 @@ def test_in_a_cuda_graph_on_a_side_stream() -> None:
     store = memory.view(NUM_SLABS, -1)
     slots_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8, device="cuda")
     result_SB = torch.zeros_like(slots_SB)
-    plan = listed_on("cuda", PLANS["none"])
+    fetch = listed_on("cuda", PLANS["none"])
     with readable_by("cuda", memory):
         addresses_G = device_addresses(store, "cuda")
-        gather_slabs(addresses_G, *plan, slots_SB)  # compiled before the capture
+        gather_slabs(addresses_G, *fetch, slots_SB)  # compiled before the capture
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                gather_slabs(addresses_G, *plan, slots_SB)
+                gather_slabs(addresses_G, *fetch, slots_SB)
             torch.cuda.current_stream().wait_stream(side)
             result_SB.copy_(slots_SB)
         for listed in ("all", "one", "none", "all"):
             slots_SB.zero_()
-            for tensor, fresh in zip(plan, listed_on("cuda", PLANS[listed]), strict=True):
+            for tensor, fresh in zip(fetch, listed_on("cuda", PLANS[listed]), strict=True):
                 tensor.copy_(fresh)
             graph.replay()
             expected_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The slot table's kernel holds to its reference implementation, table and plan alike, fetch after fetch."""
+"""The slot table's kernel holds to its reference implementation, table and fetch alike, fetch after fetch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pregate.engine.device.ops.assign_slots import (
     assign_slots,
     launch_assign_slots,
 )
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, minimum_slots
+from pregate.engine.device.slots import DeviceSlots, Fetch, minimum_slots
 from tests.engine.device.naive import assert_consistent, assert_tables_equal, random_wanted
 
 
@@ -26,10 +26,10 @@ def hold_to_reference(
 ) -> DeviceSlots:
     table, expected = (DeviceSlots.empty(num_slabs, num_slots, place) for place in (device, "cpu"))
     for number, wanted_N in enumerate(fetches):
-        plan, plan_expected = (FetchPlan.empty(len(wanted_N), place) for place in (device, "cpu"))
-        assign_slots.reference(*expected, wanted_N, *plan_expected, keep, protected)
-        launch_assign_slots(*table, wanted_N.to(device), *plan, keep, protected)
-        assert_tables_equal((table, plan), (expected, plan_expected), f"fetch {number}, {wanted_N}:")
+        fetch, fetch_expected = (Fetch.empty(len(wanted_N), place) for place in (device, "cpu"))
+        assign_slots.reference(*expected, wanted_N, *fetch_expected, keep, protected)
+        launch_assign_slots(*table, wanted_N.to(device), *fetch, keep, protected)
+        assert_tables_equal((table, fetch), (expected, fetch_expected), f"fetch {number}, {wanted_N}:")
     assert_consistent(table)
     return expected
 
@@ -92,10 +92,10 @@ def test_one_slot_and_many(kernel_device: str) -> None:
 
 def test_more_than_a_program_looks_at_is_refused(kernel_device: str) -> None:
     for num_slots, num_choices in ((MAX_SLOTS + 1, 1), (4, MAX_CHOICES + 1)):
-        table, plan = DeviceSlots.empty(8, num_slots, "cpu"), FetchPlan.empty(num_choices, "cpu")
+        table, fetch = DeviceSlots.empty(8, num_slots, "cpu"), Fetch.empty(num_choices, "cpu")
         wanted_N = torch.zeros(num_choices, dtype=torch.int32)
         with pytest.raises(UsageError, match="slots and"):
-            launch_assign_slots(*table, wanted_N, *plan, True, 0)
+            launch_assign_slots(*table, wanted_N, *fetch, True, 0)
 
 
 def test_what_one_thread_writes_the_others_read_behind_a_barrier(compiler: None) -> None:
@@ -104,9 +104,9 @@ def test_what_one_thread_writes_the_others_read_behind_a_barrier(compiler: None)
     from tests.engine.device.compiling import compiled
 
     tables = {"slot_of_G": "*i32", "slab_in_S": "*i32", "last_use_S": "*i64", "tick_1": "*i64", "counters_4": "*i64"}
-    plans = dict.fromkeys(("wanted_N", "slot_N", "copy_slab_N", "copy_slot_N"), "*i32")
+    fetches = dict.fromkeys(("wanted_N", "slot_N", "copy_slab_N", "copy_slot_N"), "*i32")
     constants = {"num_choices": 3, "num_slots": 40, "protected_fetches": 1, "KEEP": True, "CHOICES": 16, "SLOTS": 64}
-    kernel = compiled(assign_kernel, {**tables, **plans}, constants, num_warps=4)
+    kernel = compiled(assign_kernel, {**tables, **fetches}, constants, num_warps=4)
     found = re.findall(r"tt\.load|tt\.store|\w+\.barrier", kernel.asm["ttgir"])
     order = "".join({"tt.load": "L", "tt.store": "S"}.get(operation, "B") for operation in found)
     assert re.fullmatch(r"L+SBL+BSSSSBLS.*BS", order), order
@@ -116,17 +116,17 @@ def test_what_one_thread_writes_the_others_read_behind_a_barrier(compiler: None)
 def test_in_a_cuda_graph() -> None:
     """Captured once, replayed with other choices in the same memory."""
     table, expected = DeviceSlots.empty(40, 12, "cuda"), DeviceSlots.empty(40, 12, "cpu")
-    plan, plan_expected = FetchPlan.empty(4, "cuda"), FetchPlan.empty(4, "cpu")
+    fetch, fetch_expected = Fetch.empty(4, "cuda"), Fetch.empty(4, "cpu")
     wanted_N = torch.full((4,), -1, dtype=torch.int32, device="cuda")
-    launch_assign_slots(*table, wanted_N, *plan, True, 1)  # compiled before the capture
+    launch_assign_slots(*table, wanted_N, *fetch, True, 1)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch_assign_slots(*table, wanted_N, *plan, True, 1)
+        launch_assign_slots(*table, wanted_N, *fetch, True, 1)
     table.clear()
     generator = torch.Generator().manual_seed(0)
     for step in range(200):
         chosen_N = random_wanted(generator, 40, 4, step=step, blocks=5)
         wanted_N.copy_(chosen_N)
         graph.replay()
-        assign_slots.reference(*expected, chosen_N, *plan_expected, True, 1)
-        assert_tables_equal((table, plan), (expected, plan_expected), f"replay {step}:")
+        assign_slots.reference(*expected, chosen_N, *fetch_expected, True, 1)
+        assert_tables_equal((table, fetch), (expected, fetch_expected), f"replay {step}:")
