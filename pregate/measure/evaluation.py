@@ -20,10 +20,10 @@ from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
+from pregate.measure.perfetto import write_perfetto
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes

@@ -44,7 +44,7 @@ from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
-SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "policies.py", "slots.py", "gates.py"]
+SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "policies.py", "slots.py", "steps/gates.py"]
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),

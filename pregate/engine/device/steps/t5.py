@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.ops.add_norm import add_norm, norm
 from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.steps.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.steps.static_attention import (
     PositionBias,
     StaticCrossAttention,
