@@ -27,7 +27,7 @@ POISON = 0xFF
 BeforeRead = Callable[[int, ExpertKey], None]
 
 
-class HostileStore:
+class HostileStore(Store):
     """Reads in pieces of its own choosing, last piece first or first, sleeping in between, over a poisoned target.
 
     before_read: called with the number of reads begun so far and the expert, before each; may raise. withhold:
@@ -69,10 +69,6 @@ class HostileStore:
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
         if not self.withhold:
             self.store.arrived(key, slab_B)
-
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        self.read_part(key, slab_B, 0, self.layout.slab_bytes)
-        self.arrived(key, slab_B)
 
     def slab(self, key: ExpertKey) -> None:
         return None
@@ -116,7 +112,7 @@ class HostileRing:
         self._ring.close()
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Slabs made from given matrices; for experts that belong to no checkpoint."""
 
     in_host_memory, made_from = False, None
@@ -132,9 +128,6 @@ class MemoryStore:
 
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
         return None
-
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        copy_bytes(self.slabs[key], slab_B)
 
     def slab(self, key: ExpertKey) -> None:
         return None

@@ -60,7 +60,7 @@ class CudaMover:
             buffer.copied = self._copy(key, buffer.memory, slot, free_again)
             return buffer.copied
 
-        return _StagedTransfer(self._reader.read_through(key, lambda: None, deliver), self._device)
+        return _StagedTransfer(self._reader.read(key, slot, lambda: None, deliver), self._device)
 
     def _copy(self, key: ExpertKey, source: Tensor, slot: Tensor, free_again: Any) -> Any:
         with torch.cuda.stream(self._stream):

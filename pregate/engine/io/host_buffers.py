@@ -68,11 +68,11 @@ class HostBuffers:
                 buffer.key = None
             return buffer, held is not None
 
-    def give_back(self, buffer: HostBuffer, key: ExpertKey | None, copied: Any = None) -> None:
+    def give_back(self, buffer: HostBuffer, key: ExpertKey | None) -> None:
         """`key`: what the buffer now holds, None if that cannot be trusted."""
         with self._lock:
             self._clock += 1
-            buffer.busy, buffer.key, buffer.copied, buffer.free_since = False, key, copied, self._clock
+            buffer.busy, buffer.key, buffer.free_since = False, key, self._clock
 
     def close(self) -> None:
         if self.page_locked and self._buffers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,68 +18,56 @@ from pregate.models.pregating import ExpertKey
 
 
 class SlabReader:
-    """Reads slabs into given memory, or into host buffers, in parts on a pool of threads."""
+    """Reads slabs in parts on a pool of threads: into host buffers where there are some, else straight into slots."""
 
     def __init__(self, store: Store, counters: Counters, num_threads: int, buffers: HostBuffers | None) -> None:
         self._store, self._counters, self._buffers = store, counters, buffers
         self._parts = parts_of(store.layout.slab_bytes)
         self._pool = ReadPool(num_threads)
 
-    def read(self, key: ExpertKey, slot: Tensor, began: Callable[[], None], ended: Callable[[], Any]) -> ReadJob:
-        """Straight into `slot`; `ended` gives the result."""
-
-        def begin() -> list[Callable[[], None]]:
-            began()
-            self._counters.bytes_read += self._store.layout.slab_bytes
-            return self._part_reads(key, slot)
-
-        def finish() -> Any:
-            self._store.arrived(key, slot)
-            return ended()
-
-        return self._pool.submit(ReadJob(begin, finish))
-
-    def read_through(self, key: ExpertKey, began: Callable[[], None], deliver: Callable[[HostBuffer], Any]) -> ReadJob:
-        """Into a host buffer, unless one holds the slab already; `deliver` hands it on and gives the result. What
-        it leaves in `copied` is waited for before the buffer is filled again."""
-        buffers = self._buffers
-        assert buffers is not None
-        held: list[tuple[HostBuffer, bool]] = []
+    def read(
+        self, key: ExpertKey, slot: Tensor, began: Callable[[], None], deliver: Callable[[HostBuffer], Any]
+    ) -> ReadJob:
+        """`deliver` takes the slab on from where it was read to, which without buffers is `slot`, and gives the result.
+        What it leaves in `copied` is waited for before the buffer is filled again."""
+        taken: list[tuple[HostBuffer, bool]] = []
 
         def begin() -> list[Callable[[], None]] | None:
-            taken = buffers.take(key)
-            if taken is None:
+            found = (HostBuffer(slot), False) if self._buffers is None else self._buffers.take(key)
+            if found is None:
                 return None
-            held.append(taken)
+            taken.append(found)
             began()
-            buffer, is_hit = taken
+            buffer, is_hit = found
             if is_hit:
                 self._counters.host_hits += 1
                 return [lambda: None]
             self._counters.bytes_read += self._store.layout.slab_bytes
-            return self._part_reads(key, buffer.memory, after=buffer.copied)
+            return self._part_reads(key, buffer)
 
         def finish() -> Any:
-            buffer, is_hit = held[0]
+            buffer, is_hit = taken[0]
             if not is_hit:
                 self._store.arrived(key, buffer.memory)
             result = deliver(buffer)
-            buffers.give_back(buffer, key, buffer.copied)
+            self._give_back(buffer, key)
             return result
 
-        def failed() -> None:
-            buffer, _ = held[0]
-            buffers.give_back(buffer, None, buffer.copied)
+        return self._pool.submit(ReadJob(begin, finish, failed=lambda: self._give_back(taken[0][0], None)))
 
-        return self._pool.submit(ReadJob(begin, finish, failed))
+    def _give_back(self, buffer: HostBuffer, key: ExpertKey | None) -> None:
+        if self._buffers is not None:
+            self._buffers.give_back(buffer, key)
 
-    def _part_reads(self, key: ExpertKey, memory: Tensor, after: Any = None) -> list[Callable[[], None]]:
+    def _part_reads(self, key: ExpertKey, buffer: HostBuffer) -> list[Callable[[], None]]:
+        copied = buffer.copied
+
         def part(first: int, last: int) -> None:
-            if after is not None:
-                after.synchronize()
-            self._store.read_part(key, memory, first, last)
+            if copied is not None:
+                copied.synchronize()
+            self._store.read_part(key, buffer.memory, first, last)
 
-        return [lambda first=first, last=last: part(first, last) for first, last in self._parts]
+        return [partial(part, first, last) for first, last in self._parts]
 
     def drain(self) -> None:
         self._pool.drain()
@@ -103,30 +92,21 @@ class ThreadMover:
 
     def __init__(self, store: Store, trace: Trace, counters: Counters, num_threads: int, host_buffers: int = 0) -> None:
         self._store, self._trace, self._counters = store, trace, counters
-        slab_bytes = store.layout.slab_bytes
-        buffers = HostBuffers(host_buffers, slab_bytes, page_locked=False) if host_buffers else None
+        buffers = HostBuffers(host_buffers, store.layout.slab_bytes, page_locked=False) if host_buffers else None
         self.host_bytes = buffers.num_bytes if buffers else 0
-        self._buffered = buffers is not None
         self._reader = SlabReader(store, counters, num_threads, buffers)
 
     def start(self, key: ExpertKey, slot: Tensor) -> Transfer:
         self._counters.bytes_moved += self._store.layout.slab_bytes
         times: list[Any] = []
 
-        def began() -> None:
-            times.append(self._trace.mark())
-
-        def ended() -> None:
+        def deliver(buffer: HostBuffer) -> None:
+            if buffer.memory is not slot:
+                copy_bytes(buffer.memory, slot)
             if self._trace.enabled:
                 self._trace.add("transfer", key.label, times[0], self._trace.mark())
 
-        def deliver(buffer: HostBuffer) -> None:
-            copy_bytes(buffer.memory, slot)
-            ended()
-
-        if self._buffered:
-            return _JobTransfer(self._reader.read_through(key, began, deliver))
-        return _JobTransfer(self._reader.read(key, slot, began, ended))
+        return _JobTransfer(self._reader.read(key, slot, lambda: times.append(self._trace.mark()), deliver))
 
     def used(self, slot: Tensor) -> None:
         return None
