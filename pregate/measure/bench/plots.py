@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.bench.table import in_order
-from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, policy_label, three_digits, write_figure
+from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, write_figure
+from pregate.measure.tables import policy_label, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pregate.measure import plots, report, summary
+from pregate.measure.plots import WAIT
+from pregate.measure.report import page, plots, summary
+from pregate.measure.report.terminal import print_summary
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -101,27 +103,27 @@ class Checker(HTMLParser):
 
 def render(tmp_path, evaluation, predictions=(), traces=None):
     path = tmp_path / "report.html"
-    report.write_report(path, evaluation, list(predictions), traces or {})
-    page = path.read_text()
+    page.write_report(path, evaluation, list(predictions), traces or {})
+    text = path.read_text()
     checker = Checker()
-    checker.feed(page)
+    checker.feed(text)
     assert checker.open == []
-    return page, checker
+    return text, checker
 
 
 def printed(evaluation, width=100):
     console = Console(file=StringIO(), width=width)
-    report.print_summary(evaluation, console)
+    print_summary(evaluation, console)
     return console.file.getvalue()
 
 
 def test_full_report_is_one_file_with_every_section(tmp_path):
-    page, checker = render(tmp_path, full_evaluation(), PREDICTIONS, TRACES)
-    headings = re.findall(r"<h2>([^<]+)</h2>", page)
+    text, checker = render(tmp_path, full_evaluation(), PREDICTIONS, TRACES)
+    headings = re.findall(r"<h2>([^<]+)</h2>", text)
     assert headings == ["Accuracy", "Routing", "Offloaded inference", "Predictions", "Environment"]
     assert len(checker.resources) == 3
     assert all(resource.startswith("data:image/svg+xml;base64,") for resource in checker.resources)
-    assert not re.search(r"https?://|@import|<script|url\(", page)
+    assert not re.search(r"https?://|@import|<script|url\(", text)
     assert ["Exact match", "93.2[91.6, 94.7]", "92.8[91.1, 94.3]", "+0.4[−0.9, +1.7]"] in checker.rows
     assert ["F1", "95.0", "95.4", "−0.4"] in checker.rows
     assert "1,234 examples" in checker.text
@@ -144,9 +146,9 @@ def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
 def test_differing_tokens_are_loud(tmp_path):
     evaluation = full_evaluation()
     evaluation["engine"]["on_demand"]["tokens_equal_resident"] = False
-    page, checker = render(tmp_path, evaluation)
+    text, checker = render(tmp_path, evaluation)
     assert "tokens_equal_resident: FALSE for On demand; their tokens differ from the whole model's." in checker.text
-    assert 'class="verdict bad"' in page
+    assert 'class="equality bad"' in text
     assert "FALSE" in printed(evaluation)
 
 
@@ -159,8 +161,8 @@ def test_everything_from_outside_is_escaped(tmp_path):
     evaluation["engine_settings"][evil] = evil
     evaluation["config"] = {evil: [evil]}
     bad = {"source": evil, "prediction": evil, "references": [evil], "reference_prediction": evil, "correct": True}
-    page, checker = render(tmp_path, evaluation, [bad], {evil: TRACES["pre_gated"]})
-    assert "<script" not in page
+    text, checker = render(tmp_path, evaluation, [bad], {evil: TRACES["pre_gated"]})
+    assert "<script" not in text
     assert checker.text.count("<script>alert") >= 10
 
 
@@ -190,21 +192,21 @@ def without(*path):
     ],
 )
 def test_absent_parts_are_left_out_not_invented(tmp_path, evaluation):
-    page, checker = render(tmp_path, evaluation)
-    text = checker.text + printed(evaluation)
-    assert "None" not in text
-    assert "nan" not in text
+    text, checker = render(tmp_path, evaluation)
+    said = checker.text + printed(evaluation)
+    assert "None" not in said
+    assert "nan" not in said
     for section, heading in (
         ("routing", "Routing"),
         ("engine", "Offloaded inference"),
         ("scores", "Accuracy"),
     ):
-        assert (f"<h2>{heading}</h2>" in page) == bool(evaluation.get(section)), heading
+        assert (f"<h2>{heading}</h2>" in text) == bool(evaluation.get(section)), heading
 
 
 def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
     evaluation = full_evaluation()
-    assert summary.routing_table(evaluation) == ([], [])
+    assert summary.routing_table(evaluation) is None
     evaluation["routing"] |= {
         "gate_mass": {"encoder": [1.0, 0.91, 0.9], "decoder": [1.0, 0.8, 0.7]},
         "load_balance": {"pre_gated": {"encoder": [0.9, 0.8, 0.7], "decoder": [0.6, 0.5, 0.4]}},
@@ -213,8 +215,10 @@ def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
             "reference": {"encoder": [0.6, 0.6, 0.6], "decoder": [0.3, 0.3, 0.3]},
         },
     }
-    headers, rows = summary.routing_table(evaluation)
-    assert headers == [
+    table = summary.routing_table(evaluation)
+    assert table is not None
+    rows = table.rows
+    assert table.headers == [
         "Block",
         "Agreement, %",
         "Mass, %",
@@ -230,7 +234,7 @@ def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
 
 
 def test_samples_are_the_first_and_then_mistakes():
-    chosen = [p["id"] for p in report.pick_samples(PREDICTIONS, "em")]
+    chosen = [p["id"] for p in page.pick_samples(PREDICTIONS, "em")]
     assert chosen == ["0", "1", "2", "3", "4", "5", "6", "7", "20", "21", "22", "23"]
 
 
@@ -241,7 +245,7 @@ def test_sample_rows(tmp_path):
     assert marks == ["✓", "✗", "57", "–"]
     first = checker.rows[-4]
     assert first[2:] == ["answer 0", "right / also right"]
-    assert len(first[1]) <= report.SOURCE_CHARACTERS + 2
+    assert len(first[1]) <= page.SOURCE_CHARACTERS + 2
     assert first[1].endswith("word …")
 
 
@@ -250,7 +254,7 @@ def test_sample_rows(tmp_path):
     [("a  b\nc", 10, "a b c"), ("one two three", 9, "one two …"), ("x" * 20, 10, "x" * 9 + " …"), ("", 5, "")],
 )
 def test_shorten(text, limit, expected):
-    assert report.shorten(text, limit) == expected
+    assert page.shorten(text, limit) == expected
 
 
 def test_terminal_summary_fits_and_names_what_matters():
@@ -260,7 +264,8 @@ def test_terminal_summary_fits_and_names_what_matters():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "93.2 [91.6, 94.7]" in text
     assert "+0.4 [−0.9, +1.7]" in text
-    row = next(line for line in text.splitlines() if line.strip().startswith("Pre-gated"))
+    engine = text.partition("Offloaded inference")[2]
+    row = next(line for line in engine.splitlines() if line.strip().startswith("Pre-gated"))
     assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "true"]
     assert "100 70 –" in text
 
@@ -269,26 +274,6 @@ def test_terminal_summary_takes_brackets_literally():
     evaluation = full_evaluation()
     evaluation["task"] = "[bold]x[/nonsense]"
     assert "[bold]x[/nonsense]" in printed(evaluation)
-
-
-@pytest.mark.parametrize(
-    ("values", "unit", "expected"),
-    [
-        ([1.234, 120.0], "ms", ("ms", ["1.23", "120.00"])),
-        ([0.0, 0.0123], "ms", ("ms", ["0.000", "0.012"])),
-        ([110.0, 1234.5], "ms", ("ms", ["110", "1,234"])),
-        ([None, None], "bytes", ("MB", ["–", "–"])),
-        ([512, None], "bytes", ("B", ["512", "–"])),
-        ([2_000_000, 45_000_000], "bytes", ("MB", ["2.00", "45.00"])),
-    ],
-)
-def test_column_cells(values, unit, expected):
-    assert summary.column_cells(values, summary.Column("k", "K", unit)) == expected
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.44, "+0.4"), (-0.44, "−0.4"), (0.04, "0.0"), (-0.04, "0.0")])
-def test_signed(value, text):
-    assert summary.signed(value) == text
 
 
 def test_key_figures_compute_from_what_was_measured():
@@ -335,7 +320,7 @@ def test_waiting_is_the_only_red_in_the_bars(tmp_path):
     path = tmp_path / "a.svg"
     evaluation = {"engine": {"on_demand": {"tpot_ms": 10.0, "exposed_ms_per_token": 4.0}}}
     plots.plot_engine(evaluation, path)
-    assert plots.WAIT in path.read_text()
+    assert WAIT in path.read_text()
     evaluation["engine"]["on_demand"]["exposed_ms_per_token"] = 0.0
     plots.plot_engine(evaluation, path)
-    assert plots.WAIT not in path.read_text()
+    assert WAIT not in path.read_text()
