@@ -25,7 +25,7 @@ from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
-from pregate.measure.report.terminal import print_summary
+from pregate.measure.report.summary import print_summary
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable
 from pregate.models.checkpoint import read_config

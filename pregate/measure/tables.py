@@ -5,7 +5,8 @@ Knows nothing about what was measured or how. A figure that was not measured is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -27,7 +28,8 @@ POLICY_LABELS = {
 OURS = ("pre_gated", POLICY_LABELS["pre_gated"])
 """Rows that begin with one of these are emphasised."""
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
-TONES = {"good": "green", "bad": "bold red", "": ""}
+COUNTS = ("B", "kB", "experts", "%")
+"""Units that are written without decimals."""
 
 
 def policy_label(policy: str) -> str:
@@ -56,7 +58,7 @@ def signed(value: float, decimals: int = 1) -> str:
 def in_one_unit(values: Sequence[float | None], unit: str) -> tuple[str, list[str]]:
     """The unit of a column and its cells, all with the same unit and decimals so that they compare at a glance.
 
-    The unit `bytes` becomes the one that fits the largest value. `experts` are counts, without decimals.
+    The unit `bytes` becomes the one that fits the largest value.
     """
     known = [abs(value) for value in values if value is not None]
     scale = 1.0
@@ -64,9 +66,7 @@ def in_one_unit(values: Sequence[float | None], unit: str) -> tuple[str, list[st
         largest = max(known, default=1e6)
         unit, scale = next((pair for pair in BYTE_UNITS.items() if largest >= pair[1]), ("B", 1.0))
     smallest = min((value / scale for value in known if value > 0), default=1.0)
-    decimals = 0 if smallest >= 100 else 1 if smallest >= 10 else 2 if smallest >= 0.1 else 3
-    if unit in ("B", "kB", "experts"):
-        decimals = 0
+    decimals = 0 if smallest >= 100 or unit in COUNTS else 1 if smallest >= 10 else 2 if smallest >= 0.1 else 3
     return unit, [ABSENT if value is None else f"{value / scale:,.{decimals}f}" for value in values]
 
 
@@ -84,41 +84,30 @@ def text(key: str) -> CellWriter:
     return lambda row: None if row.get(key) is None else str(row[key])
 
 
+def facts_line(facts: Mapping[str, Any]) -> str:
+    """The environment or the settings of a run on one line, and the commit of its code where that is known."""
+    plain = {key: value for key, value in facts.items() if not isinstance(value, Mapping)}
+    lists = {key: ", ".join(map(str, value)) for key, value in plain.items() if isinstance(value, list)}
+    line = ", ".join(f"{key} {value}" for key, value in {**plain, **lists}.items())
+    git = facts.get("git") or {}
+    return line + (f"; commit {git['commit']}{' with changes' if git.get('dirty') else ''}" if git else "")
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-class Cell(str):
-    """The text of a cell or a header; `note` stands smaller beside or below it, `tone` is good, bad or empty."""
-
-    note: str
-    tone: str
-
-    def __new__(cls, written: str, note: str = "", tone: str = "") -> Cell:
-        cell = super().__new__(cls, written)
-        cell.note, cell.tone = note, tone
-        return cell
-
-    @classmethod
-    def of(cls, written: str) -> Cell:
-        return written if isinstance(written, Cell) else cls(written)
-
-    @property
-    def line(self) -> str:
-        return f"{self} {self.note}".rstrip()
-
-
+@dataclass
 class Table:
-    """Headers and rows of text, with a title and a caption.
+    """Headers and rows of text. The first `left` columns are flush left; the others hold numbers and are flush right.
 
-    The first `left` columns are flush left. The others hold numbers and are flush right.
+    The second line of a header or cell is a note, such as a unit. `**` marks what is wrong, as in Markdown.
     """
 
-    def __init__(
-        self, headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = "", left: int = 1
-    ) -> None:
-        self.headers = [Cell.of(header) for header in headers]
-        self.rows = [[Cell.of(cell) for cell in row] for row in rows]
-        self.title, self.caption, self.left = title, caption, left
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+    left: int = 1
 
     @classmethod
     def of(cls, columns: Mapping[str, CellWriter], rows: Sequence[Row], **more: Any) -> Table:
@@ -126,35 +115,37 @@ class Table:
         written = {header: [write(row) for row in rows] for header, write in columns.items()}
         known = {header: cells for header, cells in written.items() if any(cell is not None for cell in cells)}
         lines = zip(*known.values(), strict=True)
-        return cls([*known], [[ABSENT if cell is None else cell for cell in line] for line in lines], **more)
+        return cls(list(known), [[ABSENT if cell is None else cell for cell in line] for line in lines], **more)
 
     def markdown(self) -> str:
         """A pipe table whose columns are aligned in a plain editor too."""
-        lines = [[cell.line for cell in row] for row in (self.headers, *self.rows)]
+        lines = [[cell.replace("\n", " ") for cell in line] for line in (self.headers, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
         rule = ["-" * w if n < self.left else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
         lines.insert(1, rule)
-        return "\n".join(f"| {' | '.join(self._padded(cells, widths))} |" for cells in lines)
+        return "\n".join(f"| {' | '.join(self._padded(line, widths))} |" for line in lines)
 
-    def _padded(self, cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return [cell.ljust(w) if n < self.left else cell.rjust(w) for n, (cell, w) in pairs]
+    def _padded(self, line: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
+        for n, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            yield cell.ljust(width) if n < self.left else cell.rjust(width)
 
     def print(self, console: Console, width: int | None = None) -> None:
         """Title, caption and table on the terminal, at most `width` characters wide."""
         built = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for n, header in enumerate(self.headers):
-            label = Text(f"{header}\n{header.note}" if header.note else header)
             # on a narrow terminal a number is folded rather than cut: all of its digits stay
-            built.add_column(label, justify="left" if n < self.left else "right", overflow="fold", no_wrap=n == 0)
+            built.add_column(
+                Text(header), justify="left" if n < self.left else "right", overflow="fold", no_wrap=n == 0
+            )
         for row in self.rows:
-            built.add_row(*map(_on_terminal, row), style="bold" if row[0] in OURS else "")
+            cells = [Text(cell.replace("\n", " ").replace("**", ""), tone(cell)) for cell in row]
+            built.add_row(*cells, style="bold" if row[0] in OURS else "")
         for line, style in ((self.title, "bold"), (self.caption, "dim")):
             if line:
                 console.print(Text(line, style), width=width)
         console.print(built, width=width)
 
 
-def _on_terminal(cell: Cell) -> Text:
-    """The cell without Markdown's bold marks."""
-    return Text(cell.line.replace("**", ""), TONES[cell.tone])
+def tone(said: str) -> str:
+    """The colour of a cell or sentence on the terminal: `**` marks what is wrong."""
+    return "bold red" if "**" in said else "green" if said == "yes" else ""

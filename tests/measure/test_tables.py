@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pregate.measure.tables import Cell, Table, in_one_unit, number, short_number, signed, text, three_digits
+from pregate.measure.tables import Table, facts_line, in_one_unit, number, short_number, signed, text, three_digits
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_markdown_is_aligned() -> None:
         "| pre_gated | 12.0 |   – |",
         "| on_demand |    – |   0 |",
     ]
-    assert Table(["a", "b"], [["x", Cell("1", "[0, 2]")]], left=2).markdown().splitlines() == [
+    assert Table(["a", "b"], [["x", "1\n[0, 2]"]], left=2).markdown().splitlines() == [
         "| a   | b        |",
         "| --- | -------- |",
         "| x   | 1 [0, 2] |",
@@ -71,7 +71,7 @@ def printed(table: Table, width: int) -> str:
 
 
 def test_the_terminal_shows_what_markdown_would_not() -> None:
-    table = Table(["policy", Cell("time", "ms")], [["x", Cell("**NO**", "[bold]1[/nonsense]", "bad")]], title="[t]")
+    table = Table(["policy", "time\nms"], [["x", "**NO**\n[bold]1[/nonsense]"]], title="[t]")
     lines = [line.split() for line in printed(table, 60).splitlines() if line.strip()]
     assert lines[0] == ["[t]"]
     assert lines[1:3] == [["time"], ["policy", "ms"]]
@@ -82,3 +82,9 @@ def test_a_narrow_terminal_loses_no_digit() -> None:
     table = Table(["policy", *"abcd"], [["pre_gated", *["1234567"] * 4]])
     text = printed(table, 30)
     assert "…" not in text and sum(text.count(digit) for digit in "1234567") == 28
+
+
+def test_facts_stand_on_one_line() -> None:
+    facts = {"torch": "2.0", "gpu": ["A", "B"], "git": {"commit": "c0ffee", "dirty": True}}
+    assert facts_line(facts) == "torch 2.0, gpu A, B; commit c0ffee with changes"
+    assert facts_line({"batch": 1}) == "batch 1"

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pregate.config import Run
-from pregate.measure.tables import CellWriter, Row, Table, number, text
+from pregate.measure.equality import EQUAL, equality, equality_statement
+from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, text, tone
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
 from pregate.system.runtime import human_bytes
@@ -47,16 +48,6 @@ def _slots(row: Row) -> str | None:
 def _time_and_range(row: Row) -> str | None:
     value, low, high = (number(key)(row) for key in ("tpot_ms", "tpot_ms_min", "tpot_ms_max"))
     return value if value is None or low is None or low == high else f"{value} ({low}–{high})"
-
-
-def _equal(row: Row) -> str | None:
-    if row.get("logits_finite") is False:
-        return "**NaN**"
-    same = row.get("tokens_equal_resident")
-    if same and row.get("logits_equal_resident") is False:
-        return "**logits NO**"
-    until = row.get("tokens_equal_until")
-    return None if same is None else "yes" if same else "**NO**" if until is None else f"**NO**, first {until:,}"
 
 
 def _relative(key: str) -> CellWriter:
@@ -114,7 +105,7 @@ COLUMNS = (
     Column("predicted tokens/s", _predicted("tokens_per_s")),
     Column("peak GB", PEAK, terminal=PEAK),
     Column("expected GB", number("expected_bytes", 1e9)),
-    Column("tokens equal", _equal, terminal=_equal),
+    Column("tokens equal", equality, terminal=equality),
     Column("logits differ by", number("logits_max_diff"), "logits differ by at most {}"),
     Column("logits off %", _relative("logits_rel_diff")),
     Column("step off %", _relative("step_logits_rel_diff")),
@@ -143,13 +134,20 @@ def _table(rows: Sequence[Row], terminal: bool) -> Table:
         write = column.terminal if terminal else column.write
         if column.caption is not None and len(known) == 1:
             caption.append(column.caption.format(*known))
-        elif write is not None and not (column.write is _equal and known == {"yes"}):
+        elif write is not None and not (column.write is equality and known == {EQUAL}):
             columns[column.header] = write
     packing = {row.get("slab_dtype"): row["peak_bytes_packing"] for row in rows if row.get("peak_bytes_packing")}
     caption += [f"peak while packing {slabs} slabs {human_bytes(size)}" for slabs, size in packing.items()]
     return Table.of(columns, rows, title=f"{first.get('model')}, {first.get('dtype')}", caption=" · ".join(caption))
 
 
+SHORT_FIGURES = {
+    "{} ms/token": _time_and_range,
+    "{} tokens/s": SPEED,
+    "{} × floor": OVER,
+    "peak {} GB": PEAK,
+    "tokens equal: {}": equality,
+}
 ORDER = ("resident", "gpu_only", "pre_gated", "on_demand", "prefetch_all", "accelerate")
 CACHES = ("none", "lru", "lfu", "lifo")
 
@@ -203,47 +201,8 @@ def with_speedups(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def short_figures(row: Row) -> str:
     """A row in one line, for the user who watches."""
-    parts = [
-        (_time_and_range(row), "{} ms/token"),
-        (SPEED(row), "{} tokens/s"),
-        (OVER(row), "{} × floor"),
-        (PEAK(row), "peak {} GB"),
-        (_equality_of_row(row), "{}"),
-    ]
-    return ", ".join(form.format(value) for value, form in parts if value is not None)
-
-
-def _equality_of_row(row: Row) -> str | None:
-    if row.get("logits_finite") is False:
-        return "logits NOT FINITE"
-    same = row.get("tokens_equal_resident")
-    if same and row.get("logits_equal_resident") is False:
-        return f"tokens equal, logits DIFFER by {number('logits_max_diff')(row)}"
-    return None if same is None else "tokens equal" if same else "tokens DIFFER"
-
-
-def equality_statement(rows: Sequence[Row]) -> str:
-    """Whether all rows decoded the whole model's tokens with its logits, as a sentence; empty if nothing was
-    compared."""
-    broken = [row for row in rows if row.get("logits_finite") is False]
-    if broken:
-        return f"**Logits are NaN or infinite in {len(broken)} of {len(rows)} rows: {_policies(broken)}.**"
-    wrong = [_differing(rows, "Tokens", "tokens_equal_resident"), _differing(rows, "Logits", "logits_equal_resident")]
-    compared = sum(row.get("tokens_equal_resident") is not None for row in rows)
-    if any(wrong) or not compared:
-        return " ".join(filter(None, wrong))
-    return f"Tokens equal the whole model's in {compared} of {compared} rows compared."
-
-
-def _differing(rows: Sequence[Row], what: str, key: str) -> str:
-    compared = [row for row in rows if row.get(key) is not None]
-    wrong = [row for row in compared if not row[key]]
-    rows_named = f"{len(wrong)} of {len(compared)} rows: {_policies(wrong)}"
-    return f"**{what} differ from the whole model's in {rows_named}.**" if wrong else ""
-
-
-def _policies(rows: Sequence[Row]) -> str:
-    return ", ".join(str(row.get("policy")) for row in rows)
+    cells = ((form, write(row)) for form, write in SHORT_FIGURES.items())
+    return ", ".join(form.format(cell.replace("**", "")) for form, cell in cells if cell is not None)
 
 
 # --- the file and the terminal --------------------------------------------------------------------------------------
@@ -251,32 +210,26 @@ def _policies(rows: Sequence[Row]) -> str:
 
 def write_bench(path: Path, rows: Sequence[Row], run: Run, environment: Mapping[str, Any]) -> None:
     """`bench.md`: the tables, how to read them, where they come from."""
-    git = environment.get("git")
     page = fill(
         TEMPLATE,
         name=run.name,
         commands=list(dict.fromkeys(row["command"] for row in rows if "command" in row)) or [command(run.overrides)],
         tables=bench_tables(rows),
-        equality=equality_statement(rows),
+        statement=equality_statement(rows),
         policies={row.get("policy") for row in rows},
         drives={row.get("drive") for row in rows},
         measured={key for row in rows for key, value in row.items() if value is not None},
         most_repeats=max((row.get("repeats") or 1 for row in rows), default=1),
-        environment=[f"{key} {_joined(value)}" for key, value in environment.items() if key != "git"],
-        commit=f"; commit {git['commit']}{' with changes' if git.get('dirty') else ''}" if git else "",
+        environment=facts_line(environment),
     )
     write_text(path, page)
-
-
-def _joined(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def print_bench(rows: Sequence[Row], console: Console) -> None:
     for table in bench_tables(rows, terminal=True):
         table.print(console)
-    if statement := equality_statement(rows).replace("**", ""):
-        console.print(Text(statement, "green" if statement.startswith("Tokens equal") else "bold red"))
+    if statement := equality_statement(rows):
+        console.print(Text(statement.replace("**", ""), tone(statement) or "green"))
 
 
 def command(overrides: Sequence[str]) -> str:

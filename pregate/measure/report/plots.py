@@ -43,14 +43,14 @@ def plot_engine(evaluation: Mapping[str, Any], path: Path) -> bool:
 def _policy_bars(axes: Axes, engine: Mapping[str, Record], key: str) -> None:
     longest = max(row.get(key) or 0.0 for row in engine.values()) or 1.0
     for y, (policy, row) in enumerate(engine.items()):
-        total = row.get(key)
-        axes.barh(y, total or 0.0, height=0.62, color=COMPUTE if policy in OURS else QUIET)
+        total = row.get(key) or 0.0
+        axes.barh(y, total, height=0.62, color=COMPUTE if policy in OURS else QUIET)
         wait = (row.get("exposed_ms_per_token") if key == "tpot_ms" else None) or 0.0
-        if 0 < wait <= (total or 0.0):
+        if 0 < wait <= total:
             label = None if axes.get_legend_handles_labels()[1] else "waiting for experts"
             axes.barh(y, wait, left=total - wait, height=0.62, color=WAIT, alpha=0.85, label=label)
-        number = ABSENT if total is None else three_digits(total)
-        axes.text((total or 0.0) + 0.015 * longest, y, number, va="center", fontsize=9)
+        number = ABSENT if row.get(key) is None else three_digits(total)
+        axes.text(total + 0.015 * longest, y, number, va="center", fontsize=9)
     axes.set_title(TIMES[key])
     axes.set_yticks(range(len(engine)), [policy_label(policy) for policy in engine])
     axes.set_ylim(len(engine) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""What an evaluation says, as tables, labels and sentences.
+"""What an evaluation says, as tables, labels and sentences, and its summary on the terminal.
 
 Knows the fields of `eval.json` as plain dicts, each of which may be missing. Knows nothing about pages or about how
 anything was measured.
@@ -6,10 +6,14 @@ anything was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pregate.measure.tables import ABSENT, Cell, CellWriter, Table, in_one_unit, policy_label, signed, three_digits
+from rich.console import Console
+from rich.text import Text
+
+from pregate.measure.equality import equality, equality_statement
+from pregate.measure.tables import ABSENT, Table, in_one_unit, policy_label, signed, three_digits, tone
 from pregate.system.runtime import human_bytes
 
 Evaluation = Mapping[str, Any]
@@ -33,19 +37,26 @@ ENGINE_FIGURES = {
     "peak_device_bytes": ("Peak device", "bytes"),
     "hits": ("Hits", "experts"),
     "misses": ("Misses", "experts"),
+    "hit_rate": ("Hits", "%"),
 }
 """Header and unit of each figure of a policy."""
+ON_PAGE = tuple(figure for figure in ENGINE_FIGURES if figure != "hit_rate")
+ON_TERMINAL = tuple(figure for figure in ENGINE_FIGURES if figure not in ("block_ms", "hits", "misses"))
 ROUTING_FIGURES = {
     "agreement": "Agreement, %",
     "gate_mass": "Mass, %",
     "load_balance": "Load",
     "switch_rate": "Switches, %",
 }
+WIDEST = 100
+"""Characters of a line on the terminal."""
 
 
-def part(evaluation: Evaluation, name: str) -> Mapping[str, Any]:
+def part(evaluation: Evaluation, *names: str) -> Mapping[str, Any]:
     """A section of the evaluation; empty if it is missing or null."""
-    return evaluation.get(name) or {}
+    for name in names:
+        evaluation = evaluation.get(name) or {}
+    return evaluation
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -57,11 +68,8 @@ def metric_label(metric: str) -> str:
 
 def model_labels(evaluation: Evaluation) -> dict[str, str]:
     """What to call the evaluated checkpoint, `pre_gated` in all records, and the reference: what they are."""
-    labels = {
-        "pre_gated": policy_label(evaluation.get("checkpoint_label", "pre_gated")),
-        "reference": policy_label(evaluation.get("reference_label", "reference")),
-    }
-    return {model: label.capitalize() for model, label in labels.items()}
+    ours, reference = evaluation.get("checkpoint_label", "pre_gated"), evaluation.get("reference_label", "reference")
+    return {"pre_gated": policy_label(ours).capitalize(), "reference": policy_label(reference).capitalize()}
 
 
 def primary_metric(evaluation: Evaluation) -> str | None:
@@ -72,12 +80,14 @@ def primary_metric(evaluation: Evaluation) -> str | None:
 
 def engine_settings(evaluation: Evaluation) -> list[tuple[str, str]]:
     """(what, value) of the conditions under which the engine was measured; only what is known."""
-    pairs = []
-    for key, value in part(evaluation, "engine_settings").items():
-        if value is not None:
-            label = SETTING_LABELS.get(key, key.removesuffix("_bytes").replace("_", " "))
-            pairs.append((label, human_bytes(value) if key.endswith("_bytes") else str(value)))
-    return pairs
+    return [
+        (
+            SETTING_LABELS.get(key, key.removesuffix("_bytes").replace("_", " ")),
+            human_bytes(value) if key.endswith("_bytes") else str(value),
+        )
+        for key, value in part(evaluation, "engine_settings").items()
+        if value is not None
+    ]
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -85,27 +95,25 @@ def engine_settings(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 def score_table(evaluation: Evaluation) -> Table | None:
     """A row a metric: each model's score, and their difference, with 95 % intervals; None without scores."""
-    scores, intervals, parity = (part(evaluation, name) for name in ("scores", "intervals", "parity"))
-    labels = model_labels(evaluation)
-    headers = ["Metric"]
-    headers += [Cell(labels.get(model, policy_label(model).capitalize()), "% [95 % interval]") for model in scores]
-    if len(scores) > 1:
-        headers.append(Cell("Difference", "points [95 % interval]"))
+    scores, parity, labels = part(evaluation, "scores"), part(evaluation, "parity"), model_labels(evaluation)
+    headers = ["Metric", *(f"{labels.get(model, policy_label(model))}\n% [95 % interval]" for model in scores)]
+    headers += ["Difference\npoints [95 % interval]"] if len(scores) > 1 else []
     rows = []
     for metric in dict.fromkeys(metric for values in scores.values() for metric in values):
         row = [metric_label(metric)]
         for model, values in scores.items():
-            row.append(_score(values.get(metric), part(intervals, model).get(metric), "{:.1f}".format))
+            bounds = part(evaluation, "intervals", model).get(metric)
+            row.append(_score(values.get(metric), bounds, "{:.1f}".format))
         if len(scores) > 1:
             row.append(_score(parity.get(f"{metric}_delta"), parity.get(f"{metric}_delta_interval"), signed))
         rows.append(row)
     return Table(headers, rows) if rows else None
 
 
-def _score(value: float | None, bounds: Sequence[float] | None, write: Callable[[float], str]) -> Cell:
+def _score(value: float | None, bounds: Sequence[float] | None, write: Callable[[float], str]) -> str:
     if value is None:
-        return Cell(ABSENT)
-    return Cell(write(value), f"[{write(bounds[0])}, {write(bounds[1])}]" if bounds else "")
+        return ABSENT
+    return f"{write(value)}\n[{write(bounds[0])}, {write(bounds[1])}]" if bounds else write(value)
 
 
 def routing_table(evaluation: Evaluation) -> Table | None:
@@ -116,7 +124,7 @@ def routing_table(evaluation: Evaluation) -> Table | None:
     columns: dict[str, Mapping[str, Sequence[float | None]]] = {}
     labels = model_labels(evaluation)
     for figure, header in ROUTING_FIGURES.items():
-        found = part(part(evaluation, "routing"), figure)
+        found = part(evaluation, "routing", figure)
         if found.keys() & labels.keys():
             columns |= {f"{header}, {labels[model].lower()}": found[model] for model in labels if found.get(model)}
         elif found:
@@ -126,8 +134,8 @@ def routing_table(evaluation: Evaluation) -> Table | None:
     rows = []
     for stack, first in next(iter(columns.values())).items():
         for block in range(len(first)):
-            values = [dict(enumerate(column.get(stack, ()))).get(block) for column in columns.values()]
-            rows.append([f"{stack} {block}", *map(percent, values)])
+            shares = [dict(enumerate(column.get(stack, ()))).get(block) for column in columns.values()]
+            rows.append([f"{stack} {block}", *map(percent, shares)])
     return Table(["Block", *columns], rows)
 
 
@@ -135,48 +143,32 @@ def percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.0f}"
 
 
-def engine_table(evaluation: Evaluation, figures: Sequence[str], more: Mapping[str, CellWriter]) -> Table:
-    """A row a policy: those of `ENGINE_FIGURES` that are asked for, and `more` columns by their header."""
-    engine = part(evaluation, "engine")
-    columns = {"Policy": [policy_label(policy) for policy in engine]}
+def engine_table(evaluation: Evaluation, figures: Sequence[str]) -> Table | None:
+    """A row a policy: those of `ENGINE_FIGURES` that are asked for, and whether its tokens are right."""
+    engine = {policy: {**row, "hit_rate": _hit_rate(row)} for policy, row in part(evaluation, "engine").items()}
+    columns = {"Policy": list(map(policy_label, engine))}
     for figure in figures:
         header, unit = ENGINE_FIGURES[figure]
         unit, cells = in_one_unit([row.get(figure) for row in engine.values()], unit)
-        columns[Cell(header, unit)] = cells
-    for header, write in more.items():
-        columns[header] = [write(row) or ABSENT for row in engine.values()]
-    return Table([*columns], [*zip(*columns.values(), strict=True)])
+        columns[f"{header}\n{unit}"] = cells
+    columns["Tokens\nequal"] = [equality(row) or ABSENT for row in engine.values()]
+    return Table(list(columns), list(zip(*columns.values(), strict=True))) if engine else None
+
+
+def _hit_rate(row: Mapping[str, Any]) -> float | None:
+    hits, misses = row.get("hits"), row.get("misses")
+    return None if hits is None or misses is None or hits + misses == 0 else 100 * hits / (hits + misses)
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
 
 
-def equals_resident(row: Mapping[str, Any]) -> bool | None:
-    """Whether a policy gave the resident model's tokens, and its logits where those were compared; None if nothing was
-    compared."""
-    return row.get("tokens_equal_resident") and row.get("logits_equal_resident", True)
-
-
-def equality_statement(evaluation: Evaluation) -> tuple[bool, str] | None:
-    """Whether every policy gave the resident model's tokens and logits, and that as a sentence; None if nothing was
-    compared."""
-    engine = part(evaluation, "engine")
-    compared = {policy: same for policy, row in engine.items() if (same := equals_resident(row)) is not None}
-    wrong = [policy for policy, same in compared.items() if not same]
-    other_tokens = [policy for policy in wrong if not engine[policy].get("tokens_equal_resident")]
-    differences = [row["logits_max_diff"] for row in engine.values() if row.get("logits_max_diff") is not None]
-    most = f"{max(differences):.2g}" if differences else None
-    if other_tokens:
-        names = ", ".join(map(policy_label, other_tokens))
-        return False, f"tokens_equal_resident: FALSE for {names}; their tokens differ from the whole model's."
-    if wrong:
-        names = ", ".join(map(policy_label, wrong))
-        tokens = "their tokens equal the whole model's, their logits"
-        return False, f"logits_equal_resident: FALSE for {names}; {tokens} differ by up to {most}."
-    if not compared:
-        return None
-    where = "the whole model in memory" + (f"; logits differ by at most {most}" if most else "")
-    return True, f"tokens_equal_resident: true for {len(compared)} of {len(compared)} policies ({where})."
+def engine_statement(evaluation: Evaluation) -> str:
+    """Whether every policy gave the whole model's tokens and logits; empty if nothing was compared."""
+    records = [{"policy": policy_label(policy), **row} for policy, row in part(evaluation, "engine").items()]
+    statement = equality_statement(records, "policies")
+    differences = [row["logits_max_diff"] for row in records if row.get("logits_max_diff") is not None]
+    return f"{statement} Logits differ by at most {max(differences):.2g}." if statement and differences else statement
 
 
 class KeyFigure(NamedTuple):
@@ -188,38 +180,59 @@ class KeyFigure(NamedTuple):
     note: str
 
 
-def key_figures(evaluation: Evaluation) -> list[KeyFigure]:
+def key_figures(evaluation: Evaluation) -> Iterator[KeyFigure]:
     """At most four figures; what was not measured is left out."""
-    engine = part(evaluation, "engine")
-    ours, on_demand, resident = (part(engine, policy) for policy in ("pre_gated", "on_demand", "gpu_only"))
+    metric = primary_metric(evaluation) or ""
+    score, reference = (part(evaluation, "scores", model).get(metric) for model in ("pre_gated", "reference"))
+    if score is not None:
+        delta = part(evaluation, "parity").get(f"{metric}_delta")
+        note = "" if reference is None else f"reference {reference:.1f}"
+        note += "" if delta is None else f", difference {signed(delta)}"
+        yield KeyFigure(metric_label(metric), f"{score:.1f}", "%", note)
+    agreement = part(evaluation, "routing", "agreement").values()
+    if blocks := [share for shares in agreement for share in shares if share is not None]:
+        mean = percent(sum(blocks) / len(blocks))
+        yield KeyFigure("Routing agreement", mean, "%", f"mean of {len(blocks)} MoE blocks")
+    yield from _engine_figures(evaluation)
+
+
+def _engine_figures(evaluation: Evaluation) -> Iterator[KeyFigure]:
+    ours, on_demand, whole = (part(evaluation, "engine", policy) for policy in ("pre_gated", "on_demand", "gpu_only"))
     # a conventional model may be served by that policy, and is not pre-gated for it
     served = "Pre-gated" if model_labels(evaluation)["pre_gated"] == "Pre-gated" else "Policy pre-gated"
-    found = [_score_figure(evaluation), _agreement_figure(evaluation)]
     if tpot := ours.get("tpot_ms"):
         other = on_demand.get("tpot_ms")
         note = f"on demand: {three_digits(other)} ms ({other / tpot:.2f}×)" if other else ""
-        found.append(KeyFigure(f"{served}, per token", three_digits(tpot), "ms", note))
+        yield KeyFigure(f"{served}, per token", three_digits(tpot), "ms", note)
     if peak := ours.get("peak_device_bytes"):
-        whole = resident.get("peak_device_bytes")
-        note = f"{peak / whole:.0%} of GPU only, {human_bytes(whole)}" if whole else ""
-        found.append(KeyFigure(f"{served}, peak memory", *human_bytes(peak).split(" "), note))
-    return [figure for figure in found if figure is not None]
+        other = whole.get("peak_device_bytes")
+        value, unit = human_bytes(peak).split(" ")
+        note = f"{peak / other:.0%} of GPU only, {human_bytes(other)}" if other else ""
+        yield KeyFigure(f"{served}, peak memory", value, unit, note)
 
 
-def _score_figure(evaluation: Evaluation) -> KeyFigure | None:
-    metric, scores = primary_metric(evaluation), part(evaluation, "scores")
-    score, reference = (part(scores, model).get(metric) for model in ("pre_gated", "reference"))
-    if metric is None or score is None:
-        return None
-    delta = part(evaluation, "parity").get(f"{metric}_delta")
-    note = "" if reference is None else f"reference {reference:.1f}"
-    note += "" if delta is None else f", difference {signed(delta)}"
-    return KeyFigure(metric_label(metric), f"{score:.1f}", "%", note)
+# --- the terminal ---------------------------------------------------------------------------------------------------
 
 
-def _agreement_figure(evaluation: Evaluation) -> KeyFigure | None:
-    agreement = part(part(evaluation, "routing"), "agreement")
-    blocks = [share for shares in agreement.values() for share in shares if share is not None]
-    if not blocks:
-        return None
-    return KeyFigure("Routing agreement", percent(sum(blocks) / len(blocks)), "%", f"mean of {len(blocks)} MoE blocks")
+def print_summary(evaluation: Evaluation, console: Console) -> None:
+    """Print what is known of the evaluation, at most `WIDEST` characters wide."""
+    width = min(console.width, WIDEST)
+
+    def say(line: str, style: str = "") -> None:
+        console.print(Text(line, style), width=width)
+
+    if scores := score_table(evaluation):
+        count = evaluation.get("num_examples")
+        scores.title = " ".join(filter(None, (evaluation.get("task"), evaluation.get("split"))))
+        scores.title += f", {count:,} examples" if count is not None else ""
+        scores.print(console, width)
+    for stack, shares in part(evaluation, "routing", "agreement").items():
+        blocks = " ".join(map(percent, shares))
+        say(f"Routing agreement with the reference, {stack} blocks, %: {blocks}")
+    if engine := engine_table(evaluation, ON_TERMINAL):
+        engine.title = "Offloaded inference"
+        console.print()
+        engine.print(console, width)
+        say(", ".join(f"{what} {value}" for what, value in engine_settings(evaluation)), "dim")
+    if statement := engine_statement(evaluation):
+        say(statement.replace("**", ""), tone(statement) or "green")

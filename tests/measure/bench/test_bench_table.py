@@ -14,11 +14,11 @@ from pregate.measure.bench.plots import group_labels, plot_bench
 from pregate.measure.bench.table import (
     bench_tables,
     command,
-    equality_statement,
     print_bench,
     short_figures,
     write_bench,
 )
+from pregate.measure.equality import equality_statement
 
 COMMON = {"model": "switch-base-64", "dtype": "bfloat16", "lookahead": 1, "entry": "own", "batch": 1, "prompt_len": 64}
 
@@ -170,9 +170,9 @@ def test_a_place_below_the_current_directory_is_kept(tmp_path: Path, monkeypatch
 
 def test_a_row_in_one_line() -> None:
     assert short_figures(engine_row("pre_gated", 42.5)) == (
-        "42.5 (41.5–44.5) ms/token, 23.5 tokens/s, 1.06 × floor, peak 2.35 GB, tokens equal"
+        "42.5 (41.5–44.5) ms/token, 23.5 tokens/s, 1.06 × floor, peak 2.35 GB, tokens equal: yes"
     )
-    assert short_figures({"tpot_ms": 3.0, "tokens_equal_resident": False}) == "3.00 ms/token, tokens DIFFER"
+    assert short_figures({"tpot_ms": 3.0, "tokens_equal_resident": False}) == "3.00 ms/token, tokens equal: NO"
 
 
 def test_bars_stand_where_their_settings_differ() -> None:

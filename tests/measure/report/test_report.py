@@ -10,7 +10,6 @@ from rich.console import Console
 
 from pregate.measure.plots import WAIT
 from pregate.measure.report import page, plots, summary
-from pregate.measure.report.terminal import print_summary
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -113,7 +112,7 @@ def render(tmp_path, evaluation, predictions=(), traces=None):
 
 def printed(evaluation, width=100):
     console = Console(file=StringIO(), width=width)
-    print_summary(evaluation, console)
+    summary.print_summary(evaluation, console)
     return console.file.getvalue()
 
 
@@ -128,7 +127,7 @@ def test_full_report_is_one_file_with_every_section(tmp_path):
     assert ["F1", "95.0", "95.4", "−0.4"] in checker.rows
     assert "1,234 examples" in checker.text
     assert "3 of 4" not in checker.text
-    assert "tokens_equal_resident: true for 4 of 4 policies (the whole model in memory)." in checker.text
+    assert "Tokens equal the whole model's in 4 of 4 policies compared." in checker.text
 
 
 def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
@@ -140,16 +139,23 @@ def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
     assert [rows[name][peak] for name in ("GPU only", "Pre-gated")] == ["110.1", "31.5"]
     assert rows["GPU only"][header.index("Hitsexperts")] == "–"
     assert rows["On demand"][header.index("Hitsexperts")] == "0", "measured zeros stay zeros"
-    assert rows["Pre-gated"][-1] == "✓ equal"
+    assert rows["Pre-gated"][-1] == "yes"
 
 
 def test_differing_tokens_are_loud(tmp_path):
     evaluation = full_evaluation()
     evaluation["engine"]["on_demand"]["tokens_equal_resident"] = False
     text, checker = render(tmp_path, evaluation)
-    assert "tokens_equal_resident: FALSE for On demand; their tokens differ from the whole model's." in checker.text
-    assert 'class="equality bad"' in text
-    assert "FALSE" in printed(evaluation)
+    said = "Tokens differ from the whole model's in 1 of 4 policies: On demand."
+    assert said in checker.text and said in printed(evaluation)
+    assert 'class="statement wrong"' in text and '<td class="bad">NO</td>' in text
+    assert [row[-1] for row in checker.rows if row[0] == "On demand"] == ["NO"]
+    evaluation["engine"]["on_demand"] |= {"tokens_equal_resident": True, "logits_equal_resident": False}
+    evaluation["engine"]["on_demand"]["logits_max_diff"] = 0.1234
+    _, checker = render(tmp_path, evaluation)
+    said = "Logits differ from the whole model's in 1 of 1 policies: On demand. Logits differ by at most 0.12."
+    assert said in checker.text and said in printed(evaluation, 140).replace("\n", " ")
+    assert [row[-1] for row in checker.rows if row[0] == "On demand"] == ["logits NO"]
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
@@ -245,16 +251,16 @@ def test_sample_rows(tmp_path):
     assert marks == ["✓", "✗", "57", "–"]
     first = checker.rows[-4]
     assert first[2:] == ["answer 0", "right / also right"]
-    assert len(first[1]) <= page.SOURCE_CHARACTERS + 2
+    assert len(first[1]) <= 222
     assert first[1].endswith("word …")
 
 
-@pytest.mark.parametrize(
-    ("text", "limit", "expected"),
-    [("a  b\nc", 10, "a b c"), ("one two three", 9, "one two …"), ("x" * 20, 10, "x" * 9 + " …"), ("", 5, "")],
-)
-def test_shorten(text, limit, expected):
-    assert page.shorten(text, limit) == expected
+def test_long_texts_are_cut_between_words_where_there_are_any(tmp_path):
+    texts = ["one two " * 60, "x" * 300, "short", ""]
+    _, checker = render(tmp_path, {}, [{"source": text} for text in texts])
+    shown = [row[1] for row in checker.rows[-4:]]
+    assert len(shown[0]) <= 220 and shown[0].endswith((" one …", " two …"))
+    assert shown[1:] == ["x" * 218 + " …", "short", ""]
 
 
 def test_terminal_summary_fits_and_names_what_matters():
@@ -266,7 +272,7 @@ def test_terminal_summary_fits_and_names_what_matters():
     assert "+0.4 [−0.9, +1.7]" in text
     engine = text.partition("Offloaded inference")[2]
     row = next(line for line in engine.splitlines() if line.strip().startswith("Pre-gated"))
-    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "true"]
+    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "yes"]
     assert "100 70 –" in text
 
 
@@ -283,7 +289,7 @@ def test_key_figures_compute_from_what_was_measured():
     assert figures["Pre-gated, per token"] == ("12.4", "ms", "on demand: 19.8 ms (1.60×)")
     assert figures["Pre-gated, peak memory"] == ("31.5", "MB", "29% of GPU only, 110 MB")
     evaluation = full_evaluation() | {"primary_metric": "f1"}
-    assert summary.key_figures(evaluation)[0][:2] == ("F1", "95.0")
+    assert next(summary.key_figures(evaluation))[:2] == ("F1", "95.0")
 
 
 def test_plots_draw_png_and_repeatable_svg_and_leave_no_state(tmp_path):
