@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pregate.measure.bench.paper import beside_the_paper, share_of_gpu_only
-from pregate.measure.tables import CellWriter, Row, Table, short_number, text
+from pregate.measure.tables import CellWriter, Row, Table, short, text
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -28,10 +28,6 @@ def read_rows(folder: Path) -> list[Row]:
             except ValueError:
                 print(f"{path}: a torn line is left out", file=sys.stderr)
     return rows
-
-
-def short(key: str, scale: float = 1.0) -> CellWriter:
-    return lambda row: None if row.get(key) is None else short_number(row[key] / scale)
 
 
 def with_times_accelerate(row: Row, rows: Sequence[Row]) -> Row:

@@ -80,6 +80,11 @@ def number(key: str, scale: float = 1.0) -> CellWriter:
     return write
 
 
+def short(key: str, scale: float = 1.0) -> CellWriter:
+    """Writes `row[key] / scale` with at most three significant digits."""
+    return lambda row: None if row.get(key) is None else short_number(row[key] / scale)
+
+
 def text(key: str) -> CellWriter:
     return lambda row: None if row.get(key) is None else str(row[key])
 

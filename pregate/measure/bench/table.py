@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pregate.config import Run
 from pregate.measure.equality import EQUAL, equality, equality_statement
-from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, text, tone
+from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, short, text, tone
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
 from pregate.system.runtime import human_bytes
@@ -31,11 +31,6 @@ def _slabs(row: Row) -> str | None:
     if row.get("slab_dtype") is None:
         return None
     return f"{row['slab_dtype']}, {human_bytes(row['slab_bytes'])}" if row.get("slab_bytes") else str(row["slab_dtype"])
-
-
-def _experts(row: Row) -> str | None:
-    value = row.get("active_experts")
-    return None if value is None else f"{value:.3g}"
 
 
 def _slots(row: Row) -> str | None:
@@ -60,52 +55,46 @@ def _predicted(key: str) -> CellWriter:
 
 @dataclass(frozen=True)
 class Column:
-    """`write` gives the cell of a row in `bench.md`, `terminal` the shorter one on the terminal; without the latter the
-    column is only in the file. `caption` is how the value reads in the caption when all rows share it; without one
-    the column always stands."""
+    """`write` gives the cell of a row, and `terse` a shorter one for the terminal, where only some columns fit.
+
+    `caption` is how the value reads in the caption when all rows share it; without one the column always stands.
+    """
 
     header: str
     write: CellWriter
     caption: str | None = None
-    terminal: CellWriter | None = None
+    on_terminal: bool = False
+    terse: CellWriter | None = None
 
 
-POLICY, BATCH, CACHE, SPEED, OVER = (
-    text("policy"),
-    text("batch"),
-    text("cache"),
-    number("tokens_per_s"),
-    number("over_floor"),
-)
-MOVED, PEAK = number("link_bytes_per_step", 1e6), number("peak_device_bytes", 1e9)
 COLUMNS = (
-    Column("policy", POLICY, terminal=POLICY),
-    Column("tier", text("tier"), "tier {}", text("tier")),
-    Column("drive", text("drive"), "{}-driven", text("drive")),
-    Column("slabs", _slabs, "slabs {}", text("slab_dtype")),
-    Column("batch", BATCH, "batch {}", BATCH),
-    Column("cache", CACHE, "cache {}", CACHE),
-    Column("slots", _slots, "slots {}", _slots),
+    Column("policy", text("policy"), on_terminal=True),
+    Column("tier", text("tier"), "tier {}", on_terminal=True),
+    Column("drive", text("drive"), "{}-driven", on_terminal=True),
+    Column("slabs", _slabs, "slabs {}", on_terminal=True, terse=text("slab_dtype")),
+    Column("batch", text("batch"), "batch {}", on_terminal=True),
+    Column("cache", text("cache"), "cache {}", on_terminal=True),
+    Column("slots", _slots, "slots {}", on_terminal=True),
     Column("host cache", text("host_budget"), "host cache {}"),
     Column("prompt", text("prompt_len"), "prompts of {} tokens"),
     Column("new tokens", text("new_tokens"), "{} new tokens"),
-    Column("experts/block", _experts, "experts a block and step: {}", _experts),
+    Column("experts/block", short("active_experts"), "experts a block and step: {}", on_terminal=True),
     Column("block ms", number("block_ms")),
-    Column("ms/token", _time_and_range, terminal=number("tpot_ms")),
-    Column("tokens/s", SPEED, terminal=SPEED),
+    Column("ms/token", _time_and_range, on_terminal=True, terse=number("tpot_ms")),
+    Column("tokens/s", number("tokens_per_s"), on_terminal=True),
     Column("× on_demand", number("times_on_demand")),
     Column("waiting ms", number("exposed_ms_per_token")),
-    Column("MB/step", MOVED, terminal=MOVED),
+    Column("MB/step", number("link_bytes_per_step", 1e6), on_terminal=True),
     Column("GB/s", number("link_gb_per_s")),
     Column("T_link ms", number("link_ms")),
     Column("T_compute ms", number("compute_ms"), "T_compute {} ms"),
     Column("floor ms", number("floor_ms")),
-    Column("÷ floor", OVER, terminal=OVER),
+    Column("÷ floor", number("over_floor"), on_terminal=True),
     Column("gain allowed", number("possible_gain")),
     Column("predicted tokens/s", _predicted("tokens_per_s")),
-    Column("peak GB", PEAK, terminal=PEAK),
+    Column("peak GB", number("peak_device_bytes", 1e9), on_terminal=True),
     Column("expected GB", number("expected_bytes", 1e9)),
-    Column("tokens equal", equality, terminal=equality),
+    Column("tokens equal", equality, on_terminal=True),
     Column("logits differ by", number("logits_max_diff"), "logits differ by at most {}"),
     Column("logits off %", _relative("logits_rel_diff")),
     Column("step off %", _relative("step_logits_rel_diff")),
@@ -114,40 +103,35 @@ COLUMNS = (
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
+MODEL = ("model", "dtype", "lookahead", "entry")
+"""What rows of one table have in common."""
+
+
 def bench_tables(rows: Sequence[Row], terminal: bool = False) -> list[Table]:
     """A table for each model, in the order of measuring; for the terminal, with the columns that fit there."""
     by_model: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("model", "dtype", "lookahead", "entry"))
-        by_model.setdefault(key, []).append(row)
+        by_model.setdefault(tuple(row.get(name) for name in MODEL), []).append(row)
     return [_table(in_order(with_speedups(mine)), terminal) for mine in by_model.values()]
 
 
 def _table(rows: Sequence[Row], terminal: bool) -> Table:
-    first = rows[0]
-    caption = [
-        "conventional" if first.get("lookahead") == 0 else "lookahead {lookahead}, entry {entry}".format(**first)
-    ]
+    model, dtype, lookahead, entry = (rows[0].get(name) for name in MODEL)
+    caption = ["conventional" if lookahead == 0 else f"lookahead {lookahead}, entry {entry}"]
     columns: dict[str, CellWriter] = {}
     for column in COLUMNS:
         known = {cell for row in rows if (cell := column.write(row)) is not None}
-        write = column.terminal if terminal else column.write
         if column.caption is not None and len(known) == 1:
             caption.append(column.caption.format(*known))
-        elif write is not None and not (column.write is equality and known == {EQUAL}):
-            columns[column.header] = write
+        elif column.write is equality and known == {EQUAL}:
+            continue  # a sentence below the tables says so of all rows
+        elif not terminal or column.on_terminal:
+            columns[column.header] = (terminal and column.terse) or column.write
     packing = {row.get("slab_dtype"): row["peak_bytes_packing"] for row in rows if row.get("peak_bytes_packing")}
     caption += [f"peak while packing {slabs} slabs {human_bytes(size)}" for slabs, size in packing.items()]
-    return Table.of(columns, rows, title=f"{first.get('model')}, {first.get('dtype')}", caption=" · ".join(caption))
+    return Table.of(columns, rows, title=f"{model}, {dtype}", caption=" · ".join(caption))
 
 
-SHORT_FIGURES = {
-    "{} ms/token": _time_and_range,
-    "{} tokens/s": SPEED,
-    "{} × floor": OVER,
-    "peak {} GB": PEAK,
-    "tokens equal: {}": equality,
-}
 ORDER = ("resident", "gpu_only", "pre_gated", "on_demand", "prefetch_all", "accelerate")
 CACHES = ("none", "lru", "lfu", "lifo")
 
@@ -196,15 +180,6 @@ def with_speedups(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-# --- sentences ------------------------------------------------------------------------------------------------------
-
-
-def short_figures(row: Row) -> str:
-    """A row in one line, for the user who watches."""
-    cells = ((form, write(row)) for form, write in SHORT_FIGURES.items())
-    return ", ".join(form.format(cell.replace("**", "")) for form, cell in cells if cell is not None)
-
-
 # --- the file and the terminal --------------------------------------------------------------------------------------
 
 
@@ -223,6 +198,21 @@ def write_bench(path: Path, rows: Sequence[Row], run: Run, environment: Mapping[
         environment=facts_line(environment),
     )
     write_text(path, page)
+
+
+SHORT_FIGURES = {
+    "{} ms/token": _time_and_range,
+    "{} tokens/s": number("tokens_per_s"),
+    "{} × floor": number("over_floor"),
+    "peak {} GB": number("peak_device_bytes", 1e9),
+    "tokens equal: {}": equality,
+}
+
+
+def short_figures(row: Row) -> str:
+    """A row in one line, for the user who watches."""
+    cells = ((form, write(row)) for form, write in SHORT_FIGURES.items())
+    return ", ".join(form.format(cell.replace("**", "")) for form, cell in cells if cell is not None)
 
 
 def print_bench(rows: Sequence[Row], console: Console) -> None:

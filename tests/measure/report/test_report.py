@@ -330,3 +330,14 @@ def test_waiting_is_the_only_red_in_the_bars(tmp_path):
     evaluation["engine"]["on_demand"]["exposed_ms_per_token"] = 0.0
     plots.plot_engine(evaluation, path)
     assert WAIT not in path.read_text()
+
+
+def test_settings_are_listed_with_dotted_names_and_the_empty_left_out(tmp_path):
+    config = {"train": {"steps": 3, "bf16": False, "seed": None}, "stacks": ["a", "b"], "overrides": [], "name": "x"}
+    text, _ = render(tmp_path, {"environment": {"git": {"commit": "abc", "dirty": True}}, "config": config})
+    shown = re.findall(r"<dt>([^<]+)</dt><dd>([^<]*)</dd></div>", text)
+    assert shown == [
+        ("git commit", "abc"),
+        ("uncommitted changes", "yes"),
+        *(("train.steps", "3"), ("train.bf16", "no"), ("stacks", "a, b"), ("name", "x")),
+    ]
