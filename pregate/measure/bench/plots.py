@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pregate.measure.bench.table import in_order
 from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, write_figure
 from pregate.measure.tables import Row, policy_label, three_digits
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -102,41 +103,40 @@ def series_label(row: Row) -> str:
 
 def _draw(figure: Figure, plot: BarPlot, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
-    groups, series = group_labels(rows), [*map(series_label, rows)]
-    # a group holds only the series that it has, side by side around its tick
-    pairs = set(zip(groups, series, strict=True))
-    members = {group: [name for name in dict.fromkeys(series) if (group, name) in pairs] for group in groups}
-    width = 0.84 / max(map(len, members.values()))
-    for group, name, row in zip(groups, series, rows, strict=True):
-        place = members[group].index(name) - (len(members[group]) - 1) / 2
-        x = list(members).index(group) + place * width
-        value, limit = row[plot.key] / plot.scale, row.get(plot.limit)
-        axes.bar(x, value, 0.92 * width, color=_color(row), label=name)
-        if limit:
-            axes.hlines(limit, x - 0.46 * width, x + 0.46 * width, color=INK, lw=1.6, label=plot.limit_name)
-        if len(rows) <= MOST_NUMBERS:
-            top = (x, max(value, limit or 0.0))
-            axes.annotate(three_digits(value), top, (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    _finish(figure, axes, plot, [*members])
-    values = [row[plot.key] for row in rows]
-    if max(values) > LOG_ABOVE * min(values):
+    groups, series = group_labels(rows), [series_label(row) for row in rows]
+    places, width = _places(groups, series)
+    values = np.array([row[plot.key] / plot.scale for row in rows])
+    limits = np.array([row.get(plot.limit) or np.nan for row in rows])
+    once = [name if name not in series[:n] else "_" for n, name in enumerate(series)]
+    axes.bar(places, values, 0.92 * width, color=[_color(row) for row in rows], label=once)
+    if np.isfinite(limits).any():
+        start, end = places - 0.46 * width, places + 0.46 * width
+        axes.hlines(limits, start, end, color=INK, lw=1.6, label=plot.limit_name)
+    if len(rows) <= MOST_NUMBERS:
+        for x, value, top in zip(places, values, np.fmax(values, limits), strict=True):
+            axes.annotate(three_digits(value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    if values.max() > LOG_ABOVE * values.min():
         axes.set_yscale("log")
-
-
-def _finish(figure: Figure, axes: Axes, plot: BarPlot, groups: Sequence[str]) -> None:
     axes.margins(y=0.12)
     axes.set_title(plot.title)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8.5)
+    axes.set_xticks(range(len(set(groups))), [*dict.fromkeys(groups)], fontsize=8.5)
     lines_across(axes)
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles=[*handles.values()],
-        labels=[*handles],
-        loc="outside lower center",
-        ncols=min(5, len(handles)),
-        frameon=False,
-        fontsize=8.5,
-    )
+    figure.legend(loc="outside lower center", ncols=min(5, len(set(series)) + 1), frameon=False, fontsize=8.5)
+
+
+def _places(groups: Sequence[str], series: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Where the bar of each row stands, and the width it may have.
+
+    A group holds only the series that it has, side by side around its tick, in the order of all series.
+    """
+    bars = set(zip(groups, series, strict=True))
+    members = {group: [name for name in dict.fromkeys(series) if (group, name) in bars] for group in groups}
+    width = 0.84 / max(map(len, members.values()))
+    ticks = {group: tick for tick, group in enumerate(members)}
+    offsets = [
+        members[group].index(name) - (len(members[group]) - 1) / 2 for group, name in zip(groups, series, strict=True)
+    ]
+    return np.array([ticks[group] for group in groups]) + width * np.array(offsets), width
 
 
 def _color(row: Row) -> tuple[float, ...]:
