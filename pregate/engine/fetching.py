@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from pregate.config import Policy
 from pregate.engine.policy import fetched_on_enter, fetched_on_route
 from pregate.engine.scheduler import Scheduler
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 
 
 class Fetcher:
     """Told of routes and of blocks that begin. `reads_routes`: whether the policy does anything with routes."""
 
-    def __init__(self, policy: Policy, family: ExpertFamily, scheduler: Scheduler) -> None:
+    def __init__(self, policy: Policy, family: ExpertSpec, scheduler: Scheduler) -> None:
         self.reads_routes = policy is Policy.pre_gated
         self._policy, self._family, self._scheduler = policy, family, scheduler
 

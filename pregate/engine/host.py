@@ -20,7 +20,7 @@ from pregate.engine.io.choose import make_mover
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec
 from pregate.models.routing import Routing
 
 
@@ -30,7 +30,7 @@ class HostDriver:
     def __init__(
         self,
         model: Any,
-        family: ExpertFamily,
+        family: ExpertSpec,
         store: Store,
         slots_NB: Tensor,
         policy: Policy,

@@ -19,14 +19,9 @@ from pregate.engine.storage.pack import check_experts, default_pack_dir, pack
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore, Store
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.families.switch_layers import (
-    PreGatedSwitchTransformersConfig,
-    switch_expert_family,
-    without_experts,
-)
+from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
-from pregate.models.pregating import ExpertFamily
+from pregate.models.pregated import compute_buffers, without_experts
 from pregate.system.runtime import compute_device, first_of
 
 Checkpoint = str | Path | SourceCheckpoint
@@ -34,9 +29,7 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes that a model may have."""
 
 
-def serving_dtype(
-    config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, family: ExpertFamily
-) -> torch.dtype:
+def serving_dtype(config: Any, source: SourceCheckpoint, family: ExpertSpec) -> torch.dtype:
     """The dtype that `from_pretrained` gives every tensor of the resident model, experts included, whatever dtypes
     they are stored in: the config's, or where that names none, the weights' own. Raises `UsageError` for missing
     experts, and for a dtype that no model computes in."""
@@ -56,8 +49,8 @@ class Opened:
     def __init__(self, checkpoint: Checkpoint) -> None:
         given = isinstance(checkpoint, SourceCheckpoint)
         self.source = checked(checkpoint) if given else open_model(str(checkpoint))
-        self.config = PreGatedSwitchTransformersConfig.of_checkpoint(self.source.config)
-        self.family = switch_expert_family(self.config)
+        self.config = config_of(self.source.config)
+        self.family = experts_of(self.config).as_found_in(self.source.tensors)
         self.dtype = serving_dtype(self.config, self.source, self.family)
 
     def layout(self, stored: SlabDtype, store: Store | None = None) -> SlabLayout:
@@ -87,7 +80,7 @@ class Opened:
         config, source = self.config, self.source
         config.dtype = self.dtype
         with without_experts(), torch.device("meta"):
-            model = PreGatedSwitchTransformersForConditionalGeneration(config)
+            model = family_named(config.model_type).model_class(config)
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
         # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
         for name in sorted(wanted, key=source.num_bytes, reverse=True):
@@ -101,6 +94,7 @@ class Opened:
             # load_state_dict would walk all modules for each tensor
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
+        compute_buffers(model, device)
         # as from_pretrained: tables that are there and differ stay apart
         model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pregate.config import Policy
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 
 
 def fetched_on_route(policy: Policy, stack: str, block: int, experts: Sequence[int]) -> list[ExpertKey]:
@@ -21,7 +21,7 @@ def fetched_on_route(policy: Policy, stack: str, block: int, experts: Sequence[i
     return [ExpertKey(stack, block, expert) for expert in experts]
 
 
-def fetched_on_enter(policy: Policy, family: ExpertFamily, stack: str, block: int) -> list[ExpertKey]:
+def fetched_on_enter(policy: Policy, family: ExpertSpec, stack: str, block: int) -> list[ExpertKey]:
     """What to fetch when (stack, block) begins, behind what it needs itself. With `prefetch_all` all experts of this
     block and the next, needed or not (the paper's Prefetch-All)."""
     if policy is not Policy.prefetch_all:
@@ -30,7 +30,7 @@ def fetched_on_enter(policy: Policy, family: ExpertFamily, stack: str, block: in
     return [ExpertKey(stack, b, expert) for b in blocks for expert in range(family.num_experts)]
 
 
-def default_slots(policy: Policy, family: ExpertFamily) -> int:
+def default_slots(policy: Policy, family: ExpertSpec) -> int:
     """Slots where the user sets no budget: all experts for `gpu_only`, two blocks for `prefetch_all`, else four
     experts for each block whose fetch can be under way at the same time."""
     total = len(family.keys())

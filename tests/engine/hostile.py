@@ -19,7 +19,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.engine.storage.memory import PAGE, aligned_bytes, copy_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 POISON = 0xFF
 """NaN in float32, bfloat16, float16 and fp8; -1 in int8, whose scales are float32."""

@@ -12,10 +12,10 @@ import torch
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
-from pregate.engine.policy import make_policy
+from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 
 NUM_BLOCKS, NUM_EXPERTS = 4, 5
 
@@ -233,24 +233,25 @@ def test_finishing_a_block_calls_off_what_it_never_used() -> None:
 @pytest.mark.parametrize("num_slots", [1, 3, NUM_EXPERTS, 2 * NUM_EXPERTS, NUM_BLOCKS * NUM_EXPERTS])
 @pytest.mark.parametrize("rule", [CacheRule.none, CacheRule.lru])
 def test_prefetch_all_never_exceeds_its_slots(num_slots: int, rule: CacheRule) -> None:
-    family = ExpertFamily(
+    family = ExpertSpec(
         num_experts=NUM_EXPERTS,
         top_k=1,
         lookahead=0,
         matrices={},
         layers={"decoder": list(range(NUM_BLOCKS))},
-        tensor_name=lambda *_: "",
+        layouts=(lambda *_: [],),
         apply=lambda matrices, hidden: hidden,
+        activation="relu",
     )
     draw = random.Random(num_slots)
-    policy, bench = make_policy(Policy.prefetch_all, family), Bench(num_slots, rule)
+    bench = Bench(num_slots, rule)
+    fetcher = Fetcher(Policy.prefetch_all, family, bench.scheduler)
     moved: list[Sequence[ExpertKey]] = []
     for step in range(3):
         for block in range(NUM_BLOCKS):
             [needed] = keys(block, draw.randrange(NUM_EXPERTS))
             begun = len(bench.mover.transfers)
-            bench.scheduler.request([needed], urgent=True)
-            bench.scheduler.request(policy.on_enter("decoder", block))
+            fetcher.on_enter("decoder", block, [needed])
             under_way = [slot for slot in bench.slots if slot.filling is not None]
             occupied = [slot for slot in bench.slots if slot.filling is not None or slot.holds is not None]
             assert len(under_way) <= len(occupied) <= num_slots

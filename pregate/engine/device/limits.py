@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.device.policies import slots_needed
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.family import experts_of
 from pregate.system.runtime import human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""
 
 
-def slots_for(
-    budget: str | None, policy: Policy, config: PreGatedSwitchTransformersConfig, slab_bytes: int, batch: int
-) -> int:
+def slots_for(budget: str | None, policy: Policy, config: Any, slab_bytes: int, batch: int) -> int:
     """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
-    family = switch_expert_family(config)
+    family = experts_of(config)
     total, lookahead = len(family.keys()), config.pregating.lookahead_of("decoder")
     fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
     if budget is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 CLOSED = "This engine is closed: open it again."
 

@@ -21,7 +21,7 @@ from pregate.config import SlabDtype
 from pregate.engine.storage.memory import PAGE, round_up
 from pregate.engine.storage.quantisation import STORED, dequantise, quantise, widen
 from pregate.models.experts import Factor, RowScaled
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec
 
 LINE = 64
 """Matrices start on cache lines, where BLAS reads fastest."""
@@ -50,7 +50,7 @@ class SlabLayout:
     slab_bytes: int
 
     @classmethod
-    def of(cls, family: ExpertFamily, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
+    def of(cls, family: ExpertSpec, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
         offset, matrices = 0, []
         itemsize = STORED.get(stored, dtype).itemsize
         for name, shape in family.matrices.items():

@@ -27,6 +27,7 @@ from pregate.engine.device.steps.static_attention import (
     source_mask,
 )
 from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
+from pregate.models.routes import Routes
 from pregate.models.routing import Routing
 
 
@@ -70,7 +71,6 @@ class StaticDecoder:
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
-        self._routes: dict[int, Routing] = {}
         self.has_changed()
 
     @property
@@ -133,8 +133,9 @@ class StaticDecoder:
         sampler = self.sampler
         hidden_B1D = self._embed(sampler.token_B[:, None])
         self._experts.begin_step()
+        routes = Routes(self._decoder.stack_name, self._committed)
         for block, gate in self._decoder.entry_gates.items():
-            self._commit(int(block), self._entry(gate, hidden_B1D))
+            routes.commit(int(block), self._entry(gate, hidden_B1D))
         # behind the entry gates, for which fetches wait
         bias_1H1T = self._bias(sampler.position_1)
         added_B1D = None
@@ -144,11 +145,10 @@ class StaticDecoder:
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.cross.norm)
             added_B1D = layer.cross(normed_B1D, self._mask_B11S)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.norm)
-            added_B1D = layer.feed_forward(normed_B1D)
+            added_B1D = layer.feed_forward(normed_B1D, routes)
         _, normed_B1D = _add_norm(hidden_B1D, added_B1D, self._norm, self._scale)
         sampler.choose(self._head(normed_B1D)[:, 0], kind)
-        # handed to the allocator here, not at some later replay's begin
-        self._routes.clear()
+        routes.end()
 
     def _entry(self, gate: Any, embedded_B1D: Tensor) -> Routing:
         if is_called(gate):
@@ -157,25 +157,13 @@ class StaticDecoder:
             _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
         return gate.decide(embedded_B1D, embedded_B1D.dtype)
 
-    def _commit(self, block: int, routing: Routing) -> None:
-        self._routes[block] = routing
+    def _committed(self, _: str, block: int, routing: Routing) -> None:
         self._experts.commit(block, routing.expert_ids_BTK, self.sampler.live_B)
 
-    def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
+    def sparse(self, mlp: PreGatedSparseMLP, normed_B1D: Tensor, routes: Routes) -> Tensor:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-        block, target = mlp.index, mlp.target
-
-        def run(normed_B1D: Tensor) -> Tensor:
-            own, ahead = mlp.router, mlp.pre_gate
-            if own is not None:
-                self._commit(block, decide(own, normed_B1D))
-            if ahead is not None and target is not None:
-                # behind the block's own route, which is needed first
-                self._commit(target, decide(ahead, normed_B1D))
-            weights_BK = self._routes.pop(block).weights_BTK[:, 0]
-            return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
-
-        return run
+        weights_BK = mlp.route(normed_B1D, routes, decide).weights_BTK[:, 0]
+        return self._experts.run(mlp.index, normed_B1D[:, 0], weights_BK)[:, None]
 
 
 def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, layer: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -192,5 +180,8 @@ class _StaticLayer:
         self.attention = StaticSelfAttention(layer.layer[0], decoder.batch, max_new_tokens)
         self.cross = StaticCrossAttention(layer.layer[1], decoder.batch, max_source_len)
         self.norm: Any = layer.layer[-1].layer_norm
-        mlp = layer.layer[-1].mlp
-        self.feed_forward = decoder.sparse(mlp) if layer.is_sparse else mlp
+        self._mlp: Any = layer.layer[-1].mlp
+        self._sparse = decoder.sparse if layer.is_sparse else None
+
+    def feed_forward(self, normed_B1D: Tensor, routes: Routes) -> Tensor:
+        return self._mlp(normed_B1D) if self._sparse is None else self._sparse(self._mlp, normed_B1D, routes)
