@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from pregate.config import Policy, Run, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import refuse_settings, slots_for
-from pregate.engine.device.ops.expert_outputs import check_activation
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import read_request
+from pregate.engine.device.steps.registry import step_of
 from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
 from pregate.measure.latency import BenchRequest, Expected, judged, medians
 from pregate.measure.logits import check_moved
@@ -30,7 +30,7 @@ from pregate.system.runtime import pick_device
 def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:
     """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
     served with. Raises `UsageError`."""
-    check_activation(config.dense_act_fn)
+    step_of(config)
     if pick_device(run.engine.device).type == "cuda":
         require_triton()
     refuse_settings(
