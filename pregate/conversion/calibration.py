@@ -37,8 +37,9 @@ from pregate.models.families.switch_layers import PreGatedSwitchTransformersConf
 from pregate.models.loading import load_resident
 from pregate.models.pregating import STACKS
 from pregate.system.runtime import pick_device
-from pregate.tasks.base import Task, build_task
-from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
+from pregate.tasks.base import Task
+from pregate.tasks.registry import build_task
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pregate.models.families.switch import PreGatedSwitchTransformersForConditio
 from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
 from pregate.models.pregating import STACKS, block_logits, moe_blocks, real_tokens
 from pregate.tasks.base import Example
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 
 Agreement = dict[str, list[float]]
 """stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""

@@ -35,8 +35,9 @@ from pregate.models.loading import load_resident
 from pregate.models.pregating import ExpertFamily, PreGating, settings_asked_for
 from pregate.system.durable import flush_folders, write_text
 from pregate.system.runtime import console, environment, pick_device, set_seed, write_json
-from pregate.tasks.base import Example, Scores, Task, build_task
-from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
+from pregate.tasks.base import Example, Scores, Task
+from pregate.tasks.registry import build_task
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 from pregate.tracking import Tracker, say
 
 ENGINE_COLUMNS = (

@@ -18,7 +18,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
 from pregate.models.pregating import block_logits, real_tokens
 from pregate.tasks.base import Example
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from pregate.config import Run
 from pregate.tasks.base import Example, Task
 from pregate.tasks.cells import CellError, inside, label_names, of_type
+from pregate.tasks.metrics import Accuracy
 from pregate.tasks.trivial import most_frequent
 
 NEEDS = "a label is a word of task.labels or a position in it"
@@ -58,6 +59,4 @@ class Classification(Task):
         return {"most frequent label": [label] * len(examples)}
 
     def metric(self) -> Any:
-        from pregate.tasks.metrics import Accuracy
-
         return Accuracy(keep_in_memory=True)

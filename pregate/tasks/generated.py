@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks.generated_facts import KINDS, SUBJECT_NOUNS, SUBJECT_WORDS, Kind
 
@@ -96,9 +99,6 @@ def generated_tokenizer(config: GeneratedConfig) -> Any:
     characters, then as many words as fit, in the order of the phrases. It closes every text with `</s>`, and does not
     depend on the seed.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     check_generated(config)
     basic, words = _pieces()
     specials = (PAD, END, UNKNOWN)

@@ -10,7 +10,8 @@ from typing import Any
 
 from pregate.tasks.base import Example, Task
 from pregate.tasks.cells import answers
-from pregate.tasks.text import prompt_values
+from pregate.tasks.metrics import ExactMatchF1
+from pregate.tasks.prompts import prompt_values
 from pregate.tasks.trivial import first_new_name, most_frequent
 
 
@@ -34,6 +35,4 @@ class QuestionAnswering(Task):
         return found
 
     def metric(self) -> Any:
-        from pregate.tasks.metrics import ExactMatchF1
-
         return ExactMatchF1(keep_in_memory=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from pregate.tasks.base import Example, Task
 from pregate.tasks.cells import summary
-from pregate.tasks.text import prompt_values
+from pregate.tasks.metrics import Rouge
+from pregate.tasks.prompts import prompt_values
 from pregate.tasks.trivial import lead, medoid
 
 
@@ -36,6 +37,4 @@ class Summarization(Task):
         return {"first line": [lead(text) for text in documents], "one training summary": [constant] * len(examples)}
 
     def metric(self) -> Any:
-        from pregate.tasks.metrics import Rouge
-
         return Rouge(keep_in_memory=True)

@@ -209,7 +209,7 @@ def add_baselines(folder: Path, task: str, scores: Mapping[str, Mapping[str, flo
 def trivial_scores(overrides: list[str]) -> dict[str, dict[str, float]]:
     """What predictions without a model score on the examples that the command with `overrides` evaluates."""
     from pregate.cli import compose_run
-    from pregate.tasks.base import build_task
+    from pregate.tasks.registry import build_task
 
     run = compose_run(overrides)
     return build_task(run).trivial_scores(run.eval.split or run.task.eval_split, run.eval.examples)

@@ -7,7 +7,8 @@ import pytest
 
 from pregate.cli import compose_run, config_dir
 from pregate.config import TaskKind, UsageError
-from pregate.tasks.base import CHUNK_ROWS, Example, build_task, build_training_task
+from pregate.tasks.base import CHUNK_ROWS, Example
+from pregate.tasks.registry import build_task, build_training_task
 
 SQUAD = [
     {

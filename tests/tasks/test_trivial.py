@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pregate.cli import compose_run
-from pregate.tasks.base import Task, build_task
-from pregate.tasks.text import prompt_values
+from pregate.tasks.base import Task
+from pregate.tasks.prompts import prompt_values
+from pregate.tasks.registry import build_task
 from pregate.tasks.trivial import first_new_name, lead, medoid, most_frequent, spread
 
 
