@@ -29,7 +29,8 @@ from pregate.overrides import (
     parsed,
 )
 from pregate.system.durable import FULL
-from pregate.system.processes import PeerFailedError, asked, end_in_silence, lost_connection, may_tell
+from pregate.system.launch import asked
+from pregate.system.peers import PeerFailedError, end_in_silence, lost_connection, may_tell
 from pregate.system.stopping import GOES_ON, stoppable
 
 

@@ -5,10 +5,10 @@ Knows the schema (`config`) alone; what depends on a model, a checkpoint or a ma
 
 from __future__ import annotations
 
-import re
 from math import isfinite
 
 from pregate.config import Init, Policy, Run, TaskKind, TrainConfig, UsageError
+from pregate.system.sizes import share_of
 
 SIZES = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "num_experts", "expert_capacity")
 """Those parts of a geometry of which there must be at least one."""
@@ -124,22 +124,6 @@ def check_run(run: Run) -> None:
     ):
         for key in keys:
             need(getattr(section, key) > 0, f"{label}.{key}={getattr(section, key)} must be at least 1.")
-
-
-def share_of(setting: str, budget: str) -> float | None:
-    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
-    or of more than all."""
-    text = str(budget).strip()
-    if not text.endswith("%"):
-        return None
-    number = text[:-1].strip()
-    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
-            "as 4GB."
-        )
-    return share
 
 
 def check_distillation(label: str, train: TrainConfig) -> None:

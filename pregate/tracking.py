@@ -12,7 +12,6 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,9 +21,9 @@ from typing import Any, TextIO
 
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
-from pregate.system.durable import flush, flush_file, make_directory
-from pregate.system.processes import rank
-from pregate.system.runtime import environment, to_jsonable, write_json
+from pregate.system.console import say
+from pregate.system.durable import flush, flush_file, make_directory, to_jsonable, write_json
+from pregate.system.machine import environment
 
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "tracking.json"
@@ -268,12 +267,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = "/") -
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}{separator}", separator) if isinstance(value, Mapping) else {name: value}
     return flat
-
-
-def say(sentence: str) -> None:
-    """A notice to the user, on standard error so that it never mixes with results; one process gives it."""
-    if rank() == 0:
-        print(f"pregate: {sentence}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

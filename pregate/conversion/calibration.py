@@ -36,7 +36,7 @@ from pregate.models.families.switch import PreGatedSwitchTransformersForConditio
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
 from pregate.models.loading import load_resident
 from pregate.models.pregating import STACKS
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 from pregate.tasks.base import Task
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer

@@ -39,7 +39,8 @@ from pregate.models.families.switch_layers import (
 from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.pregating import ExpertFamily
 from pregate.models.routing import Routing
-from pregate.system.runtime import compute_device, first_of
+from pregate.system.console import first_of
+from pregate.system.machine import compute_device
 
 Checkpoint = str | Path | SourceCheckpoint
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

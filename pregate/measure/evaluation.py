@@ -33,12 +33,13 @@ from pregate.models.families.switch_layers import PreGatedSwitchTransformersConf
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.loading import load_resident
 from pregate.models.pregating import ExpertFamily, PreGating, settings_asked_for
-from pregate.system.durable import flush_folders, write_text
-from pregate.system.runtime import console, environment, pick_device, set_seed, write_json
+from pregate.system.console import console, say
+from pregate.system.durable import flush_folders, write_json, write_text
+from pregate.system.machine import environment, pick_device, set_seed
 from pregate.tasks.base import Example, Scores, Task
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
-from pregate.tracking import Tracker, say
+from pregate.tracking import Tracker
 
 ENGINE_COLUMNS = (
     "ttft_ms",

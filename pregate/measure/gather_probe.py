@@ -29,7 +29,8 @@ from pregate.engine.device.host_memory import device_addresses, host_allocated
 from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
 from pregate.engine.device.slots import FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
-from pregate.system.runtime import environment, human_bytes, pick_device
+from pregate.system.machine import environment, pick_device
+from pregate.system.sizes import human_bytes
 
 ROWS = "gather_probe.jsonl"
 TABLE = "gather_probe.md"

@@ -16,7 +16,7 @@ from pregate.measure.eval_device import check_driven
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.loading import generation_config, open_model
 from pregate.models.pregating import ExpertFamily
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 
 def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:

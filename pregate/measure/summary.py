@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.plots import policy_label, three_digits
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

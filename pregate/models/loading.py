@@ -32,8 +32,7 @@ from pregate.models.families.switch_layers import (
     without_experts,
 )
 from pregate.models.pregating import STACKS
-from pregate.system.runtime import first_of, silent_bars
-from pregate.tracking import say
+from pregate.system.console import first_of, say, silent_bars
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 LM_HEAD = "lm_head.weight"

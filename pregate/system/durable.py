@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import secrets
@@ -17,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
 """Held in a directory that is being filled, for as long as the process that fills it lives."""
@@ -87,6 +90,35 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         flush(file.fileno())
+
+
+def to_jsonable(value: Any) -> Any:
+    """`value` as plain JSON values: tensors and arrays as lists or scalars, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return to_jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    return str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, to stay; a reader sees the old file or the whole new one, never a part."""
+    write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None if it is not there or a power cut has spoilt it."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pregate.config import TaskConfig, UsageError
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 from pregate.tasks.cells import CellError, of_type
 from pregate.tasks.generated import generate
 from pregate.tasks.sources import TABLES, check_source, files_of, key_of

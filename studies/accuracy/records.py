@@ -15,7 +15,8 @@ from typing import Any
 
 from pregate.config import UsageError
 from pregate.conversion.write import MANIFEST
-from pregate.system.runtime import environment, to_jsonable, write_json
+from pregate.system.durable import to_jsonable, write_json
+from pregate.system.machine import environment
 from studies.accuracy.cells import PRETRAINING, Cell
 
 CELLS, BASELINES, STUDY = "cells.jsonl", "baselines.json", "study.json"

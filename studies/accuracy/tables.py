@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.measure.summary import ABSENT, METRIC_LABELS, metric_label, signed
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 from studies.accuracy.cells import (
     ABLATIONS,
     CONVENTIONAL,

@@ -26,8 +26,8 @@ from pregate.engine.engine import OffloadEngine, open_store
 from pregate.engine.io import readers
 from pregate.engine.storage import pack, slabs, store
 from pregate.engine.storage.slabs import aligned_bytes, page_lock
+from pregate.system.machine import compute_device
 from pregate.system.memory import is_out_of_memory
-from pregate.system.runtime import compute_device
 from tests.engine.serving import SLAB, Served
 from tests.tiny import pregated_model
 

@@ -41,7 +41,8 @@ from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
 from pregate.models.loading import open_model
 from pregate.models.pregating import ExpertKey
-from pregate.system.runtime import compute_device, human_bytes
+from pregate.system.machine import compute_device
+from pregate.system.sizes import human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pregate.config import UsageError
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.models.pregating import ExpertKey
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 PART_BYTES = 4 << 20
 """About as much of a slab as one read asks for: one slab alone then keeps several reads in flight."""

@@ -24,9 +24,9 @@ from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, r
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes, as_buffer
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.pregating import ExpertFamily, ExpertKey
-from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.runtime import human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import say
+from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put, write_json
+from pregate.system.sizes import human_bytes
 
 SLABS, INDEX = "slabs.bin", "index.json"
 FORMAT = 4

@@ -22,7 +22,7 @@ from pregate.config import SlabDtype, UsageError
 from pregate.models.experts import Factor, RowScaled
 from pregate.models.pregating import ExpertFamily
 from pregate.system.memory import is_out_of_memory
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 PAGE = 4096
 """O_DIRECT wants addresses, offsets and lengths in multiples of the logical block, at most a page."""

@@ -21,7 +21,7 @@ from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.pregating import ExpertFamily, ExpertKey
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 CHUNK = 1 << 30
 

@@ -29,7 +29,7 @@ from pregate.models.families.switch_layers import PreGatedSwitchTransformersConf
 from pregate.models.loading import open_model
 from pregate.models.pregating import ExpertFamily, PreGating
 from pregate.models.synthetic import synthetic_checkpoint
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RESIDENT = "resident"

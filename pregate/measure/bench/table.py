@@ -16,7 +16,7 @@ from pregate.config import Run
 from pregate.measure.plots import three_digits
 from pregate.measure.summary import ABSENT
 from pregate.system.durable import write_text
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

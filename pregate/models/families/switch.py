@@ -38,8 +38,8 @@ from pregate.models.families.switch_layers import (
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.pregating import STACKS, MoEBlock, PreGating, RouteListener
 from pregate.models.routing import Routing, balance_loss, z_loss
+from pregate.system.console import first_of
 from pregate.system.durable import write_text
-from pregate.system.runtime import first_of
 
 # written by early T5-style exporters; the architecture has no such parameter and never reads it
 LEFTOVERS = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
