@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pregate.config import Run, UsageError
-from pregate.config_check import check_run
 from pregate.overrides import (
     check_arguments,
     config_dir,
@@ -74,14 +73,13 @@ def validated(cfg: Any, overrides: Sequence[str] = ()) -> Run:
         unknown = next(_unknown_keys(cfg, ""), None)
         if unknown is not None:
             raise UsageError(no_setting(unknown).sentence)
+        _check_arm(cfg, overrides)
         OmegaConf.update(cfg, "overrides", list(overrides))
         run = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UsageError(f"{where}{first_line(error)}.") from error
     assert isinstance(run, Run), type(run)
-    _check_arm(run, overrides)
-    check_run(run)
     return run
 
 
@@ -91,7 +89,7 @@ ARMS_WITH_REFERENCE = (*ARMS_FROM_REFERENCE, "distilled")
 """Those that need one."""
 
 
-def _check_arm(run: Run, overrides: Sequence[str]) -> None:
+def _check_arm(run: Any, overrides: Sequence[str]) -> None:
     """An arm of the accuracy study changes an experiment, and may need the arm that it is compared with."""
     places = {override.partition("=")[0].lstrip("+"): place for place, override in enumerate(overrides)}
     if "arm" not in places:

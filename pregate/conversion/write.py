@@ -209,7 +209,10 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
     """Parse the source's config and place the gates in it. Raises `UsageError` if it cannot be converted so."""
     _refuse_family(source, config)
     gating = PreGating(
-        pregate.lookahead, tuple(s for s in STACKS if s in pregate.stacks), str(pregate.entry), str(pregate.init)
+        pregate.lookahead,
+        tuple(s for s in STACKS if s in (pregate.stacks or STACKS)),
+        str(pregate.entry),
+        str(pregate.init),
     )
     common = {
         # the code that auto_map points to is not part of what is written

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy, Tier, UsageError
+from pregate.config.limits import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
 from pregate.models.pregating import ExpertFamily
 from pregate.system.memory import is_out_of_memory
-from pregate.system.sizes import human_bytes, parse_bytes, share_of
+from pregate.system.sizes import human_bytes, parse_bytes
 
 
 class DeviceFullError(UsageError):

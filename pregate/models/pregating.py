@@ -72,7 +72,7 @@ class PreGating:
     @classmethod
     def of_config(cls, gate: PreGateConfig) -> PreGating:
         """What the `pregate` settings of a run ask for."""
-        return cls(gate.lookahead, tuple(gate.stacks), str(gate.entry), str(gate.init))
+        return cls(gate.lookahead, tuple(gate.stacks or STACKS), str(gate.entry), str(gate.init))
 
     def differences(self, other: PreGating) -> list[str]:
         """The names of the settings in which two gatings differ; the order of stacks means nothing, and for

@@ -1,4 +1,4 @@
-"""Sizes in bytes as the user writes and reads them, and shares of the experts.
+"""Sizes in bytes, as the user writes and reads them.
 
 Knows numbers and units alone.
 """
@@ -24,22 +24,6 @@ def parse_bytes(text: str | int) -> int:
     number, unit, binary = found.groups()
     scale = _BINARY[unit] if binary else _DECIMAL[unit or ""]
     return round(float(number) * scale) if "." in number else int(number) * scale
-
-
-def share_of(setting: str, budget: str) -> float | None:
-    """The share that a budget such as "25%" is, or None where it is a size. Raises `UsageError` for a share of nothing
-    or of more than all."""
-    text = str(budget).strip()
-    if not text.endswith("%"):
-        return None
-    number = text[:-1].strip()
-    share = float(number) / 100 if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number, re.ASCII) else 0.0
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"{setting}={budget} is not a share of the experts: write a number above 0% and up to 100%, or a size such "
-            "as 4GB."
-        )
-    return share
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -130,7 +130,7 @@ def check_model(run: Run) -> None:
                 f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
                 "trains its own."
             )
-        geometry_config(run, PreGating(run.pregate.lookahead, tuple(run.pregate.stacks)), vocab_size=128)
+        geometry_config(run, PreGating.of_config(run.pregate), vocab_size=128)
         return
     source = open_model(run.model.source, run.model.revision)
     config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
