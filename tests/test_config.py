@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pregate.cli import compose_run, config_dir
+from pregate.cli import compose_run
 from pregate.config import Policy, UsageError, save_run, to_dict
-from pregate.overrides import check_arguments, parsed
+from pregate.config.groups import config_dir
+from pregate.overrides import composed, parsed
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 COMMANDS = {
@@ -213,12 +214,12 @@ def advised(sentence: str) -> str:
 def test_a_text_is_taken_as_it_is_or_the_way_to_write_it_is_told(value: str) -> None:
     said = None
     try:
-        check_arguments([f"name={value}"])
+        composed([f"name={value}"])
         taken = parsed(f"name={value}")
     except UsageError as refused:
         said = str(refused)
         (argument,) = shlex.split(advised(said)) if ": write " in said else [said]
-        check_arguments([argument])
+        composed([argument])
         taken = parsed(argument)
     assert taken is not None
     assert str(taken.value()) == value or (taken.value() is None and value.lower() == "null"), (value, said)

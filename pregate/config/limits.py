@@ -74,7 +74,7 @@ def check_limits(section: Any, prefix: str) -> None:
         if "limit" in rules and value is not None:
             need(rules["limit"].holds(value), f"{key}={value} {rules['limit'].words}.")
         if "each" in rules:
-            need(all(rules["each"].holds(one) for one in value), f"{key}={value} {rules['each'].words}.")
+            need(all(rules["each"].holds(one) for one in value or ()), f"{key}={value} {rules['each'].words}.")
 
 
 def need(holds: bool, sentence: str) -> None:

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from pregate.cli import compose_run, config_dir
+from pregate.cli import compose_run
 from pregate.config import TaskKind, UsageError
+from pregate.config.groups import config_dir
 from pregate.tasks.base import CHUNK_ROWS, Example
 from pregate.tasks.registry import build_task, build_training_task
 

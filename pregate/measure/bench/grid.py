@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pregate.cli import config_dir
 from pregate.config import Baseline, CacheRule, Drive, Policy, Precision, Run, SlabDtype, Tier, UsageError
+from pregate.config.groups import config_dir
 from pregate.engine.budget import host_buffers_within, resolve_tier, slots_within
 from pregate.engine.device import require_triton
 from pregate.engine.device.engine import MOST_ROWS, slots_for
