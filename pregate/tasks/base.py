@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import identity, prompt_text
+from pregate.tasks.metrics import TextMetric
 from pregate.tasks.prompts import prompt_fields
 from pregate.tasks.records import Chunk, read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
@@ -40,7 +41,7 @@ class Scores:
 class Task:
     """Examples of one split at a time, and the scores of predictions. Build one with `build_task`."""
 
-    metric_names: ClassVar[tuple[str, ...]]
+    metric: ClassVar[type[TextMetric]]
     target_field: ClassVar[str]
     no_reference: str
 
@@ -49,6 +50,7 @@ class Task:
         self.data_root = run.data.root
         self.name = run.task.name
         self.primary_metric = run.task.primary_metric
+        self.metric_names = self.metric.names
         if self.primary_metric not in self.metric_names:
             raise UsageError(
                 f"task.primary_metric={self.primary_metric} is no metric of a {run.task.kind} task: "
@@ -60,21 +62,6 @@ class Task:
     def references(self, cell: Any) -> tuple[str, ...]:
         """The right texts of a cell, first the one that training teaches; () for none. Raises `CellError`."""
         raise NotImplementedError
-
-    def metric(self) -> Any:
-        """The `evaluate.Metric` of this kind of task."""
-        raise NotImplementedError
-
-    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
-        """Predictions for `examples` that need no model, by name; they may look at `train` but at no reference."""
-        raise NotImplementedError
-
-    def trivial_scores(self, split: str, limit: int | None = None) -> dict[str, dict[str, float]]:
-        """The metrics of each trivial prediction on the first `limit` examples of `split`, in percent."""
-        examples = self.examples(split, limit)
-        predictions = self.trivial(self.examples(self.config.train_split), examples)
-        right = [example.references for example in examples]
-        return {name: self.score(texts, right).overall for name, texts in predictions.items()}
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of `split` (all of them for None), in the order of the data.
@@ -128,11 +115,10 @@ class Task:
         empty = sum(not right for right in references)
         if empty:
             raise UsageError(f"{empty} of {len(references)} predictions have no reference to be scored against.")
-        result = self.metric().compute(
+        result: Any = self.metric(keep_in_memory=True).compute(
             predictions=list(predictions), references=[list(right) for right in references], per_example=True
         )
-        per_example = result.pop("per_example")
-        return Scores(result, per_example)
+        return Scores({name: result[name] for name in self.metric_names}, result["per_example"])
 
     def _columns(self) -> dict[str, str]:
         named = {field: column for field, column in self.config.columns.items() if column}

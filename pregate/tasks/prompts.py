@@ -1,11 +1,10 @@
-"""Prompts: which fields of a record one shows, and the fields of a text that it has made.
+"""Prompts: which fields of a record one shows.
 
 Knows format strings; knows nothing about records, tokens or tasks.
 """
 
 from __future__ import annotations
 
-import re
 import string
 
 from pregate.config import UsageError
@@ -32,20 +31,3 @@ def prompt_fields(prompt: str) -> tuple[str, ...]:
         what = f"holds {{{wrong[0]}}}" if wrong else "shows no field"
         raise UsageError(f"task.prompt={prompt!r} {what}: write fields as plain names, such as {{question}}.")
     return tuple(dict.fromkeys(named))
-
-
-def prompt_values(prompt: str, text: str) -> dict[str, str]:
-    """The fields of a `text` that `prompt` has formatted; where that is ambiguous, the earlier fields are the shorter.
-
-    Raises `ValueError` for a text of another prompt.
-    """
-    pattern, seen = "", set()
-    for literal, field, _, _ in string.Formatter().parse(prompt):
-        pattern += re.escape(literal)
-        if field is not None:
-            pattern += f"(?P={field})" if field in seen else f"(?P<{field}>.*?)"
-            seen.add(field)
-    found = re.fullmatch(pattern, text, re.DOTALL)
-    if found is None:
-        raise ValueError(f"{text[:80]!r} was not made with the prompt {prompt!r}.")
-    return found.groupdict()

@@ -211,6 +211,7 @@ def trivial_scores(overrides: list[str]) -> dict[str, dict[str, float]]:
     """What predictions without a model score on the examples that the command with `overrides` evaluates."""
     from pregate.cli import compose_run
     from pregate.tasks.registry import build_task
+    from studies.accuracy import trivial
 
     run = compose_run(overrides)
-    return build_task(run).trivial_scores(run.eval.split or run.task.eval_split, run.eval.examples)
+    return trivial.trivial_scores(build_task(run), run.eval.split or run.task.eval_split, run.eval.examples)
