@@ -1,7 +1,7 @@
 """What a run reports: `metrics.jsonl` in the run directory, always, and Weights & Biases as a mirror of it.
 
 Knows the JSONL file and the wandb client; knows nothing about models or tasks. A metric's name is a path whose
-first part is its group: `train/loss`, `eval/f1`, `routing/encoder/block_0/agreement`. Each group has its own
+first part is its group: `train/loss`, `eval/f1`, `engine/pre_gated/tpot_ms`. Each group has its own
 step axis, `train/step` and so on. Nothing that wandb does can end a run: the first failure is said once, and
 JSONL goes on alone.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from typing import Any, TextIO
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
 from pregate.system.console import say
-from pregate.system.durable import flush, flush_file, make_directory, to_jsonable, write_json
+from pregate.system.durable import flush, flush_file, make_directory, read_object, to_jsonable, write_json
 from pregate.system.machine import environment
 
 METRICS_FILE = "metrics.jsonl"
@@ -198,19 +199,17 @@ def _start_wandb(run: Run, run_dir: Path) -> Any:
         asked = run.tracking.mode
         mode = str(asked) if asked is not WandbMode.auto else ("online" if has_login(wandb) else "offline")
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    run_id = _run_id(run_dir)
-    try:
-        return _init(wandb, run, run_dir, run_id, mode)
-    except Exception as error:
-        first = error
-    if mode != "offline":
+    run_id, reason = _run_id(run_dir), ""
+    for attempt in dict.fromkeys((mode, "offline")):
         try:
-            wandb_run = _init(wandb, run, run_dir, run_id, "offline")
-            say(f"W&B cannot start {mode} ({_one_line(first)}), so it records offline.")
-            return wandb_run
+            wandb_run = _init(wandb, run, run_dir, run_id, attempt)
         except Exception as error:
-            first = error
-    say(f"W&B cannot start ({_one_line(first)}), so metrics go to {METRICS_FILE} alone.")
+            reason = _one_line(error)
+            continue
+        if reason:
+            say(f"W&B cannot start {mode} ({reason}), so it records offline.")
+        return wandb_run
+    say(f"W&B cannot start ({reason}), so metrics go to {METRICS_FILE} alone.")
     return None
 
 
@@ -248,15 +247,11 @@ def has_login(wandb: Any) -> bool:
 
 def _run_id(run_dir: Path) -> str:
     """The W&B id of this run directory: the stored one, so that a resumed run goes on, or a new one."""
-    path = run_dir / RUN_ID_FILE
-    try:
-        stored = json.loads(path.read_text())["wandb_run_id"]
-        if isinstance(stored, str) and stored:
-            return stored
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not readable: start afresh
-        pass
+    stored = (read_object(run_dir / RUN_ID_FILE) or {}).get("wandb_run_id")
+    if isinstance(stored, str) and stored:
+        return stored
     run_id = secrets.token_hex(4)
-    write_json(path, {"wandb_run_id": run_id})
+    write_json(run_dir / RUN_ID_FILE, {"wandb_run_id": run_id})
     return run_id
 
 
@@ -276,8 +271,6 @@ def _one_line(error: BaseException) -> str:
 
 def _shell_path(path: Path) -> str:
     """`path` as the user would type it: relative to where he stands if it lies below, quoted if need be."""
-    import shlex
-
     path = path.resolve()
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
