@@ -29,17 +29,56 @@ ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "cli.py"}
 """They import inside functions, so that a typo in a setting is told before torch is loaded."""
 HEAVY = {"wandb", "matplotlib", "triton", "peft"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""
-KNOWN_INNER_IMPORTS: set[tuple[str, str]] = set()
-"""(file, module) of other imports inside functions."""
+KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
+    ("conversion/write.py", "rich"),
+    ("engine/device/gates.py", "pregate.engine.device.ops.kernels_gates"),
+    ("engine/device/ops/experts.py", "pregate.engine.device.ops.kernels_experts"),
+    ("engine/device/ops/gather.py", "pregate.engine.device.ops.kernels_gather"),
+    ("engine/device/ops/norms.py", "pregate.engine.device.ops.kernels_norms"),
+    ("engine/device/sampling.py", "pregate.engine.device.ops.kernels_sampling"),
+    ("engine/device/slots.py", "pregate.engine.device.ops.kernels_slots"),
+    ("engine/device/steps/static_attention.py", "pregate.engine.device.ops.kernels_attention"),
+    ("measure/bench/baselines.py", "accelerate"),
+    ("measure/bench/baselines.py", "psutil"),
+    ("measure/bench/baselines.py", "safetensors"),
+    ("measure/bench/plan.py", "rich"),
+    ("measure/bench/table.py", "rich"),
+    ("measure/step_profile.py", "torch"),
+    ("measure/summary.py", "rich"),
+    ("models/checkpoint.py", "huggingface_hub"),
+    ("models/checkpoint.py", "safetensors"),
+    ("training/feeds.py", "pregate.tasks.tokens"),
+    ("training/optim.py", "transformers"),
+    ("training/progress.py", "rich"),
+    ("training/stages.py", "omegaconf"),
+    ("training/stages.py", "yaml"),
+}
+"""(file, package, or module of ours) of other imports inside functions."""
 
-KNOWN_CIRCLES: set[tuple[str, str]] = set()
+KNOWN_CIRCLES: set[tuple[str, str]] = {
+    ("engine/device/ops/experts.py", "engine/device/ops/kernels_experts.py"),
+    ("engine/device/slots.py", "engine/device/ops/kernels_slots.py"),
+}
 """(file, module) of imports that close a circle."""
 
-KNOWN_LONG: set[str] = set()
+KNOWN_LONG: set[str] = {
+    "training/stages.py",
+}
 
 ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
-KNOWN_ENCODERS: set[str] = set()
+KNOWN_ENCODERS: set[str] = {
+    "conversion/gate_states.py",
+    "conversion/plan.py",
+    "engine/device/engine.py",
+    "engine/device/request.py",
+    "engine/engine.py",
+    "measure/bench/planner.py",
+    "measure/bench/simulation.py",
+    "models/loading.py",
+    "models/pregating.py",
+    "training/losses.py",
+}
 
 
 @cache
@@ -94,12 +133,12 @@ def test_imports_make_no_circle() -> None:
 
 def test_imports_stand_at_the_top() -> None:
     found = {
-        (file, module)
+        (file, package)
         for file, tree in trees().items()
         for node in ast.walk(tree)
         if file not in ENTRY_POINTS and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for _, module in imported(node)
-        if module.partition(".")[0] not in HEAVY
+        if (package := module if file_of(module) else module.partition(".")[0]) not in HEAVY
     }
     assert found == KNOWN_INNER_IMPORTS, f"new: {found - KNOWN_INNER_IMPORTS}, gone: {KNOWN_INNER_IMPORTS - found}"
 
