@@ -1,7 +1,7 @@
 """How a command line becomes a `Run`, and how a command ends: a user's error is one sentence.
 
-Knows Hydra and OmegaConf; knows nothing about torch, models or data, so that a typo, a wrong type or an impossible
-combination is told within the first second.
+Knows Hydra and OmegaConf; knows nothing about torch, models or data. A typo, a wrong type or an impossible combination
+is reported within the first second.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ HYDRAS_OWN = ("help", "hydra_help", "cfg", "info", "config_dir", "config_name", 
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would refuse in lines of its own. Raises `UsageError`."""
+    """Refuse what Hydra would refuse with several lines. Raises `UsageError`."""
     given, others = get_args_parser().parse_known_intermixed_args(list(arguments))
     for option in (other.partition("=")[0] for other in others if other.startswith("-")):
         name = option.lstrip("-").replace("-", "_")
@@ -154,7 +154,7 @@ def fail(message: str) -> None:
 def ending_in_one_sentence(work: Callable[[], None]) -> None:
     """Do `work`; a user's error, a full disk and another process's failure end the command without a traceback.
 
-    Where several processes run, the first that fails tells why, and the others end in silence.
+    Where several processes run, the first that fails reports the reason, and the others exit silently.
     """
     try:
         work()
@@ -186,7 +186,7 @@ def in_one_sentence(error: Exception) -> str | None:
 
 @dataclass
 class Sweep:
-    """The jobs of a sweep: one that fails is told and noted, so that the others run."""
+    """The jobs of a sweep. The failure of one is reported and kept, and the others run."""
 
     work: Callable[[Run], None]
     failed: dict[str, str] = field(default_factory=dict)

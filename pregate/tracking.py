@@ -1,9 +1,8 @@
 """What a run reports: `metrics.jsonl` in the run directory, always, and Weights & Biases as a mirror of it.
 
 Knows the JSONL file and the wandb client; knows nothing about models or tasks. A metric's name is a path whose
-first part is its group: `train/loss`, `eval/f1`, `engine/pre_gated/tpot_ms`. Each group has its own
-step axis, `train/step` and so on. Nothing that wandb does can end a run: the first failure is said once, and
-JSONL goes on alone.
+first part is its group: `train/loss`, `eval/f1`, `engine/pre_gated/tpot_ms`. Each group has its own step axis,
+`train/step` and so on. A failure of wandb never ends a run: the first one is reported, and JSONL goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Tracker:
         self._mirror(lambda run, wandb: run.log(self._with_axes(run, metrics, step)))
 
     def sync(self) -> None:
-        """Return once what was logged is on the disk, before a state is from which it would not be logged again."""
+        """Return once what was logged is on the disk: a run that resumes from a later state does not log it again."""
         if self._file is not None:
             flush(self._file.fileno())
 
@@ -114,7 +113,7 @@ class Tracker:
             try:
                 flush(file.fileno())
             finally:
-                with suppress(OSError):  # the rest of a line that found no room, which `log` has told
+                with suppress(OSError):  # the rest of a line that found no room, which `log` has reported
                     file.close()
 
         def finish(run: Any, wandb: Any) -> None:
@@ -270,7 +269,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _shell_path(path: Path) -> str:
-    """`path` as the user would type it: relative to where he stands if it lies below, quoted if need be."""
+    """`path` as the user types it: relative to the working directory if it lies below, quoted if need be."""
     path = path.resolve()
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

@@ -1,6 +1,6 @@
 """What the user sees of a command while it works: notices, tables, progress bars.
 
-Knows the terminal; knows nothing about what is told.
+Knows the terminal; knows nothing about what the notices say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pregate.system.launch import rank
 
 
 def say(sentence: str) -> None:
-    """A notice to the user, on standard error so that it never mixes with results; one process gives it."""
+    """Print a notice to the user, on standard error, because results go to standard output. Only rank 0 prints."""
     if rank() == 0:
         print(f"pregate: {sentence}", file=sys.stderr)
 

@@ -125,16 +125,16 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def partial_beside(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` to fill and to `put` there; whatever happens, nothing else of it stays.
 
-    It is locked, not merely named after this process: the number of a killed one comes again, in a container even on
-    every run, and another machine may share the disk.
+    A lock marks it as in use. The process number in its name is not enough: the number of a killed process is used
+    again, in a container on every run, and another machine may share the disk.
     """
     folder = target.with_name(f"{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    hidden = folder.with_name(f".{folder.name}")  # nobody looks at it before it is locked
+    hidden = folder.with_name(f".{folder.name}")  # hidden until it is locked
     make_directory(target.parent)
     try:
         hidden.mkdir()
         with (hidden / LOCK).open("w") as lock:
-            with suppress(OSError):  # a file system without locks: nobody can tell that it is abandoned, so it stays
+            with suppress(OSError):  # a file system without locks: it would never look abandoned, and stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             flush_file(hidden)
             hidden.rename(folder)
@@ -191,7 +191,7 @@ def refusal(error: BaseException) -> str | None:
     Writers in Rust, those of safetensors and tokenizers, raise exceptions of their own that name the number in words.
     """
     number = error.errno if isinstance(error, OSError) else None
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    if number is None and told:
-        number = int(told.group(1))
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and named:
+        number = int(named.group(1))
     return os.strerror(number) if number in REFUSALS else None

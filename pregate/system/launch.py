@@ -78,8 +78,10 @@ def check_launch() -> None:
 
 
 def _check_launcher(command: str) -> None:
-    """`accelerate launch` starts one process where it sees no GPUs, whatever --num_processes says. Its traces: it has
-    set ACCELERATE_USE_CPU, and an address to meet at, and nobody has a rank."""
+    """Refuse the one process that `accelerate launch --num_processes N` starts where it sees no GPUs.
+
+    Its traces: ACCELERATE_USE_CPU and an address to meet at are set, and no rank is. Raises `UsageError`.
+    """
     given = os.environ
     launched = "ACCELERATE_USE_CPU" in given and "MASTER_ADDR" in given
     if launched and not any(name in given for name in (*SIZES, *RANKS, "LOCAL_RANK")):

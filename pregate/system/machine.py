@@ -68,7 +68,7 @@ def environment() -> dict[str, Any]:
     """JSON-able fingerprint of versions and hardware; what cannot be found out is absent.
 
     `memory_gib` is what this process may use: the machine's memory, or the container's limit where that is lower.
-    `git` is there only if this very file is tracked by a git checkout, not if some checkout merely surrounds it.
+    `git` is there only if a git checkout tracks this very file. A checkout around it is not enough.
     """
     facts: dict[str, Any] = {"pregate": __version__, "python": platform.python_version()}
     for library in LIBRARIES:

@@ -1,6 +1,6 @@
-"""The processes of one run after they have met: which of them tells how the run ended, and how the others end.
+"""The processes of one run after they have met: which of them reports how the run ended, and how the others exit.
 
-Imports no torch: an error in a command line is told without it.
+Imports no torch, because an error in a command line is reported without it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from pregate.system.launch import rank
 
 SILENCE_S = 30.0
-"""How long a process that has nothing to tell waits for its launcher to end it."""
+"""How long a process without a report waits for its launcher to stop it."""
 
 
 class PeerFailedError(Exception):
-    """Another process of this run has failed, and tells why itself."""
+    """Another process of this run has failed. That process reports the reason."""
 
 
 @dataclass
@@ -36,26 +36,31 @@ group: Group | None = None
 
 
 def may_tell() -> bool:
-    """Whether this process is the one of its run that tells how it ended: rank 0 before the processes have met, when
-    all see the same, and the first that fails after that. The others `end_in_silence`."""
+    """Whether this process is the one that reports how the run ended.
+
+    Before the processes have met, all fail of the same, and rank 0 reports. After that, the first that fails reports.
+    The others call `end_in_silence`.
+    """
     if group is None or group.store is None:
         return rank() == 0
     try:
         return group.store.add("told", 1) == 1
-    except RuntimeError:  # the process that holds the store is gone, and has told
+    except RuntimeError:  # the process that holds the store has exited, after its own report
         return False
 
 
 def end_in_silence(status: int) -> None:
-    """Exit, but not at once: a launcher stops all processes when the first exits, and the one that tells may not have
-    finished its sentence."""
+    """Exit after a pause.
+
+    A launcher stops all processes when the first exits, and the process that reports may not have finished.
+    """
     with suppress(KeyboardInterrupt):
         time.sleep(SILENCE_S)
     sys.exit(status)
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """One sentence if `error` says that another process of this run has vanished without a word, else None."""
+    """One sentence if `error` says that another process of this run was lost, else None."""
     if group is None or group.store is None:
         return None
     # by name, as torch is not imported here; gloo raises plain RuntimeErrors that hold its name

@@ -25,7 +25,7 @@ from pregate.system.peers import Group, PeerFailedError
 WAIT_S = (0.01, 1.0)
 """The first and the longest pause between two looks at what rank 0 has done."""
 TELL_AFTER_S = 60.0
-"""After this time a process that waits tells once what for."""
+"""After this time a waiting process says once what it waits for."""
 
 
 def join() -> PartialState:
@@ -50,7 +50,7 @@ def join() -> PartialState:
 def _meet(size: int) -> PartialState:
     if size > 1:
         _check_gpus(torch.cuda.device_count())
-    # Accelerate forms a group of CPU processes only if told to use the CPU, and PartialState reads no flag by itself
+    # Accelerate forms a group of CPU processes only with cpu=True, and PartialState reads no flag by itself
     try:
         state = PartialState(cpu=asked_for("ACCELERATE_USE_CPU") or (size > 1 and not torch.accelerator.is_available()))
     except (torch.distributed.DistError, ValueError) as error:

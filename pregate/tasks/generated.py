@@ -1,8 +1,8 @@
 """A small reading-comprehension set in SQuAD's columns that is generated, and the tokenizer that fits it.
 
-Knows `random` and the phrases of `generated_facts.toml`; knows nothing about models or training. A context tells a few
-facts of different kinds about one invented subject, in random order and with values drawn at random, so that the
-answer has to be found by the kind of fact that the question asks for; a guess is right about once in fifty times.
+Knows `random` and the phrases of `generated_facts.toml`; knows nothing about models or training. A context holds a few
+facts of different kinds about one invented subject, in random order and with random values. The question asks for a
+kind of fact, so the answer has to be found in the context: a guess is right about once in fifty times.
 Validation uses subjects and people that never occur in training.
 """
 
@@ -31,7 +31,7 @@ SUBJECT_WORDS, SUBJECT_NOUNS = (FACTS["subject"][part].split() for part in ("fir
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fact: how it is told and asked, and the values that it can take."""
+    """One kind of fact: its statements, its questions, and the values that it can take."""
 
     name: str
     statements: list[str]

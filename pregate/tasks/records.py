@@ -156,7 +156,7 @@ def _check_cells(columns: Columns, records: Sequence[dict[str, Any]], may_lack_h
     there = list(dict.fromkeys(name for record in records for key in record for name in _names(key, record[key])))
     for field, column in columns.of_field.items():
         head = _path(column, there)[0]
-        empty = head in there and not any(record.get(head) for record in records)  # nothing tells what is inside
+        empty = head in there and not any(record.get(head) for record in records)  # what is inside is unknown
         if column not in there and not empty:
             raise columns.missing(field, there, header_advice(there, columns.where) if may_lack_header else "")
 
