@@ -42,9 +42,7 @@ KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
     ("measure/bench/baselines.py", "psutil"),
     ("measure/bench/baselines.py", "safetensors"),
     ("measure/bench/plan.py", "rich"),
-    ("measure/bench/table.py", "rich"),
     ("measure/step_profile.py", "torch"),
-    ("measure/summary.py", "rich"),
     ("models/checkpoint.py", "huggingface_hub"),
     ("models/checkpoint.py", "safetensors"),
     ("training/feeds.py", "pregate.tasks.tokens"),
@@ -61,23 +59,17 @@ KNOWN_CIRCLES: set[tuple[str, str]] = {
 }
 """(file, module) of imports that close a circle."""
 
-KNOWN_LONG: set[str] = {
-    "training/stages.py",
-}
+KNOWN_LONG: set[str] = set()
 
 ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
 KNOWN_ENCODERS: set[str] = {
-    "conversion/gate_states.py",
-    "conversion/plan.py",
     "engine/device/engine.py",
     "engine/device/request.py",
     "engine/engine.py",
     "measure/bench/planner.py",
     "measure/bench/simulation.py",
-    "models/loading.py",
-    "models/pregating.py",
-    "training/losses.py",
+    "models/objectives.py",
 }
 
 

@@ -56,9 +56,13 @@ SIZES = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_laye
 
 @dataclass
 class ModelConfig:
-    """Where the conventional model comes from: `source` (directory or hub id), or `geometry` trained from scratch."""
+    """Where the conventional model comes from: `source` (directory or hub id), or `geometry` trained from scratch.
+
+    `family`: the `model_type` of a model of that geometry; a source says its own.
+    """
 
     name: str = "switch-base-8"
+    family: str = "switch_transformers"
     source: str | None = None
     revision: str | None = None
     geometry: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +92,7 @@ class PreGateConfig:
         named = self.stacks
         need(
             named is None or 0 < len(named) == len(set(named)),
-            f"{prefix}stacks={named} must name one or several stacks of the model, each once.",
+            f"{prefix}stacks={named} must name at least one stack, each once, or be null for all.",
         )
 
 

@@ -20,7 +20,7 @@ from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.loading import load_resident
 from pregate.tasks.tokens import Collator
-from tests.tiny import pregated_model, upstream_model
+from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.training.copying import FirstWords, short_run, word_tokenizer
 
 BOTH = ["encoder", "decoder"]
@@ -47,7 +47,7 @@ def calibrated(run: Run, source: Path, output: Path) -> Calibration:
 
 
 def batches_of(run: Run) -> Batches:
-    collate = Collator(word_tokenizer(), run.task.max_source_tokens, run.task.max_target_tokens)
+    collate = Collator(word_tokenizer(), run.task.max_source_tokens, run.task.max_target_tokens, SEQ2SEQ)
     return Batches.of(FirstWords().examples("train"), collate, run.calibration, run.seed)
 
 

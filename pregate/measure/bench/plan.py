@@ -19,8 +19,7 @@ from pregate.measure.bench.grid import BenchModel, RowSpec
 from pregate.measure.bench.planner import Profile, few_experts, is_predictable, predict, profile, verdict
 from pregate.measure.bench.probes import Ground
 from pregate.measure.bench.table import command
-from pregate.measure.plots import three_digits
-from pregate.measure.summary import ABSENT
+from pregate.measure.tables import ABSENT, three_digits
 from pregate.system.console import console, say
 from pregate.system.durable import write_json, write_text
 from pregate.system.machine import environment

@@ -28,7 +28,7 @@ from pregate.measure.bench.probes import Ground
 from pregate.measure.bench.row import Requests
 from pregate.measure.bench.simulation import Durations, Load, Predicted, simulate
 from pregate.measure.latency import Timed, TokenClock
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey, family_of
 from pregate.models.synthetic import synthetic_checkpoint
 
 FEW_EXPERTS = 8
@@ -71,8 +71,8 @@ class Profile:
 def few_experts(model: BenchModel) -> BenchModel:
     """A random-weight model of the same geometry, small enough to be timed anywhere."""
     geometry = {**model.source.config, "num_experts": min(FEW_EXPERTS, model.family.num_experts)}
-    gating = model.gating.to_dict()
-    return bench_model(model.name, None, synthetic_checkpoint(geometry, gating, model.dtype))
+    gating = model.gating
+    return bench_model(model.name, None, synthetic_checkpoint(family_of(geometry), geometry, gating, model.dtype))
 
 
 @contextmanager

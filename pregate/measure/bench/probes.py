@@ -16,7 +16,7 @@ import torch
 
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.drives import link_bandwidth
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 from pregate.system.memory import PeakMemory
 
 

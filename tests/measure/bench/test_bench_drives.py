@@ -16,8 +16,8 @@ from pregate.engine.engine import OffloadEngine
 from pregate.measure.bench import drives
 from pregate.measure.bench.active_experts import counted_experts, forced_experts
 from pregate.measure.bench.drives import cached_share, drop_page_cache, fill_page_cache, link_bandwidth
+from pregate.models.family import ExpertKey
 from pregate.models.loading import load_resident
-from pregate.models.pregating import ExpertKey
 from tests.tiny import batch, pregated_model
 
 KEYS = [ExpertKey("decoder", 0, expert) for expert in range(4)]
