@@ -7,8 +7,8 @@ refused where that is opened. A `Run` is read-only by convention: nothing downst
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from enum import StrEnum
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from pregate.config.limits import (
     above,
     at_least,
     between,
-    check_limits,
+    check_section,
     need,
     setting,
     share_of,
@@ -361,18 +361,12 @@ class Run:
     def __post_init__(self) -> None:
         """Refuse what cannot work, before any work starts. Raises `UsageError`.
 
-        The sections are checked here, as only the run knows the name of each: `train` and `source_train` are alike.
+        A section does not check itself, because only the run knows its name: `train` and `source_train` share a class.
         """
-        check_limits(self, "")
-        for section in fields(self):
-            value, prefix = getattr(self, section.name), f"{section.name}."
-            if is_dataclass(value):
-                check_limits(value, prefix)
-                if hasattr(value, "check"):
-                    value.check(prefix)  # type: ignore[attr-defined]
-        self._check_across_sections()
+        check_section(self, "")
 
-    def _check_across_sections(self) -> None:
+    def check(self, prefix: str) -> None:
+        """What concerns several sections."""
         gate, source = self.pregate, self.source_train
         need(
             not (gate.init is Init.calibrated and gate.lookahead and self.task.kind is TaskKind.denoising),
@@ -384,15 +378,7 @@ class Run:
 
 def to_dict(run: Run) -> dict[str, Any]:
     """The `Run` as plain JSON-able values, as written to `config.yaml` and sent to trackers."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, StrEnum) else value
-
-    return plain(asdict(run))
+    return json.loads(json.dumps(asdict(run)))
 
 
 def save_run(run: Run, path: Path) -> None:

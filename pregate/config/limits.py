@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
 from typing import Any
 
@@ -61,10 +61,11 @@ def setting(default: Any, limit: Limit) -> Any:
     return field(default=default, metadata={"limit": limit})
 
 
-def check_limits(section: Any, prefix: str) -> None:
-    """Refuse a value of a dataclass that is outside the limits of its field. Raises `UsageError`.
+def check_section(section: Any, prefix: str) -> None:
+    """Refuse a value of a dataclass, or of those inside it, that its field does not take. Raises `UsageError`.
 
     A field's metadata: `limit` of the value, `each` of the values of a list, `empty` the advice for a value that is.
+    A dataclass may have a method `check(prefix)` for what concerns several of its fields.
     """
     for declared in fields(section):
         value, rules, key = getattr(section, declared.name), declared.metadata, f"{prefix}{declared.name}"
@@ -75,6 +76,10 @@ def check_limits(section: Any, prefix: str) -> None:
             need(rules["limit"].holds(value), f"{key}={value} {rules['limit'].words}.")
         if "each" in rules:
             need(all(rules["each"].holds(one) for one in value or ()), f"{key}={value} {rules['each'].words}.")
+        if is_dataclass(value):
+            check_section(value, f"{key}.")
+    if hasattr(section, "check"):
+        section.check(prefix)
 
 
 def need(holds: bool, sentence: str) -> None:
