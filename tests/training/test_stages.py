@@ -195,7 +195,7 @@ def test_a_pre_gated_source_has_the_settings_asked_for_or_is_refused(
     source = ahead(has)
     overrides = [f"pregate.{name}={asked[name]}" for name in named]
     run = Run(model=ModelConfig(source=source), pregate=PreGateConfig(**asked), overrides=overrides)
-    default = vars(PreGateConfig()) | {"stacks": ["encoder", "decoder"]}  # null is all of them
+    default = vars(PreGateConfig())
     counts = [n for n in CHOICES if n in named or n == "lookahead" or unordered(asked[n]) != unordered(default[n])]
     wrong = [name for name in counts if unordered(has[name]) != unordered(asked[name])]
     if not wrong or has["lookahead"] == asked["lookahead"] == 0:
