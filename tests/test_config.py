@@ -91,6 +91,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("train.distill_logits=-1", "must be 0 or above"),
         ("train.distill_routing=nan", "must be 0 or above"),
         ("train.distill_temperature=0", "must be above 0"),
+        ("train.distill_temperature=inf", "must be above 0"),
         ("train.distill_logits=1", "need a teacher: set train.teacher=DIR_OR_ID"),
         ("train.teacher=some/model", "teaches nothing: set train.distill_logits"),
         ("train.trainable=experts", "expected one of [all, gates]"),

@@ -35,7 +35,8 @@ from pregate.config.choices import (
     WandbMode,
 )
 from pregate.config.limits import (
-    FINITE_WEIGHT,
+    TEMPERATURE,
+    WEIGHT,
     Limit,
     above,
     at_least,
@@ -179,9 +180,9 @@ class TrainConfig:
     z_loss: float = 1e-3
     dropout: float | None = setting(None, DROPOUT)
     teacher: str | None = None
-    distill_logits: float = setting(0.0, FINITE_WEIGHT)
-    distill_routing: float = setting(0.0, FINITE_WEIGHT)
-    distill_temperature: float = setting(1.0, above(0))
+    distill_logits: float = setting(0.0, WEIGHT)
+    distill_routing: float = setting(0.0, WEIGHT)
+    distill_temperature: float = setting(1.0, TEMPERATURE)
     trainable: Trainable = Trainable.all
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped

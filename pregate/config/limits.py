@@ -37,7 +37,8 @@ def between(low: float, high: float, note: str = "") -> Limit:
     return Limit(lambda value: low < value < high, f"must lie between {low} and {high}{note}")
 
 
-FINITE_WEIGHT = Limit(lambda value: isfinite(value) and value >= 0, "must be 0 or above")
+WEIGHT = Limit(lambda value: isfinite(value) and value >= 0, "must be 0 or above")
+TEMPERATURE = Limit(lambda value: isfinite(value) and value > 0, "must be above 0")
 
 
 def share_of(setting: str, budget: str) -> float | None:
