@@ -1,7 +1,7 @@
 """One decoding step of a Switch decoder with fixed shapes and fixed addresses, for as many replays as a request needs.
 
 Computes what the model's own decoder computes for one token a row, from the same parameters and through the model's own
-gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. Where the step's tokens stand is
+gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. The position of the step's tokens is
 a tensor, so nothing in it depends on the host. Knows the family's layers; how experts get where they are computed is
 left to `StepExperts`.
 
@@ -60,7 +60,7 @@ class StaticDecoder:
 
     @property
     def listener(self) -> Any:
-        """Whom the model's decoder tells of its routes; a step here tells nobody."""
+        """The listener of the decoder's routes, which a step does not call."""
         return self._decoder.listener
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class StaticDecoder:
             mlp = layer.layer[-1].mlp if layer.is_sparse else None
             gates += [] if mlp is None else [gate for gate in (mlp.router, mlp.pre_gate) if gate is not None]
         for gate in gates:
-            # once, or it would undo what somebody has put there since
+            # once, or it would undo what has been put there since
             if isinstance(gate, SwitchGate) and all(gate is not known for known in self._gates):
                 for_steps(gate)
         for layer in self._layers:
