@@ -1,23 +1,22 @@
 """`plan=true`: one short table of what every row would give, and a sentence on what pays, without packing the model.
 
-A model of the same geometry with few experts is packed and timed in its place. Leaves `plan.json` and `plan.md` in
-the run directory.
+Leaves `plan.json` and `plan.md` in the run directory.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pregate.config import Run, SlabDtype, Tier
-from pregate.engine.engine import open_store
-from pregate.measure.bench.grid import BenchModel, RowSpec
-from pregate.measure.bench.planner import Profile, few_experts, is_predictable, predict, profile, verdict
-from pregate.measure.bench.probes import Ground
+from pregate.config import Run
+from pregate.measure.bench.grid import RowSpec
+from pregate.measure.bench.link import Reading
+from pregate.measure.bench.models import BenchModel
+from pregate.measure.bench.planner import advice, is_predictable, predicted_row
+from pregate.measure.bench.profile import Profile, profile
 from pregate.measure.bench.table import command
 from pregate.measure.plots import three_digits
 from pregate.measure.summary import ABSENT
@@ -32,21 +31,18 @@ SCRATCH = "plan-scratch"
 HEADERS = ("policy", "cache", "slots", "ms/token", "tokens/s", "waiting ms", "MB/step", "memory GB")
 
 
-def plan(run: Run, rows: dict[BenchModel, list[RowSpec]], device: torch.device, out_dir: Path) -> list[dict[str, Any]]:
+def write_plan(
+    run: Run, rows: dict[BenchModel, list[RowSpec]], device: torch.device, reading: Reading, out_dir: Path
+) -> list[dict[str, Any]]:
     """Predict every row of the grid that the engine would serve; returns what `plan.json` holds."""
     loads: list[dict[str, Any]] = []
-    try:
-        for model, specs in rows.items():
-            small = few_experts(model)
-            grouped: dict[tuple[Any, ...], list[RowSpec]] = {}
-            for spec in filter(is_predictable, specs):
-                grouped.setdefault((spec.tier, spec.slab_dtype, spec.batch, spec.forced_experts), []).append(spec)
-            for same in grouped.values():
-                say(f"Timing {model.name}, {same[0].tier}, {same[0].slab_dtype}, batch {same[0].batch} …")
-                profiled = _profile(run, small, same[0], device, out_dir / SCRATCH)
-                loads.append(_load(model, same, profiled))
-    finally:
-        shutil.rmtree(out_dir / SCRATCH, ignore_errors=True)
+    for model, specs in rows.items():
+        grouped: dict[tuple[Any, ...], list[RowSpec]] = {}
+        for spec in filter(is_predictable, specs):
+            grouped.setdefault((spec.tier, spec.slab_dtype, spec.batch, spec.forced_experts), []).append(spec)
+        for same in grouped.values():
+            say(f"Timing {model.name}, {same[0].tier}, {same[0].slab_dtype}, batch {same[0].batch} …")
+            loads.append(_load(model, same, profile(model, same[0], device, reading, out_dir / SCRATCH)))
     facts = environment()
     write_json(out_dir / "plan.json", {"loads": loads, "environment": facts})
     write_text(out_dir / "plan.md", _markdown(run, loads, facts))
@@ -54,24 +50,13 @@ def plan(run: Run, rows: dict[BenchModel, list[RowSpec]], device: torch.device, 
     return loads
 
 
-def _profile(run: Run, small: BenchModel, spec: RowSpec, device: torch.device, scratch: Path) -> Profile:
-    place = scratch / f"{small.label}-{spec.slab_dtype}"
-    tier, slab_dtype = Tier(str(spec.tier)), SlabDtype(str(spec.slab_dtype))
-    store = open_store(small.source, tier=tier, device=device, pack_dir=place, slab_dtype=slab_dtype)
-    try:
-        ground = Ground(store, device, run.engine.io_threads, run.engine.io_uring)
-        return profile(small, ground, spec.batch, spec.prompt_len)
-    finally:
-        store.close()
-
-
 def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dict[str, Any]:
     """The predicted rows of one model, tier, slab dtype and batch, and what was measured for them."""
     first, found = specs[0], []
     for spec in specs:
-        row = {**spec.to_dict(), **predict(model, spec, profiled)}
+        row = {**spec.to_dict(), **predicted_row(model, spec, profiled)}
         row["link_ms"] = row["bytes_per_step"] / profiled.link_gb_per_s / 1e6
-        row["compute_ms"] = compute_ms(profiled, row)
+        row["compute_ms"] = profiled.durations.compute_ms(row["active_experts"])
         found.append(row)
     return {
         "model": model.name,
@@ -82,16 +67,9 @@ def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dic
         "link_gb_per_s": profiled.link_gb_per_s,
         "slab_bytes": profiled.slab_bytes,
         "durations_ms": vars(profiled.durations),
-        "verdict": verdict(found),
+        "verdict": advice(found),
         "rows": found,
     }
-
-
-def compute_ms(profiled: Profile, row: dict[str, Any]) -> float:
-    """T_compute of a row: a step in which nothing waits and nothing slows the computation."""
-    parts = profiled.durations
-    experts = len(parts.before_block) * row["active_experts"] * parts.expert
-    return sum(parts.before_block) + experts + parts.after_blocks
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

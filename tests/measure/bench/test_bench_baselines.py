@@ -18,7 +18,7 @@ from pregate.measure.bench.baselines import (
     resident_model,
     write_offload_folder,
 )
-from pregate.measure.bench.grid import BenchModel, bench_model
+from pregate.measure.bench.models import BenchModel, bench_model
 from pregate.models.pregating import ExpertKey
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.tiny import GEOMETRY, batch

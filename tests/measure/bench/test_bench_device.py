@@ -13,9 +13,10 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.engine.device.moves import ResidentSlots
-from pregate.measure.bench import drives
+from pregate.measure.bench import link
 from pregate.measure.bench.device import captured_compute_ms
-from pregate.measure.bench.grid import RowSpec, bench_models, grid
+from pregate.measure.bench.grid import RowSpec, grid
+from pregate.measure.bench.models import bench_models
 from pregate.measure.bench.table import bench_tables
 from tests.measure.bench.test_bench_run import MOE_BLOCKS, check_floor, rows_of, tiny_run
 from tests.tiny import pregated_model
@@ -23,7 +24,7 @@ from tests.tiny import pregated_model
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
     yield
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pregate.engine.trace import Span
-from pregate.measure.bench.baselines import Reference
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.row import Effort, Requests, figures
+from pregate.measure.bench.references import Reference
+from pregate.measure.bench.requests import Effort, Requests
+from pregate.measure.bench.row import figures
 from pregate.measure.latency import Timed, TokenClock, time_request
 from pregate.measure.logits import logit_difference
 
