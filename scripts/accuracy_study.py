@@ -19,6 +19,8 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not installed
+
 from pregate.config import UsageError
 from studies.accuracy.cells import PRETRAINING, SIZES, plan
 from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells

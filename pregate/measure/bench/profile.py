@@ -108,19 +108,22 @@ def _profile(small: BenchModel, model: BenchModel, ground: Ground, spec: RowSpec
     alone: list[Timed] = []
     slowed: list[tuple[float, float]] = []
     with opened(small, ground, Policy.gpu_only) as engine:
-        timed_request(engine, requests, 0)  # warms up
         for turn in range(TURNS):
             alone.append(timed_request(engine, requests, turn))
             # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
             if ground.device.type == "cpu":
-                beside_ms, gb_per_s = _beside_a_busy_link(engine, requests, turn, ground, keys)
-                slowed.append((beside_ms / step_ms(alone[-1]), link / gb_per_s))
+                slowed.append(_beside_a_busy_link(engine, requests, turn, ground, keys))
+    # the least disturbed of each: the first request warms up, and a shared machine only ever slows
     fastest = min(alone, key=step_ms)
     parts, active_experts = durations(fastest, slab_bytes / link / 1e6)
     if slowed:
-        computing, moving = (max(1.0, statistics.median(factors)) for factors in zip(*slowed, strict=True))
-        resume = _resume_ms(small, ground, requests, step_ms(fastest), parts.slab)
-        parts = replace(parts, compute_slowdown=computing, link_slowdown=moving, resume=resume)
+        steps_ms, gb_per_s = zip(*slowed, strict=True)
+        parts = replace(
+            parts,
+            compute_slowdown=max(1.0, min(steps_ms) / step_ms(fastest)),
+            link_slowdown=max(1.0, link / max(gb_per_s)),
+            resume=_resume_ms(small, ground, requests, step_ms(fastest), parts.slab),
+        )
     depth = len(list(model.family.layers.values())[-1])
     return Profile(stretched(parts, depth), link, in_order, slab_bytes, active_experts)
 
@@ -175,7 +178,7 @@ def _resume_ms(small: BenchModel, ground: Ground, requests: Requests, alone_ms: 
             timed = timed_request(engine, requests, turn)
             waited_ms = max(timed.exposed_ms_per_token or 0.0, 1e-9)
             found.append((step_ms(timed) - waited_ms - alone_ms) * slab_ms / waited_ms)
-    return max(0.0, statistics.median(found))
+    return max(0.0, min(found))
 
 
 def durations(timed: Timed, slab_ms: float) -> tuple[Durations, float]:

@@ -15,7 +15,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 import pregate.engine.device.ops.experts, pregate.engine.device.ops.gather, pregate.engine.device.host_memory
-import pregate.measure.gather_probe
+import studies.profiles.gather_probe
 from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots
 
 plan = FetchPlan.empty(2, "cpu")

@@ -1,11 +1,11 @@
 """How fast slabs cross the link: the gather kernel beside the copy engine, over slab sizes, kinds of memory and grids.
 
-    python -m pregate.measure.gather_probe --out DIR
+    python -m studies.profiles.gather_probe --out DIR
 
 On CUDA each figure is the time between two events around a replayed graph of fetches, one slab after the other from
 changing places, so that nothing is read from a cache and no launch is counted. Every arrangement is checked for what
-it copied before it is timed. Without a GPU the same code times the twin and a plain copy, which says nothing about a
-link: it is there so that the code is tested. GB are powers of 1000.
+it copied before it is timed. Without a GPU the same code times the reference implementation and a plain copy, which
+says nothing about a link: it is there so that the code is tested. GB are powers of 1000.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from pregate.config import Device, UsageError
 from pregate.engine.device import require_triton
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
+from pregate.engine.device.ops.gather import gather_slabs
 from pregate.engine.device.slots import FetchPlan
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.system.runtime import environment, human_bytes, pick_device
@@ -139,10 +139,7 @@ def _of_one_size(
 
     def gather_all(num_programs: int, unroll: int) -> None:
         for plan in plans:
-            if device.type == "cuda":
-                gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
-            else:
-                gather_slabs_twin(addresses_G, plan, slots_SB)
+            gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
 
     def row(method: str, work: Callable[[], None], **arrangement: int) -> dict[str, Any]:
         slots_SB.zero_()
@@ -206,7 +203,7 @@ def _median_ms(work: Callable[[], None], device: torch.device, repeats: int) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pregate.measure.gather_probe",
+        prog="python -m studies.profiles.gather_probe",
         description="How fast slabs cross the link: the gather kernel beside the copy engine.",
     )
     parser.add_argument("--out", type=Path, required=True, help=f"directory for {ROWS} and {TABLE}")
