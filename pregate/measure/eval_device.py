@@ -6,12 +6,7 @@ Knows runs and the device-driven engine; what is evaluated is `evaluation`'s mat
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from pregate.config import Policy, Run, UsageError
@@ -19,11 +14,7 @@ from pregate.engine.device import require_triton
 from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
 from pregate.engine.device.ops.experts import check_activation
 from pregate.engine.device.request import read_request
-from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
-from pregate.measure.latency import BenchRequest, Expected, judged, medians
-from pregate.measure.logits import check_moved
 from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.system.memory import PeakMemory
 from pregate.system.runtime import pick_device
 
 
@@ -67,50 +58,3 @@ def open_driven(run: Run, checkpoint: str, policy: Policy, device: torch.device,
 
 def _new_tokens(run: Run) -> int:
     return max(run.eval.max_new_tokens or run.task.max_target_tokens, run.engine.bench_new_tokens)
-
-
-def measure_driven(
-    open_engine: Callable[[], DeviceEngine],
-    request: BenchRequest,
-    device: torch.device,
-    expected: Expected | None,
-) -> dict[str, Any]:
-    """One engine record as `measure_policy` gives it, without what cannot be seen inside a captured step: `block_ms`,
-    `exposed_ms_per_token` and a timeline."""
-    with PeakMemory(device) as peak, open_engine() as engine:
-        prompts = [prompt.to(device) for prompt in request.prompts]
-
-        def serve(prompt: Tensor) -> StepsTimed:
-            options = request.options(prompt)
-            ids, mask = options.pop("input_ids"), options.pop("attention_mask")
-            return time_steps(engine, ids, mask, request.new_tokens, device, **options)
-
-        serve(prompts[0])
-        timed = [[serve(prompt) for prompt in prompts] for _ in range(request.repeats)]
-        peak_bytes = peak.read()
-        flat = [served for repeat in timed for served in repeat]
-        for served in flat:  # nothing stays in a slot from request to request
-            check_moved(engine.policy, served.counted["bytes_moved"])
-        wanted = expected.tokens if expected is not None else [served.tokens for served in flat]
-        logits = [
-            stepped_logits(engine, prompt, torch.ones_like(prompt), tokens[:, :-1].to(device))
-            for prompt, tokens in zip(prompts, wanted, strict=False)
-        ]
-        logits_record = judged(logits, expected, not all(served.finite for served in flat))
-    record: dict[str, Any] = {
-        **medians(flat),
-        "tokens_per_s": request.new_tokens / statistics.median(served.seconds[-1] for served in flat),
-        # of the last pass over all prompts, as the host-driven engine has it
-        **{name: sum(served.counted[name] for served in timed[-1]) for name in ("bytes_moved", "hits", "misses")},
-    }
-    if expected is not None:
-        same = [
-            torch.equal(served.tokens, tokens)
-            for repeat in timed
-            for served, tokens in zip(repeat, expected.tokens, strict=True)
-        ]
-        record["tokens_equal_resident"] = all(same) and logits_record["logits_finite"]
-    record |= logits_record
-    if peak_bytes is not None:
-        record["peak_device_bytes"] = peak_bytes
-    return record

@@ -21,7 +21,7 @@ from pregate.engine.device.engine import DeviceEngine, slots_for
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
-from pregate.measure.eval_device import measure_driven, open_driven
+from pregate.measure.eval_device import open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report import write_report
@@ -238,10 +238,9 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
 
         keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
-            if engine.drive is Drive.device:
-                record = measure_driven(opened, request, bench.device, expected)
-            else:
-                record, traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+            record, timeline = measure_policy(opened, request, bench.device, expected, keep)
+            if timeline:
+                traces[str(policy)] = timeline
             check_logits(bench.checkpoint, f"served with policy {policy}", record["logits_finite"])
             records[str(policy)] = record
         except (DeviceFullError, torch.OutOfMemoryError):

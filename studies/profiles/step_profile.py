@@ -23,9 +23,9 @@ from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tie
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
 from pregate.engine.engine import open_store
-from pregate.measure.bench.device import serve_one
 from pregate.measure.bench.models import BenchModel, bench_models
 from pregate.measure.bench.requests import Requests, greedy
+from pregate.measure.device_steps import time_steps
 from pregate.system.runtime import environment, pick_device
 
 TABLE = "step_profile.md"
@@ -79,7 +79,7 @@ def profile_model(
 def _token_ms(engine: DeviceEngine, requests: Requests, new_tokens: int) -> list[float]:
     times = []
     for number in range(REPEATS + 1):
-        timed = serve_one(engine, requests, number, new_tokens)
+        timed = time_steps(engine, **requests.prompt(number), device=requests.device, **greedy(new_tokens))
         if number and timed.tpot_ms is not None:  # the first warms up
             times.append(timed.tpot_ms)
     return times

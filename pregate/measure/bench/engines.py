@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from pregate.config import Policy, SlabDtype, Tier
+from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.budget import DeviceFullError
-from pregate.engine.engine import open_store
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine, open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.engine.trace import write_perfetto
-from pregate.measure.bench.baselines import free_bytes
-from pregate.measure.bench.device import captured_compute_ms, device_engine, is_device_driven
+from pregate.measure.bench.active_experts import forced_experts
+from pregate.measure.bench.baselines import free_bytes, use_generation_config
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel
@@ -31,8 +32,8 @@ from pregate.measure.bench.references import References, resident_of
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import Results
 from pregate.measure.bench.row import Beside, measure_row
-from pregate.measure.bench.servers import Server, host_engine
 from pregate.measure.bench.whole import HEADROOM, forget
+from pregate.measure.servers import engine_server
 from pregate.system.memory import PeakMemory
 from pregate.system.runtime import human_bytes
 from pregate.tracking import say
@@ -106,39 +107,54 @@ class EngineRows:
         return needed <= free
 
     def _row(self, spec: RowSpec, ground: Ground) -> dict[str, Any]:
-        driven = is_device_driven(spec)
         # few experts would not do the same work for several tokens, nor for a number of experts that is forced
-        alike = not driven and spec.batch == 1 and spec.forced_experts is None
-        opened: Any = device_engine if driven else host_engine
+        alike = not spec.device_driven and spec.batch == 1 and spec.forced_experts is None
+        link = "bytes_moved" if self.device.type == "cuda" and ground.store.in_host_memory else "bytes_read"
         with (
             step_timer(self.model, spec, self.device) if alike else nullcontext() as step_ms,
             PeakMemory(self.device) as peak,
-            opened(spec, self.model, ground) as server,
+            self._opened(spec, ground) as engine,
+            forced_experts(engine.model, spec.forced_experts),
+            engine_server(engine, self.device, link) as server,
         ):
-            probes = Probes(self._link_probe(spec, ground, server), step_ms, self._compute_ms(spec))
+            use_generation_config(engine.model, self.model)
+            # forced by its place in a call, a token has another route alone than among others
+            server.captured = spec.device_driven and spec.forced_experts is None
+            compute_ms = (self.results.find(computing_row(spec, self.references.new_tokens)) or {}).get("tpot_ms")
+            probes = Probes(self._link_probe(spec, ground, engine), step_ms, compute_ms)
             quantised = spec.slab_dtype != SlabDtype.source
             reference = self.references.get(spec, str(spec.slab_dtype))
             beside = Beside(probes, reference, self.references.get(spec) if quantised else None)
-            row, timed, _ = measure_row(spec, server, self.effort, peak, beside)
-        if not driven:
-            traces = self.results.path.parent / "traces"
-            write_perfetto(traces / f"{spec.slug()}.json", timed[0].spans or [], spec.sentence())
-        return row
+            row, timed, _ = measure_row(spec, self.model, server, self.effort, peak, beside)
+        if spec.device_driven:
+            return row
+        traces = self.results.path.parent / "traces"
+        write_perfetto(traces / f"{spec.slug()}.json", timed[0].spans or [], spec.sentence())
+        return row | {"io_threads": self.reading.io_threads}
 
-    def _link_probe(self, spec: RowSpec, ground: Ground, server: Server) -> Callable[[int], float] | None:
+    def _opened(self, spec: RowSpec, ground: Ground) -> Any:
+        """The engine of a row. Raises what opening it raises."""
+        shared: dict[str, Any] = {
+            "policy": Policy(spec.policy),
+            "device": self.device,
+            "device_budget": spec.budget,
+            "cache": CacheRule(spec.cache or CacheRule.none),
+            "store": ground.store,
+        }
+        if spec.device_driven:
+            lengths = {"max_source_len": spec.prompt_len, "max_new_tokens": spec.new_tokens}
+            return DeviceEngine.open(self.model.source, batch=spec.batch, **lengths, **shared)
+        return OffloadEngine.open(self.model.source, host_budget=spec.host_budget, **vars(ground.reading), **shared)
+
+    def _link_probe(self, spec: RowSpec, ground: Ground, engine: Any) -> Callable[[int], float] | None:
         """Measures the link as the row uses it; None for a row that moves nothing."""
         if spec.policy == Policy.gpu_only:
             return None
         keys, in_order = self.model.family.keys(), spec.policy == Policy.prefetch_all
-        same = replace(ground, reading=replace(ground.reading, io_uring=server.reader == "io_uring"))
+        io_uring = not spec.device_driven and engine.reader == "io_uring"
+        same = replace(ground, reading=replace(ground.reading, io_uring=io_uring))
         # other slabs each time: a disk's host may remember what it has read
         return lambda number: same.gb_per_s(keys, 1000 * spec.seed + number, in_order)
-
-    def _compute_ms(self, spec: RowSpec) -> float | None:
-        """T_compute as another row has measured it."""
-        if is_device_driven(spec):
-            return captured_compute_ms(spec, self.references.new_tokens, self.results.find)
-        return (self.results.find(resident_of(spec, self.references.new_tokens)) or {}).get("tpot_ms")
 
     def _prediction(self, spec: RowSpec, row: dict[str, Any]) -> dict[str, Any]:
         """What the planner says of a row, with the link and the computation as they were beside it."""
@@ -151,3 +167,11 @@ class EngineRows:
         compute_ms = row["compute_ms"] if "compute_ms_probes" in row else None
         said = predicted_row(self.model, spec, self._profiles[load], row.get("link_gb_per_s"), compute_ms)
         return {"predicted": said, "predicted_over_measured": said["tokens_per_s"] / row["tokens_per_s"]}
+
+
+def computing_row(spec: RowSpec, new_tokens: int) -> RowSpec:
+    """The row whose time for a token is T_compute of `spec`: the whole model's, or of a device-driven row that with all
+    experts on the device, driven the same way."""
+    if not spec.device_driven:
+        return resident_of(spec, new_tokens)
+    return replace(spec, policy=str(Policy.gpu_only), cache=None, budget=None, host_budget=None, new_tokens=new_tokens)

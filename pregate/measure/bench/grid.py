@@ -46,6 +46,10 @@ class RowSpec:
     host_budget: str | None = None
     drive: str | None = None
 
+    @property
+    def device_driven(self) -> bool:
+        return self.drive == Drive.device
+
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -59,7 +63,7 @@ class RowSpec:
         """The row in a few words, for the user who watches."""
         parts = [self.model, self.tier, self.slab_dtype if self.slab_dtype != "source" else None, self.policy]
         parts += [self.cache if self.cache != "none" else None, self.budget]
-        parts += ["device-driven" if self.drive == Drive.device else None]
+        parts += ["device-driven" if self.device_driven else None]
         parts += [f"batch {self.batch}", f"{self.forced_experts} experts" if self.forced_experts else None]
         return " ".join(str(part) for part in parts if part is not None)
 
@@ -94,7 +98,7 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
         for drive in bench.drives:
             served = replace(load, tier=str(tier), slab_dtype=str(slab_dtype), drive=str(drive))
             rows += filter(_can_be_driven, _engine_rows(run, served))
-    if Drive.device in bench.drives and not any(row.drive == Drive.device for row in rows):
+    if Drive.device in bench.drives and not any(row.device_driven for row in rows):
         raise UsageError(
             "bench.drives has device, which needs experts in host memory, a cache of none or lru and at most "
             f"{MOST_ROWS} rows: set bench.tiers=[dram], or leave it out."
@@ -104,7 +108,7 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
 
 def _can_be_driven(row: RowSpec) -> bool:
     served = row.tier == Tier.dram and row.cache in (None, CacheRule.none, CacheRule.lru) and row.batch <= MOST_ROWS
-    return row.drive == Drive.host or served
+    return served or not row.device_driven
 
 
 def _accelerate_rows(

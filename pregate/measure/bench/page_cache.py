@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def drop_page_cache(folder: Path) -> None:
     """Have the page cache forget every file of `folder`, where the system can be asked to. What is not yet written
@@ -47,26 +49,13 @@ def cached_share(folder: Path) -> float | None:
 
 def _resident_pages(libc: Any, file: Path) -> bytes:
     """One byte a page of `file`, 1 if it is in memory (mincore)."""
-    size, prot_read, map_shared = file.stat().st_size, 1, 1
+    size = file.stat().st_size
     if size == 0:
         return b""
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        address = libc.mmap(None, size, prot_read, map_shared, descriptor, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
-            raise OSError(ctypes.get_errno(), f"{file} cannot be mapped")
-        try:
-            found = ctypes.create_string_buffer(-(-size // os.sysconf("SC_PAGE_SIZE")))
-            if libc.mincore(address, size, found) != 0:
-                raise OSError(ctypes.get_errno(), f"the pages of {file} cannot be counted")
-        finally:
-            libc.munmap(address, size)
-    finally:
-        os.close(descriptor)
+    mapped = np.memmap(file, np.uint8, "r")
+    found = ctypes.create_string_buffer(-(-size // os.sysconf("SC_PAGE_SIZE")))
+    if libc.mincore(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(size), found) != 0:
+        raise OSError(ctypes.get_errno(), f"the pages of {file} cannot be counted")
     return bytes(byte & 1 for byte in found.raw)
 
 

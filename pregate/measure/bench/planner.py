@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import CacheRule, Drive, Policy
+from pregate.config import CacheRule, Policy
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.models import BenchModel
@@ -103,4 +103,4 @@ def _speed(row: dict[str, Any]) -> float:
 
 def is_predictable(spec: RowSpec) -> bool:
     """Whether a row can be predicted: it is served by the host-driven engine, whose scheduler the planner runs."""
-    return spec.policy in {str(policy) for policy in Policy} and spec.drive != Drive.device
+    return spec.policy in {str(policy) for policy in Policy} and not spec.device_driven

@@ -24,9 +24,9 @@ from pregate.engine.trace import Span
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel, bench_model
-from pregate.measure.bench.requests import Requests
+from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
-from pregate.measure.latency import Timed, TokenClock
+from pregate.measure.timing import Timed, TokenClock, time_request
 from pregate.models.pregating import ExpertKey
 from pregate.models.synthetic import synthetic_checkpoint
 
@@ -152,7 +152,8 @@ def opened(small: BenchModel, ground: Ground, policy: Policy) -> Iterator[Offloa
 def timed_request(
     engine: OffloadEngine, requests: Requests, number: int, steps: int = STEPS, read: Callable[[], int] | None = None
 ) -> Timed:
-    return requests.serve(engine.generate, number, 1 + steps, TokenClock(requests.device, read), engine.trace)
+    options = {**requests.prompt(number), **greedy(1 + steps)}
+    return time_request(engine.generate, options, TokenClock(requests.device, read), engine.trace)
 
 
 def step_ms(timed: Timed) -> float:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pregate.engine.trace import Trace
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.latency import Timed, TokenClock, time_request
+from pregate.measure.servers import Inputs
+from pregate.measure.timing import Timed
 
 NEVER_AGAIN = 1e6
 """`repetition_penalty`: a token's own logit is by far its largest in a random model with tied embeddings."""
@@ -45,20 +44,10 @@ class Requests:
     def of(cls, spec: RowSpec, vocab_size: int, device: torch.device) -> Requests:
         return cls(spec.batch, spec.prompt_len, vocab_size, spec.seed, device)
 
-    def prompt(self, number: int) -> dict[str, Tensor]:
+    def prompt(self, number: int) -> Inputs:
         draw = torch.Generator().manual_seed(self.seed + number)
         ids = torch.randint(2, self.vocab_size, (self.batch, self.prompt_len), generator=draw).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def serve(
-        self,
-        generate: Callable[..., Tensor],
-        number: int,
-        new_tokens: int,
-        clock: TokenClock,
-        trace: Trace | None = None,
-    ) -> Timed:
-        return time_request(generate, {**self.prompt(number), **greedy(new_tokens)}, clock, trace)
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,31 @@ The same for every server. Knows servers, references and probes; knows nothing a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pregate.config import Policy
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
+from pregate.measure.bench.active_experts import counted_experts
 from pregate.measure.bench.grid import RowSpec
+from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.probes import Decoding, Probes, floors
 from pregate.measure.bench.references import Reference
-from pregate.measure.bench.requests import WARM_UP, Effort
-from pregate.measure.bench.servers import Server, first_logits
-from pregate.measure.latency import Timed, medians
-from pregate.measure.logits import compare_logits, logit_difference, tolerance
+from pregate.measure.bench.requests import WARM_UP, Effort, Requests, greedy
+from pregate.measure.logits import check_moved, compare_logits, logit_difference, tolerance
+from pregate.measure.servers import Server, forced_logits
+from pregate.measure.timing import Timed, medians
 from pregate.system.memory import PeakMemory
+
+LOGIT_TOKENS = 8
+"""Target positions whose logits are compared; a batch of 32 then takes 33 MB with T5's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +50,76 @@ class Measured(NamedTuple):
     logits: Tensor
 
 
-def measure_row(spec: RowSpec, server: Server, effort: Effort, peak: PeakMemory, beside: Beside) -> Measured:
+def measure_row(
+    spec: RowSpec, model: BenchModel, server: Server, effort: Effort, peak: PeakMemory, beside: Beside
+) -> Measured:
     """One row, complete. `peak` was begun before the server was opened."""
-    reference, probes = beside.reference, beside.probes
-    for number in range(effort.warmup):
-        server.warm_up(WARM_UP + number)
-    timed = effort.run(server.serve, lambda: probes.take(peak))
-    row = {**spec.to_dict(), **server.report(timed), **figures(timed, spec, reference)}
-    link_bytes = row.pop("link_bytes", None)
+    requests = Requests.of(spec, model.vocab_size, server.device)
+    reference, probes, options = beside.reference, beside.probes, greedy(spec.new_tokens)
+    engine = server.engine
+    with counted_experts(engine.model) if isinstance(engine, OffloadEngine) else nullcontext([]) as active:
+        warm_up = [
+            server.serve(requests.prompt(WARM_UP + number), options, traced=False) for number in range(effort.warmup)
+        ]
+    timed = effort.run(lambda number: server.serve(requests.prompt(number), options), lambda: probes.take(peak))
+    row = spec.to_dict()
+    if engine is not None:
+        check_moved(spec.policy, sum(one.counted["bytes_moved"] for one in [*warm_up, *timed]))
+        row |= engine_report(engine, spec, timed, active)
+        row |= floors([Decoding(one.tpot_ms or 0.0, one.read_per_step) for one in timed], probes, spec.batch)
+    row |= figures(timed, spec, reference)
     if (peak_bytes := peak.read()) is not None:
         row["peak_device_bytes"] = peak_bytes
+    tokens_BT = timed[0].tokens if reference is None else reference.tokens[0]
     with peak.left_out():
-        row |= _beside_the_source(server, beside.source_reference)
-        tokens_BT = timed[0].tokens if reference is None else reference.tokens[0]
-        logits = server.logits(tokens_BT)
-    row |= logits_record(logits, reference, bool(server.rows_not_finite()), server.dtypes)
+        logits = server.logits(requests.prompt(0), compared(tokens_BT, spec))
+        row |= _beside_the_source(server, requests, spec, beside.source_reference)
+    dtypes = [model.dtype] if engine is None else [model.dtype, engine.model.dtype]
+    row |= logits_record(logits, reference, bool(server.rows_not_finite()), dtypes)
     if server.captured and reference is not None and reference.logits is not None:
         differs = logit_difference(logits, reference.logits[:, : logits.shape[1]])
         row |= {"step_logits_rel_diff": differs["logits_rel_diff"]} if differs else {}
-    if link_bytes is not None:
-        steps = [Decoding(one.tpot_ms or 0.0, moved) for one, moved in zip(timed, link_bytes, strict=True)]
-        row |= floors(steps, probes, spec.batch)
     return Measured(row, timed, logits)
 
 
-def _beside_the_source(server: Server, source: Reference | None) -> dict[str, float]:
+def compared(tokens_BT: Tensor, spec: RowSpec) -> Tensor:
+    """The tokens that are given as input to compare logits."""
+    return tokens_BT[:, : min(LOGIT_TOKENS, spec.new_tokens)]
+
+
+def engine_report(
+    engine: OffloadEngine | DeviceEngine, spec: RowSpec, timed: Sequence[Timed], active: Sequence[int]
+) -> dict[str, Any]:
+    """What a row says of an engine. `active`: the distinct experts of each block and step of the warm-up."""
+    expected = engine.expected_bytes()
+    row: dict[str, Any] = {name: _mean([one.counted[name] for one in timed]) for name in timed[0].counted}
+    row |= {
+        "slots": engine.num_slots,
+        "slab_bytes": engine.slab_bytes,
+        "link_bytes_per_step": statistics.mean(one.read_per_step for one in timed),
+        "expected_bytes": sum(expected.values()),
+        "expected_bytes_parts": expected,
+    }
+    if isinstance(engine, OffloadEngine):
+        return row | {"reader": engine.reader, "active_experts": _mean(active)}
+    # the other policies fetch without regard to routes, so their counts do not tell
+    if spec.forced_experts is None and spec.policy in (Policy.on_demand, Policy.pre_gated):
+        row["active_experts"] = round(statistics.mean(one.distinct or 0.0 for one in timed), 2)
+    return row
+
+
+def _mean(numbers: Sequence[int]) -> int | float:
+    """Of counts: whole where it is whole."""
+    mean = statistics.mean(numbers)
+    return int(mean) if mean == int(mean) else round(mean, 2)
+
+
+def _beside_the_source(server: Server, requests: Requests, spec: RowSpec, source: Reference | None) -> dict[str, float]:
     """How far the logits are from those of the unquantised model."""
     if source is None or source.logits is None:
         return {}
-    return logit_difference(first_logits(server.forward, server.requests, source.tokens[0]), source.logits)
+    logits = forced_logits(server.forward, requests.prompt(0), compared(source.tokens[0], spec))
+    return logit_difference(logits, source.logits[:, : logits.shape[1]])
 
 
 def logits_record(

@@ -18,6 +18,7 @@ import torch
 
 from pregate.config import SlabDtype, Tier, UsageError
 from pregate.engine.storage.store import Store
+from pregate.measure.bench.active_experts import forced_experts
 from pregate.measure.bench.baselines import (
     cpu_offloaded,
     dequantised_resident,
@@ -31,9 +32,9 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
 from pregate.measure.bench.probes import Probes
 from pregate.measure.bench.references import Reference, References, resident_of
-from pregate.measure.bench.requests import Effort, Requests
+from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.row import Beside, measure_row
-from pregate.measure.bench.servers import whole_model
+from pregate.measure.servers import whole_server
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.system.memory import PeakMemory
 from pregate.system.runtime import human_bytes
@@ -100,9 +101,9 @@ class Whole:
 
     def _row(self, whole: Any, spec: RowSpec, weights: str, peak: PeakMemory) -> dict[str, Any]:
         """One row, and its tokens and logits among the references."""
-        requests = Requests.of(spec, self.model.vocab_size, self.device)
-        with whole_model(whole, spec, requests) as server:
-            row, timed, logits = measure_row(spec, server, self.effort, peak, Beside(Probes(None, None)))
+        with forced_experts(whole, spec.forced_experts), whole_server(whole, self.device) as server:
+            beside = Beside(Probes(None, None))
+            row, timed, logits = measure_row(spec, self.model, server, self.effort, peak, beside)
         if row["logits_finite"]:
             tokens = torch.stack([request.tokens for request in timed])
             Reference(tokens, logits).save(self.references.path(spec, weights))
@@ -164,13 +165,11 @@ class Accelerated:
     def _row(
         self, spec: RowSpec, build: Callable[[], Any], between: Callable[[], None] | None = None
     ) -> dict[str, Any]:
-        requests = Requests.of(spec, self.model.vocab_size, self.device)
         beside = Beside(Probes(None, None), self.references.get(spec))
-        with (
-            PeakMemory(self.device) as peak,
-            whole_model(build(), spec, requests, (self.model.dtype,), between) as server,
-        ):
-            return measure_row(spec, server, self.effort, peak, beside).row
+        with PeakMemory(self.device) as peak:
+            served = build()
+            with forced_experts(served, spec.forced_experts), whole_server(served, self.device, between) as server:
+                return measure_row(spec, self.model, server, self.effort, peak, beside).row
 
 
 def forget() -> None:

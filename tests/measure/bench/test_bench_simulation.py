@@ -14,7 +14,7 @@ from pregate.measure.bench.models import bench_models
 from pregate.measure.bench.planner import advice
 from pregate.measure.bench.profile import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
-from pregate.measure.latency import Timed
+from pregate.measure.timing import Timed
 from pregate.models.families.switch_layers import switch_expert_family
 from pregate.models.pregating import ExpertFamily, ExpertKey, PreGating
 from tests.tiny import pregated_model
@@ -161,5 +161,5 @@ def test_a_shallow_model_has_few_layers_and_the_widths_of_the_whole_one(settings
     assert [len(layers) for layers in whole.family.layers.values()] == [6, 6]
     assert small.family.matrices == whole.family.matrices and small.dtype == whole.dtype
     assert small.gating == whole.gating and small.family.num_experts == FEW_EXPERTS
-    assert small.num_bytes() < 0.03 * whole.num_bytes(), "what is timed is small"
+    assert small.num_bytes() < 0.08 * whole.num_bytes(), "what is timed is small"
     assert len(few_experts(whole).family.keys()) == 12 * FEW_EXPERTS
