@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pregate.config import CacheRule, Policy, SlabDtype, Tier
     from pregate.engine.engine import OffloadEngine
-    from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
     from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
+    from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
+    from pregate.models.family import register_family
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "PreGatedSwitchTransformersConfig": "pregate.models.families.switch_layers",
-    "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch",
+    "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch_model",
+    "register_family": "pregate.models.family",
     "OffloadEngine": "pregate.engine.engine",
     "CacheRule": "pregate.config",
     "Policy": "pregate.config",
@@ -34,6 +36,7 @@ __all__ = [
     "SlabDtype",
     "Tier",
     "__version__",
+    "register_family",
 ]
 
 
@@ -51,4 +54,4 @@ def _is_own_command() -> bool:
 
 
 if not _is_own_command():
-    importlib.import_module("pregate.models.families.switch")
+    importlib.import_module("pregate.models.family").families()

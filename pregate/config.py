@@ -136,9 +136,13 @@ class WandbMode(StrEnum):
 
 @dataclass
 class ModelConfig:
-    """Where the conventional model comes from: `source` (directory or hub id), or `geometry` trained from scratch."""
+    """Where the conventional model comes from: `source` (directory or hub id), or `geometry` trained from scratch.
+
+    `family`: the `model_type` of a model of that geometry; a source says its own.
+    """
 
     name: str = "switch-base-8"
+    family: str = "switch_transformers"
     source: str | None = None
     revision: str | None = None
     geometry: dict[str, Any] = field(default_factory=dict)
@@ -147,10 +151,10 @@ class ModelConfig:
 
 @dataclass
 class PreGateConfig:
-    """How routers are re-attached; `lookahead: 0` is the conventional model."""
+    """How routers are re-attached; `lookahead: 0` is the conventional model. `stacks`: null means all of them."""
 
     lookahead: int = 1
-    stacks: list[str] = field(default_factory=lambda: ["encoder", "decoder"])
+    stacks: list[str] | None = None
     entry: Entry = Entry.own
     init: Init = Init.source
 

@@ -13,106 +13,56 @@ import argparse
 import json
 import shlex
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pregate.measure.report.summary import ENGINE_FIGURES, engine_table, percent, score_table
+from pregate.measure.tables import CellWriter, Table, facts_line, number
+
 FILES = ("config.yaml", "metrics.jsonl", "eval.json", "summary.json", "conversion.json")
-ENGINE = {
-    "ttft_ms": ("TTFT, ms", "{:.1f}"),
-    "tpot_ms": ("TPOT, ms", "{:.2f}"),
-    "tokens_per_s": ("tokens/s", "{:.1f}"),
-    "block_ms": ("block, ms", "{:.2f}"),
-    "exposed_ms_per_token": ("waiting, ms/token", "{:.2f}"),
-    "bytes_moved": ("moved, MB", "{:.1f}"),
-    "peak_device_bytes": ("peak, MB", "{:.1f}"),
-    "tokens_equal_resident": ("tokens equal", "{}"),
-    "logits_max_diff": ("logits differ by", "{:.2g}"),
+CONVERSION: dict[str, CellWriter] = {
+    "conversion, whole process": lambda row: f"`{row['command']}`",
+    "seconds": number("seconds"),
+    "peak resident, GB": number("peak_resident_bytes", 1e9),
 }
 
 
-def table(headers: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(headers) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])
+def readme(run_dir: Path, note: str, settings: Mapping[str, str]) -> str:
+    return "\n\n".join(paragraphs(run_dir, note, settings)) + "\n"
 
 
-def score_table(evaluation: dict[str, Any]) -> str:
-    rows = []
-    labels = {"pre_gated": evaluation.get("checkpoint_label", "pre_gated")}
-    for model, scores in evaluation["scores"].items():
-        for metric, value in scores.items():
-            low, high = evaluation["intervals"][model][metric]
-            rows.append(
-                [f"{labels.get(model, model).replace('_', '-')} {metric}", f"{value:.2f}", f"[{low:.2f}, {high:.2f}]"]
-            )
-    for metric in evaluation["scores"]["pre_gated"]:
-        if f"{metric}_delta" in evaluation.get("parity", {}):
-            low, high = evaluation["parity"][f"{metric}_delta_interval"]
-            delta = f"{evaluation['parity'][f'{metric}_delta']:+.2f}"
-            rows.append([f"difference {metric}", delta, f"[{low:+.2f}, {high:+.2f}]"])
-    return table(["score", "%", "95 % interval"], rows)
-
-
-def engine_table(engine: dict[str, Any]) -> str:
-    def cell(record: dict[str, Any], key: str, form: str) -> str:
-        if key not in record:
-            return "–"
-        value = record[key] / 1e6 if key.endswith("bytes") or key == "bytes_moved" else record[key]
-        return form.format(str(value).lower() if isinstance(value, bool) else value)
-
-    rows = [
-        [policy, *(cell(record, key, form) for key, (_, form) in ENGINE.items())] for policy, record in engine.items()
-    ]
-    return table(["policy", *(head for head, _ in ENGINE.values())], rows)
-
-
-def pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, dict))
-
-
-def readme(run_dir: Path, note: str, settings: dict[str, str]) -> str:
+def paragraphs(run_dir: Path, note: str, settings: Mapping[str, str]) -> Iterator[str]:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    evaluation = json.loads((run_dir / "eval.json").read_text())
-    summary_file = run_dir / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
+    evaluation, summary = load(run_dir / "eval.json", {}), load(run_dir / "summary.json", {})
     prefix = "".join(f"{key}={value} " for key, value in settings.items())
-    command = f"{prefix}python -m pregate.train {shlex.join(config['overrides'])}"
-    conversion_file = run_dir / "conversion.json"
-    git = evaluation["environment"].get("git", {})
-    parts = [
-        f"# {run_dir.name}",
-        note,
-        f"```\n{command}\n```",
-        f"{evaluation['task']}, {evaluation['split']} split, {evaluation['num_examples']} examples.",
-        score_table(evaluation),
-    ]
-    for stage in ("source_train", "train"):
-        if stage in summary:
-            facts = summary[stage]
-            line = (
-                f"{stage}: {facts['steps']} steps in {facts['seconds']:.0f} s, {facts['target_tokens']} target tokens"
-            )
-            if facts.get("peak_device_bytes"):
-                line += f", peak memory {facts['peak_device_bytes'] / 1e9:.2f} GB"
-            parts.append(line + ".")
-    agreement = evaluation.get("routing", {}).get("agreement", {})
-    for stack, blocks in agreement.items():
-        parts.append(f"Routing agreement, {stack}: " + ", ".join(f"{100 * value:.0f} %" for value in blocks) + ".")
-    if conversion_file.is_file():
-        rows = [
-            [f"`{row['command']}`", f"{row['seconds']:.1f}", f"{row['peak_resident_bytes'] / 1e9:.2f}"]
-            for row in json.loads(conversion_file.read_text())
-        ]
-        parts.append(table(["conversion, whole process", "seconds", "peak resident, GB"], rows))
-    parts += [
-        engine_table(evaluation["engine"]),
-        f"Engine: {pairs(evaluation['engine_settings'])}.",
-        f"Environment: {pairs(evaluation['environment'])}; commit {git.get('commit', 'unknown')}"
-        + (" with uncommitted changes" if git.get("dirty") else "")
-        + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
+    yield f"# {run_dir.name}"
+    yield note
+    yield f"```\n{prefix}python -m pregate.train {shlex.join(config['overrides'])}\n```"
+    yield f"{evaluation['task']}, {evaluation['split']} split, {evaluation['num_examples']} examples."
+    if scores := score_table(evaluation):
+        yield scores.markdown()
+    yield from (stage_line(stage, summary[stage]) for stage in ("source_train", "train") if stage in summary)
+    for stack, shares in evaluation.get("routing", {}).get("agreement", {}).items():
+        yield f"Routing agreement, {stack}, %: {', '.join(map(percent, shares))}."
+    if conversion := load(run_dir / "conversion.json", []):
+        yield Table.of(CONVERSION, conversion).markdown()
+    if engine := engine_table(evaluation, list(ENGINE_FIGURES)):
+        yield engine.markdown()
+        yield f"Engine: {facts_line(evaluation['engine_settings'])}."
+    yield f"Environment: {facts_line(evaluation['environment'])}."
+
+
+def load(file: Path, otherwise: Any) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else otherwise
+
+
+def stage_line(name: str, facts: Mapping[str, Any]) -> str:
+    line = f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s, {facts['target_tokens']} target tokens"
+    peak = facts.get("peak_device_bytes")
+    return line + (f", peak memory {peak / 1e9:.2f} GB." if peak else ".")
 
 
 def main() -> None:

@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pregate.measure.bench.paper import as_cell, beside_the_paper, share_of_gpu_only
-from pregate.measure.bench.table import with_speedups
-
-NAMES = ("model", "drive", "policy", "slabs", "cache")
-HEADERS = (*NAMES, "batch", "tokens/s", "÷ floor", "× Accelerate", "GB/s", "peak GB")
-Row = dict[str, Any]
+from pregate.measure.bench.paper import beside_the_paper, share_of_gpu_only
+from pregate.measure.tables import CellWriter, Row, Table, short, text
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -34,33 +30,32 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def times_accelerate(row: Row, rows: list[Row]) -> float | None:
-    """tokens/s over those of Accelerate's offload of the same model, dtype and batch from the same tier."""
+def with_times_accelerate(row: Row, rows: Sequence[Row]) -> Row:
+    """The row with its tokens/s over those of Accelerate's offload of the same model and load from the same tier."""
     keys = ("model", "dtype", "batch", "tier", "prompt_len")
     for other in rows:
         if other["policy"] == "accelerate" and all(other.get(key) == row.get(key) for key in keys):
-            return row["tokens_per_s"] / other["tokens_per_s"]
-    return None
+            return {**row, "times_accelerate": row["tokens_per_s"] / other["tokens_per_s"]}
+    return row
 
 
-def cells(row: Row, rows: list[Row]) -> list[str]:
-    names = [
-        f"{row['model']}, {row['dtype']}",
-        row.get("drive"),
-        row["policy"],
-        row.get("slab_dtype"),
-        row.get("cache"),
-    ]
-    measured = [row["tokens_per_s"], row.get("over_floor"), times_accelerate(row, rows), row.get("link_gb_per_s")]
-    peak = row.get("peak_device_bytes")
-    return [*(name or "–" for name in names), str(row["batch"]), *map(as_cell, measured), as_cell(peak and peak / 1e9)]
+COLUMNS: dict[str, CellWriter] = {
+    "model": lambda row: f"{row['model']}, {row['dtype']}",
+    "drive": text("drive"),
+    "policy": text("policy"),
+    "slabs": text("slab_dtype"),
+    "cache": text("cache"),
+    "batch": text("batch"),
+    "tokens/s": short("tokens_per_s"),
+    "÷ floor": short("over_floor"),
+    "× Accelerate": short("times_accelerate"),
+    "GB/s": short("link_gb_per_s"),
+    "peak GB": short("peak_device_bytes", 1e9),
+}
 
 
-def suite_markdown(rows: list[Row]) -> str:
-    rows = with_speedups(rows)
-    rule = ["---"] * len(NAMES) + ["---:"] * (len(HEADERS) - len(NAMES))
-    table = [HEADERS, rule, *(cells(row, rows) for row in rows)]
-    parts = ["\n".join(f"| {' | '.join(line)} |" for line in table)]
+def suite_markdown(rows: Sequence[Row]) -> str:
+    parts = [Table.of(COLUMNS, [with_times_accelerate(row, rows) for row in rows], left=5).markdown()]
     for field, what in (("tokens_per_s", "tokens/s"), ("peak_device_bytes", "peak memory")):
         for kind, (share, models) in share_of_gpu_only(rows, field).items():
             over = f"geometric mean over {', '.join(models)}"
@@ -76,10 +71,10 @@ def main() -> None:
     rows = read_rows(arguments.folder)
     if not rows:
         sys.exit(f"{arguments.folder} holds no bench.jsonl with a row: run scripts/gpu_suite.sh first.")
-    text = suite_markdown(rows)
+    markdown = suite_markdown(rows)
     if arguments.out is not None:
-        arguments.out.write_text(text, encoding="utf-8")
-    print(text)
+        arguments.out.write_text(markdown, encoding="utf-8")
+    print(markdown)
 
 
 if __name__ == "__main__":

@@ -65,12 +65,18 @@ REFUSALS = {
         ),
         "dense model",
     ),
-    "other family": (lambda d: edit_config(d, model_type="mixtral"), "only switch_transformers can be converted"),
+    "other family": (
+        lambda d: edit_config(d, model_type="mixtral"),
+        "is a mixtral model, which cannot be converted",
+    ),
     "no family": (lambda d: edit_config(d, ("model_type",)), "names no model_type"),
-    "bad config": (lambda d: edit_config(d, d_model="wide"), "describes no switch_transformers model"),
+    "bad config": (
+        lambda d: edit_config(d, d_model="wide"),
+        "holds no switch_transformers model",
+    ),
     "few blocks": (
         lambda d: edit_config(d, num_sparse_decoder_layers=1, decoder_sparse_step=8),
-        "needs at least 2 MoE blocks in the decoder and",
+        "needs at least 2 MoE blocks in the decoder, which has",
     ),
     "missing tensors": (lambda d: edit_tensors(d, (EXPERT,)), f"lacks {EXPERT}"),
     "missing embeddings": (

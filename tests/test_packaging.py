@@ -27,10 +27,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "site"
 
 
-def test_a_wheel_holds_configs_and_style(installed: Path) -> None:
+def test_a_wheel_holds_configs_and_templates(installed: Path) -> None:
     expected = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
     assert {p.relative_to(installed / "pregate" / "configs") for p in installed.rglob("*.yaml")} == expected
-    assert (installed / "pregate" / "measure" / "report.css").is_file()
+    templates = {p.relative_to(ROOT) for p in (ROOT / "pregate").rglob("templates/*")}
+    assert {p.relative_to(installed) for p in installed.rglob("templates/*")} == templates
+    assert {p.name for p in templates} >= {"report.html.j2", "report.css", "bench.md.j2"}
 
 
 def test_an_installed_command_finds_its_configs(installed: Path, tmp_path: Path) -> None:

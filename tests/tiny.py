@@ -8,7 +8,9 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from pregate import PreGatedSwitchTransformersConfig, PreGatedSwitchTransformersForConditionalGeneration
+from pregate.models.families.switch import SwitchFamily
 
+SEQ2SEQ = SwitchFamily.objective
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 67,
     "d_model": 20,

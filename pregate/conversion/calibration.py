@@ -23,7 +23,6 @@ from pregate.conversion.gate_states import (
     Agreement,
     Batches,
     agreement_of,
-    encode,
     gate_seats,
     mean_agreement,
     router_logits,
@@ -32,10 +31,9 @@ from pregate.conversion.gate_states import (
 from pregate.conversion.plan import TensorPlan
 from pregate.conversion.write import ConversionReport, FittedGates, convert_for
 from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
+from pregate.models.family import family_named, family_of_model
 from pregate.models.loading import load_resident
-from pregate.models.pregating import STACKS
+from pregate.models.pregated import compute_buffers
 from pregate.system.runtime import pick_device
 from pregate.tasks.base import Task, build_task
 from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
@@ -105,10 +103,11 @@ def calibrate(
     assert run.pregate.init is Init.calibrated and run.pregate.lookahead, run.pregate
     done: list[Calibration] = []
 
-    def fit(plan: TensorPlan, config: PreGatedSwitchTransformersConfig) -> FittedGates:
+    def fit(plan: TensorPlan, config: Any) -> FittedGates:
         began = time.perf_counter()
         examples = task.examples(run.task.train_split, run.data.max_train_examples)
-        collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+        objective = family_named(config.model_type).objective
+        collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, objective)
         batches = Batches.of(examples, collate, run.calibration, run.seed)
         model = load_resident(source, run.model.revision, dtype=torch.float32)
         if device is not None:
@@ -140,7 +139,7 @@ def calibrate_source(run: Run, source: str, output: Path) -> tuple[ConversionRep
 
 @torch.no_grad()
 def fit_gates(
-    source: Model, config: PreGatedSwitchTransformersConfig, plan: TensorPlan, batches: Batches, steps: int
+    source: Any, config: Any, plan: TensorPlan, batches: Batches, steps: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the fitted gates, and all of a `Calibration` but what its caller knows."""
     model = _twin(source, config, plan)
@@ -148,7 +147,8 @@ def fit_gates(
     before = agreement_of(router_logits(model, batches.held_out), wanted_held)
     fitted: list[FittedGate] = []
     originals = {seat: _weights(seat.gate) for seat in gate_seats(model)}
-    for stack in STACKS:
+    family = family_of_model(model)
+    for stack in family.stacks:
         waiting = [seat for seat in originals if seat.stack == stack and not seat.exact]
         while waiting:
             settled = min(seat.block for seat in waiting)
@@ -163,9 +163,8 @@ def fit_gates(
                     result = fit_gate(*_weights(seat.gate), fit, held, steps)
                 _set_weights(seat.gate, (result.weight_ED, result.bias_E))
                 fitted.append(FittedGate(stack, seat.block, result))
-        if stack == STACKS[0]:
-            for batch in (*batches.fit, *batches.held_out):
-                batch.encoded_BSD = encode(model, batch)
+        for batch in (*batches.fit, *batches.held_out):
+            batch.settled |= family.objective.settled(model, stack, batch.inputs)
     after = agreement_of(router_logits(model, batches.held_out), wanted_held)
     if mean_agreement(after) < mean_agreement(before):
         # each gate is no worse than a copy on the states that it met; this holds for the model as a whole
@@ -173,39 +172,41 @@ def fit_gates(
             _set_weights(seat.gate, weights)
         after = before
         fitted = [replace(gate, fit=replace(gate.fit, chosen="copy")) for gate in fitted]
-    names = {module: name for name, module in model.named_modules()}
-    tensors: dict[str, Tensor] = {}
-    for seat in originals:
-        for part, tensor in zip(("weight", "bias"), _weights(seat.gate), strict=True):
-            if tensor is not None and not seat.exact:
-                tensors[f"{names[seat.gate]}.classifier.{part}"] = tensor
-    fitted.sort(key=lambda gate: (STACKS.index(gate.stack), gate.block))
-    tokens = {stack: batches.num_tokens(stack) for stack in STACKS}
+    fitted_gates = {
+        id(parameter) for seat in originals if not seat.exact for parameter in seat.gate.linear.parameters()
+    }
+    tensors = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in fitted_gates
+    }
+    fitted.sort(key=lambda gate: (family.stacks.index(gate.stack), gate.block))
+    tokens = {stack: batches.num_tokens(stack) for stack in family.stacks}
     return tensors, {"gates": tuple(fitted), "before": before, "after": after, "tokens": tokens}
 
 
-def _twin(source: Model, config: PreGatedSwitchTransformersConfig, plan: TensorPlan) -> Model:
+def _twin(source: Any, config: Any, plan: TensorPlan) -> Any:
     """The pre-gated model with copied gates. It shares all weights of `source` but those of the gates."""
     with torch.device("meta"):
-        model = Model(config)
-    renamed = {target: origin for move in plan.moves for target, origin in move.renamed().items()}
-    for move in plan.moves:
-        if move.norm is not None:
-            renamed[f"{move.target.removesuffix('.classifier')}.layer_norm.weight"] = move.norm
+        model = family_named(config.model_type).model_class(config)
+    origins = {target: origin for move in plan.moves for target, origin in (move.renamed | move.copied).items()}
+    of_gates = {id(parameter) for gate in model.gates() for parameter in gate.linear.parameters()}
+    owned = {name for name, parameter in model.named_parameters() if id(parameter) in of_gates}
     have, state = source.state_dict(), {}
     for name in model.state_dict():
-        tensor = have[renamed.get(name, name)]
-        state[name] = tensor.clone() if ".classifier." in name else tensor
+        tensor = have[origins.get(name, name)]
+        state[name] = tensor.clone() if name in owned else tensor
     model.load_state_dict(state, assign=True)
+    compute_buffers(model, source.device)
     return model.eval()
 
 
-def _weights(gate: SwitchGate) -> tuple[Tensor, Tensor | None]:
-    bias_E = gate.classifier.bias
-    return gate.classifier.weight.detach().clone(), None if bias_E is None else bias_E.detach().clone()
+def _weights(gate: Any) -> tuple[Tensor, Tensor | None]:
+    bias_E = getattr(gate.linear, "bias", None)
+    return gate.linear.weight.detach().clone(), None if bias_E is None else bias_E.detach().clone()
 
 
-def _set_weights(gate: SwitchGate, weights: tuple[Tensor, Tensor | None]) -> None:
-    gate.classifier.weight.copy_(weights[0])
+def _set_weights(gate: Any, weights: tuple[Tensor, Tensor | None]) -> None:
+    gate.linear.weight.copy_(weights[0])
     if weights[1] is not None:
-        gate.classifier.bias.copy_(weights[1])
+        gate.linear.bias.copy_(weights[1])

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import CalibrationConfig, UsageError
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration as Model
-from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
-from pregate.models.pregating import STACKS, block_logits, moe_blocks, real_tokens
+from pregate.models.family import family_of_model
+from pregate.models.pregated import Gate
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 
@@ -28,11 +27,12 @@ Agreement = dict[str, list[float]]
 
 @dataclass
 class Batch:
-    """Inputs of the models; which tokens count (stack -> mask_BT); and the encoder's output, once that is settled."""
+    """Inputs of the models; which tokens count (stack -> mask_BT); and what stacks that are settled give to later
+    ones."""
 
     inputs: dict[str, Tensor]
     counted: dict[str, Tensor]
-    encoded_BSD: Tensor | None = None
+    settled: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Batches:
             batches = []
             for start in range(0, len(part), settings.batch_size):
                 inputs = collate(part[start : start + settings.batch_size])
-                batches.append(Batch(inputs, real_tokens(inputs)))
+                batches.append(Batch(inputs, collate.objective.real_tokens(inputs)))
             parts.append(batches)
         return cls(*parts, num_examples=len(drawn))
 
@@ -78,7 +78,7 @@ def _drawn(examples: Sequence[Example], collate: Collator, settings: Calibration
     left = settings.tokens
     for start in range(0, len(order), settings.batch_size):
         part = order[start : start + settings.batch_size]
-        lengths_B = torch.stack([mask.sum(1) for mask in real_tokens(collate(part)).values()]).sum(0)
+        lengths_B = torch.stack([mask.sum(1) for mask in collate.objective.real_tokens(collate(part)).values()]).sum(0)
         for example, length in zip(part, lengths_B.tolist(), strict=True):
             left -= length
             if left < 0 and len(kept) >= 2:
@@ -96,59 +96,56 @@ class GateSeat:
     block: int
     after: int
     exact: bool
-    gate: SwitchGate = field(repr=False)
+    gate: Gate = field(repr=False)
     reads: nn.Module = field(repr=False)
 
 
-def gate_seats(model: Model) -> list[GateSeat]:
+def gate_seats(model: Any) -> list[GateSeat]:
     """The gates that decide in another place than in the source or, as entry gates, possibly on other states."""
     gating, found = model.config.pregating, []
-    for stack in (stack for stack in STACKS if gating.lookahead_of(stack)):
-        undisturbed = stack == STACKS[0] or STACKS[0] not in gating.stacks
-        for block, gate in getattr(model, stack).entry_gates.items():
-            found.append(GateSeat(stack, int(block), 0, False, gate, gate))
-        for block in moe_blocks(model):
-            if block.stack == stack:
-                mlp = block.module
-                if mlp.router is not None:
-                    found.append(GateSeat(stack, mlp.index, mlp.index, undisturbed, mlp.router, mlp))
-                if mlp.pre_gate is not None:
-                    found.append(GateSeat(stack, mlp.target, mlp.index, False, mlp.pre_gate, mlp))
+    undisturbed = True
+    for stack in family_of_model(model).stacks:
+        if not gating.lookahead_of(stack):
+            continue
+        for number, gate in model.stack_module(stack).entry_gates.items():
+            found.append(GateSeat(stack, int(number), 0, False, gate, gate))
+        for gates in (block.gates for block in model.moe_blocks() if block.stack == stack):
+            if gates.router is not None:
+                found.append(GateSeat(stack, gates.index, gates.index, undisturbed, gates.router, gates))
+            if gates.pre_gate is not None:
+                found.append(GateSeat(stack, gates.target, gates.index, False, gates.pre_gate, gates))
+        undisturbed = False  # what later stacks read is no longer what it was in the source
     return found
 
 
-def router_logits(model: Model, batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
+def router_logits(model: Any, batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
     """stack -> the logits_TE of each MoE block for all counted tokens."""
     found: dict[str, list[list[Tensor]]] = {}
     for batch in batches:
         output = model(**batch.inputs, output_router_logits=True, use_cache=False)
-        for stack, blocks in block_logits(output).items():
+        for stack, blocks in family_of_model(model).objective.router_logits(output).items():
             rows = found.setdefault(stack, [[] for _ in blocks])
             for row, logits_BTE in zip(rows, blocks, strict=True):
                 row.append(logits_BTE[batch.counted[stack]].float())
     return {stack: [torch.cat(row) for row in rows] for stack, rows in found.items()}
 
 
-def encode(model: Model, batch: Batch) -> Tensor:
-    inputs = batch.inputs
-    return model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-
-
 class _EnoughError(Exception):
     """Raised within a forward pass when all states that were asked for have been seen."""
 
 
-def states_read(model: Model, stack: str, wave: Sequence[GateSeat], batches: Sequence[Batch]) -> list[Tensor]:
+def states_read(model: Any, stack: str, wave: Sequence[GateSeat], batches: Sequence[Batch]) -> list[Tensor]:
     """The states_TD that each gate of `wave` reads in `model`, of all counted tokens. Runs no deeper than needed."""
     caught: list[list[Tensor]] = [[] for _ in wave]
+    objective = family_of_model(model).objective
     mask_BT = torch.empty(0)
     left = 0
 
     def catcher(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def catch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             nonlocal left
-            states_BTD = module.layer_norm(arguments[0]) if isinstance(module, EmbeddingGate) else arguments[0]
-            rows.append(states_BTD[mask_BT].float())
+            states = module.read(arguments[0]) if isinstance(module, Gate) else arguments[0]
+            rows.append(states.flatten(0, -2)[mask_BT.flatten()].float())
             left -= 1
             if not left:
                 raise _EnoughError
@@ -160,10 +157,7 @@ def states_read(model: Model, stack: str, wave: Sequence[GateSeat], batches: Seq
         for batch in batches:
             mask_BT, left = batch.counted[stack], len(wave)
             try:
-                if stack == STACKS[0]:
-                    encode(model, batch)
-                else:
-                    model(**batch.inputs, encoder_outputs=(batch.encoded_BSD,), use_cache=False)
+                objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
             except _EnoughError:
                 continue
     finally:

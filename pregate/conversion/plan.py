@@ -6,30 +6,27 @@ Knows names and how much goes into a file; reads no weights and writes nothing. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.models.loading import TABLES, parameter_shapes
+from pregate.models.family import Family, family_named
+from pregate.models.loading import parameter_shapes
 from pregate.models.pregating import PreGating
 
 
 @dataclass(frozen=True)
 class GateMove:
-    """One gate that changes its place: `block` of `stack` was decided at `source` and is decided at `target`.
+    """One gate that changes its place: it decides for `block` of `stack`.
 
-    Both are prefixes of parameter names. `norm` names the layer norm that an entry gate on embeddings starts from
-    a copy of; it is None for other gates.
+    renamed: output tensor -> source tensor of the gate itself, for every tensor that a gate may have. copied: output
+    tensor -> source tensor of what an entry gate starts from a copy of, the norm before its block; empty for other
+    gates.
     """
 
     stack: str
     block: int
-    source: str
-    target: str
-    norm: str | None = None
-
-    def renamed(self) -> dict[str, str]:
-        """Output tensor -> source tensor of the gate itself, bias included whether or not the model has one."""
-        return {f"{self.target}.{part}": f"{self.source}.{part}" for part in ("weight", "bias")}
+    renamed: dict[str, str]
+    copied: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -42,38 +39,38 @@ class TensorPlan:
     dropped: tuple[str, ...]
 
 
-def plan_moves(blocks: dict[str, list[int]], gating: PreGating) -> list[GateMove]:
-    """Which gates move where; `blocks` gives the layer numbers of the MoE blocks of each stack, in order."""
+def plan_moves(family: Family, layers: dict[str, list[int]], gating: PreGating) -> list[GateMove]:
+    """Which gates move where; `layers` gives the layer numbers of the MoE blocks of each stack, in order."""
     moves: list[GateMove] = []
-    for stack, layers in blocks.items():
-        part = 1 if stack == "encoder" else 2
-        sublayers = [f"{stack}.block.{layer}.layer.{part}" for layer in layers]
-        for block in gating.embedding_entries(stack, len(layers)):
-            norm = f"{sublayers[block]}.layer_norm.weight"
-            source, target = f"{sublayers[block]}.mlp.router.classifier", f"{stack}.entry_gates.{block}.classifier"
-            moves.append(GateMove(stack, block, source, target, norm))
-        for seat, sublayer in enumerate(sublayers):
-            target = gating.gates_at(stack, seat, len(layers)).target
+
+    def renamed(target: str, source: str) -> dict[str, str]:
+        return {f"{target}.{part}": f"{source}.{part}" for part in family.gate_parts}
+
+    for stack, numbers in layers.items():
+        names = [family.gate_names(stack, layer, block) for block, layer in enumerate(numbers)]
+        for block in gating.embedding_entries(stack, len(names)):
+            here = names[block]
+            moves.append(GateMove(stack, block, renamed(here.entry, here.own), {here.entry_norm: here.norm}))
+        for block, here in enumerate(names):
+            target = gating.gates_at(stack, block, len(names)).target
             if target is not None:
-                source = f"{sublayers[target]}.mlp.router.classifier"
-                moves.append(GateMove(stack, target, source, f"{sublayer}.mlp.pre_gate.classifier"))
+                moves.append(GateMove(stack, target, renamed(here.ahead, names[target].own), {}))
     return moves
 
 
-def plan_tensors(
-    checkpoint: SourceCheckpoint, target: PreGatedSwitchTransformersConfig, blocks: dict[str, list[int]]
-) -> TensorPlan:
-    """Map a conventional source, opened and checked by `open_model`, onto the architecture of `target`."""
+def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
+    """Map a conventional source, opened and checked by `open_model`, onto the architecture of the config `target`."""
+    family = family_named(target.model_type)
     origins = {name: name for name in checkpoint.names()}
-    moves = plan_moves(blocks, target.pregating)
+    experts = family.experts(target).as_found_in(origins)
+    moves = plan_moves(family, experts.layers, target.pregating)
     for move in moves:
-        for name, source in move.renamed().items():
-            if source in origins:  # a router without bias has no bias to move
+        for name, source in move.renamed.items():
+            if source in origins:  # a gate without a bias has none to move
                 origins[name] = origins.pop(source)
-        if move.norm is not None:
-            origins[f"{move.target.removesuffix('.classifier')}.layer_norm.weight"] = move.norm
-    order = parameter_shapes(target)
-    assert set(origins) | set(TABLES) == set(order), set(origins) ^ set(order)
+        origins |= move.copied
+    order = parameter_shapes(family, target, experts)
+    assert set(origins) | {*family.input_tables, family.output_table} == set(order), set(origins) ^ set(order)
     origins = {name: origins[name] for name in order if name in origins}
     return TensorPlan(origins, tuple(moves), checkpoint.ignored)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-import pregate as package
+from pregate import __version__
 from pregate.config import Init, PreGateConfig, Run, UsageError
 from pregate.conversion.plan import GateMove, TensorPlan, plan_shards, plan_tensors
 from pregate.engine.storage.pack import refuse_output
@@ -36,20 +36,18 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
-from pregate.models.families.switch_layers import OLD_MARKER
+from pregate.models.family import Family, families, family_named
 from pregate.models.loading import open_model
-from pregate.models.pregating import STACKS, PreGating
+from pregate.models.pregating import PreGating
 from pregate.system.durable import clear_abandoned, free_bytes, partial_beside, put
 from pregate.system.runtime import human_bytes
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
-SOURCE_TYPE = "switch_transformers"
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
 """Settings of a config that opening a checkpoint completes."""
 STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
-TARGET_TYPE = package.PreGatedSwitchTransformersConfig.model_type
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class ConversionReport:
         lines = [f"{source} -> {self.output}"]
         for stack, blocks in self.num_blocks.items():
             ahead = gating.lookahead_of(stack)
-            moved = sum(move.stack == stack and move.norm is None for move in self.moves)
+            moved = sum(move.stack == stack and not move.copied for move in self.moves)
             entries = "read the input embeddings" if gating.entry == "embedding" else "stay where they are"
             what = (
                 f"{moved} gates moved {ahead} ahead, {ahead} entry gates {entries}" if ahead else "gates stay in place"
@@ -99,7 +97,7 @@ class FittedGates:
     account: dict[str, Any]
 
 
-GateFitter = Callable[[TensorPlan, package.PreGatedSwitchTransformersConfig], FittedGates]
+GateFitter = Callable[[TensorPlan, Any], FittedGates]
 """Given where tensors move and the config of the pre-gated model; called once nothing else can be refused."""
 
 
@@ -107,10 +105,11 @@ GateFitter = Callable[[TensorPlan, package.PreGatedSwitchTransformersConfig], Fi
 class _Architecture:
     """The `config.json` to write, and the parsed config of the model after."""
 
+    family: Family
     json: dict[str, Any]
-    target: package.PreGatedSwitchTransformersConfig
-    blocks: dict[str, list[int]]
-    """stack -> the layer numbers of its MoE blocks, in order"""
+    target: Any
+    num_blocks: dict[str, int]
+    """stack -> how many MoE blocks it has"""
 
 
 def convert(
@@ -127,8 +126,8 @@ def convert(
     """Write the pre-gated form of `source` (a directory or hub id) to the new directory `output`.
 
     `tokenizer` is a directory or hub id whose tokenizer files replace the source's. `seed` matters for
-    `init: random` alone, which draws the gates that move: weights normal with the standard deviation
-    `initializer_factor / sqrt(d_model)`, biases zero. `fit` finds the gates of `init: calibrated`, which asks for it
+    `init: random` alone, which draws the gates that move: weights normal with the family's standard deviation, biases
+    zero. `fit` finds the gates of `init: calibrated`, which asks for it
     (`pregate.conversion.calibration.calibrate` brings one). Without it, memory stays near `max_shard_bytes`.
 
     Raises `UsageError`, before anything is written, for an output in use, a source that is no conventional Switch
@@ -142,7 +141,7 @@ def convert(
     _refuse_occupied(output)
     architecture = _architecture(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan = plan_tensors(checkpoint, architecture.target, architecture.blocks)
+    plan = plan_tensors(checkpoint, architecture.target)
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
@@ -176,7 +175,7 @@ def convert(
     return ConversionReport(
         output=output,
         gating=architecture.target.pregating,
-        num_blocks={stack: len(layers) for stack, layers in architecture.blocks.items()},
+        num_blocks=architecture.num_blocks,
         moves=plan.moves,
         dropped=plan.dropped,
         shards=tuple(shards),
@@ -207,56 +206,37 @@ def check_convertible(source: str, config: dict[str, Any], pregate: PreGateConfi
 
 def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -> _Architecture:
     """Parse the source's config and place the gates in it. Raises `UsageError` if it cannot be converted so."""
-    _refuse_family(source, config)
-    gating = PreGating(
-        pregate.lookahead, tuple(s for s in STACKS if s in pregate.stacks), str(pregate.entry), str(pregate.init)
-    )
-    common = {
-        # the code that auto_map points to is not part of what is written
-        **{name: value for name, value in config.items() if name not in ("auto_map", OLD_MARKER)},
-        "model_type": TARGET_TYPE,
-        "architectures": [package.PreGatedSwitchTransformersForConditionalGeneration.__name__],
-    }
-
-    def parse(section: PreGating) -> package.PreGatedSwitchTransformersConfig:
-        return package.PreGatedSwitchTransformersConfig.from_dict({**common, "pregate": section.to_dict()})
-
+    family = _family(source, config)
     try:
-        conventional = parse(PreGating())
-    except Exception as error:  # strict validation brings exception types of its own
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"The config.json of {source} describes no {SOURCE_TYPE} model: {reason}.") from error
-    blocks = {stack: conventional.moe_layers(stack) for stack in STACKS}
-    if not any(blocks.values()):
+        conventional = family.config(config)
+    except UsageError as error:
+        raise UsageError(f"{source} holds no {family.source_type} model. {error}") from error
+    num_blocks = family.num_blocks(conventional)
+    if not any(num_blocks.values()):
         raise UsageError(
-            f"{source} is a dense model, none of its layers holds experts: give a Mixture-of-Experts checkpoint "
-            "such as google/switch-base-8."
+            f"{source} is a dense model, none of its layers holds experts: give a Mixture-of-Experts checkpoint."
         )
-    for stack in gating.stacks if gating.lookahead else ():
-        if gating.lookahead >= len(blocks[stack]):
-            raise UsageError(
-                f"pregate.lookahead={gating.lookahead} needs at least {gating.lookahead + 1} MoE blocks in the {stack} "
-                f"and {source} has {len(blocks[stack])}: choose a smaller lookahead, or leave the {stack} out of "
-                "pregate.stacks."
-            )
-    return _Architecture({**common, "pregate": gating.to_dict()}, parse(gating), blocks)
+    gating = PreGating.of_config(pregate).within(num_blocks)
+    written = family.pregated_json(config, gating)
+    return _Architecture(family, written, family.config(written), num_blocks)
 
 
-def _refuse_family(source: str, config: dict[str, Any]) -> None:
+def _family(source: str, config: dict[str, Any]) -> Family:
+    """Raises `UsageError` for a model that cannot be converted, or need not be."""
     kind = config.get("model_type")
-    if kind == TARGET_TYPE:
-        ahead = package.PreGatedSwitchTransformersConfig.of_checkpoint(config).pregating.lookahead
-        raise UsageError(f"{source} is already pre-gated (lookahead {ahead}): convert the model it was made from.")
-    if kind == SOURCE_TYPE:
-        return
+    known = sorted(family.source_type for family in families())
+    give = f"give a checkpoint of type {' or '.join(known)}."
     if kind is None:
-        raise UsageError(f"The config.json of {source} names no model_type: give a {SOURCE_TYPE} checkpoint.")
+        raise UsageError(f"The config.json of {source} names no model_type: {give}")
+    for family in families():
+        if kind == family.source_type:
+            return family
+        if kind == family.model_type:
+            ahead = family.config(config).pregating.lookahead
+            raise UsageError(f"{source} is already pre-gated (lookahead {ahead}): convert the model it was made from.")
     if any("expert" in key for key in config):
-        raise UsageError(f"{source} is a {kind} model and only {SOURCE_TYPE} can be converted: give one of that type.")
-    raise UsageError(
-        f"{source} is a dense {kind} model without experts: give a Mixture-of-Experts checkpoint of type "
-        f"{SOURCE_TYPE}, such as google/switch-base-8."
-    )
+        raise UsageError(f"{source} is a {kind} model, which cannot be converted: {give}")
+    raise UsageError(f"{source} is a dense {kind} model without experts: {give}")
 
 
 def _refuse_occupied(output: Path) -> None:
@@ -322,13 +302,13 @@ def _write_shard(
     checkpoint: SourceCheckpoint,
     plan: TensorPlan,
     names: list[str],
-    config: package.PreGatedSwitchTransformersConfig,
+    config: Any,
     seed: int,
     fitted: dict[str, Tensor],
 ) -> None:
     mapped = checkpoint.read({plan.origins[name] for name in names})
-    moved = {name for move in plan.moves for name in move.renamed()} if config.pregating.init == Init.random else set()
-    std = config.initializer_factor * config.d_model**-0.5
+    moved = {name for move in plan.moves for name in move.renamed} if config.pregating.init == Init.random else set()
+    std = family_named(config.model_type).gate_std(config)
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name in names:
@@ -374,8 +354,8 @@ def _provenance(architecture: _Architecture, seed: int) -> dict[str, Any]:
     return {
         **architecture.target.pregating.to_dict(),
         "seed": seed,
-        "num_moe_blocks": {stack: len(layers) for stack, layers in architecture.blocks.items()},
-        "versions": {"pregate": package.__version__}
+        "num_moe_blocks": architecture.num_blocks,
+        "versions": {"pregate": __version__}
         | {name: installed(name) for name in ("torch", "transformers", "safetensors")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -12,7 +12,7 @@ from pregate.config import Policy, Tier, UsageError
 from pregate.config_check import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec
 from pregate.system.memory import is_out_of_memory
 from pregate.system.runtime import human_bytes, parse_bytes
 
@@ -48,7 +48,7 @@ def slabs_within(setting: str, budget: str, num_experts: int, slab_bytes: int) -
     return slabs
 
 
-def slots_within(budget: str | None, policy: Policy, family: ExpertFamily, slab_bytes: int) -> int:
+def slots_within(budget: str | None, policy: Policy, family: ExpertSpec, slab_bytes: int) -> int:
     """How many slots a device budget buys; None is the policy's default.
 
     Raises `UsageError` if it does not hold one expert, or not all of them for `gpu_only`.
@@ -65,7 +65,7 @@ def slots_within(budget: str | None, policy: Policy, family: ExpertFamily, slab_
     return slots
 
 
-def host_buffers_within(budget: str | None, family: ExpertFamily, slab_bytes: int) -> int:
+def host_buffers_within(budget: str | None, family: ExpertSpec, slab_bytes: int) -> int:
     """How many slabs of the disk tier a host budget keeps in host memory; None keeps none. Raises `UsageError`."""
     return 0 if budget is None else slabs_within("engine.host_budget", budget, len(family.keys()), slab_bytes)
 

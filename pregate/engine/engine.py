@@ -30,14 +30,9 @@ from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore, Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.families.switch_layers import (
-    PreGatedSwitchTransformersConfig,
-    switch_expert_family,
-    without_experts,
-)
+from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
-from pregate.models.pregating import ExpertFamily
+from pregate.models.pregated import compute_buffers, without_experts
 from pregate.models.routing import Routing
 from pregate.system.runtime import compute_device, first_of
 
@@ -48,9 +43,7 @@ CLOSED = "This engine is closed: open it again."
 BUSY = "This engine is serving a request: call it again, or close it, when that request has ended."
 
 
-def serving_dtype(
-    config: PreGatedSwitchTransformersConfig, source: SourceCheckpoint, family: ExpertFamily
-) -> torch.dtype:
+def serving_dtype(config: Any, source: SourceCheckpoint, family: ExpertSpec) -> torch.dtype:
     """The dtype that `from_pretrained` gives every tensor of the resident model, experts included, whatever dtypes
     they are stored in: the config's, or where that names none, the weights' own. Raises `UsageError` for missing
     experts, and for a dtype that no model computes in."""
@@ -70,8 +63,8 @@ class _Opened:
     def __init__(self, checkpoint: Checkpoint) -> None:
         given = isinstance(checkpoint, SourceCheckpoint)
         self.source = checked(checkpoint) if given else open_model(str(checkpoint))
-        self.config = PreGatedSwitchTransformersConfig.of_checkpoint(self.source.config)
-        self.family = switch_expert_family(self.config)
+        self.config = config_of(self.source.config)
+        self.family = experts_of(self.config).as_found_in(self.source.tensors)
         self.dtype = serving_dtype(self.config, self.source, self.family)
 
 
@@ -110,8 +103,8 @@ class OffloadEngine:
 
     def __init__(
         self,
-        model: PreGatedSwitchTransformersForConditionalGeneration,
-        family: ExpertFamily,
+        model: Any,
+        family: ExpertSpec,
         store: Store,
         mover: Mover,
         slots_NB: Tensor,
@@ -328,12 +321,12 @@ class OffloadEngine:
             self._scheduler.request(self._moves.on_route(stack, block, routed_experts(routing)))
 
 
-def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _without_experts(opened: _Opened, device: torch.device) -> Any:
     """The model with everything but its experts on `device`; the experts' tensors stay unread."""
     config, source = opened.config, opened.source
     config.dtype = opened.dtype
     with without_experts(), torch.device("meta"):
-        model = PreGatedSwitchTransformersForConditionalGeneration(config)
+        model = family_named(config.model_type).model_class(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
     # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
     for name in sorted(wanted, key=source.num_bytes, reverse=True):
@@ -347,6 +340,7 @@ def _without_experts(opened: _Opened, device: torch.device) -> PreGatedSwitchTra
         # load_state_dict would walk all modules for each tensor
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(owned, requires_grad=False))
+    compute_buffers(model, device)
     # as from_pretrained: tables that are there and differ stay apart
     model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -1,6 +1,6 @@
 """The module that stands in for a block's resident experts: same call, same arithmetic, slabs from slots.
 
-Knows nothing about model families beyond `ExpertFamily`.
+Knows nothing about model families beyond `ExpertSpec`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
 from pregate.models.experts import Factor, combine, group_by_expert
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 from pregate.models.routing import DROPPED, Routing
 
 
@@ -49,7 +49,7 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        family: ExpertFamily,
+        family: ExpertSpec,
         stack: str,
         block: int,
         matrices: SlotMatrices,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pregate.config import Policy
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 
 
 class MovePolicy(Protocol):
@@ -47,7 +47,7 @@ class PreGated:
 class PrefetchAll:
     """While a block runs, all experts of the next one move, needed or not (the paper's Prefetch-All)."""
 
-    def __init__(self, family: ExpertFamily) -> None:
+    def __init__(self, family: ExpertSpec) -> None:
         self._family = family
 
     def on_route(self, stack: str, block: int, experts: Sequence[int]) -> list[ExpertKey]:
@@ -58,7 +58,7 @@ class PrefetchAll:
         return [ExpertKey(stack, b, expert) for b in blocks for expert in range(self._family.num_experts)]
 
 
-def make_policy(policy: Policy, family: ExpertFamily) -> MovePolicy:
+def make_policy(policy: Policy, family: ExpertSpec) -> MovePolicy:
     if policy is Policy.pre_gated:
         return PreGated()
     if policy is Policy.prefetch_all:
@@ -66,7 +66,7 @@ def make_policy(policy: Policy, family: ExpertFamily) -> MovePolicy:
     return OnDemand()
 
 
-def default_slots(policy: Policy, family: ExpertFamily) -> int:
+def default_slots(policy: Policy, family: ExpertSpec) -> int:
     """Slots where the user sets no budget: all experts for `gpu_only`, two blocks for `prefetch_all`, else four
     experts for each block whose fetch can be under way at the same time."""
     total = len(family.keys())

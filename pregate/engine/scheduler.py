@@ -14,7 +14,7 @@ from typing import Any
 from pregate.engine.cache import Placed, SlotTable
 from pregate.engine.io.mover import Mover, Transfer
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 
 class Scheduler:

@@ -42,7 +42,7 @@ def predict(
     device = engine.model.device
     predictions = [""] * len(examples)
     for batch in length_sorted_batches(examples, batch_size):
-        inputs = collate([examples[i] for i in batch])
+        inputs = collate.prompts([examples[i] for i in batch])
         with watched(engine) as rows_not_finite:
             tokens_BT = engine.generate(
                 input_ids=inputs["input_ids"].to(device),
@@ -52,7 +52,8 @@ def predict(
                 do_sample=False,
             )
             refuse_not_finite(rows_not_finite(), [examples[i] for i in batch for _ in range(num_beams)], name, engine)
-        texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+        new_BT = collate.objective.new_tokens(tokens_BT, inputs["input_ids"])
+        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             predictions[index] = text.strip()
         progress(len(batch))

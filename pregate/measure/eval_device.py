@@ -6,6 +6,8 @@ Knows runs and the device-driven engine; what is evaluated is `evaluation`'s mat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig
 
@@ -14,13 +16,10 @@ from pregate.engine.device import require_triton
 from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
 from pregate.engine.device.ops.experts import check_activation
 from pregate.engine.device.request import read_request
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
 from pregate.system.runtime import pick_device
 
 
-def check_driven(
-    run: Run, config: PreGatedSwitchTransformersConfig, slab_bytes: int, settings: GenerationConfig
-) -> None:
+def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:
     """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
     served with. Raises `UsageError`."""
     check_activation(config.dense_act_fn)

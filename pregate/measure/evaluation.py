@@ -23,16 +23,16 @@ from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
-from pregate.measure.plots import plot_agreement, plot_engine, plot_timeline
-from pregate.measure.report import write_report
+from pregate.measure.report.page import write_report
+from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
+from pregate.measure.report.summary import print_summary
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable
-from pregate.measure.summary import print_summary
 from pregate.models.checkpoint import read_config
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
+from pregate.models.family import ExpertSpec, config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.loading import load_resident
-from pregate.models.pregating import ExpertFamily, PreGating, settings_asked_for
+from pregate.models.pregating import PreGating, settings_asked_for
 from pregate.system.durable import flush_folders, write_text
 from pregate.system.runtime import console, environment, pick_device, set_seed, write_json
 from pregate.tasks.base import Example, Scores, Task, build_task
@@ -77,7 +77,7 @@ class Bench:
     collate: Collator
     examples: list[Example]
     device: torch.device
-    family: ExpertFamily
+    family: ExpertSpec
     slab_bytes: int
 
 
@@ -124,13 +124,14 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
     check_vocabulary(tokenizer, checkpoint, read_config(checkpoint))
     examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
-    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+    objective = family_of(read_config(checkpoint)).objective
+    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, objective)
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
 
 
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
-    stored = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
+    stored = config_of(read_config(checkpoint)).pregating
     stored.refuse_other(
         PreGating.of_config(run.pregate),
         settings_asked_for(run) - {"init"},  # how gates began says nothing of a checkpoint that has been trained
@@ -212,7 +213,7 @@ def compare(run: Run, subject: Subject, reference: Subject | None) -> dict[str, 
 
 def _label(checkpoint: str) -> str:
     """What kind of model it is."""
-    gating = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(checkpoint)).pregating
+    gating = config_of(read_config(checkpoint)).pregating
     return "pre_gated" if gating.lookahead else "conventional"
 
 
@@ -225,7 +226,7 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
     """The record of each policy, in the order asked for, and their timelines; a whole trace of each to `trace_dir`."""
     engine = bench.run.engine
     shown = bench.examples[: engine.bench_prompts]
-    prompts = [bench.collate([example])["input_ids"] for example in shown]
+    prompts = [bench.collate.prompts([example])["input_ids"] for example in shown]
     request = BenchRequest(prompts, engine.bench_new_tokens, engine.bench_repeats)
     expected = _expected(bench, request)
     # what training or packing wrote must not reach the disk while policies are timed
@@ -274,7 +275,7 @@ def settings(bench: Bench) -> dict[str, Any]:
     engine = bench.run.engine
     budget = None if engine.policy is Policy.gpu_only else engine.device_budget
     if engine.drive is Drive.device:
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(read_config(bench.checkpoint))
+        config = config_of(read_config(bench.checkpoint))
         slots, tier = slots_for(budget, engine.policy, config, bench.slab_bytes, 1), Tier.dram
     else:
         slots = slots_within(budget, engine.policy, bench.family, bench.slab_bytes)

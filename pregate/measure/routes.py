@@ -16,7 +16,6 @@ from torch import Tensor
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
-from pregate.models.pregating import block_logits, real_tokens
 from pregate.tasks.base import Example
 from pregate.tasks.text import Collator
 
@@ -55,8 +54,8 @@ def record_routes(
         output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
         broken = (~output.logits.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         refuse_not_finite(broken, [examples[i] for i in batch], name, engine)
-        masks = real_tokens(inputs)
-        for stack, blocks in block_logits(output).items():
+        masks = collate.objective.real_tokens(inputs)
+        for stack, blocks in collate.objective.router_logits(output).items():
             mask_BT = masks[stack]
             sequences_T = (done + mask_BT.nonzero()[:, 0]).cpu()
             rows = parts.setdefault(stack, [[] for _ in blocks])

@@ -5,6 +5,8 @@ Knows settings, headers and sizes; opens no engine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig
 
@@ -13,32 +15,29 @@ from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.engine import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.eval_device import check_driven
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.family import ExpertSpec, config_of, experts_of
 from pregate.models.loading import generation_config, open_model
-from pregate.models.pregating import ExpertFamily
 from pregate.system.runtime import pick_device
 
 
-def check_servable(run: Run, directory: str) -> tuple[ExpertFamily, int]:
+def check_servable(run: Run, directory: str) -> tuple[ExpertSpec, int]:
     """The expert family and slab size of a checkpoint that the engine can serve within the budget, from its headers."""
     opened = open_model(directory)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
-    family = switch_expert_family(config)
+    config = config_of(opened.config)
+    family = experts_of(config).as_found_in(opened.tensors)
     return family, check_config(run, config, serving_dtype(config, opened, family), generation_config(opened))
 
 
-def check_config(
-    run: Run, config: PreGatedSwitchTransformersConfig, dtype: torch.dtype, generation: GenerationConfig
-) -> int:
+def check_config(run: Run, config: Any, dtype: torch.dtype, generation: GenerationConfig) -> int:
     """Refuse what a checkpoint with `config` and experts in `dtype` could not be served with; returns the bytes of one
     slab. `generation`: its generation settings."""
-    slab_bytes = check_budget(run, switch_expert_family(config), dtype)
+    slab_bytes = check_budget(run, experts_of(config), dtype)
     if run.engine.drive is Drive.device:
         check_driven(run, config, slab_bytes, generation)
     return slab_bytes
 
 
-def check_engine(run: Run, config: PreGatedSwitchTransformersConfig, dtype: torch.dtype) -> None:
+def check_engine(run: Run, config: Any, dtype: torch.dtype) -> None:
     """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`.
 
     `config` and `dtype` (of experts) are those that the trained checkpoint will have.
@@ -53,7 +52,7 @@ def check_engine(run: Run, config: PreGatedSwitchTransformersConfig, dtype: torc
     check_config(run, config, dtype, settings)
 
 
-def check_budget(run: Run, family: ExpertFamily, dtype: torch.dtype) -> int:
+def check_budget(run: Run, family: ExpertSpec, dtype: torch.dtype) -> int:
     """Refuse a budget that some policy cannot serve with; returns the bytes of one slab."""
     slab_bytes = SlabLayout.of(family, dtype, run.engine.slab_dtype).slab_bytes
     host_buffers_within(run.engine.host_budget, family, slab_bytes)

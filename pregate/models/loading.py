@@ -1,12 +1,13 @@
-"""The one way from a directory or hub id to a Switch model: every command opens, checks and loads through here.
+"""The one way from a directory or hub id to a model: every command opens, checks and loads through here.
 
-Names, shapes and dtypes of all tensors are checked from the headers, before any work; what opens is complete and has
-the model's own names. Knows what other tools put before names, how embedding tables are shared, and where the special
-tokens stand. Knows nothing about tasks, training or engines.
+Names, shapes and dtypes of all tensors are checked from the headers, before any work. What opens is complete and has
+the names of its family. Knows what other tools put before names and how embedding tables are shared. Knows nothing
+about tasks, training or engines.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,31 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import (
+    CONFIG,
     SourceCheckpoint,
     TensorInfo,
     open_checkpoint,
     read_config,
     read_generation_settings,
 )
-from pregate.models.families.switch import LEFTOVERS, PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.families.switch_layers import (
-    PreGatedSwitchTransformersConfig,
-    switch_expert_family,
-    without_experts,
-)
-from pregate.models.pregating import STACKS
+from pregate.models.family import ExpertKey, ExpertSpec, Family, family_of
+from pregate.models.pregated import without_experts
+from pregate.system.durable import write_text
 from pregate.system.runtime import first_of, silent_bars
 from pregate.tracking import say
 
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-LM_HEAD = "lm_head.weight"
-TABLES = (*EMBEDDINGS, LM_HEAD)
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "switch_transformers.")
-"""What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP, training frameworks, upstream."""
+PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+"""What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP. A training framework may put
+`model.` before them; a family whose own names begin so says which names those are."""
 INSIDE = re.compile(r"(?<=\.)(_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 """What they put into names where layers are wrapped one by one; the last is activation checkpointing."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,33 +45,35 @@ ONE_MODEL = "use the config.json and the weights of one and the same model"
 
 
 def open_model(source: str, revision: str | None = None) -> SourceCheckpoint:
-    """Open a pre-gated or conventional Switch directory or hub id and check all of it; no weights are read, but for
-    comparing embedding tables.
+    """Open a pre-gated or conventional directory or hub id and check all of it; no weights are read, but for comparing
+    embedding tables.
 
-    What comes back holds exactly the tensors of the model, under its own names, and a config with the token that the
-    decoder begins with. Raises `UsageError` for any other model, and for tensors that are missing, unknown, or of
-    another shape or kind than the config says.
+    What comes back holds exactly the tensors of the model, under its own names, and a complete config. Raises
+    `UsageError` for a model of no known family, and for tensors that are missing, unknown, or of another shape or kind
+    than the config says.
     """
     config, generation = read_config(source, revision), read_generation_settings(source, revision)
-    config = _with_tokens(source, config, generation)
+    config = family_of(config).complete(source, config, generation)
     return checked(replace(open_checkpoint(source, revision), config=config, generation=generation))
 
 
 def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     """`checkpoint` under the names of the model that its config describes. Raises `UsageError` as `open_model` does."""
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(checkpoint.config)
-    found = _stripped(checkpoint)
-    _refuse_other_counts(checkpoint, found, config)
+    family = family_of(checkpoint.config)
+    config = family.config(checkpoint.config)
+    found = _stripped(checkpoint, family)
+    _refuse_other_counts(checkpoint, found, family, config)
     try:
-        wanted = parameter_shapes(config)
+        wanted = parameter_shapes(family, config, family.experts(config).as_found_in(found))
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(
             f"The config.json of {checkpoint.directory} describes no model that can be built: {reason}."
         ) from error
-    _refuse(checkpoint, "lacks", [name for name in wanted if name not in found and name not in TABLES])
-    _refuse(checkpoint, "holds unknown tensors, namely", sorted(set(found) - set(wanted) - LEFTOVERS))
-    for name in sorted(set(found) - LEFTOVERS):
+    all_tables = (*family.input_tables, family.output_table)
+    _refuse(checkpoint, "lacks", [name for name in wanted if name not in found and name not in all_tables])
+    _refuse(checkpoint, "holds unknown tensors, namely", sorted(set(found) - set(wanted) - family.leftovers))
+    for name in sorted(set(found) - family.leftovers):
         shape, dtype = found[name].shape, found[name].dtype
         if shape != wanted[name]:
             raise UsageError(f"{checkpoint.directory} holds {name} of shape {shape}, not {wanted[name]}: {COMPLETE}.")
@@ -83,60 +82,86 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
                 f"{checkpoint.directory} holds {name} in {str(dtype).removeprefix('torch.')}, as quantised models do: "
                 "use the weights in float32, bfloat16 or float16."
             )
-    tables = _tables(replace(checkpoint, tensors=found), bool(config.tie_word_embeddings))
+    tables = _tables(replace(checkpoint, tensors=found), family, bool(config.tie_word_embeddings))
     # in the order of the files, whose first tensor says the dtype where config.json does not
-    tensors = {name: info for name, info in found.items() if (name in wanted and name not in TABLES) or name in tables}
-    tensors |= tables
+    kept = {name: info for name, info in found.items() if name in wanted}
+    tensors = {name: info for name, info in kept.items() if name not in all_tables or name in tables} | tables
     used = {(info.file, info.key) for info in tensors.values()}
     ignored = sorted(info.key or name for name, info in found.items() if (info.file, info.key) not in used)
     return replace(checkpoint, tensors=tensors, ignored=tuple(ignored) or checkpoint.ignored)
 
 
-def load_resident(
-    directory: str | Path, revision: str | None = None, **options: Any
-) -> PreGatedSwitchTransformersForConditionalGeneration:
-    """The whole model in memory, from a pre-gated or a conventional Switch directory or hub id, in evaluation mode.
+def load_resident(directory: str | Path, revision: str | None = None, **options: Any) -> Any:
+    """The whole model in memory, from a pre-gated or a conventional directory or hub id, in evaluation mode.
 
     `options` go to `from_pretrained` (dtype, device_map, …). Raises `UsageError` as `open_model` does.
     """
     source = open_model(str(directory), revision)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+    family = family_of(source.config)
+    config = family.config(source.config)
     with silent_bars():
-        model = PreGatedSwitchTransformersForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=source.read(source.names()), **options
+        model = family.model_class.from_pretrained(
+            None, config=config, state_dict=_state_of(source, family.experts(config)), **options
         )
     if "generation_config" not in options:
         model.generation_config = generation_config(source)
     return model.eval()
 
 
-def parameter_shapes(config: PreGatedSwitchTransformersConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the model that `config` describes, in its order; nothing is allocated."""
-    family = switch_expert_family(config)
+def _state_of(source: SourceCheckpoint, own: ExpertSpec) -> dict[str, Tensor]:
+    """All tensors of a checked checkpoint, the experts in the model's own layout."""
+    found = own.as_found_in(source.tensors)
+    if found.layouts[0] is own.layouts[0]:
+        return source.read(source.names())
+    elsewhere = {name for key in own.keys() for name in found.tensor_names(key)}  # noqa: SIM118 - not a mapping
+    state = source.read([name for name in source.names() if name not in elsewhere])
+    for stack, layers in own.layers.items():
+        for block in range(len(layers)):
+            stored = source.read(found.tensors_of(stack, block))
+            dtype = next(iter(stored.values())).dtype
+            state |= {name: torch.empty(shape, dtype=dtype) for name, shape in own.tensors_of(stack, block).items()}
+            for expert in range(own.num_experts):
+                key = ExpertKey(stack, block, expert)
+                for target, origin in zip(own.slices(key), found.slices(key), strict=True):
+                    target.of(state[target.tensor]).copy_(origin.of(stored[origin.tensor]))
+    return state
+
+
+def mark_conventional(directory: Path) -> None:
+    """Rewrite the config of a saved lookahead-0 model so that it is an ordinary upstream checkpoint.
+
+    The tensors have upstream's names already. Raises `ValueError` if the model routes ahead.
+    """
+    path = directory / CONFIG
+    config = json.loads(path.read_text())
+    write_text(path, json.dumps(family_of(config).conventional_json(config), indent=2) + "\n")
+
+
+def parameter_shapes(family: Family, config: Any, experts: ExpertSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model that `config` describes, in its order, its experts in the layout of
+    `experts`; nothing is allocated."""
     # the modules of thousands of experts take seconds to make
     with without_experts(), torch.device("meta"):
-        model = PreGatedSwitchTransformersForConditionalGeneration(config)
-    experts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key in family.keys():  # noqa: SIM118 - not a mapping
-        for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True):
-            experts.setdefault(name.partition(".mlp.")[0], {})[name] = shape
-    shapes: dict[str, tuple[int, ...]] = {}
+        model = family.model_class(config)
+    inserted = {id(block.module.experts): experts.tensors_of(block.stack, block.index) for block in model.moe_blocks()}
+    held: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in model.state_dict().items():
-        shapes |= experts.pop(name.removesuffix(".layer_norm.weight"), {})  # behind it in a layer stands its norm
-        shapes[name] = tuple(tensor.shape)
-    assert not experts, list(experts)
+        held.setdefault(name.rpartition(".")[0], {})[name] = tuple(tensor.shape)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        shapes |= inserted.get(id(module), {}) | held.get(prefix, {})
     return shapes
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def _stripped(checkpoint: SourceCheckpoint) -> dict[str, TensorInfo]:
+def _stripped(checkpoint: SourceCheckpoint, family: Family) -> dict[str, TensorInfo]:
     """The tensors by their names without what wrappers put before them, in the order of the files."""
     found: dict[str, TensorInfo] = {}
     removed: dict[str, set[str]] = {"before": set(), "inside": set()}
     for stored, info in checkpoint.tensors.items():
-        whole = _without_prefixes(stored)
+        whole = _without_prefixes(stored, family)
         name = INSIDE.sub("", whole)
         if name in found:
             raise UsageError(
@@ -155,8 +180,9 @@ def _stripped(checkpoint: SourceCheckpoint) -> dict[str, TensorInfo]:
     return found
 
 
-def _without_prefixes(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+def _without_prefixes(name: str, family: Family) -> str:
+    prefixes = PREFIXES + family.prefixes
+    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name
 
@@ -172,54 +198,42 @@ def _refuse(checkpoint: SourceCheckpoint, what: str, names: list[str]) -> None:
         raise UsageError(f"{checkpoint.directory} {what} {first_of(names, 3)}: {COMPLETE}.")
 
 
-def _refuse_other_counts(
-    checkpoint: SourceCheckpoint, names: Iterable[str], config: PreGatedSwitchTransformersConfig
-) -> None:
+def _refuse_other_counts(checkpoint: SourceCheckpoint, names: Iterable[str], family: Family, config: Any) -> None:
     """Experts and layers are counted ahead of their names: one number says more than a thousand missing tensors."""
-    names = list(names)
-    numbers: dict[str, set[str]] = {stack: set() for stack in STACKS} | {"expert": set()}
-    for name in names:
-        if found := re.match(r"(encoder|decoder)\.block\.(\d+)\.", name):
-            numbers[found[1]].add(found[2])
-        if found := re.search(r"\.mlp\.experts\.expert_(\d+)\.", name):
-            numbers["expert"].add(found[1])
-    if names and not (numbers["encoder"] or numbers["decoder"]):
+    names, counts = list(names), family.counts(config)
+    held = [len({found[1] for name in names if (found := count.pattern.search(name))}) for count in counts]
+    if names and counts and not any(held):
         raise UsageError(
-            f"{checkpoint.directory} holds no layer that is named as in a Switch model, but {first_of(names, 3)}: save "
-            "the model itself, without what wraps it."
+            f"{checkpoint.directory} holds no layer that is named as in a {family.source_type} model, but "
+            f"{first_of(names, 3)}: save the model itself, without what wraps it."
         )
-    sparse = any(config.moe_layers(stack) for stack in STACKS)
-    for setting, what, said, held in (
-        ("num_layers", "encoder layers", config.num_layers, len(numbers["encoder"])),
-        ("num_decoder_layers", "decoder layers", config.num_decoder_layers, len(numbers["decoder"])),
-        ("num_experts", "experts a block", config.num_experts if sparse else 0, len(numbers["expert"])),
-    ):
-        if said != held:
+    for count, number in zip(counts, held, strict=True):
+        if count.said != number:
             raise UsageError(
-                f"The config.json of {checkpoint.directory} says {setting}={said} but its weights hold {held} {what}: "
-                f"{ONE_MODEL}."
+                f"The config.json of {checkpoint.directory} says {count.setting}={count.said} but its weights hold "
+                f"{number} {count.what}: {ONE_MODEL}."
             )
 
 
 # --- embedding tables -----------------------------------------------------------------------------------------------
 
 
-def _tables(checkpoint: SourceCheckpoint, tied: bool) -> dict[str, TensorInfo]:
+def _tables(checkpoint: SourceCheckpoint, family: Family, tied: bool) -> dict[str, TensorInfo]:
     """The embedding tables of the model, each with the stored tensor that fills it.
 
     A tied model has one, and another only where its bits differ, which is how upstream reads such a file. An untied
-    model has four of their own, but older exports share one between the first three, so a missing one is filled from
+    model has all of its own, but older exports share one between those of its inputs, so a missing one is filled from
     those that are there, where these do not differ.
     """
-    stored = checkpoint.tensors
-    found = [name for name in (TABLES if tied else EMBEDDINGS) if name in stored]
-    _refuse(checkpoint, "lacks", [] if found else [EMBEDDINGS[0]])
+    stored, inputs, output = checkpoint.tensors, family.input_tables, family.output_table
+    found = [name for name in ((*inputs, output) if tied else inputs) if name in stored]
+    _refuse(checkpoint, "lacks", [] if found else [inputs[0]])
     first, *others = found
     if tied:
         own = [name for name in others if not checkpoint.same_bits(first, name)]
-        return {EMBEDDINGS[0]: stored[first]} | {name: stored[name] for name in own}
-    _refuse(checkpoint, "lacks", [] if LM_HEAD in stored else [LM_HEAD])
-    missing = [name for name in EMBEDDINGS if name not in stored]
+        return {inputs[0]: stored[first]} | {name: stored[name] for name in own}
+    _refuse(checkpoint, "lacks", [] if output in stored else [output])
+    missing = [name for name in inputs if name not in stored]
     if missing:
         if not all(checkpoint.same_bits(first, name) for name in others):
             raise UsageError(
@@ -229,32 +243,7 @@ def _tables(checkpoint: SourceCheckpoint, tied: bool) -> dict[str, TensorInfo]:
         _say_once(
             f"{checkpoint.directory} lacks {first_of(missing, 2)}: filled from {first}, as older exports mean it."
         )
-    return {name: stored.get(name, stored[first]) for name in EMBEDDINGS} | {LM_HEAD: stored[LM_HEAD]}
-
-
-# --- special tokens -------------------------------------------------------------------------------------------------
-
-
-def _with_tokens(source: str, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the token that the decoder begins with: its own, else that of `generation_config.json`, else the
-    padding token. Raises `UsageError` where there is none."""
-    parsed = PreGatedSwitchTransformersConfig.of_checkpoint(config)
-    pad, start = parsed.pad_token_id, config.get("decoder_start_token_id")
-    pad = generation.get("pad_token_id") if pad is None else pad
-    start = generation.get("decoder_start_token_id") if start is None else start
-    start = pad if start is None else start
-    if start is None:
-        raise UsageError(
-            f"{source} names no decoder_start_token_id and no pad_token_id: add to its config.json the id that its "
-            "decoder was trained to begin with."
-        )
-    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < parsed.vocab_size:
-        raise UsageError(
-            f"{source} names {start!r} as decoder_start_token_id, which is no id of its vocabulary of "
-            f"{parsed.vocab_size}: correct it in its config.json or generation_config.json."
-        )
-    completed = {**config, "decoder_start_token_id": start}
-    return completed if parsed.pad_token_id is not None else {**completed, "pad_token_id": pad}
+    return {name: stored.get(name, stored[first]) for name in inputs} | {output: stored[output]}
 
 
 def generation_config(checkpoint: SourceCheckpoint) -> GenerationConfig:

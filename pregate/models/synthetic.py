@@ -10,7 +10,7 @@ Switch-Large-128 would take longer than measuring it. Two experts share no offse
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.families.switch_layers import (
-    PreGatedSwitchTransformersConfig,
-    switch_expert_family,
-    without_experts,
-)
+from pregate.models.family import Family, dtype_name, family_of
+from pregate.models.loading import parameter_shapes
+from pregate.models.pregated import without_experts
+from pregate.models.pregating import PreGating
 
+DEFAULT_VOCABULARY = 32128
+"""Of the T5 tokenizer; a tokenizer or a geometry may bring another."""
 POOL = 3_999_971
 """Numbers in the pool; a prime, so that runs which wrap around do not line up with matrix rows."""
 
@@ -49,7 +49,8 @@ class SyntheticCheckpoint(SourceCheckpoint):
 
     def _draw(self, name: str) -> Tensor:
         info = self.tensors[name]
-        if "layer_norm" in name:
+        scale = family_of(self.config).random_scale(name, self.config)
+        if scale is None:
             return torch.ones(info.shape, dtype=info.dtype)
         pool = _pool(self.seed, info.dtype)
         size = torch.Size(info.shape).numel()
@@ -61,7 +62,7 @@ class SyntheticCheckpoint(SourceCheckpoint):
             run = min(size - done, POOL - offset)
             values[done : done + run] = pool[offset : offset + run]
             done, offset = done + run, 0
-        return values.mul_(_scale(name, self.config)).view(info.shape)
+        return values.mul_(scale).view(info.shape)
 
 
 @lru_cache(maxsize=2)
@@ -69,42 +70,19 @@ def _pool(seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-BRANCH = 0.1
-"""Share of upstream's scale for what attention and feed-forward add to the residual stream. With all of it the parts
-that every token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts;
-trained ones, with their balance loss, do not."""
-
-
-def _scale(name: str, config: dict[str, Any]) -> float:
-    """Standard deviations that keep activations near unit variance, as upstream's initialisation does."""
-    if name.startswith("shared.") or "embed_tokens" in name:
-        return 1.0
-    if ".q." in name:
-        return float((config["d_model"] * config["d_kv"]) ** -0.5)
-    if ".o." in name:
-        return BRANCH * float((config["num_heads"] * config["d_kv"]) ** -0.5)
-    if ".wo." in name:
-        return BRANCH * float(config["d_ff"] ** -0.5)
-    return float(config["d_model"] ** -0.5)
-
-
 def synthetic_checkpoint(
-    geometry: dict[str, Any], pregate: dict[str, Any], dtype: torch.dtype, seed: int = 0
+    family: Family, geometry: Mapping[str, Any], gating: PreGating, dtype: torch.dtype, seed: int = 0
 ) -> SyntheticCheckpoint:
-    """A pre-gated (or, with lookahead 0, conventional) Switch model of `geometry`, whose keys are those of
-    `config.json`. Raises `UsageError` for a geometry that describes no model."""
-    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    described = {**special, **geometry, "pregate": pregate, "dtype": str(dtype).removeprefix("torch.")}
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(described)
-    family = switch_expert_family(config)
-    shapes = {
-        name: shape
-        for key in family.keys()  # noqa: SIM118 - not a mapping
-        for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True)
+    """A pre-gated (or, with lookahead 0, conventional) model of `geometry`, whose keys are those of `config.json`.
+    Raises `UsageError` for a geometry that describes no model."""
+    described = family.from_scratch(geometry, DEFAULT_VOCABULARY) | {
+        "model_type": family.model_type,
+        "pregate": gating.to_dict(),
+        "dtype": dtype_name(dtype),
     }
+    config = family.config(described)
+    shapes = parameter_shapes(family, config, family.experts(config))
     with without_experts(), torch.device("meta"):
-        model = PreGatedSwitchTransformersForConditionalGeneration(config)
-    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    tensors = {name: TensorInfo(Path(), shape, dtype) for name, shape in shapes.items()}
+        tied = family.model_class(config).all_tied_weights_keys if config.tie_word_embeddings else {}
+    tensors = {name: TensorInfo(Path(), shape, dtype) for name, shape in shapes.items() if name not in tied}
     return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed=seed)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from pregate.config import Run, UsageError
-from pregate.models.head import IGNORED
+from pregate.models.objectives import Objective
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Example
@@ -133,60 +132,59 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
 
 
 class Collator:
-    """Turns examples into the tensors of one batch, padded on the right to the longest row.
+    """Turns examples into the tensors of one batch, as the objective lays them out.
 
     Texts are cut to `max_source_tokens` and `max_target_tokens`, both counted with the end-of-sequence token that
-    closes every row, so that a cut text still ends in one. Token ids are kept, up to `KEPT_TOKENS` of them, so that a
-    text seen again (the next epoch, the next validation, a label) is not tokenized again.
+    closes a row, so that a cut text still ends in one. The objective says whether it closes sources. Token ids are
+    kept, up to `KEPT_TOKENS` of them, so that a text seen again (the next epoch, the next validation, a label) is not
+    tokenized again.
     """
 
-    def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int, objective: Objective) -> None:
+        self.tokenizer, self.objective = tokenizer, objective
         self.max_source_tokens = max_source_tokens
         self.max_target_tokens = max_target_tokens
-        self._kept: dict[tuple[int, str], array[int]] = {}
+        self._kept: dict[tuple[int, bool, str], array[int]] = {}
         self._kept_tokens = 0
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` (B, S), and `labels` (B, T) padded with -100, all int64."""
-        sources = self._token_ids([example.source for example in examples], self.max_source_tokens)
+        """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
         targets = self._token_ids([example.target for example in examples], self.max_target_tokens)
-        return {
-            "input_ids": _padded(sources, self.tokenizer.pad_token_id),
-            "attention_mask": _padded([array("i", [1]) * len(row) for row in sources], 0),
-            "labels": _padded(targets, IGNORED),
-        }
+        return self.objective.batch(self._sources(examples), targets, self.tokenizer.pad_token_id)
+
+    def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
+        return self.objective.prompts(self._sources(examples), self.tokenizer.pad_token_id)
 
     def source_lengths(self, examples: Sequence[Example]) -> list[int]:
         """How many source tokens each example has, cut and closed as in a batch."""
-        return [len(row) for row in self._token_ids([example.source for example in examples], self.max_source_tokens)]
+        return [len(row) for row in self._sources(examples)]
 
-    def _token_ids(self, texts: list[str], max_tokens: int) -> list[array[int]]:
-        rows = {text: self._kept.get((max_tokens, text)) for text in texts}
+    def _sources(self, examples: Sequence[Example]) -> list[array[int]]:
+        texts = [example.source for example in examples]
+        return self._token_ids(texts, self.max_source_tokens, self.objective.closes_sources)
+
+    def _token_ids(self, texts: list[str], max_tokens: int, closed: bool = True) -> list[array[int]]:
+        rows = {text: self._kept.get((max_tokens, closed, text)) for text in texts}
         new = [text for text, row in rows.items() if row is None]
-        for text, row in zip(new, self._tokenize(new, max_tokens), strict=True):
+        for text, row in zip(new, self._tokenize(new, max_tokens, closed), strict=True):
             rows[text] = row
             if self._kept_tokens < KEPT_TOKENS:
-                self._kept[max_tokens, text] = row
+                self._kept[max_tokens, closed, text] = row
                 self._kept_tokens += len(row)
         return [rows[text] for text in texts]  # type: ignore[misc]
 
-    def _tokenize(self, texts: list[str], max_tokens: int) -> list[array[int]]:
+    def _tokenize(self, texts: list[str], max_tokens: int, closed: bool) -> list[array[int]]:
         if not texts:
             return []
         rows = self.tokenizer(
             texts,
             add_special_tokens=False,
             truncation=True,
-            max_length=max_tokens - 1,
+            max_length=max_tokens - closed,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        return [array("i", [*row, self.tokenizer.eos_token_id]) for row in rows]
-
-
-def _padded(rows: Sequence[array[int]], value: int) -> torch.Tensor:
-    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return torch.from_numpy(padded)
+        end = self.tokenizer.eos_token_id
+        # a row without a token has nothing to predict the first token of the target from
+        return [array("i", [*row, end] if closed or not row else row) for row in rows]

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pregate.config import TrainConfig, UsageError
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
-from pregate.models.head import IGNORED
+from pregate.models.family import family_named, family_of, family_of_model
 from pregate.models.loading import load_resident, open_model
-from pregate.models.pregating import STACKS, block_logits, real_tokens
-from pregate.training.losses import TokenCounts, real_rows
+from pregate.models.objectives import Objective, TokenCounts
+from pregate.training.losses import real_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Distillation:
     """A teacher and how much weight its two lessons have."""
 
     teacher: Any
+    objective: Objective
     logits_weight: float
     routing_weight: float
     temperature: float
@@ -64,7 +64,7 @@ class Distillation:
     @torch.no_grad()
     def answer(self, batch: Mapping[str, Tensor]) -> Any:
         """The teacher's outputs on `batch`: logits of target tokens and router logits, as far as they have weight."""
-        asked = target_rows(self.teacher, batch["labels"])
+        asked = self.objective.target_rows(self.teacher, batch)
         if not self.logits_weight:
             asked["logits_at"] = torch.zeros_like(asked["logits_at"])
         return self.teacher(
@@ -84,18 +84,10 @@ class Distillation:
         if self.logits_weight:
             parts["kl"] = logits_share(student, teacher, batch, step, self.temperature)
         if self.routing_weight:
-            parts["routing"] = routing_share(student, teacher, batch, step)
+            parts["routing"] = routing_share(student, teacher, batch, step, self.objective)
         weights = {"kl": self.logits_weight, "routing": self.routing_weight}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return DistillShare(total, parts)
-
-
-def target_rows(model: Any, labels_BT: Tensor) -> dict[str, Tensor]:
-    """Inputs of a teacher-forced call for the logits of target tokens alone, (N, V), which leave padding out."""
-    return {
-        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels_BT),
-        "logits_at": labels_BT != IGNORED,
-    }
 
 
 def logits_share(
@@ -107,7 +99,9 @@ def logits_share(
     return kl_sum(student_NV, teacher_NV, temperature) / step.target
 
 
-def routing_share(student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts) -> Tensor:
+def routing_share(
+    student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts, objective: Objective
+) -> Tensor:
     """The micro batch's part of KL(teacher's router || student's gate), mean over tokens, then over all MoE blocks.
 
     For block i the teacher's distribution is that of its router on x_i, the student's that of whichever gate decides
@@ -115,8 +109,8 @@ def routing_share(student: Any, teacher: Any, batch: Mapping[str, Tensor], step:
     chosen expert is also its combine weight, so it has to be met and not only its rank. A mean over tokens, as of any
     other loss here, makes micro batches add up; a mean over blocks keeps the weight's meaning when models get deeper.
     """
-    masks, counts = real_tokens(batch), step.by_stack()
-    mine, theirs = block_logits(student), block_logits(teacher)
+    masks, counts = objective.real_tokens(batch), objective.tokens_by_stack(step)
+    mine, theirs = objective.router_logits(student), objective.router_logits(teacher)
     losses = []
     for stack, mask in masks.items():
         pairs = zip(mine[stack], theirs[stack], strict=True)
@@ -134,22 +128,32 @@ def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dty
     teacher: Any = load_resident(train.teacher, dtype=dtype or torch.float32)
     teacher.requires_grad_(False)
     teacher.set_expert_path(train.expert_path)
-    return Distillation(teacher.to(device), train.distill_logits, train.distill_routing, train.distill_temperature)
+    objective = family_of_model(teacher).objective
+    weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
+    return Distillation(teacher.to(device), objective, *weights)
 
 
-def check_teacher(teacher: str, student: PreGatedSwitchTransformersConfig) -> None:
+def check_teacher(teacher: str, student: Any) -> None:
     """Refuse a teacher whose weights are not whole, or whose answers cannot be compared with the student's, from its
     headers alone. Raises `UsageError`.
 
-    Vocabulary, MoE blocks of each stack and experts of a block must be the same; widths and dense layers need not.
+    The family, vocabulary, MoE blocks of each stack and experts of a block must be the same; widths and dense layers
+    need not.
     """
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(open_model(teacher).config)
+    opened = open_model(teacher).config
+    family = family_of(opened)
+    if family is not family_named(student.model_type):
+        raise UsageError(
+            f"The teacher {teacher} is a {family.source_type} model and the model to train is not: choose a teacher "
+            "made from the same source."
+        )
 
-    def comparable(of: PreGatedSwitchTransformersConfig) -> dict[str, int]:
-        blocks = {f"MoE blocks in the {stack}": len(of.moe_layers(stack)) for stack in STACKS}
-        return {"ids in the vocabulary": of.vocab_size, **blocks, "experts a block": of.num_experts}
+    def comparable(config: Any) -> dict[str, int]:
+        blocks = {f"MoE blocks in the {stack}": number for stack, number in family.num_blocks(config).items()}
+        experts = family.experts(config).num_experts
+        return {"ids in the vocabulary": config.vocab_size, **blocks, "experts a block": experts}
 
-    mine, theirs = comparable(student), comparable(config)
+    mine, theirs = comparable(student), comparable(family.config(opened))
     for what, count in mine.items():
         if theirs[what] != count:
             raise UsageError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Run, TrainConfig, UsageError
+from pregate.models.objectives import Objective
 from pregate.tasks.span_corruption import PackedRow, Position, SpanCorruption
 from pregate.training.batching import Batching, MicroBatchSampler
 from pregate.training.checkpoint import TrainState
@@ -49,6 +50,7 @@ class Share:
 
     run: Run
     train: TrainConfig
+    objective: Objective
     batching: Batching
     rank: int
     pin_memory: bool
@@ -85,7 +87,7 @@ class ExampleFeed:
         for split, found in ((run.task.train_split, self.examples), (run.task.eval_split, self.eval_examples)):
             if not found:
                 raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
-        self.collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens)
+        self.collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, share.objective)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
         sampler = MicroBatchSampler(

@@ -20,11 +20,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
 from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
-from pregate.training.distill import target_rows
-from pregate.training.losses import TokenCounts, loss_share
+from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
@@ -96,7 +96,7 @@ def fine_tune(
             state.elapsed_seconds = time.perf_counter() - begun
             if due(state.step, train.save_every, train.steps):
                 save(session)
-        _, stop = agreed(session, TokenCounts(0, 0), interrupts)
+        _, stop = agreed(session, TokenCounts(), interrupts)
         if stop:
             raise stop
     return finish(session)
@@ -121,7 +121,7 @@ def next_step(
     except RuntimeError:
         if not interrupts.pending:  # else the signal went to all processes, and the loader's workers have died of it
             raise
-    own = sum((TokenCounts.of(batch) for batch in batches), TokenCounts(0, 0))
+    own = sum((session.objective.count(batch) for batch in batches), TokenCounts())
     tokens, stop = agreed(session, own, interrupts)
     return batches, tokens, stop
 
@@ -174,7 +174,7 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
     batch = {key: value.to(session.accelerator.device, non_blocking=True) for key, value in batch.items()}
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if distillation and distillation.logits_weight:
-        inputs |= target_rows(session.model, batch["labels"])
+        inputs |= session.objective.target_rows(session.model, batch)
     else:
         inputs |= {"labels": batch["labels"], "loss_only": True}
     routed = bool(train.balance_loss or train.z_loss or train.distill_routing)
@@ -182,7 +182,14 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
         # the teacher first: its activations are gone before the student's are kept
         taught = distillation.answer(batch) if distillation else None
         outputs = session.wrapped(**inputs, output_router_logits=routed, use_cache=False)
-    share = loss_share(outputs, batch, tokens, balance_weight=train.balance_loss, z_weight=train.z_loss)
+    share = loss_share(
+        outputs,
+        batch,
+        tokens,
+        objective=session.objective,
+        balance_weight=train.balance_loss,
+        z_weight=train.z_loss,
+    )
     if distillation is None:
         return share.total, share.parts()
     lesson = distillation.share(outputs, taught, batch, tokens)

@@ -17,28 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pregate.models.head import IGNORED
-from pregate.models.pregating import block_logits, real_tokens
+from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.routing import balance_loss, z_loss
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens that are not padding, on the source side and on the target side."""
-
-    source: int
-    target: int
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.source + other.source, self.target + other.target)
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> TokenCounts:
-        """Count one collated batch (`attention_mask` (B, S), `labels` (B, T))."""
-        masks = real_tokens(batch)
-        return cls(int(masks["encoder"].sum()), int(masks["decoder"].sum()))
-
-    def by_stack(self) -> dict[str, int]:
-        return {"encoder": self.source, "decoder": self.target}
 
 
 @dataclass(frozen=True)
@@ -78,22 +58,23 @@ def loss_share(
     batch: Mapping[str, Tensor],
     step: TokenCounts,
     *,
+    objective: Objective,
     balance_weight: float,
     z_weight: float,
 ) -> LossShare:
     """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
 
     `outputs` needs `.logits` (as for `real_rows`), or in place of them `.loss`, the cross-entropy summed over target
-    tokens, and where a router weight is not zero, `.encoder_router_logits` and `.decoder_router_logits`, one (B, S or
-    T, E) a block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch
+    tokens, and where a router weight is not zero, the router logits that `objective` finds there, one (B, S or T, E) a
+    block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch
     exactly. The balance loss is not linear in its tokens: it is evaluated per micro batch and weighted by that micro
-    batch's share of the step's tokens. Router losses are means over the blocks of both stacks.
+    batch's share of the step's tokens. Router losses are means over the blocks of all stacks.
     """
     summed = outputs.loss if outputs.logits is None else cross_entropy_sum(outputs.logits, batch["labels"])
     cross_entropy = summed / step.target
     balance = z = cross_entropy.new_zeros(())
     if balance_weight or z_weight:
-        blocks = _blocks_with_masks(outputs, batch, step)
+        blocks = _blocks_with_masks(outputs, batch, step, objective)
         if balance_weight:
             balance = _mean_over_blocks([balance_loss(logits, mask) * share for logits, mask, share in blocks])
         if z_weight:
@@ -103,13 +84,13 @@ def loss_share(
 
 
 def _blocks_with_masks(
-    outputs: Any, batch: Mapping[str, Tensor], step: TokenCounts
+    outputs: Any, batch: Mapping[str, Tensor], step: TokenCounts, objective: Objective
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each MoE block: its logits, the mask of its real tokens, and the micro batch's share of such tokens."""
-    masks, counts = real_tokens(batch), step.by_stack()
+    masks, counts = objective.real_tokens(batch), objective.tokens_by_stack(step)
     blocks = [
         (logits, masks[stack], masks[stack].sum() / counts[stack])
-        for stack, found in block_logits(outputs).items()
+        for stack, found in objective.router_logits(outputs).items()
         for logits in found
     ]
     assert blocks, "router losses are weighted but the model returned no router logits"

@@ -19,7 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from pregate.config import Keep, Run, Trainable, TrainConfig
-from pregate.models.pregating import gates
+from pregate.models.family import family_of_model, gates
+from pregate.models.objectives import Objective
 from pregate.system.processes import join, main_only
 from pregate.system.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
@@ -51,6 +52,7 @@ class Session:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager[Any]]
+    objective: Objective
     feed: Feed
     batching: Batching
     micro_batches: Iterator[dict[str, Tensor]]
@@ -80,7 +82,9 @@ def prepare(
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
     batching = derive_batching(train, run.task.max_source_tokens, accelerator.num_processes)
-    share = Share(run, train, batching, accelerator.process_index, pin_memory=accelerator.device.type == "cuda")
+    objective = family_of_model(model).objective
+    pin_memory = accelerator.device.type == "cuda"
+    share = Share(run, train, objective, batching, accelerator.process_index, pin_memory)
     feed = build_feed(task, tokenizer, share)
     set_seed(run.seed + accelerator.process_index)
     configure(model, train)
@@ -105,6 +109,7 @@ def prepare(
         accelerator=accelerator,
         optimizer=optimizer,
         autocast=functools.partial(torch.autocast, device, dtype=dtype) if dtype else nullcontext,
+        objective=objective,
         feed=feed,
         batching=batching,
         micro_batches=feed.micro_batches(state),

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from pregate.conversion.calibration import calibrate
 from pregate.conversion.write import MANIFEST, check_convertible, convert_for
 from pregate.engine.engine import serving_dtype
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration, mark_conventional
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
-from pregate.models.loading import load_resident, open_model
+from pregate.models.family import config_of, experts_of, family_named, family_of
+from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.models.pregating import PreGating, settings_chosen
 from pregate.system.durable import FULL, make_directory
 from pregate.system.memory import PeakMemory
@@ -128,11 +126,11 @@ def check_model(run: Run) -> None:
                 f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
                 "trains its own."
             )
-        geometry_config(run, PreGating(run.pregate.lookahead, tuple(run.pregate.stacks)), vocab_size=128)
+        geometry_config(run, PreGating.of_config(run.pregate), vocab_size=128)
         return
     source = open_model(run.model.source, run.model.revision)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
-    if PreGatedSwitchTransformersConfig.describes(source.config):
+    config = config_of(source.config)
+    if family_of(source.config).is_pregated(source.config):
         config.pregating.refuse_other(
             PreGating.of_config(run.pregate),
             settings_chosen(run) | {"lookahead"},
@@ -155,9 +153,7 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
             if run.model.source is None:
                 student = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
             else:
-                student = PreGatedSwitchTransformersConfig.of_checkpoint(
-                    read_config(run.model.source, run.model.revision)
-                )
+                student = config_of(read_config(run.model.source, run.model.revision))
             check_teacher(train.teacher, student)
 
 
@@ -166,38 +162,34 @@ def vocabulary_size(tokenizer: Any) -> int:
     return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> PreGatedSwitchTransformersConfig:
+def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
     """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-    settings |= {**run.model.geometry, "pregate": gating.to_dict()}
+    family = family_named(run.model.family)
+    settings = family.from_scratch(run.model.geometry, vocab_size)
     try:
-        return PreGatedSwitchTransformersConfig(**settings)
+        # alone first, so that the message names the one of the two that is wrong
+        plain = family.config_class(**settings)
+        return family.config_class(**settings, pregate=gating.within(family.num_blocks(plain)).to_dict())
+    except UsageError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"model.geometry or pregate of {run.model.name!r} cannot be built: {reason}.") from error
+        raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
 
 
-def trained_config(run: Run) -> tuple[PreGatedSwitchTransformersConfig, torch.dtype]:
+def trained_config(run: Run) -> tuple[Any, torch.dtype]:
     """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
     `UsageError` for a source that cannot be read."""
     source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
     if source is None:
         return geometry_config(run, gating, vocab_size=128), torch.float32
     opened = open_model(source, revision)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(opened.config)
-    if not PreGatedSwitchTransformersConfig.describes(opened.config) and gating.lookahead:
-        ahead = {"model_type": config.model_type, "pregate": gating.to_dict()}
-        # where the model is too shallow for it, conversion, which comes before training, says so in better words
-        with suppress(UsageError):
-            config = PreGatedSwitchTransformersConfig.of_checkpoint({**opened.config, **ahead})
+    config, family = config_of(opened.config), family_of(opened.config)
+    if not family.is_pregated(opened.config) and gating.lookahead:
+        config = family.config(family.pregated_json(opened.config, gating))
     if run.train.steps:
         return config, torch.float32  # in which weights are trained and saved
-    return config, serving_dtype(config, opened, switch_expert_family(config))
+    return config, serving_dtype(config, opened, experts_of(config).as_found_in(opened.tensors))
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
@@ -222,10 +214,10 @@ def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: 
     return str(directory / CHECKPOINT)
 
 
-def _random_model(run: Run, tokenizer: Any) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _random_model(run: Run, tokenizer: Any) -> Any:
     set_seed(run.seed)
     config = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
-    return PreGatedSwitchTransformersForConditionalGeneration(config)
+    return family_named(run.model.family).model_class(config)
 
 
 def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
@@ -248,7 +240,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
     Gates are calibrated on the run's training examples, by one process.
     """
     config = read_config(source, run.model.revision)
-    if run.pregate.lookahead == 0 or PreGatedSwitchTransformersConfig.describes(config):
+    if run.pregate.lookahead == 0 or family_of(config).is_pregated(config):
         return source
     directory = run_dir / CONVERTED
 

@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import gather_object
 
 from pregate.config import UsageError
+from pregate.models.family import family_of_model
 from pregate.models.finite import finite_logits
-from pregate.training.losses import TokenCounts
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def validate(
     examples: Sequence[Any],
     *,
     predicts: bool = True,
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    collate: Any,
     batch_size: int,
     max_new_tokens: int,
     accelerator: Any,
@@ -34,11 +34,11 @@ def validate(
 ) -> dict[str, float]:
     """Loss per target token and the task's metrics (percent) of the unwrapped `model` on `examples`.
 
-    Without `predicts` nothing is generated and the loss is all. Examples are split over the processes and the
-    predictions gathered; every process returns the same numbers. Raises `UsageError`, in every process, for a loss or
-    for logits of a generation that are not finite.
+    `collate` makes the batches; `generate` is given its `prompts`. Without `predicts` nothing is generated and the loss
+    is all. Examples are split over the processes and the predictions gathered; every process returns the same numbers.
+    Raises `UsageError`, in every process, for a loss or for logits of a generation that are not finite.
     """
-    was_training = model.training
+    was_training, objective = model.training, family_of_model(model).objective
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     order = list(range(len(examples)))
@@ -51,18 +51,21 @@ def validate(
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
         batch = {k: v.to(accelerator.device) for k, v in collate([examples[i] for i in chosen]).items()}
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with autocast():
-            loss = model(**inputs, labels=batch["labels"], loss_only=True, use_cache=False).loss.item()
-            sums += torch.tensor([loss, TokenCounts.of(batch).target], dtype=torch.float64)
+            loss = model(**batch, loss_only=True, use_cache=False).loss.item()
+            sums += torch.tensor([loss, objective.count(batch).target], dtype=torch.float64)
             if not abs(loss) < float("inf"):
                 broken += chosen
             if not predicts:
                 continue
             with finite_logits(model) as finite:
+                inputs = {
+                    k: v.to(accelerator.device) for k, v in collate.prompts([examples[i] for i in chosen]).items()
+                }
                 tokens_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
                 broken += [chosen[row] for row in finite.rows_not_finite()]
-        texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+        new_BT = objective.new_tokens(tokens_BT, inputs["input_ids"])
+        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
         predictions += zip(chosen, (text.strip() for text in texts), strict=True)
     model.train(was_training)
     everywhere = gather_object(broken)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.summary import ABSENT, METRIC_LABELS, metric_label, signed
+from pregate.measure.report.summary import METRIC_LABELS, metric_label
+from pregate.measure.tables import ABSENT, signed
 from pregate.system.runtime import first_of
 from studies.accuracy.cells import (
     ABLATIONS,

@@ -18,7 +18,7 @@ from torch import Tensor
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
 from pregate.engine.storage.store import Store, copy_bytes
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 POISON = 0xFF
 """NaN in float32, bfloat16, float16 and fp8; -1 in int8, whose scales are float32."""

@@ -18,7 +18,7 @@ from pregate.config import Policy
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io.uring import Ring, RingUnavailableError
 from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from tests.tiny import batch, pregated_model
 
 SLAB = 8192
@@ -55,7 +55,7 @@ def saved(root: Path, options: tuple[tuple[str, Any], ...], dtype: torch.dtype) 
 
 def as_stored(model: Any, layout: SlabLayout) -> Any:
     """The resident model with every expert replaced by what its slab holds, at the alignment that slabs have."""
-    family = switch_expert_family(model.config)
+    family = experts_of(model.config)
     stored = copy.deepcopy(model)
     weights = dict(stored.named_parameters())
     slab = aligned_bytes(layout.slab_bytes)

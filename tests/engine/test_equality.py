@@ -16,7 +16,7 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.engine import OffloadEngine, open_store
 from pregate.engine.io import mover
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
 from tests.engine.hostile import HostileStore, poison_slots
 from tests.engine.serving import Served, as_stored, assert_same, generated, request, saved
@@ -106,7 +106,7 @@ def test_every_engine_equals_the_resident_model(
     """Behind a store that takes its time, with slots that lose what they held the moment they are given away. On a
     CPU every logit is equal bit for bit: the weights lie at the same alignment on both sides."""
     directory, resident = saved(root, model, dtype)
-    family = switch_expert_family(resident.config)
+    family = experts_of(resident.config)
     layout = SlabLayout.of(family, dtype, engine["slab_dtype"])
     expected = as_stored(resident, layout) if layout.is_quantised else resident
     options = request(size, num_beams, seed)
@@ -184,7 +184,7 @@ def test_computing_before_a_slab_has_arrived_is_noticed(
 def test_on_a_gpu(
     served: Served, policy: Policy, tier: Tier, cache: CacheRule, slab_dtype: SlabDtype, budget: str | None
 ) -> None:
-    layout = SlabLayout.of(switch_expert_family(served.model.config), torch.float32, slab_dtype)
+    layout = SlabLayout.of(experts_of(served.model.config), torch.float32, slab_dtype)
     expected = as_stored(served.model, layout).cuda()
     budget = None if policy is Policy.gpu_only else str(layout.slab_bytes) if budget == "one" else budget
     with OffloadEngine.open(

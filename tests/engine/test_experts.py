@@ -23,7 +23,7 @@ from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import Factor, grouped_experts, project
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
 from pregate.models.routing import DROPPED, Routing
 from tests.engine.hostile import POISON, HostileStore, MemoryStore
 
@@ -37,15 +37,16 @@ def gated(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
     return project(silu(project(hidden_ND, gate_FD)) * project(hidden_ND, up_FD), down_DF)
 
 
-def family_of(num_experts: int, top_k: int) -> ExpertFamily:
-    return ExpertFamily(
+def family_of(num_experts: int, top_k: int) -> ExpertSpec:
+    return ExpertSpec(
         num_experts=num_experts,
         top_k=top_k,
         lookahead=0,
         matrices={"gate": (F, D), "up": (F, D), "down": (D, F)},
         layers={"decoder": [0]},
-        tensor_name=lambda stack, layer, expert, matrix: f"{layer}.{expert}.{matrix}",
+        layouts=(lambda _, layer, expert: [TensorSlice(f"{layer}.{expert}.{m}") for m in ("gate", "up", "down")],),
         apply=gated,
+        activation="swiglu",
     )
 
 

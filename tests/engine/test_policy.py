@@ -9,36 +9,35 @@ import pytest
 from pregate.config import Policy, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.policy import default_slots, make_policy
-from pregate.models.families.switch_layers import switch_expert_family
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec, experts_of
 from tests.tiny import pregated_model
 
 
 @pytest.fixture
-def family() -> ExpertFamily:
-    return switch_expert_family(pregated_model(0, 1).config)
+def family() -> ExpertSpec:
+    return experts_of(pregated_model(0, 1).config)
 
 
-def test_pre_gated_fetches_a_route_at_once_and_nothing_else(family: ExpertFamily) -> None:
+def test_pre_gated_fetches_a_route_at_once_and_nothing_else(family: ExpertSpec) -> None:
     policy = make_policy(Policy.pre_gated, family)
     assert policy.on_route("decoder", 2, [4, 1]) == [ExpertKey("decoder", 2, 4), ExpertKey("decoder", 2, 1)]
     assert policy.on_enter("decoder", 1) == []
 
 
-def test_on_demand_and_gpu_only_fetch_nothing_ahead(family: ExpertFamily) -> None:
+def test_on_demand_and_gpu_only_fetch_nothing_ahead(family: ExpertSpec) -> None:
     for name in (Policy.on_demand, Policy.gpu_only):
         policy = make_policy(name, family)
         assert policy.on_route("decoder", 2, [4, 1]) == policy.on_enter("decoder", 1) == []
 
 
-def test_prefetch_all_fetches_this_block_and_all_of_the_next(family: ExpertFamily) -> None:
+def test_prefetch_all_fetches_this_block_and_all_of_the_next(family: ExpertSpec) -> None:
     policy = make_policy(Policy.prefetch_all, family)
     assert policy.on_route("encoder", 1, [0]) == []
     assert policy.on_enter("encoder", 1) == [ExpertKey("encoder", b, e) for b in (1, 2) for e in range(5)]
     assert policy.on_enter("encoder", 2) == [ExpertKey("encoder", 2, e) for e in range(5)]
 
 
-def test_default_slots(family: ExpertFamily) -> None:
+def test_default_slots(family: ExpertSpec) -> None:
     assert default_slots(Policy.gpu_only, family) == 30
     assert default_slots(Policy.prefetch_all, family) == 10
     assert default_slots(Policy.on_demand, family) == default_slots(Policy.pre_gated, family) == 8
@@ -47,18 +46,18 @@ def test_default_slots(family: ExpertFamily) -> None:
 @pytest.mark.parametrize(
     ("budget", "slots"), [("50%", 15), ("100%", 30), ("4KB", 4), ("4095", 4), ("1MB", 30), ("10%", 3), (None, 8)]
 )
-def test_budgets_buy_whole_slots(family: ExpertFamily, budget: str | None, slots: int) -> None:
+def test_budgets_buy_whole_slots(family: ExpertSpec, budget: str | None, slots: int) -> None:
     assert slots_within(budget, Policy.pre_gated, family, slab_bytes=1000) == slots
 
 
-def test_a_budget_below_one_expert_is_refused(family: ExpertFamily) -> None:
+def test_a_budget_below_one_expert_is_refused(family: ExpertSpec) -> None:
     with pytest.raises(UsageError, match=r"less than one expert of 1\.00 kB: give at least 1000B"):
         slots_within("999", Policy.pre_gated, family, slab_bytes=1000)
     with pytest.raises(UsageError, match="less than one expert"):
         slots_within("1%", Policy.on_demand, family, slab_bytes=1000)
 
 
-def test_advised_budgets_are_accepted(family: ExpertFamily) -> None:
+def test_advised_budgets_are_accepted(family: ExpertSpec) -> None:
     """Whatever the size of an expert: no rounding between the advice and what it is compared with."""
     for slab_bytes in (4096, 8192, 1_234_567, 9_437_184):
         with pytest.raises(UsageError) as caught:
@@ -71,11 +70,11 @@ def test_advised_budgets_are_accepted(family: ExpertFamily) -> None:
         assert slots_within(advised, Policy.gpu_only, family, slab_bytes) == 30
 
 
-def test_gpu_only_needs_room_for_all(family: ExpertFamily) -> None:
+def test_gpu_only_needs_room_for_all(family: ExpertSpec) -> None:
     with pytest.raises(UsageError, match="holds 15 of 30 experts, but gpu_only keeps all"):
         slots_within("50%", Policy.gpu_only, family, slab_bytes=1000)
 
 
-def test_an_unreadable_budget_is_refused(family: ExpertFamily) -> None:
+def test_an_unreadable_budget_is_refused(family: ExpertSpec) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         slots_within("a lot", Policy.pre_gated, family, slab_bytes=1000)

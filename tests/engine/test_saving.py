@@ -13,8 +13,11 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from pregate.config import PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.engine.engine import OffloadEngine
-from pregate.models.families.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig, without_experts
+from pregate.models.families.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig
+from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
+from pregate.models.pregated import without_experts
+from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.engine.serving import Served, assert_same, generated, request
 from tests.tiny import geometry, pregated_model, upstream_model
@@ -42,7 +45,8 @@ def test_no_config_tells_of_it(served: Served, tmp_path: Path) -> None:
     # a model built afterwards from the very same config has its experts
     rebuilt = type(engine.model)(engine.model.config)
     assert {name for name, _ in rebuilt.named_parameters()} == {name for name, _ in served.model.named_parameters()}
-    assert "without_experts" not in repr(synthetic_checkpoint(geometry(), {"lookahead": 1}, torch.float32).config)
+    synthetic = synthetic_checkpoint(family_of_model(engine.model), geometry(), PreGating(1), torch.float32)
+    assert "without_experts" not in repr(synthetic.config)
 
 
 def test_a_fault_while_it_is_built_is_over_with_it(served: Served) -> None:

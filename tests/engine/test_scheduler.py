@@ -15,7 +15,7 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 
 NUM_BLOCKS, NUM_EXPERTS = 4, 5
 
@@ -233,14 +233,15 @@ def test_finishing_a_block_calls_off_what_it_never_used() -> None:
 @pytest.mark.parametrize("num_slots", [1, 3, NUM_EXPERTS, 2 * NUM_EXPERTS, NUM_BLOCKS * NUM_EXPERTS])
 @pytest.mark.parametrize("rule", [CacheRule.none, CacheRule.lru])
 def test_prefetch_all_never_exceeds_its_slots(num_slots: int, rule: CacheRule) -> None:
-    family = ExpertFamily(
+    family = ExpertSpec(
         num_experts=NUM_EXPERTS,
         top_k=1,
         lookahead=0,
         matrices={},
         layers={"decoder": list(range(NUM_BLOCKS))},
-        tensor_name=lambda *_: "",
+        layouts=(lambda *_: [],),
         apply=lambda matrices, hidden: hidden,
+        activation="relu",
     )
     draw = random.Random(num_slots)
     policy, bench = make_policy(Policy.prefetch_all, family), Bench(num_slots, rule)

@@ -19,10 +19,11 @@ from pregate.engine.engine import OffloadEngine
 from pregate.measure import evaluation, servers
 from pregate.measure.bench import engines, link
 from pregate.measure.bench import run as bench
-from pregate.measure.bench.table import bench_tables, verdict
+from pregate.measure.bench.table import bench_tables
+from pregate.measure.equality import equality, equality_statement
 from pregate.measure.latency import BenchRequest, resident_answers
 from pregate.measure.logits import check_moved, compare_logits, tolerance
-from pregate.measure.summary import equal, token_verdict
+from pregate.measure.report.summary import engine_statement
 from pregate.models.finite import FiniteLogits
 from pregate.models.loading import load_resident
 from pregate.tasks.generated import generated_tokenizer
@@ -294,11 +295,9 @@ def test_an_evaluation_notices_stale_experts_by_their_logits(
     assert list(fine["engine"]) == POLICIES
     for record in fine["engine"].values():
         assert record["logits_finite"] is record["logits_equal_resident"] is record["tokens_equal_resident"] is True
-        assert record["logits_max_diff"] < 1e-4 and equal(record) is True
-    told = token_verdict(fine)
-    assert (
-        told is not None and told[0] and "true for 4 of 4 policies" in told[1] and "logits differ by at most" in told[1]
-    )
+        assert record["logits_max_diff"] < 1e-4 and equality(record) == "yes"
+    told = engine_statement(fine)
+    assert told.startswith("Tokens equal the whole model's in 4 of 4 policies compared. Logits differ by at most ")
 
     opened = evaluation.open_engine
     monkeypatch.setattr(evaluation, "open_engine", lambda of, _, *rest, **k: opened(of, str(old), *rest, **k))
@@ -311,14 +310,12 @@ def test_an_evaluation_notices_stale_experts_by_their_logits(
         assert record["tokens_equal_resident"] is True, "the tokens tell something, so the test says nothing"
         assert record["logits_equal_resident"] is False and record["logits_finite"] is True
         assert record["logits_max_diff"] == pytest.approx(by_hand, rel=1e-3), policy
-        assert equal(record) is False
-    told = token_verdict(found)
-    assert told == (
-        False,
-        "logits_equal_resident: FALSE for GPU only, On demand, Prefetch all, Pre-gated; their tokens equal the whole "
-        f"model's, their logits differ by up to {by_hand:.2g}.",
+        assert equality(record) == "**logits NO**"
+    assert engine_statement(found) == (
+        "**Logits differ from the whole model's in 4 of 4 policies: GPU only, On demand, Prefetch all, Pre-gated.** "
+        f"Logits differ by at most {by_hand:.2g}."
     )
-    assert "✗ differ" in (tmp_path / "out" / "report.html").read_text()
+    assert "logits NO" in (tmp_path / "out" / "report.html").read_text()
 
 
 def largest_difference(run: Run, now: Any, old: Any) -> float:
@@ -365,7 +362,7 @@ def test_a_benchmark_notices_stale_experts_by_their_logits(
         assert row["tokens_equal_resident"] is True, "the tokens tell something, so the test says nothing"
         assert row["logits_equal_resident"] is False and row["logits_finite"] is True
         assert row["logits_max_diff"] > 0.01 and row["bytes_moved"] > 0
-    assert verdict(rows) == "**Logits differ from the whole model's in 2 of 2 rows: on_demand, pre_gated.**"
+    assert equality_statement(rows) == "**Logits differ from the whole model's in 2 of 2 rows: on_demand, pre_gated.**"
     (table,) = bench_tables(rows)
     column = table.headers.index("tokens equal")
-    assert sorted(cells[column] for cells in table.cells) == ["**logits NO**", "**logits NO**", "–"]
+    assert sorted(cells[column] for cells in table.rows) == ["**logits NO**", "**logits NO**", "–"]

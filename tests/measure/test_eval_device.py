@@ -12,7 +12,7 @@ from pregate import eval as command
 from pregate import tracking
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Run, UsageError
-from pregate.measure.summary import routing_table, score_headers
+from pregate.measure.report.summary import routing_table, score_table
 from pregate.tasks.generated import generated_tokenizer
 from tests.tiny import pregated_model, upstream_model
 
@@ -109,7 +109,9 @@ def test_a_conventional_checkpoint_is_called_so(
     run = run_of(checkpoint, tmp_path / "out", f"checkpoint={conventional}", "engine.policies=[pre_gated]")
     found, _ = evaluated(run, tmp_path / "out")
     assert found["checkpoint_label"] == "conventional"
-    assert score_headers(found) == ["Conventional", "Reference", "Difference"]
+    scores, routing = score_table(found), routing_table(found)
+    assert scores is not None and routing is not None
+    assert [header.split("\n")[0] for header in scores.headers] == ["Metric", "Conventional", "Reference", "Difference"]
     assert tables["parity"][:3] == ["metric", "conventional", "reference"]
     printed = capsys.readouterr().out
     assert "Metric" in printed and "Conventional" in printed.partition("Offloaded inference")[0]
@@ -118,13 +120,11 @@ def test_a_conventional_checkpoint_is_called_so(
     assert "<th>Conventional<small>" in shown and "<th>Conventional</th>" in shown
     assert "The difference is conventional minus reference" in shown and "<th>Pre-gated<small>" not in shown
     assert "Policy pre-gated, per token" in shown, "that is the policy's name"
-    assert "Load, conventional" in routing_table(found)[0]
+    assert "Load, conventional" in routing.headers
 
 
 def test_an_evaluation_of_earlier_days_has_a_label(checkpoint: Path) -> None:
     """Committed files say nothing of it: what was evaluated then was pre-gated."""
-    assert score_headers({"scores": {"pre_gated": {"em": 1.0}, "reference": {"em": 2.0}}}) == [
-        "Pre-gated",
-        "Reference",
-        "Difference",
-    ]
+    table = score_table({"scores": {"pre_gated": {"em": 1.0}, "reference": {"em": 2.0}}})
+    assert table is not None
+    assert [header.split("\n")[0] for header in table.headers] == ["Metric", "Pre-gated", "Reference", "Difference"]

@@ -21,10 +21,12 @@ from transformers import AutoModelForSeq2SeqLM
 from pregate.config import Init, PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.engine.engine import OffloadEngine
-from pregate.models.loading import LEFTOVERS, TABLES, load_resident, open_model
+from pregate.models.families.switch import SwitchFamily
+from pregate.models.loading import load_resident, open_model
 from tests.models.test_checkpoint import sentence
 from tests.tiny import pregated_model, upstream_model
 
+TABLES = (*SwitchFamily.input_tables, SwitchFamily.output_table)
 SMALL = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
 INPUTS = {
     "input_ids": torch.randint(2, 67, (2, 9), generator=torch.Generator().manual_seed(0)),
@@ -145,7 +147,7 @@ def damage(draw: Callable[..., Any], tensors: dict[str, Tensor]) -> str:
         added = draw(st.sampled_from(["teacher.shared.weight", "module.", EXPERT.replace("_2", "_7"), "ema." + name]))
         tensors[added] = torch.ones(3, 2)
     elif what == "leftover":
-        tensors[next(iter(LEFTOVERS))] = torch.ones(8, 3)
+        tensors[next(iter(SwitchFamily.leftovers))] = torch.ones(8, 3)
     elif what == "reshape":
         tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
     else:
@@ -214,7 +216,7 @@ def test_names_behind_an_unknown_prefix_are_told(tmp_path: Path) -> None:
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in truth("tied")[1].items()}
     directory = write(tmp_path / "source", "tied", prefixed)
     for way in WAYS:
-        assert "named as in a Switch model, but base_model.model." in outcome(directory, "tied", way)
+        assert "named as in a switch_transformers model, but base_model.model." in outcome(directory, "tied", way)
 
 
 def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:

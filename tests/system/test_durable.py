@@ -18,7 +18,7 @@ from pregate.engine.engine import open_store
 from pregate.engine.storage.pack import pack, read_index
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import open_checkpoint
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from pregate.system import durable
 from pregate.system.runtime import write_json
 from pregate.tracking import open_tracker
@@ -167,7 +167,7 @@ def test_a_pack_is_the_old_or_the_new_one_or_made_again(tmp_path: Path) -> None:
     def packed(seed: int) -> None:
         model = pregated_model(seed)
         model.save_pretrained(tmp_path / "checkpoint")
-        family = switch_expert_family(model.config)
+        family = experts_of(model.config)
         layout = SlabLayout.of(family, model.dtype)
         os.utime(tmp_path / "checkpoint" / "model.safetensors", ns=(seed, seed))
         pack(open_checkpoint(str(tmp_path / "checkpoint")), family, layout, place / "experts")

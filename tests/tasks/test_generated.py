@@ -11,6 +11,7 @@ from pregate.tasks.base import build_task
 from pregate.tasks.generated import check_generated, generate, generated_tokenizer
 from pregate.tasks.generated_facts import KINDS, SUBJECT_NOUNS, SUBJECT_WORDS
 from pregate.tasks.text import Collator, load_tokenizer
+from tests.tiny import SEQ2SEQ
 
 CONFIG = GeneratedConfig(train=3000, validation=300)
 FIRST_ROW = {
@@ -176,7 +177,7 @@ def test_the_task_fits_its_own_token_limits():
     task, tokenizer = build_task(run), load_tokenizer(run)
     examples = task.examples("train")
     assert len(examples) == 500 and len(task.examples("train", 7)) == 7
-    batch = Collator(tokenizer, 10_000, 10_000)(examples)
+    batch = Collator(tokenizer, 10_000, 10_000, SEQ2SEQ)(examples)
     assert batch["input_ids"].shape[1] < run.task.max_source_tokens
     assert batch["labels"].shape[1] < run.task.max_target_tokens
     assert task.score([e.target for e in examples], [e.references for e in examples]).overall == {"em": 100, "f1": 100}

@@ -8,6 +8,7 @@ from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
 from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer, prompt_fields
+from tests.tiny import SEQ2SEQ
 
 
 def word_tokenizer(words, **specials):
@@ -47,7 +48,7 @@ def test_prompts_that_cannot_work(prompt):
 
 
 def test_batches_are_padded_on_the_right_and_closed(tokenizer):
-    batch = Collator(tokenizer, 10, 10)([example("one two three", "four"), example("five", "one two")])
+    batch = Collator(tokenizer, 10, 10, SEQ2SEQ)([example("one two three", "four"), example("five", "one two")])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [7, 1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100], [3, 4, 1]]
@@ -55,7 +56,7 @@ def test_batches_are_padded_on_the_right_and_closed(tokenizer):
 
 
 def test_cut_texts_still_end_in_end_of_sequence(tokenizer):
-    batch = Collator(tokenizer, 3, 2)([example("one two three four", "five four"), example("", "one")])
+    batch = Collator(tokenizer, 3, 2, SEQ2SEQ)([example("one two three four", "five four"), example("", "one")])
     assert batch["input_ids"].tolist() == [[3, 4, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[7, 1], [3, 1]]
 
@@ -74,11 +75,11 @@ def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(toke
         [example("one two three four", "five"), example("two", "five")],
         [example("two", "one"), example("one two three four", "two"), example("two", "three")],
     ]
-    fresh = [Collator(tokenizer, 4, 3)(batch) for batch in batches]
+    fresh = [Collator(tokenizer, 4, 3, SEQ2SEQ)(batch) for batch in batches]
     for kept, expected in ((text.KEPT_TOKENS, 6), (4, 7)):
         monkeypatch.setattr(text, "KEPT_TOKENS", kept)
         seen.clear()
-        collate = Collator(counting, 4, 3)
+        collate = Collator(counting, 4, 3, SEQ2SEQ)
         for found, right in zip([collate(batch) for batch in batches], fresh, strict=True):
             assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in right.items()}
         # "two" is cut to another length as a source than as a target
@@ -87,7 +88,7 @@ def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(toke
 
 def test_source_lengths_are_those_of_the_batch(tokenizer):
     examples = [example("one two three four five", "one"), example("two", "five"), example("", "one two")]
-    collate = Collator(tokenizer, 4, 9)
+    collate = Collator(tokenizer, 4, 9, SEQ2SEQ)
     assert collate.source_lengths(examples) == [4, 2, 1]
     assert collate(examples)["attention_mask"].sum(1).tolist() == [4, 2, 1]
 
@@ -95,7 +96,7 @@ def test_source_lengths_are_those_of_the_batch(tokenizer):
 def test_a_tokenizer_that_adds_end_of_sequence_itself_adds_no_second():
     tokenizer = generated_tokenizer(GeneratedConfig())
     text = "Who leads Kelby Inn?"
-    batch = Collator(tokenizer, 32, 8)([example(text, "Ada Holm")])
+    batch = Collator(tokenizer, 32, 8, SEQ2SEQ)([example(text, "Ada Holm")])
     assert batch["input_ids"].tolist() == tokenizer([text])["input_ids"]
     assert batch["labels"].tolist() == tokenizer(["Ada Holm"])["input_ids"]
     assert batch["labels"][0].tolist().count(1) == 1

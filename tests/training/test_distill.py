@@ -21,9 +21,8 @@ from pregate.training.distill import (
     logits_share,
     routing_share,
 )
-from pregate.training.losses import TokenCounts
+from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.tiny import batch as random_batch
-from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, Recorder, train_tiny
 
 LESSONS: dict[str, Any] = {"distill_logits": 0.7, "distill_routing": 0.4, "distill_temperature": 2.0}
@@ -67,7 +66,7 @@ def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(tempe
     batch = random_batch()
     source_BS, target_BT = batch["attention_mask"].bool(), batch["labels"] != -100
     assert not source_BS.all() and not target_BT.all()
-    student, tokens = pregated_model(seed=1), TokenCounts.of(batch)
+    student, tokens = pregated_model(seed=1), SEQ2SEQ.count(batch)
     with torch.no_grad():
         taught = outputs_of(upstream_model(seed=2), batch)
 
@@ -92,7 +91,7 @@ def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(tempe
 
     expected = naive_routing(outputs_of(student, batch))
     expected_gradients = gradients(expected, student)
-    found = routing_share(outputs_of(student, batch), taught, batch, tokens)
+    found = routing_share(outputs_of(student, batch), taught, batch, tokens, SEQ2SEQ)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert_same(gradients(found, student), expected_gradients)
 
@@ -126,7 +125,7 @@ def test_terms_are_computed_in_fp32() -> None:
 
 def test_what_padding_positions_hold_does_not_matter() -> None:
     batch = random_batch()
-    tokens = TokenCounts.of(batch)
+    tokens = SEQ2SEQ.count(batch)
     outputs, taught = outputs_of(pregated_model(), batch), outputs_of(upstream_model(), batch)
     masks = {"encoder": batch["attention_mask"] == 0, "decoder": batch["labels"] == -100}
 
@@ -139,7 +138,7 @@ def test_what_padding_positions_hold_does_not_matter() -> None:
         }
         return SimpleNamespace(logits=honest.logits.masked_fill(masks["decoder"][..., None], value), **routers)
 
-    distillation = Distillation(None, 1.0, 1.0, 1.5)
+    distillation = Distillation(None, SEQ2SEQ, 1.0, 1.0, 1.5)
     honest = distillation.share(outputs, taught, batch, tokens)
     other = distillation.share(scrambled(outputs, math.inf), scrambled(taught, 3.0), batch, tokens)
     assert honest.total.item() == other.total.item()
@@ -148,8 +147,8 @@ def test_what_padding_positions_hold_does_not_matter() -> None:
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
 def test_shares_and_gradients_of_micro_batches_add_up_to_one_big_batch(sizes: tuple[int, ...]) -> None:
     batch = random_batch(size=4, seed=3)
-    tokens, student = TokenCounts.of(batch), pregated_model(seed=1)
-    distillation = Distillation(pregated_model(seed=2, lookahead=0), 0.7, 0.4, 2.0)
+    tokens, student = SEQ2SEQ.count(batch), pregated_model(seed=1)
+    distillation = Distillation(pregated_model(seed=2, lookahead=0), SEQ2SEQ, 0.7, 0.4, 2.0)
     results = []
     for cut in ((4,), sizes):
         student.zero_grad(set_to_none=True)
@@ -168,15 +167,15 @@ def test_shares_and_gradients_of_micro_batches_add_up_to_one_big_batch(sizes: tu
 
 def test_terms_without_weight_are_neither_asked_for_nor_computed() -> None:
     batch = random_batch()
-    tokens = TokenCounts.of(batch)
+    tokens = SEQ2SEQ.count(batch)
     student, teacher = pregated_model(seed=1), pregated_model(seed=2, lookahead=0)
-    logits_only = Distillation(teacher, 1.0, 0.0, 1.0)
+    logits_only = Distillation(teacher, SEQ2SEQ, 1.0, 0.0, 1.0)
     answer = logits_only.answer(batch)
     assert not answer.encoder_router_logits
     assert answer.logits.shape == (int((batch["labels"] != -100).sum()), 67)
     share = logits_only.share(student(**batch, use_cache=False), answer, batch, tokens)
     assert list(share.parts) == logits_only.parts() == ["kl"]
-    routing_only = Distillation(teacher, 0.0, 0.5, 1.0)
+    routing_only = Distillation(teacher, SEQ2SEQ, 0.0, 0.5, 1.0)
     outputs, answer = outputs_of(student, batch), routing_only.answer(batch)
     assert answer.logits.shape == (0, 67)
     outputs.logits = None

@@ -20,7 +20,7 @@ from pregate.training.checkpoint import TrainState
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
-from tests.tiny import pregated_model
+from tests.tiny import SEQ2SEQ, pregated_model
 from tests.training.copying import SHALLOW, Recorder, recipe, short_run
 
 GEOMETRY = (
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def feed(root: Path, rank: int = 0, world: int = 1, workers: int = 0, **changes: Any) -> StreamFeed:
     train, run = recipe(**changes), short_run()
     run.task.max_source_tokens, run.data.num_workers = 16, workers
-    share = Share(run, train, derive_batching(train, 16, world), rank, pin_memory=False)
+    share = Share(run, train, SEQ2SEQ, derive_batching(train, 16, world), rank, pin_memory=False)
     return StreamFeed(corpus_task(root), sentinel_tokenizer(), share)
 
 

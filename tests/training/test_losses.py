@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.training.distill import target_rows
-from pregate.training.losses import TokenCounts, cross_entropy_sum, loss_share
+from pregate.training.losses import cross_entropy_sum, loss_share
+from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.tiny import batch as random_batch
-from tests.tiny import pregated_model, upstream_model
 
 
 def outputs_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> object:
@@ -45,8 +44,8 @@ def test_one_batch_equals_naive_loops_over_real_tokens(make) -> None:
     batch = random_batch()
     assert (batch["labels"] == -100).any() and (batch["attention_mask"] == 0).any()
     outputs = outputs_of(make(), batch)
-    tokens = TokenCounts.of(batch)
-    share = loss_share(outputs, batch, tokens, balance_weight=0.3, z_weight=0.2)
+    tokens = SEQ2SEQ.count(batch)
+    share = loss_share(outputs, batch, tokens, objective=SEQ2SEQ, balance_weight=0.3, z_weight=0.2)
     blocks = [(x, batch["attention_mask"]) for x in outputs.encoder_router_logits]
     blocks += [(x, batch["labels"] != -100) for x in outputs.decoder_router_logits]
     losses = [naive_router_losses(logits, mask) for logits, mask in blocks]
@@ -67,9 +66,9 @@ def test_what_padding_positions_hold_does_not_matter() -> None:
         encoder_router_logits=[x.masked_fill(padded_BS[..., None], 7.0) for x in outputs.encoder_router_logits],
         decoder_router_logits=[x.masked_fill(padded_BT[..., None], 5.0) for x in outputs.decoder_router_logits],
     )
-    tokens = TokenCounts.of(batch)
-    honest = loss_share(outputs, batch, tokens, balance_weight=1.0, z_weight=1.0)
-    other = loss_share(scrambled, batch, tokens, balance_weight=1.0, z_weight=1.0)
+    tokens = SEQ2SEQ.count(batch)
+    honest = loss_share(outputs, batch, tokens, objective=SEQ2SEQ, balance_weight=1.0, z_weight=1.0)
+    other = loss_share(scrambled, batch, tokens, objective=SEQ2SEQ, balance_weight=1.0, z_weight=1.0)
     torch.testing.assert_close(honest.parts(), other.parts(), rtol=0, atol=0)
 
 
@@ -83,14 +82,14 @@ def test_cross_entropy_is_computed_in_fp32() -> None:
 def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradients() -> None:
     batch, model = random_batch(), pregated_model()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    tokens, results = TokenCounts.of(batch), []
-    rows = target_rows(model, batch["labels"])
+    tokens, results = SEQ2SEQ.count(batch), []
+    rows = SEQ2SEQ.target_rows(model, batch)
     asked = (rows, {"decoder_input_ids": rows["decoder_input_ids"]}, {"labels": batch["labels"], "loss_only": True})
     for chosen, ndim in zip(asked, (2, 3, None), strict=True):
         model.zero_grad(set_to_none=True)
         outputs = model(**inputs, **chosen, output_router_logits=True)
         assert (ndim is None and outputs.logits is None) or outputs.logits.ndim == ndim
-        share = loss_share(outputs, batch, tokens, balance_weight=0.3, z_weight=0.2)
+        share = loss_share(outputs, batch, tokens, objective=SEQ2SEQ, balance_weight=0.3, z_weight=0.2)
         share.total.backward()
         results.append((share.parts(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (expected_parts, expected), *others = results
@@ -106,7 +105,7 @@ def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradients() -> Non
 @pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1)])
 def test_gradients_of_micro_batches_equal_those_of_one_big_batch(sizes: tuple[int, ...]) -> None:
     batch = random_batch(size=4, seed=3)
-    tokens = TokenCounts.of(batch)
+    tokens = SEQ2SEQ.count(batch)
     model = pregated_model()
     gradients = []
     for cut in ((4,), sizes):
@@ -115,7 +114,9 @@ def test_gradients_of_micro_batches_equal_those_of_one_big_batch(sizes: tuple[in
         for size in cut:
             micro = {key: value[start : start + size] for key, value in batch.items()}
             start += size
-            share = loss_share(outputs_of(model, micro), micro, tokens, balance_weight=0.0, z_weight=0.1)
+            share = loss_share(
+                outputs_of(model, micro), micro, tokens, objective=SEQ2SEQ, balance_weight=0.0, z_weight=0.1
+            )
             share.total.backward()
             parts += share.parts()
         gradients.append(({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, parts))
@@ -128,13 +129,13 @@ def test_gradients_of_micro_batches_equal_those_of_one_big_batch(sizes: tuple[in
 
 def test_balance_loss_is_weighted_by_the_micro_batch_share_of_tokens() -> None:
     batch = random_batch(size=2, seed=1)
-    model, tokens = pregated_model(), TokenCounts.of(batch)
+    model, tokens = pregated_model(), SEQ2SEQ.count(batch)
     expected = found = 0.0
     for row in range(2):
         micro = {key: value[row : row + 1] for key, value in batch.items()}
-        own = TokenCounts.of(micro)
+        own = SEQ2SEQ.count(micro)
         outputs = outputs_of(model, micro)
-        found += loss_share(outputs, micro, tokens, balance_weight=1.0, z_weight=0.0).balance.item()
+        found += loss_share(outputs, micro, tokens, objective=SEQ2SEQ, balance_weight=1.0, z_weight=0.0).balance.item()
         encoder = [naive_router_losses(x, micro["attention_mask"])[0] for x in outputs.encoder_router_logits]
         decoder = [naive_router_losses(x, micro["labels"] != -100)[0] for x in outputs.decoder_router_logits]
         weighted = sum(encoder) * own.source / tokens.source + sum(decoder) * own.target / tokens.target
@@ -145,5 +146,5 @@ def test_balance_loss_is_weighted_by_the_micro_batch_share_of_tokens() -> None:
 def test_router_logits_are_not_needed_when_their_losses_have_no_weight() -> None:
     batch = random_batch()
     outputs = pregated_model()(**batch, use_cache=False)
-    share = loss_share(outputs, batch, TokenCounts.of(batch), balance_weight=0.0, z_weight=0.0)
+    share = loss_share(outputs, batch, SEQ2SEQ.count(batch), objective=SEQ2SEQ, balance_weight=0.0, z_weight=0.0)
     assert share.total.item() == share.cross_entropy.item() == pytest.approx(outputs.loss.item(), rel=1e-5)

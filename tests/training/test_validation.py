@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from pregate.config import UsageError
 from pregate.tasks.text import Collator
 from pregate.training.validation import validate
-from tests.tiny import pregated_model
+from tests.tiny import SEQ2SEQ, pregated_model
 from tests.training.copying import SHALLOW, FirstWords, word_tokenizer
 
 
@@ -23,7 +23,7 @@ def validated(model: Any, **options: Any) -> dict[str, float]:
         tokenizer,
         task,
         task.examples("validation"),
-        collate=Collator(tokenizer, 10, 4),
+        collate=Collator(tokenizer, 10, 4, SEQ2SEQ),
         batch_size=2,
         max_new_tokens=4,
         accelerator=Accelerator(cpu=True),

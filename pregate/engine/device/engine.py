@@ -38,9 +38,8 @@ from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.family import ExpertKey, config_of, experts_of
 from pregate.models.loading import open_model
-from pregate.models.pregating import ExpertKey
 from pregate.system.runtime import compute_device, human_bytes
 
 MOST_ROWS = 32
@@ -112,9 +111,9 @@ class DeviceEngine:
         policy, cache, device = Policy(policy), CacheRule(cache), compute_device(device)
         refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
         source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_model(str(checkpoint))
-        config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
+        config = config_of(source.config)
         check_activation(config.dense_act_fn)
-        family, stored = switch_expert_family(config), store.layout.stored if store else SlabDtype(slab_dtype)
+        family, stored = experts_of(config), store.layout.stored if store else SlabDtype(slab_dtype)
         dtype = serving_dtype(config, source, family)
         if device.type == "cuda":
             require_triton()
@@ -336,11 +335,9 @@ class DeviceEngine:
         return tokens_BT[:, : int(steps_B.max()) + 1]
 
 
-def slots_for(
-    budget: str | None, policy: Policy, config: PreGatedSwitchTransformersConfig, slab_bytes: int, batch: int
-) -> int:
+def slots_for(budget: str | None, policy: Policy, config: Any, slab_bytes: int, batch: int) -> int:
     """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
-    family = switch_expert_family(config)
+    family = experts_of(config)
     total, lookahead = len(family.keys()), config.pregating.lookahead_of("decoder")
     fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
     if budget is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pregate.engine.io.readers import HostBuffer, HostBuffers, ReadJob, ReadPool, parts_of
 from pregate.engine.storage.store import Store, copy_bytes
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 STAGING_BUFFERS = 4
 

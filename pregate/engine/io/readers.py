@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 from pregate.system.runtime import human_bytes
 
 PART_BYTES = 4 << 20

@@ -17,7 +17,7 @@ from pregate.engine.io.readers import ReaderClosedError
 from pregate.engine.io.uring import MOST_REGISTERED, Ring, RingUnavailableError
 from pregate.engine.storage.store import DiskStore
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 
 AGAIN = (-errno.EINTR, -errno.EAGAIN)
 

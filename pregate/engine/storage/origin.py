@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 from pregate.system.runtime import human_bytes, write_json
 from pregate.tracking import say
 
@@ -34,16 +34,17 @@ _known: dict[tuple[Path, str], dict[str, Any]] = {}
 """As `SEEN`, by pack and index, for packs that cannot be written to."""
 
 
-def read_experts(checkpoint: SourceCheckpoint, family: ExpertFamily) -> Iterator[tuple[ExpertKey, list[Tensor]]]:
+def read_experts(checkpoint: SourceCheckpoint, family: ExpertSpec) -> Iterator[tuple[ExpertKey, list[Tensor]]]:
     """The matrices of every expert as they are stored, in the order of execution."""
     keys = family.keys()
-    num_bytes = sum(checkpoint.num_bytes(name) for name in family.tensor_names(keys[0])) if keys else 0
+    parts = checkpoint.dtype(family.tensor_names(keys[0])[0]).itemsize if keys else 0
+    num_bytes = parts * sum(torch.Size(shape).numel() for shape in family.matrices.values())
     at_once = max(1, MAPPED_BYTES // max(1, num_bytes))
     for first in range(0, len(keys), at_once):
         run = keys[first : first + at_once]
         tensors = checkpoint.read([name for key in run for name in family.tensor_names(key)])
         for key in run:
-            yield key, [tensors[name] for name in family.tensor_names(key)]
+            yield key, [part.of(tensors[part.tensor]) for part in family.slices(key)]
         del tensors
 
 
@@ -75,7 +76,7 @@ class Unchanged:
 
 
 def is_origin(
-    pack_dir: Path, index: str, contents: Mapping[ExpertKey, int], checkpoint: SourceCheckpoint, family: ExpertFamily
+    pack_dir: Path, index: str, contents: Mapping[ExpertKey, int], checkpoint: SourceCheckpoint, family: ExpertSpec
 ) -> bool:
     """Whether the experts of `checkpoint` are those that a pack was made from: `index` is the digest of its index,
     `contents` what that says of each expert. By the signs of an earlier look if they are the same; else all experts are
@@ -84,7 +85,8 @@ def is_origin(
     with Unchanged(checkpoint) as signs:
         if _signs(index, signs.identity, family) in (_seen(pack_dir), _known.get((pack_dir.absolute(), index))):
             return True
-        size = sum(checkpoint.num_bytes(name) for key in family.keys() for name in family.tensor_names(key))  # noqa: SIM118
+        names = {name for key in family.keys() for name in family.tensor_names(key)}  # noqa: SIM118
+        size = sum(checkpoint.num_bytes(name) for name in names)
         if size > LONG_CHECK:
             say(
                 f"the weights in {checkpoint.directory} were written or moved since {pack_dir} was packed: comparing "
@@ -96,7 +98,7 @@ def is_origin(
     return True
 
 
-def remember(pack_dir: Path, index: str, signs: Unchanged, family: ExpertFamily) -> None:
+def remember(pack_dir: Path, index: str, signs: Unchanged, family: ExpertSpec) -> None:
     """Keep the signs by which a checkpoint, just compared or packed, is known again. A later write would show in them,
     unless it came within the same tick of the file system's clock: where that can be, content is compared once more."""
     if not signs.settled:
@@ -107,7 +109,7 @@ def remember(pack_dir: Path, index: str, signs: Unchanged, family: ExpertFamily)
         write_json(pack_dir / SEEN, seen)
 
 
-def _signs(index: str, identity: dict[str, Any], family: ExpertFamily) -> dict[str, Any]:
+def _signs(index: str, identity: dict[str, Any], family: ExpertSpec) -> dict[str, Any]:
     names = "\n".join(name for key in family.keys() for name in family.tensor_names(key))  # noqa: SIM118
     return {"index": index, "experts": xxhash.xxh3_64_hexdigest(names.encode()), "source": identity}
 

@@ -23,7 +23,7 @@ from pregate.config import SlabDtype, UsageError
 from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes, as_buffer
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
 from pregate.system.runtime import human_bytes, write_json
 from pregate.tracking import say
@@ -49,21 +49,20 @@ def checksum(slab_B: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(as_buffer(slab_B))
 
 
-def check_experts(checkpoint: SourceCheckpoint, family: ExpertFamily) -> None:
+def check_experts(checkpoint: SourceCheckpoint, family: ExpertSpec) -> None:
     """Raises `UsageError` if `checkpoint` lacks an expert, or has it in another shape than its config.json says."""
-    for key in family.keys():  # noqa: SIM118 - not a mapping
-        for name, shape in zip(family.tensor_names(key), family.matrices.values(), strict=True):
-            found = checkpoint.tensors.get(name)
-            if found is None or found.shape != shape:
-                what = f"lacks {name}" if found is None else f"holds {name} of shape {found.shape}, not {shape}"
-                raise UsageError(
-                    f"{checkpoint.directory} {what}: use the complete weights of the model that its config.json "
-                    "describes."
-                )
+    blocks = ((stack, block) for stack, layers in family.layers.items() for block in range(len(layers)))
+    for name, shape in ((n, s) for stack, block in blocks for n, s in family.tensors_of(stack, block).items()):
+        found = checkpoint.tensors.get(name)
+        if found is None or found.shape != shape:
+            what = f"lacks {name}" if found is None else f"holds {name} of shape {found.shape}, not {shape}"
+            raise UsageError(
+                f"{checkpoint.directory} {what}: use the complete weights of the model that its config.json describes."
+            )
 
 
 def read_slabs(
-    checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
+    checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout
 ) -> Iterator[tuple[ExpertKey, Tensor]]:
     """All slabs in the order of execution. The slab handed out is overwritten by the next."""
     slab = aligned_bytes(layout.slab_bytes)
@@ -89,7 +88,7 @@ def refuse_output(setting: str, place: Path) -> None:
             raise UsageError(f"{folder} is where the experts of a model are packed: choose another {setting}=DIR.")
 
 
-def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, pack_dir: Path) -> Path:
+def pack(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, pack_dir: Path) -> Path:
     """Write all slabs of `checkpoint` to `pack_dir`, or keep the pack there if it was made from the same content.
 
     Appears whole or not at all, also where another process packs the same checkpoint. Raises `UsageError` if
@@ -116,7 +115,7 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout,
     return pack_dir
 
 
-def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout) -> None:
+def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> None:
     slabs: list[dict[str, Any]] = []
     slab = aligned_bytes(layout.slab_bytes)
     with Unchanged(checkpoint) as signs, (folder / SLABS).open("wb") as file:
@@ -130,7 +129,7 @@ def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertFamily
 
 
 def _put_in_place(
-    scratch: Path, pack_dir: Path, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout
+    scratch: Path, pack_dir: Path, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout
 ) -> None:
     """Rename `scratch` to `pack_dir`, unless another process has meanwhile put the same pack there."""
     # what lay there goes once the new one is on the disk
@@ -175,7 +174,7 @@ def _refuse_full_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _mismatch(pack_dir: Path, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout) -> str | None:
+def _mismatch(pack_dir: Path, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> str | None:
     """Why the pack in `pack_dir` is not that of `checkpoint`, or None if it is."""
     try:
         index = read_index(pack_dir)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
 from pregate.models.experts import Factor, RowScaled
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec
 from pregate.system.memory import is_out_of_memory
 from pregate.system.runtime import human_bytes
 
@@ -66,7 +66,7 @@ class SlabLayout:
     slab_bytes: int
 
     @classmethod
-    def of(cls, family: ExpertFamily, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
+    def of(cls, family: ExpertSpec, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
         offset, matrices = 0, []
         itemsize = STORED.get(stored, dtype).itemsize
         for name, shape in family.matrices.items():

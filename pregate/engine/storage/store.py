@@ -20,7 +20,7 @@ from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.pregating import ExpertFamily, ExpertKey
+from pregate.models.family import ExpertKey, ExpertSpec
 from pregate.system.runtime import human_bytes
 
 CHUNK = 1 << 30
@@ -75,9 +75,7 @@ class DramStore:
 
     in_host_memory = True
 
-    def __init__(
-        self, checkpoint: SourceCheckpoint, family: ExpertFamily, layout: SlabLayout, page_locked: bool
-    ) -> None:
+    def __init__(self, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, page_locked: bool) -> None:
         self.layout = layout
         keys = family.keys()
         per_chunk = max(1, CHUNK // layout.slab_bytes)

@@ -6,14 +6,14 @@ Knows gates and routes; knows nothing about engines or time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from pregate.models.families.switch_layers import SwitchGate
-from pregate.models.pregating import STACKS
+from pregate.models.family import family_of_model
+from pregate.models.pregated import Gate
 from pregate.models.routing import DROPPED, Routing
 
 
@@ -30,13 +30,13 @@ def forced_experts(model: Any, num_active: int | None) -> Iterator[None]:
         order = torch.arange(ids_BTK.numel(), device=ids_BTK.device).view_as(ids_BTK)
         return routing._replace(expert_ids_BTK=order % num_active)
 
-    with _after_decisions(model, STACKS if num_active is not None else (), spread):
+    with _after_decisions(model.gates() if num_active is not None else (), spread):
         yield
 
 
 @contextmanager
 def counted_experts(model: Any) -> Iterator[list[int]]:
-    """While it lasts, the distinct experts of each route of the decoder, one number for each block and step."""
+    """While it lasts, the distinct experts of each route of the last stack, one number for each block and step."""
     counts: list[int] = []
 
     def count(routing: Routing) -> Routing:
@@ -44,23 +44,18 @@ def counted_experts(model: Any) -> Iterator[list[int]]:
         counts.append(ids[ids != DROPPED].unique().numel())
         return routing
 
-    with _after_decisions(model, ("decoder",), count):
+    with _after_decisions(model.gates(family_of_model(model).stacks[-1]), count):
         yield counts
 
 
 @contextmanager
-def _after_decisions(model: Any, stacks: tuple[str, ...], change: Callable[[Routing], Routing]) -> Iterator[None]:
-    # `decide`, not a forward hook: a block's own gate is asked through it and its forward never runs
-    gates = [m for stack in stacks for m in getattr(model, stack).modules() if isinstance(m, SwitchGate)]
-    before = [vars(gate).get("decide") for gate in gates]
-    for gate in gates:
-        decide = gate.decide
-        gate.decide = lambda *args, decide=decide: change(decide(*args))  # type: ignore[method-assign]
+def _after_decisions(gates: Iterable[Gate], change: Callable[[Routing], Routing]) -> Iterator[None]:
+    def changed(_: Any, __: Any, routing: Any) -> Any:
+        return change(routing)
+
+    hooks = [gate.register_forward_hook(changed) for gate in gates]
     try:
         yield
     finally:
-        for gate, earlier in zip(gates, before, strict=True):
-            if earlier is None:
-                del gate.decide
-            else:
-                gate.decide = earlier  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()

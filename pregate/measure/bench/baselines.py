@@ -16,13 +16,12 @@ from torch import Tensor
 from pregate.engine.storage.slabs import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.models import BenchModel
-from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, SwitchGate
+from pregate.models.family import ExpertKey, family_of
 from pregate.models.loading import generation_config, load_resident
-from pregate.models.pregating import ExpertKey
+from pregate.models.pregated import Gate
 
 
-def resident_model(model: BenchModel, device: torch.device) -> PreGatedSwitchTransformersForConditionalGeneration:
+def resident_model(model: BenchModel, device: torch.device) -> Any:
     """The whole model on `device`, in evaluation mode: a directory through Hugging Face, random weights in place."""
     if model.directory is not None:
         whole = load_resident(model.directory, dtype=model.dtype, device_map=str(device))
@@ -36,12 +35,11 @@ def resident_model(model: BenchModel, device: torch.device) -> PreGatedSwitchTra
     return whole
 
 
-def _empty_model(model: BenchModel) -> PreGatedSwitchTransformersForConditionalGeneration:
+def _empty_model(model: BenchModel) -> Any:
     """The architecture without storage, in the dtype it is served in."""
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(model.source.config)
-    empty: Any
+    family = family_of(model.source.config)
     with torch.device("meta"):
-        empty = PreGatedSwitchTransformersForConditionalGeneration(config)
+        empty = family.model_class(family.config(model.source.config))
     empty.requires_grad_(False)
     use_generation_config(empty, model)
     return empty.to(dtype=model.dtype).eval()
@@ -118,7 +116,7 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
     from accelerate.hooks import remove_hook_from_module
 
     for prefix, gate in offloaded.named_modules():
-        if isinstance(gate, SwitchGate):
+        if isinstance(gate, Gate):
             remove_hook_from_module(gate, recurse=True)
             owned = {f"{prefix}.{name}": weights[f"{prefix}.{name}"].to(device) for name in gate.state_dict()}
             offloaded.load_state_dict(owned, assign=True, strict=False)

@@ -24,9 +24,9 @@ from pregate.engine.engine import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig, switch_expert_family
+from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
 from pregate.models.loading import open_model
-from pregate.models.pregating import ExpertFamily, PreGating
+from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from pregate.system.runtime import pick_device
 
@@ -40,7 +40,7 @@ class BenchModel:
     name: str
     directory: str | None
     source: SourceCheckpoint
-    family: ExpertFamily
+    family: ExpertSpec
     dtype: torch.dtype
     vocab_size: int
 
@@ -78,7 +78,7 @@ def bench_models(run: Run) -> list[BenchModel]:
     if run.checkpoint is not None:
         return [_checkpoint_model(run, run.checkpoint)]
     if not run.bench.models:
-        return [_random_model(run, run.model.name, run.model.geometry, run.bench.dtype)]
+        return [_random_model(run, run.model.name, run.model.family, run.model.geometry, run.bench.dtype)]
     models = []
     for entry in run.bench.models:
         name, _, dtype = entry.partition("@")
@@ -86,7 +86,9 @@ def bench_models(run: Run) -> list[BenchModel]:
             raise UsageError(f"bench.models has {entry}: write one of {', '.join(DTYPES)} behind the @.")
         settings = _group_member(name)
         precision = Precision(dtype) if dtype else run.bench.dtype
-        models.append(_random_model(run, settings.get("name", name), settings.get("geometry") or {}, precision))
+        family = settings.get("family", run.model.family)
+        named = settings.get("name", name)
+        models.append(_random_model(run, named, family, settings.get("geometry") or {}, precision))
     labels = [model.label for model in models]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
@@ -105,14 +107,11 @@ def _group_member(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-def _random_model(run: Run, name: str, geometry: dict[str, Any], precision: Precision) -> BenchModel:
+def _random_model(run: Run, name: str, family: str, geometry: dict[str, Any], precision: Precision) -> BenchModel:
     if not geometry:
         raise UsageError(f"The model {name} has no geometry to fill with random weights: set checkpoint=DIR.")
-    # a tokenizer would bring the vocabulary; without one it is T5's
-    settings = {"vocab_size": 32128, **geometry}
-    dtype = DTYPES.get(precision, torch.float32)
-    gating = PreGating.of_config(run.pregate).to_dict()
-    return bench_model(name, None, synthetic_checkpoint(settings, gating, dtype, run.seed))
+    dtype, gating = DTYPES.get(precision, torch.float32), PreGating.of_config(run.pregate)
+    return bench_model(name, None, synthetic_checkpoint(family_named(family), geometry, gating, dtype, run.seed))
 
 
 def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
@@ -129,8 +128,8 @@ def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
 
 def bench_model(name: str, directory: str | None, source: SourceCheckpoint) -> BenchModel:
     """`source` as a model to measure. Raises `UsageError` if it cannot be served."""
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(source.config)
-    family = switch_expert_family(config)
+    config = config_of(source.config)
+    family = experts_of(config)
     return BenchModel(name, directory, source, family, serving_dtype(config, source, family), config.vocab_size)
 
 
@@ -155,7 +154,7 @@ def check_models(run: Run, models: Sequence[BenchModel]) -> None:
 
 def _check_steps(run: Run, model: BenchModel, slab_bytes: int) -> None:
     """Refuse experts that the device cannot compute, and budgets with which some batch could not be decoded by it."""
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(model.source.config)
+    config = config_of(model.source.config)
     check_activation(config.dense_act_fn)
     if pick_device(run.engine.device).type == "cuda":
         require_triton()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
-Row = dict[str, Any]
+from pregate.measure.tables import Row, Table, short_number
 
 POLICIES = ("gpu_only", "pre_gated", "on_demand", "prefetch_all")
 LARGE = "switch-large-128"
@@ -56,45 +55,36 @@ def beside_the_paper(rows: Sequence[Row]) -> str:
     each model and kind of row. A figure without measured rows is left out."""
     found = []
     for title, (field, published, unit) in FIGURES.items():
-        lines = _lines(rows, field, published, unit)
+        lines = []
+        for model in MODELS:
+            measured = _by_kind(rows, model, field)
+            if measured:
+                lines.append([model, "the paper", *map(short_number, published[model])])
+            for kind, values in measured.items():
+                ours = [values[policy] / unit if policy in values else None for policy in POLICIES]
+                lines.append(["", ", ".join(kind), *map(short_number, ours)])
         if lines:
-            header = f"| model | measured | {' | '.join(POLICIES)} |\n|---|---|{'---:|' * len(POLICIES)}"
-            found.append(f"### {title}\n\n" + "\n".join([header, *lines]))
+            found.append(f"### {title}\n\n{Table(['model', 'measured', *POLICIES], lines, left=2).markdown()}")
     return "\n\n".join(found)
 
 
-def _lines(rows: Sequence[Row], field: str, published: dict[str, tuple[float | None, ...]], unit: float) -> list[str]:
-    lines = []
-    for model in MODELS:
-        ours = _by_kind(rows, model, field)
-        if not ours:
-            continue
-        lines.append(f"| {model} | the paper | {' | '.join(map(as_cell, published[model]))} |")
-        for kind, values in ours.items():
-            measured = [values[policy] / unit if policy in values else None for policy in POLICIES]
-            lines.append(f"| | {', '.join(kind)} | {' | '.join(map(as_cell, measured))} |")
-    return lines
-
-
-def as_cell(value: float | None) -> str:
-    """At most three significant digits and no exponent; a dash for what is unknown."""
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
 def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str, float]]:
-    """Rows of the paper's setting: batch 1, experts in host memory, no cache and the policy's own budget; of several
-    the one that decoded the most tokens."""
+    """`field` by policy for each kind of row in the paper's setting; of several such rows the one that decoded the most
+    tokens."""
     found: dict[Kind, dict[str, Row]] = {}
     for row in rows:
-        plain = row.get("cache") in (None, "none") and row["batch"] == 1 and row.get("budget") is None
-        plain = plain and row.get("tier") in (None, "dram") and row.get("forced_experts") is None
-        if row["model"] == model and plain and row.get(field) is not None and row["policy"] in POLICIES:
+        if row["model"] == model and row.get(field) is not None and _as_the_paper(row):
             kind = row["dtype"], f"{row.get('drive', 'host')}-driven", f"slabs {row.get('slab_dtype', 'source')}"
             same = found.setdefault(kind, {})
-            other = same.get(row["policy"])
-            if other is None or row.get("new_tokens", 0) > other.get("new_tokens", 0):
-                same[row["policy"]] = row
+            other = same.setdefault(row["policy"], row)
+            same[row["policy"]] = max(other, row, key=lambda row: row.get("new_tokens", 0))
     return {kind: {policy: row[field] for policy, row in same.items()} for kind, same in found.items()}
+
+
+def _as_the_paper(row: Row) -> bool:
+    """Whether a policy of the paper decoded at batch 1, with experts in host memory, no cache and its own budget."""
+    plain = row.get("cache") in (None, "none") and row.get("budget") is None and row.get("forced_experts") is None
+    return plain and row["policy"] in POLICIES and row["batch"] == 1 and row.get("tier") in (None, "dram")
 
 
 def share_of_gpu_only(

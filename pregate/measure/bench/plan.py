@@ -18,8 +18,7 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.planner import advice, is_predictable, predicted_row
 from pregate.measure.bench.profile import Profile, profile
 from pregate.measure.bench.table import command
-from pregate.measure.plots import three_digits
-from pregate.measure.summary import ABSENT
+from pregate.measure.tables import ABSENT, three_digits
 from pregate.system.durable import write_text
 from pregate.system.runtime import console, environment, human_bytes, write_json
 from pregate.tracking import say

@@ -5,19 +5,20 @@ Knows the rows of `bench.jsonl` as plain dicts; knows nothing about how they wer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pregate.measure.bench.table import in_order
-from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, policy_label, three_digits, write_figure
+from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, write_figure
+from pregate.measure.tables import Row, policy_label, three_digits
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BarPlot:
     name: str
     key: str
     title: str
-    limit: str | None = None
+    limit: str = ""
     limit_name: str = ""
     scale: float = 1.0
 
@@ -59,84 +60,83 @@ def plot_bench(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
     """Write every figure that has something to show; returns their files by name."""
     drawn = {}
     for plot in PLOTS:
-        shown = [row for row in in_order(rows) if row.get(plot.key)]
-        if shown:
+        if shown := [row for row in in_order(rows) if row.get(plot.key)]:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{plot.name}.png"
-            write_figure(path, lambda figure, plot=plot, shown=shown: _draw(figure, plot, shown), 3.6)
-            drawn[plot.name] = path
+            drawn[plot.name] = folder / f"{plot.name}.png"
+            write_figure(drawn[plot.name], partial(_draw, plot=plot, rows=shown), 3.6)
     return drawn
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
 
 
 def group_labels(rows: Sequence[Row]) -> list[str]:
     """Where each row stands on the axis: the settings in which rows differ, apart from policy and cache."""
+    settings = [_settings(row) for row in rows]
+    varying = [n for n, values in enumerate(zip(*settings, strict=True)) if len({*values} - {None}) > 1]
+    labels = ["\n".join(filter(None, (values[n] for n in varying))) for values in settings]
+    alone = "in memory" if varying else str(rows[0].get("model", ""))
+    return [label or alone for label in labels]
 
-    def budget(row: Row) -> str | None:
-        return f"{row['budget']} of experts" if str(row.get("budget", "")).endswith("%") else row.get("budget")
 
-    parts = [
-        [str(row.get("model", "")) for row in rows],
-        [str(row.get("dtype", "")) for row in rows],
-        [row.get("tier") for row in rows],
-        [f"{row.get('slab_dtype') or 'source'} slabs" for row in rows],
-        [f"batch {row.get('batch')}" for row in rows],
-        [_count(row.get("forced_experts"), "expert") for row in rows],
-        [row.get("drive") and f"{row['drive']}-driven" for row in rows],
-        [budget(row) for row in rows],
-    ]
-    varying = [part for part in parts if len({value for value in part if value is not None}) > 1]
-    labels = ["\n".join(value for part in varying if (value := part[number])) for number in range(len(rows))]
+def _settings(row: Row) -> list[str | None]:
+    experts, budget, drive = row.get("forced_experts"), row.get("budget"), row.get("drive")
     return [
-        label or ("in memory" if varying else str(row.get("model", "")))
-        for label, row in zip(labels, rows, strict=True)
+        str(row.get("model", "")),
+        str(row.get("dtype", "")),
+        row.get("tier"),
+        f"{row.get('slab_dtype') or 'source'} slabs",
+        f"batch {row.get('batch')}",
+        None if experts is None else f"{experts} expert{'s' if experts != 1 else ''}",
+        f"{drive}-driven" if drive else None,
+        f"{budget} of experts" if str(budget).endswith("%") else budget,
     ]
-
-
-def _count(number: int | None, noun: str) -> str | None:
-    return None if number is None else f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def series_label(row: Row) -> str:
-    cache = row.get("cache")
-    policy = str(row.get("policy"))
+    policy, cache = str(row.get("policy")), row.get("cache")
     return LABELS.get(policy, policy_label(policy)) + (f", {cache}" if cache not in (None, "none") else "")
 
 
+# --- bars -----------------------------------------------------------------------------------------------------------
+
+
 def _draw(figure: Figure, plot: BarPlot, rows: Sequence[Row]) -> None:
-    axes: Axes = figure.subplots()
-    labels = group_labels(rows)
-    groups, series = list(dict.fromkeys(labels)), list(dict.fromkeys(series_label(row) for row in rows))
-    members = {group: [s for s in series if (group, s) in _pairs(labels, rows)] for group in groups}
-    width = 0.84 / max(len(names) for names in members.values())
-    values = [row[plot.key] / plot.scale for row in rows]
-    named: set[str] = set()
-    for label, row, value in zip(labels, rows, values, strict=True):
-        name = series_label(row)
-        place = members[label].index(name) - (len(members[label]) - 1) / 2
-        x = groups.index(label) + place * width
-        axes.bar(x, value, 0.92 * width, color=_color(row), label=None if name in named else name)
-        named.add(name)
-        limit = row.get(plot.limit) if plot.limit else None
-        if limit:
-            line = axes.hlines(limit, x - 0.46 * width, x + 0.46 * width, color=INK, lw=1.6)
-            if plot.limit_name not in named:
-                line.set_label(plot.limit_name)
-                named.add(plot.limit_name)
-        if len(rows) <= MOST_NUMBERS:
-            top = max(value, limit or 0.0)
+    axes = figure.subplots()
+    groups, series = group_labels(rows), [series_label(row) for row in rows]
+    places, width = _places(groups, series)
+    values = np.array([row[plot.key] / plot.scale for row in rows])
+    limits = np.array([row.get(plot.limit) or np.nan for row in rows])
+    once = [name if name not in series[:n] else "_" for n, name in enumerate(series)]
+    axes.bar(places, values, 0.92 * width, color=[_color(row) for row in rows], label=once)
+    if np.isfinite(limits).any():
+        start, end = places - 0.46 * width, places + 0.46 * width
+        axes.hlines(limits, start, end, color=INK, lw=1.6, label=plot.limit_name)
+    if len(rows) <= MOST_NUMBERS:
+        for x, value, top in zip(places, values, np.fmax(values, limits), strict=True):
             axes.annotate(three_digits(value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    if max(values) > LOG_ABOVE * min(values):
+    if values.max() > LOG_ABOVE * values.min():
         axes.set_yscale("log")
     axes.margins(y=0.12)
     axes.set_title(plot.title)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8.5)
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(5, len(named)), frameon=False, fontsize=8.5)
+    axes.set_xticks(range(len(set(groups))), [*dict.fromkeys(groups)], fontsize=8.5)
+    lines_across(axes)
+    figure.legend(loc="outside lower center", ncols=min(5, len(set(series)) + 1), frameon=False, fontsize=8.5)
 
 
-def _pairs(labels: Sequence[str], rows: Sequence[Row]) -> set[tuple[str, str]]:
-    return {(label, series_label(row)) for label, row in zip(labels, rows, strict=True)}
+def _places(groups: Sequence[str], series: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Where the bar of each row stands, and the width it may have.
+
+    A group holds only the series that it has, side by side around its tick, in the order of all series.
+    """
+    bars = set(zip(groups, series, strict=True))
+    members = {group: [name for name in dict.fromkeys(series) if (group, name) in bars] for group in groups}
+    width = 0.84 / max(map(len, members.values()))
+    ticks = {group: tick for tick, group in enumerate(members)}
+    offsets = [
+        members[group].index(name) - (len(members[group]) - 1) / 2 for group, name in zip(groups, series, strict=True)
+    ]
+    return np.array([ticks[group] for group in groups]) + width * np.array(offsets), width
 
 
 def _color(row: Row) -> tuple[float, ...]:

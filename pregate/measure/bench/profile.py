@@ -27,7 +27,7 @@ from pregate.measure.bench.models import BenchModel, bench_model
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
 from pregate.measure.timing import Timed, TokenClock, time_request
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey, family_of
 from pregate.models.synthetic import synthetic_checkpoint
 
 FEW_BLOCKS, FEW_EXPERTS = 2, 4
@@ -58,7 +58,8 @@ def _smaller(model: BenchModel, depths: dict[str, int]) -> BenchModel:
     # the time of a step does not depend on how many experts a block could choose from
     num_experts = min(max(FEW_EXPERTS, model.family.top_k), model.family.num_experts)
     geometry = {**model.source.config, "num_experts": num_experts, **depths}
-    return bench_model(model.name, None, synthetic_checkpoint(geometry, model.gating.to_dict(), model.dtype))
+    source = synthetic_checkpoint(family_of(geometry), geometry, model.gating, model.dtype)
+    return bench_model(model.name, None, source)
 
 
 @dataclass(frozen=True)

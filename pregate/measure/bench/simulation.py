@@ -21,7 +21,8 @@ from pregate.engine.io.mover import Transfer
 from pregate.engine.policy import make_policy
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertFamily, ExpertKey, PreGating
+from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.pregating import PreGating
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Predicted:
 
 
 def simulate(
-    family: ExpertFamily,
+    family: ExpertSpec,
     gating: PreGating,
     durations: Durations,
     *,
@@ -202,7 +203,7 @@ class _Step:
 
     def __init__(
         self,
-        family: ExpertFamily,
+        family: ExpertSpec,
         gating: PreGating,
         durations: Durations,
         policy: Policy,

@@ -1,386 +1,140 @@
-"""The Switch Transformers family, conventional (lookahead 0) and pre-gated, as ordinary Hugging Face classes.
-
-Opens a converted checkpoint with `AutoModelForSeq2SeqLM` once `pregate` is imported. Knows nothing about tasks,
-training or where experts are stored.
-
-Letters: B batch, S source length, T target length or tokens, D model width, E experts, K experts per token.
-"""
+"""The Switch Transformers family: encoder and decoder, top-1 routing with a capacity, experts of two matrices."""
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, SwitchTransformersConfig
-from transformers import initialization as init
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions, Seq2SeqMoEOutput
-from transformers.models.switch_transformers import modeling_switch_transformers as upstream
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from torch import Tensor
+from transformers import SwitchTransformersConfig
+from transformers.activations import ACT2FN
 
 from pregate.config import UsageError
+from pregate.models.experts import Factor, project
 from pregate.models.families.switch_layers import (
-    EmbeddingGate,
-    PreGatedSparseMLP,
-    PreGatedSwitchBlock,
+    OLD_MARKER,
+    STACKS,
     PreGatedSwitchTransformersConfig,
-    SavedWhole,
-    SwitchGate,
+    gate_std,
+    moe_layers,
 )
-from pregate.models.head import IGNORED, head_cross_entropy
-from pregate.models.pregating import STACKS, MoEBlock, PreGating, RouteListener
-from pregate.models.routing import Routing, balance_loss, z_loss
-from pregate.system.durable import write_text
-from pregate.system.runtime import first_of
+from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
+from pregate.models.family import Count, ExpertSpec, Family, GateNames, TensorSlice, register_family
+from pregate.models.objectives import Seq2Seq
+from pregate.models.pregating import PreGating
 
-# written by early T5-style exporters; the architecture has no such parameter and never reads it
-LEFTOVERS = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
+BRANCH = 0.1
+"""Share of upstream's scale for what attention and feed-forward add to the residual stream. With all of it the parts
+that every token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts.
+Trained routers, with their balance loss, do not."""
 
 
-class PreGatedSwitchPreTrainedModel(SavedWhole, upstream.SwitchTransformersPreTrainedModel):
-    config: PreGatedSwitchTransformersConfig
+class SwitchFamily(Family):
+    source_type, model_type = SwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig.model_type
+    source_class = "SwitchTransformersForConditionalGeneration"
+    stacks, objective = STACKS, Seq2Seq(*STACKS)
     config_class = PreGatedSwitchTransformersConfig
-    _no_split_modules = ["PreGatedSwitchBlock"]
+    model_class = PreGatedSwitchTransformersForConditionalGeneration
+    step = "t5"
+    input_tables = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    prefixes = ("model.", "switch_transformers.")
+    # written by early T5-style exporters; the architecture has no such parameter and never reads it
+    leftovers = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # upstream skips composite modules of "custom code" at initialisation, which leaves attention and experts
-        # with unit-variance weights; ours initialise through transformers.initialization, as its own classes do
-        return False
+    def moe_layers(self, config: Any, stack: str) -> list[int]:
+        return moe_layers(config, stack)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's, but a parameter without a weight is no random one, and a weight without a parameter is not
-        dropped. Raises `UsageError` for both. `pregate.models.loading.load_resident` tells so before it loads."""
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model, info = loaded
-        for what, keys in (("lack", info["missing_keys"]), ("hold unknown tensors, namely", info["unexpected_keys"])):
-            names = sorted(set(keys) - LEFTOVERS)
-            if names:
-                raise UsageError(
-                    f"The weights of {pretrained_model_name_or_path or 'the model'} {what} {first_of(names, 3)}: use "
-                    "the complete weights of the model that its config.json describes."
-                )
-        return (model, info) if with_info else model
+    def pregated_json(self, config: Mapping[str, Any], gating: PreGating) -> dict[str, Any]:
+        return super().pregated_json({k: v for k, v in config.items() if k != OLD_MARKER}, gating)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        factor = self.config.initializer_factor
-        if isinstance(module, SwitchGate):
-            # unit-variance logits on normalised states; upstream's unit-variance weights saturate the softmax
-            init.normal_(module.classifier.weight, mean=0.0, std=factor * self.config.d_model**-0.5)
-            if module.classifier.bias is not None:
-                init.zeros_(module.classifier.bias)
+    def from_scratch(self, geometry: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+        return super().from_scratch({"decoder_start_token_id": 0, **geometry}, vocab_size)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute layers in the backward pass. Raises `ValueError` for the re-entrant variant, which does not see
-        gradients of routes handed between layers."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError("pre-gated models need gradient checkpointing with use_reentrant=False.")
-        with warnings.catch_warnings():
-            # the newer name calls this one, and this one's deprecation is upstream's matter, not the user's
-            warnings.simplefilter("ignore", FutureWarning)
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
-
-
-class PreGatedSwitchStack(PreGatedSwitchPreTrainedModel):
-    """The encoder or the decoder. Carries the routes of pending blocks from layer to layer within one call."""
-
-    _can_record_outputs = {
-        "hidden_states": PreGatedSwitchBlock,
-        "attentions": OutputRecorder(upstream.SwitchTransformersAttention, index=-1, layer_name="layer.0"),
-        "cross_attentions": OutputRecorder(upstream.SwitchTransformersAttention, index=-1, layer_name="layer.1"),
-        "router_logits": OutputRecorder(PreGatedSparseMLP, index=1),
-    }
-
-    def __init__(self, config: PreGatedSwitchTransformersConfig) -> None:
-        super().__init__(config)
-        self.is_decoder = config.is_decoder
-        self.stack_name = STACKS[int(config.is_decoder)]
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        sparse_layers = config.moe_layers(self.stack_name)
-        if config.is_decoder:
-            config.num_layers = config.num_decoder_layers or config.num_layers
-        self.block = nn.ModuleList()
-        for layer in range(config.num_layers):
-            if layer in sparse_layers:
-                mlp = PreGatedSparseMLP(config, self.stack_name, sparse_layers.index(layer), len(sparse_layers))
-            else:
-                mlp = upstream.SwitchTransformersDenseActDense(config)
-            self.block.append(PreGatedSwitchBlock(config, layer, mlp))
-        entries = config.pregating.embedding_entries(self.stack_name, len(sparse_layers))
-        self.entry_gates = nn.ModuleDict({str(block): EmbeddingGate(config) for block in entries})
-        self.listener: RouteListener | None = None
-        self.final_layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> MoEModelOutputWithPastAndCrossAttentions:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        assert inputs_embeds is not None
-        past_key_values = self._cache(past_key_values, use_cache)
-        mask, encoder_attention_mask = self._masks(
-            inputs_embeds, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
-        )
-        pending = self._enter(inputs_embeds)
-        hidden_BTD = self.dropout(inputs_embeds)
-        self_bias = cross_bias = None
-        layer: Any
-        for layer in self.block:
-            sparse = layer.layer[-1].mlp if layer.is_sparse else None
-            hidden_BTD, self_bias, new_cross_bias, decided = layer(
-                hidden_BTD,
-                mask,
-                self_bias,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                cross_bias,
-                pending.pop(sparse.index, None) if sparse is not None else None,
-                past_key_values=past_key_values,
-                **kwargs,
+    def complete(self, source: str, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+        """With the token that the decoder begins with: the config's, else that of `generation_config.json`, else the
+        padding token."""
+        parsed = self.config(config)
+        pad, start = parsed.pad_token_id, config.get("decoder_start_token_id")
+        pad = generation.get("pad_token_id") if pad is None else pad
+        start = generation.get("decoder_start_token_id") if start is None else start
+        start = pad if start is None else start
+        if start is None:
+            raise UsageError(
+                f"{source} names no decoder_start_token_id and no pad_token_id: add to its config.json the id that its "
+                "decoder was trained to begin with."
             )
-            if encoder_hidden_states is not None:
-                cross_bias = new_cross_bias
-            if decided is not None:
-                assert sparse is not None and sparse.target is not None
-                pending[sparse.target] = decided
-        assert not pending, f"routes of blocks {sorted(pending)} were never used"
-        return MoEModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.dropout(self.final_layer_norm(hidden_BTD)), past_key_values=past_key_values
+        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < parsed.vocab_size:
+            raise UsageError(
+                f"{source} names {start!r} as decoder_start_token_id, which is no id of its vocabulary of "
+                f"{parsed.vocab_size}: correct it in its config.json or generation_config.json."
+            )
+        completed = {**config, "decoder_start_token_id": start}
+        return completed if parsed.pad_token_id is not None else {**completed, "pad_token_id": pad}
+
+    def experts(self, config: Any) -> ExpertSpec:
+        activation = ACT2FN[config.dense_act_fn]
+
+        def layout(stack: str, layer: int, expert: int) -> list[TensorSlice]:
+            prefix = f"{_feed_forward(stack, layer)}.mlp.experts.expert_{expert}"
+            return [TensorSlice(f"{prefix}.wi.weight"), TensorSlice(f"{prefix}.wo.weight")]
+
+        def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+            wi_FD, wo_DF = matrices
+            return project(activation(project(hidden_ND, wi_FD)), wo_DF)
+
+        return ExpertSpec(
+            num_experts=config.num_experts,
+            top_k=1,
+            lookahead=config.pregating.lookahead,
+            matrices={"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)},
+            layers={stack: moe_layers(config, stack) for stack in STACKS},
+            layouts=(layout,),
+            apply=apply,
+            activation=config.dense_act_fn,
         )
 
-    def _enter(self, inputs_embeds: Tensor) -> dict[int, Routing]:
-        """The routes known before layer 0: those of the embedding entry gates."""
-        pending = {int(block): gate(inputs_embeds) for block, gate in self.entry_gates.items()}
-        if self.listener is not None:
-            for block, routing in pending.items():
-                self.listener(self.stack_name, block, routing)
-        return pending
+    def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
+        part = _feed_forward(stack, layer)
+        return GateNames(
+            own=f"{part}.mlp.router.classifier",
+            ahead=f"{part}.mlp.pre_gate.classifier",
+            entry=f"{stack}.entry_gates.{block}.classifier",
+            norm=f"{part}.layer_norm.weight",
+            entry_norm=f"{stack}.entry_gates.{block}.layer_norm.weight",
+        )
 
-    def _cache(self, past_key_values: Any, use_cache: bool | None) -> Any:
-        if not self.is_decoder:
-            if use_cache:
-                raise ValueError("use_cache belongs to the decoder.")
+    def gate_std(self, config: Any) -> float:
+        return gate_std(config)
+
+    def counts(self, config: Any) -> list[Count]:
+        sparse = any(moe_layers(config, stack) for stack in STACKS)
+        layer = r"\.block\.(\d+)\."
+        expert = r"^(?:encoder|decoder)\.block\.\d+\.layer\.\d\.mlp\.experts\.expert_(\d+)\."
+        depth, decoder_depth = config.num_layers, config.num_decoder_layers
+        return [
+            Count("num_layers", "encoder layers", depth, re.compile("^encoder" + layer)),
+            Count("num_decoder_layers", "decoder layers", decoder_depth, re.compile("^decoder" + layer)),
+            Count("num_experts", "experts a block", config.num_experts if sparse else 0, re.compile(expert)),
+        ]
+
+    def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
+        """As upstream's initialisation, but attention and feed-forward add less to the residual stream."""
+        if "layer_norm" in name:
             return None
-        if use_cache and past_key_values is None:
-            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        return past_key_values
-
-    def _masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        encoder_hidden_states: Tensor | None,
-        encoder_attention_mask: Tensor | None,
-        past_key_values: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        B, T = inputs_embeds.shape[:2]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is None:
-            attention_mask = torch.ones(B, seen + T, device=inputs_embeds.device)
-        if self.is_decoder:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-            )
-        else:
-            visible = attention_mask[:, None, None, :].to(inputs_embeds.dtype)
-            mask = (1.0 - visible) * torch.finfo(inputs_embeds.dtype).min
-        if encoder_attention_mask is not None:
-            encoder_attention_mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=encoder_attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-            )
-        return mask, encoder_attention_mask
+        if name.startswith("shared.") or "embed_tokens" in name:
+            return 1.0
+        if ".q." in name:
+            return float((config["d_model"] * config["d_kv"]) ** -0.5)
+        if ".o." in name:
+            return BRANCH * float((config["num_heads"] * config["d_kv"]) ** -0.5)
+        if ".wo." in name:
+            return BRANCH * float(config["d_ff"] ** -0.5)
+        return float(config["d_model"] ** -0.5)
 
 
-class PreGatedSwitchTransformersForConditionalGeneration(
-    PreGatedSwitchPreTrainedModel, upstream.SwitchTransformersForConditionalGeneration
-):
-    """Switch Transformers with a language-modelling head, its gates `config.pregate.lookahead` MoE blocks ahead."""
-
-    def __init__(self, config: PreGatedSwitchTransformersConfig) -> None:
-        upstream.SwitchTransformersPreTrainedModel.__init__(self, config)
-        self.model_dim = config.d_model
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
-        encoder_config.is_decoder, encoder_config.use_cache = False, False
-        decoder_config.is_decoder = True
-        self.encoder = PreGatedSwitchStack(encoder_config)
-        self.decoder = PreGatedSwitchStack(decoder_config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.router_z_loss_coef = config.router_z_loss_coef
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.post_init()
-
-    def moe_blocks(self) -> Iterator[MoEBlock]:
-        for name in STACKS:
-            for number, layer in enumerate(getattr(self, name).block):
-                if layer.is_sparse:
-                    mlp = layer.layer[-1].mlp
-                    yield MoEBlock(name, mlp.index, number, mlp, layer)
-
-    def gates(self) -> Iterator[SwitchGate]:
-        """All gates, wherever they sit."""
-        yield from (module for module in self.modules() if isinstance(module, SwitchGate))
-
-    def set_expert_path(self, path: str) -> None:
-        """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""
-        for block in self.moe_blocks():
-            block.module.experts.path = str(path)
-
-    def set_listener(self, listener: RouteListener | None) -> None:
-        """Have `listener` told of every route at the moment it is committed; None stops that."""
-        for name in STACKS:
-            getattr(self, name).listener = listener
-        for block in self.moe_blocks():
-            block.module.listener = listener
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_router_logits: bool | None = False,
-        loss_only: bool = False,
-        logits_at: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Seq2SeqMoEOutput:
-        """As upstream's, except that the router losses are per block and never count padding.
-
-        With `labels` (B, T; -100 is ignored) the loss is the mean cross-entropy over target tokens, and with
-        `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack; without
-        `labels` no losses are computed. With `loss_only` there are no logits, and the loss is the cross-entropy alone,
-        summed over target tokens. `logits_at` (B, T), a mask, asks for the logits of those N positions alone, (N, V) in
-        row-major order: a vocabulary is wide, and padding needs none of it.
-
-        Raises `ValueError` for `labels` together with `logits_at`.
-        """
-        if labels is not None and logits_at is not None:
-            raise ValueError("Give labels, for a loss over all positions, or logits_at, not both.")
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                output_router_logits=output_router_logits,
-                **kwargs,
-            )
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self._shift_right(labels)
-        decoded = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
-        states_BTD = decoded.last_hidden_state
-        if self.config.tie_word_embeddings:
-            states_BTD = states_BTD * (self.model_dim**-0.5)
-        losses: dict[str, Tensor] = {}
-        if output_router_logits and labels is not None and not loss_only:
-            losses = {
-                **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
-                **self._router_losses("decoder", decoded.router_logits, labels != IGNORED),
-            }
-        logits = loss = None
-        if loss_only:
-            assert labels is not None, "a loss needs labels"
-            loss = head_cross_entropy(self.lm_head, states_BTD.flatten(0, 1), labels.flatten())
-        else:
-            logits = self.lm_head(states_BTD if logits_at is None else states_BTD[logits_at])
-            loss = None if labels is None else self._loss(logits, labels, losses)
-        return Seq2SeqMoEOutput(
-            loss=loss,
-            logits=logits,  # type: ignore[arg-type]
-            **losses,  # type: ignore[arg-type]
-            past_key_values=decoded.past_key_values,
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            decoder_router_logits=decoded.router_logits,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
-            encoder_router_logits=getattr(encoder_outputs, "router_logits", None),
-        )
-
-    def _loss(self, logits_BTV: Tensor, labels_BT: Tensor, router_losses: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over target tokens plus the weighted router losses."""
-        labels_BT = labels_BT.to(logits_BTV.device)
-        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
-        for name, value in router_losses.items():
-            loss = loss + value * (self.router_z_loss_coef if name.endswith("z_loss") else self.router_aux_loss_coef)
-        return loss
-
-    @staticmethod
-    def _router_losses(stack: str, logits: tuple[Tensor, ...] | None, mask: Tensor | None) -> dict[str, Tensor]:
-        if not logits:
-            return {}
-        return {
-            f"{stack}_aux_loss": torch.stack([balance_loss(block, mask) for block in logits]).mean(),
-            f"{stack}_z_loss": torch.stack([z_loss(block, mask) for block in logits]).mean(),
-        }
+def _feed_forward(stack: str, layer: int) -> str:
+    return f"{stack}.block.{layer}.layer.{1 if stack == STACKS[0] else 2}"
 
 
-def mark_conventional(directory: Path) -> None:
-    """Rewrite the config of a saved lookahead-0 model so that it is an ordinary upstream Switch checkpoint.
-
-    The tensors have upstream's names already. Raises `ValueError` if the model routes ahead.
-    """
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    if PreGating.from_dict(config.pop("pregate", None)).lookahead:
-        raise ValueError(f"{directory} holds a pre-gated model, which no conventional class can open.")
-    config["model_type"] = SwitchTransformersConfig.model_type
-    config["architectures"] = ["SwitchTransformersForConditionalGeneration"]
-    write_text(path, json.dumps(config, indent=2) + "\n")
-
-
-AutoConfig.register(PreGatedSwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig)
-AutoModelForSeq2SeqLM.register(PreGatedSwitchTransformersConfig, PreGatedSwitchTransformersForConditionalGeneration)
+register_family(SwitchFamily())

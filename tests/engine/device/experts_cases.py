@@ -13,20 +13,21 @@ from pregate.config import SlabDtype
 from pregate.engine.device.ops.experts import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.experts import grouped_experts
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec, TensorSlice
 
 NOT_A_NUMBER = 255
 """As a byte, in every place: NaN in all dtypes, or a scale of NaN."""
 
 
-def family_of(**matrices: tuple[int, int]) -> ExpertFamily:
-    return ExpertFamily(
+def family_of(**matrices: tuple[int, int]) -> ExpertSpec:
+    return ExpertSpec(
         num_experts=2,
         top_k=1,
         lookahead=0,
         matrices=dict(matrices),
         layers={"decoder": [0]},
-        tensor_name=lambda stack, layer, expert, matrix: f"{expert}.{matrix}",
+        layouts=(lambda _, __, expert: [TensorSlice(f"{expert}.{matrix}") for matrix in matrices],),
+        activation="relu",
         apply=lambda matrices, hidden: nn.functional.linear(
             torch.relu(nn.functional.linear(hidden, matrices[0])), matrices[1]
         ),
@@ -37,7 +38,7 @@ def family_of(**matrices: tuple[int, int]) -> ExpertFamily:
 class ExpertsCase:
     """Everything `expert_outputs` takes; slots that no choice names, the scratch and the output hold NaN."""
 
-    family: ExpertFamily
+    family: ExpertSpec
     layout: SlabLayout
     hidden_BD: Tensor
     slot_N: Tensor

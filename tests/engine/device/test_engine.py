@@ -19,7 +19,7 @@ from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine, slots_fo
 from pregate.engine.device.sampling import StepKind
 from pregate.engine.engine import open_store
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
 from tests.engine.device.stepping import assert_equal_while_live
 from tests.engine.device.steps.test_t5 import ATOL, inputs_of, models, reference
@@ -77,7 +77,7 @@ def test_every_engine_equals_the_resident_model(
 ) -> None:
     """`slots`: 0 is the fewest possible, 1 all. Twice, so that what one request leaves in slots meets the next."""
     directory, resident = saved(root, tuple(options.items()), dtype)
-    family = switch_expert_family(resident.config)
+    family = experts_of(resident.config)
     layout, total = SlabLayout.of(family, dtype, slab_dtype), len(family.keys())
     expected = as_stored(resident, layout) if layout.is_quantised else resident
     inputs = inputs_of(seed, size)
@@ -107,7 +107,7 @@ def test_every_engine_equals_the_resident_model(
 
 def fewest_slots(policy: Policy, config: Any, slab_bytes: int, size: int) -> int:
     """The smallest budget that is accepted, found by trying."""
-    total = len(switch_expert_family(config).keys())
+    total = len(experts_of(config).keys())
     for slots in range(1, total + 1):
         try:
             assert slots_for(f"{slots * slab_bytes}B", policy, config, slab_bytes, size) == slots
@@ -343,7 +343,7 @@ def test_captured_equals_the_resident_model(
     served: Served, policy: Policy, cache: CacheRule, slab_dtype: SlabDtype, size: int
 ) -> None:
     """Sixty steps, the fewest slots, three requests of two kinds."""
-    layout = SlabLayout.of(switch_expert_family(served.model.config), torch.float32, slab_dtype)
+    layout = SlabLayout.of(experts_of(served.model.config), torch.float32, slab_dtype)
     expected = as_stored(served.model, layout).cuda()
     fewest = fewest_slots(policy, served.model.config, layout.slab_bytes, size)
     with DeviceEngine.open(

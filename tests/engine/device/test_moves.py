@@ -15,7 +15,7 @@ from pregate.engine.device import moves
 from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from pregate.models.routing import DROPPED
 from tests.tiny import pregated_model
 
@@ -63,7 +63,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def experts(policy: Policy, side: Any, batch: int = 2) -> Any:
-    layout = SlabLayout.of(switch_expert_family(pregated_model().config), torch.float32)
+    layout = SlabLayout.of(experts_of(pregated_model().config), torch.float32)
     slots, slabs = BLOCKS * EXPERTS, FIRST + BLOCKS * EXPERTS
     memory = SlabMemory(
         layout,

@@ -30,7 +30,7 @@ from pregate.engine.device.steps import static_attention
 from pregate.engine.device.steps import t5 as static_step
 from pregate.engine.device.steps.t5 import StaticDecoder
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from tests.tiny import pregated_model
 
 BATCH = 3
@@ -69,7 +69,7 @@ class Watch(TorchDispatchMode):
 
 def decoder(policy: Policy, **options: Any) -> StaticDecoder:
     model = pregated_model(0, **options)
-    family = switch_expert_family(model.config)
+    family = experts_of(model.config)
     layout = SlabLayout.of(family, torch.float32)
     meta, keys = torch.device("meta"), family.keys()
     slots = len(keys) if policy is Policy.gpu_only else 4 * family.num_experts

@@ -23,7 +23,7 @@ from pregate.engine.io.mover import ThreadMover
 from pregate.engine.io.readers import HostBuffers, ReaderClosedError, ReadJob, ReadPool, parts_of
 from pregate.engine.storage.slabs import PAGE, MatrixPlace, SlabLayout, aligned_bytes
 from pregate.engine.trace import Counters, Trace
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 from tests.engine.hostile import HostileStore, MemoryStore
 
 pytestmark = pytest.mark.timeout(300)

@@ -24,7 +24,7 @@ from pregate.engine.io.readers import ReaderClosedError
 from pregate.engine.io.uring import Ring, RingUnavailableError
 from pregate.engine.io.uring_mover import UringMover
 from pregate.engine.storage.slabs import PAGE, aligned_bytes
-from pregate.models.pregating import ExpertKey
+from pregate.models.family import ExpertKey
 from tests.engine.hostile import HostileRing, poison_slots
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, needs_io_uring, request
 

@@ -23,7 +23,7 @@ from pregate.engine.storage import origin, pack
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models import checkpoint
 from pregate.models.checkpoint import SourceCheckpoint, open_checkpoint
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
 from tests.engine.serving import as_stored, assert_same, generated, request
 from tests.tiny import batch, pregated_model
@@ -73,7 +73,7 @@ def slabs(directory: Path, name: str = "experts") -> int:
 def assert_served(directory: Path, **options: Any) -> Tensor:
     """Tokens and logits of what `directory` holds now; returns the logits of a teacher-forced pass."""
     expected: Any = load_resident(directory)
-    layout = SlabLayout.of(switch_expert_family(expected.config), torch.float32, options.get("slab_dtype", "source"))
+    layout = SlabLayout.of(experts_of(expected.config), torch.float32, options.get("slab_dtype", "source"))
     if layout.is_quantised:
         expected = as_stored(expected, layout)
     with OffloadEngine.open(directory, tier=Tier.disk, cache=CacheRule.lru, **options) as engine:
@@ -107,7 +107,7 @@ def test_weights_overwritten_in_place(
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("number", [0, 14, 29])
 def test_one_bit_of_one_expert(directory: Path, number: int) -> None:
-    family = switch_expert_family(pregated_model(3).config)
+    family = experts_of(pregated_model(3).config)
     altered = family.tensor_names(family.keys()[number])[number % 2]
 
     def flip(name: str, tensor: Tensor) -> Tensor:

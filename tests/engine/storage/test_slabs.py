@@ -18,22 +18,22 @@ from pregate.engine.storage.slabs import LINE, PAGE, STRIP, SlabLayout, aligned_
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.experts import RowScaled, project
-from pregate.models.families.switch_layers import switch_expert_family
-from pregate.models.pregating import ExpertFamily
+from pregate.models.family import ExpertSpec, TensorSlice, experts_of
 from tests.engine.serving import Served
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def family_of(*shapes: tuple[int, int]) -> ExpertFamily:
-    return ExpertFamily(
+def family_of(*shapes: tuple[int, int]) -> ExpertSpec:
+    return ExpertSpec(
         num_experts=2,
         top_k=1,
         lookahead=0,
         matrices={f"m{number}": shape for number, shape in enumerate(shapes)},
         layers={"decoder": [0]},
-        tensor_name=lambda stack, layer, expert, matrix: f"{expert}.{matrix}",
+        layouts=(lambda _, __, expert: [TensorSlice(f"{expert}.m{n}") for n in range(len(shapes))],),
         apply=lambda matrices, hidden: hidden,
+        activation="relu",
     )
 
 
@@ -196,7 +196,7 @@ def test_layouts_survive_json_and_are_aligned(dtype: torch.dtype, stored: SlabDt
 
 @pytest.mark.parametrize("stored", list(SlabDtype))
 def test_both_tiers_hold_the_same_slabs(served: Served, tmp_path: Any, stored: SlabDtype) -> None:
-    checkpoint, family = open_checkpoint(str(served.directory)), switch_expert_family(served.model.config)
+    checkpoint, family = open_checkpoint(str(served.directory)), experts_of(served.model.config)
     layout = SlabLayout.of(family, torch.float32, stored)
     disk = DiskStore(pack(checkpoint, family, layout, tmp_path / "experts"))
     dram = DramStore(checkpoint, family, layout, page_locked=False)

@@ -19,7 +19,7 @@ from pregate.engine.storage.pack import FORMAT, check_experts, pack, read_index
 from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
-from pregate.models.families.switch_layers import switch_expert_family
+from pregate.models.family import experts_of
 from tests.tiny import pregated_model
 
 
@@ -28,7 +28,7 @@ def packed(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     directory = tmp_path_factory.mktemp("checkpoint")
     model = pregated_model(0).to(request.param)
     model.save_pretrained(directory)
-    checkpoint, family = open_checkpoint(str(directory)), switch_expert_family(model.config)
+    checkpoint, family = open_checkpoint(str(directory)), experts_of(model.config)
     layout = SlabLayout.of(family, request.param)
     where = pack(checkpoint, family, layout, directory / "experts")
     return {"model": model, "checkpoint": checkpoint, "family": family, "layout": layout, "where": where}

@@ -19,7 +19,9 @@ from pregate.measure.bench.baselines import (
     write_offload_folder,
 )
 from pregate.measure.bench.models import BenchModel, bench_model
-from pregate.models.pregating import ExpertKey
+from pregate.models.families.switch import SwitchFamily
+from pregate.models.family import ExpertKey
+from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.tiny import GEOMETRY, batch
 
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(dtype: torch.dtype = torch.bfloat16, entry: str = "embedding") -> BenchModel:
-    return bench_model("tiny", None, synthetic_checkpoint(GEOMETRY, {"lookahead": 1, "entry": entry}, dtype))
+    return bench_model("tiny", None, synthetic_checkpoint(SwitchFamily(), GEOMETRY, PreGating(1, entry=entry), dtype))
 
 
 def request(size: int = 3) -> dict[str, Any]:

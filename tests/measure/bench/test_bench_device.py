@@ -72,8 +72,8 @@ def test_device_driven_rows_stand_beside_the_hosts(tmp_path: Path) -> None:
             assert 0 < row["logits_rel_diff"] < 0.2
     (table,) = bench_tables(rows)
     assert "drive" in table.headers
-    assert {row[table.headers.index("drive")] for row in table.cells} == {"host", "device", "–"}
-    speeds = [row[table.headers.index("× on_demand")] for row in table.cells if "on_demand" in row[0]]
+    assert {row[table.headers.index("drive")] for row in table.rows} == {"host", "device", "–"}
+    speeds = [row[table.headers.index("× on_demand")] for row in table.rows if "on_demand" in row[0]]
     assert len(speeds) == 8 and "–" not in speeds
     assert not [path for path in (tmp_path / "traces").iterdir() if "device-driven" in path.name]
 

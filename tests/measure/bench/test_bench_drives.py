@@ -17,8 +17,8 @@ from pregate.measure.bench import link
 from pregate.measure.bench.active_experts import counted_experts, forced_experts
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
+from pregate.models.family import ExpertKey
 from pregate.models.loading import load_resident
-from pregate.models.pregating import ExpertKey
 from tests.tiny import batch, pregated_model
 
 KEYS = [ExpertKey("decoder", 0, expert) for expert in range(4)]

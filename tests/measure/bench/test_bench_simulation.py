@@ -15,8 +15,8 @@ from pregate.measure.bench.planner import advice
 from pregate.measure.bench.profile import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
 from pregate.measure.timing import Timed
-from pregate.models.families.switch_layers import switch_expert_family
-from pregate.models.pregating import ExpertFamily, ExpertKey, PreGating
+from pregate.models.family import ExpertKey, ExpertSpec, experts_of
+from pregate.models.pregating import PreGating
 from tests.tiny import pregated_model
 
 BLOCKS = 3
@@ -29,7 +29,7 @@ def times(**changes: Any) -> Durations:
 
 
 def served(policy: Policy, given: Durations, gating: PreGating, slots: int = 6, **changes: Any) -> Predicted:
-    family: ExpertFamily = switch_expert_family(pregated_model(0, gating.lookahead, entry=gating.entry).config)
+    family: ExpertSpec = experts_of(pregated_model(0, gating.lookahead, entry=gating.entry).config)
     settings: dict[str, Any] = {
         "policy": policy,
         "cache": CacheRule.none,

@@ -11,7 +11,14 @@ from rich.console import Console
 
 from pregate.cli import compose_run
 from pregate.measure.bench.plots import group_labels, plot_bench
-from pregate.measure.bench.table import bench_tables, command, print_bench, short_figures, verdict, write_bench
+from pregate.measure.bench.table import (
+    bench_tables,
+    command,
+    print_bench,
+    short_figures,
+    write_bench,
+)
+from pregate.measure.equality import equality_statement
 
 COMMON = {"model": "switch-base-64", "dtype": "bfloat16", "lookahead": 1, "entry": "own", "batch": 1, "prompt_len": 64}
 
@@ -109,7 +116,7 @@ def test_wrong_tokens_are_shouted(tmp_path: Path) -> None:
     text = markdown(rows, tmp_path)
     assert "**Tokens differ from the whole model's in 1 of 4 rows: pre_gated.**" in text
     assert "**NO**" in text and "tokens equal" in text
-    assert verdict([{"policy": "on_demand"}]) == ""
+    assert equality_statement([{"policy": "on_demand"}]) == ""
     out = StringIO()
     print_bench(rows, Console(file=out, width=100))
     assert "NO" in out.getvalue() and "Tokens differ" in out.getvalue()
@@ -128,7 +135,7 @@ def test_a_speedup_needs_the_same_load() -> None:
     rows = [*study(), engine_row("pre_gated", 30.0, batch=2), engine_row("pre_gated", 20.0, slab_dtype="int8")]
     [table] = bench_tables(rows)
     place = table.headers.index("× on_demand")
-    assert sorted(row[place] for row in table.cells if row[0] == "pre_gated") == ["1.55", "1.60", "–", "–"]
+    assert sorted(row[place] for row in table.rows if row[0] == "pre_gated") == ["1.55", "1.60", "–", "–"]
 
 
 def test_the_terminal_table_fits_and_keeps_the_figures() -> None:
@@ -163,9 +170,9 @@ def test_a_place_below_the_current_directory_is_kept(tmp_path: Path, monkeypatch
 
 def test_a_row_in_one_line() -> None:
     assert short_figures(engine_row("pre_gated", 42.5)) == (
-        "42.5 (41.5–44.5) ms/token, 23.5 tokens/s, 1.06 × floor, peak 2.35 GB, tokens equal"
+        "42.5 (41.5–44.5) ms/token, 23.5 tokens/s, 1.06 × floor, peak 2.35 GB, tokens equal: yes"
     )
-    assert short_figures({"tpot_ms": 3.0, "tokens_equal_resident": False}) == "3.00 ms/token, tokens DIFFER"
+    assert short_figures({"tpot_ms": 3.0, "tokens_equal_resident": False}) == "3.00 ms/token, tokens equal: NO"
 
 
 def test_bars_stand_where_their_settings_differ() -> None:

@@ -26,6 +26,7 @@ from pregate.engine.device.steps.static_attention import (
     source_mask,
 )
 from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
+from pregate.models.routes import Routes
 from pregate.models.routing import Routing
 
 
@@ -69,7 +70,7 @@ class StaticDecoder:
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
-        self._routes: dict[int, Routing] = {}
+        self._routes = self._new_routes()
         self.has_changed()
 
     @property
@@ -120,7 +121,7 @@ class StaticDecoder:
         hidden_B1D = self._embed(chooser.token_B[:, None])
         self._experts.begin_step()
         for block, gate in self._decoder.entry_gates.items():
-            self._commit(int(block), self._entry(gate, hidden_B1D))
+            self._routes.commit(int(block), self._entry(gate, hidden_B1D))
         # behind the entry gates, for which fetches wait
         bias_1H1T = self._bias(chooser.position_1)
         added_B1D = None
@@ -133,8 +134,9 @@ class StaticDecoder:
             added_B1D = layer.feed_forward(normed_B1D)
         _, normed_B1D = _add_norm(hidden_B1D, added_B1D, self._norm, self._scale)
         chooser.choose(self._head(normed_B1D)[:, 0], kind)
+        self._routes.end()
         # handed to the allocator here, not at some later replay's begin
-        self._routes.clear()
+        self._routes = self._new_routes()
 
     def _entry(self, gate: Any, embedded_B1D: Tensor) -> Routing:
         if is_called(gate):
@@ -143,23 +145,18 @@ class StaticDecoder:
             _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
         return gate.decide(embedded_B1D, embedded_B1D.dtype)
 
-    def _commit(self, block: int, routing: Routing) -> None:
-        self._routes[block] = routing
-        self._experts.commit(block, routing.expert_ids_BTK, self.chooser.live_B)
+    def _new_routes(self) -> Routes:
+        def committed(_: str, block: int, routing: Routing) -> None:
+            self._experts.commit(block, routing.expert_ids_BTK, self.chooser.live_B)
+
+        return Routes(self._decoder.stack_name, committed)
 
     def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-        block, target = mlp.index, mlp.target
 
         def run(normed_B1D: Tensor) -> Tensor:
-            own, ahead = mlp.router, mlp.pre_gate
-            if own is not None:
-                self._commit(block, decide(own, normed_B1D))
-            if ahead is not None and target is not None:
-                # behind the block's own route, which is needed first
-                self._commit(target, decide(ahead, normed_B1D))
-            weights_BK = self._routes.pop(block).weights_BTK[:, 0]
-            return self._experts.run(block, normed_B1D[:, 0], weights_BK)[:, None]
+            weights_BK = mlp.route(normed_B1D, self._routes, decide).weights_BTK[:, 0]
+            return self._experts.run(mlp.index, normed_B1D[:, 0], weights_BK)[:, None]
 
         return run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pregate.engine.device.sampling import Sampling
 from pregate.engine.device.steps.t5 import StaticDecoder
+from pregate.models.family import config_of
 from tests.engine.device.stepping import ResidentExperts, assert_equal_while_live, decode
 from tests.tiny import batch, pregated_model, upstream_model
 
@@ -102,11 +103,10 @@ def test_steps_equal_hugging_face(
 
 
 def test_a_conventional_upstream_model_too() -> None:
-    from pregate.models.families.switch import PreGatedSwitchTransformersForConditionalGeneration
-    from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
+    from pregate import PreGatedSwitchTransformersForConditionalGeneration
 
     upstream = upstream_model(5)
-    config = PreGatedSwitchTransformersConfig.of_checkpoint(upstream.config.to_dict())
+    config = config_of(upstream.config.to_dict())
     model: Any = PreGatedSwitchTransformersForConditionalGeneration(config).eval()
     model.load_state_dict(upstream.state_dict())
     inputs = inputs_of(1, 3)

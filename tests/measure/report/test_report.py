@@ -8,7 +8,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pregate.measure import plots, report, summary
+from pregate.measure.plots import WAIT
+from pregate.measure.report import page, plots, summary
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -101,32 +102,32 @@ class Checker(HTMLParser):
 
 def render(tmp_path, evaluation, predictions=(), traces=None):
     path = tmp_path / "report.html"
-    report.write_report(path, evaluation, list(predictions), traces or {})
-    page = path.read_text()
+    page.write_report(path, evaluation, list(predictions), traces or {})
+    text = path.read_text()
     checker = Checker()
-    checker.feed(page)
+    checker.feed(text)
     assert checker.open == []
-    return page, checker
+    return text, checker
 
 
 def printed(evaluation, width=100):
     console = Console(file=StringIO(), width=width)
-    report.print_summary(evaluation, console)
+    summary.print_summary(evaluation, console)
     return console.file.getvalue()
 
 
 def test_full_report_is_one_file_with_every_section(tmp_path):
-    page, checker = render(tmp_path, full_evaluation(), PREDICTIONS, TRACES)
-    headings = re.findall(r"<h2>([^<]+)</h2>", page)
+    text, checker = render(tmp_path, full_evaluation(), PREDICTIONS, TRACES)
+    headings = re.findall(r"<h2>([^<]+)</h2>", text)
     assert headings == ["Accuracy", "Routing", "Offloaded inference", "Predictions", "Environment"]
     assert len(checker.resources) == 3
     assert all(resource.startswith("data:image/svg+xml;base64,") for resource in checker.resources)
-    assert not re.search(r"https?://|@import|<script|url\(", page)
+    assert not re.search(r"https?://|@import|<script|url\(", text)
     assert ["Exact match", "93.2[91.6, 94.7]", "92.8[91.1, 94.3]", "+0.4[−0.9, +1.7]"] in checker.rows
     assert ["F1", "95.0", "95.4", "−0.4"] in checker.rows
     assert "1,234 examples" in checker.text
     assert "3 of 4" not in checker.text
-    assert "tokens_equal_resident: true for 4 of 4 policies (the whole model in memory)." in checker.text
+    assert "Tokens equal the whole model's in 4 of 4 policies compared." in checker.text
 
 
 def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
@@ -138,16 +139,23 @@ def test_engine_table_compares_in_one_unit_and_dashes_the_unmeasured(tmp_path):
     assert [rows[name][peak] for name in ("GPU only", "Pre-gated")] == ["110.1", "31.5"]
     assert rows["GPU only"][header.index("Hitsexperts")] == "–"
     assert rows["On demand"][header.index("Hitsexperts")] == "0", "measured zeros stay zeros"
-    assert rows["Pre-gated"][-1] == "✓ equal"
+    assert rows["Pre-gated"][-1] == "yes"
 
 
 def test_differing_tokens_are_loud(tmp_path):
     evaluation = full_evaluation()
     evaluation["engine"]["on_demand"]["tokens_equal_resident"] = False
-    page, checker = render(tmp_path, evaluation)
-    assert "tokens_equal_resident: FALSE for On demand; their tokens differ from the whole model's." in checker.text
-    assert 'class="verdict bad"' in page
-    assert "FALSE" in printed(evaluation)
+    text, checker = render(tmp_path, evaluation)
+    said = "Tokens differ from the whole model's in 1 of 4 policies: On demand."
+    assert said in checker.text and said in printed(evaluation)
+    assert 'class="statement wrong"' in text and '<td class="bad">NO</td>' in text
+    assert [row[-1] for row in checker.rows if row[0] == "On demand"] == ["NO"]
+    evaluation["engine"]["on_demand"] |= {"tokens_equal_resident": True, "logits_equal_resident": False}
+    evaluation["engine"]["on_demand"]["logits_max_diff"] = 0.1234
+    _, checker = render(tmp_path, evaluation)
+    said = "Logits differ from the whole model's in 1 of 1 policies: On demand. Logits differ by at most 0.12."
+    assert said in checker.text and said in printed(evaluation, 140).replace("\n", " ")
+    assert [row[-1] for row in checker.rows if row[0] == "On demand"] == ["logits NO"]
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
@@ -159,8 +167,8 @@ def test_everything_from_outside_is_escaped(tmp_path):
     evaluation["engine_settings"][evil] = evil
     evaluation["config"] = {evil: [evil]}
     bad = {"source": evil, "prediction": evil, "references": [evil], "reference_prediction": evil, "correct": True}
-    page, checker = render(tmp_path, evaluation, [bad], {evil: TRACES["pre_gated"]})
-    assert "<script" not in page
+    text, checker = render(tmp_path, evaluation, [bad], {evil: TRACES["pre_gated"]})
+    assert "<script" not in text
     assert checker.text.count("<script>alert") >= 10
 
 
@@ -190,21 +198,21 @@ def without(*path):
     ],
 )
 def test_absent_parts_are_left_out_not_invented(tmp_path, evaluation):
-    page, checker = render(tmp_path, evaluation)
-    text = checker.text + printed(evaluation)
-    assert "None" not in text
-    assert "nan" not in text
+    text, checker = render(tmp_path, evaluation)
+    said = checker.text + printed(evaluation)
+    assert "None" not in said
+    assert "nan" not in said
     for section, heading in (
         ("routing", "Routing"),
         ("engine", "Offloaded inference"),
         ("scores", "Accuracy"),
     ):
-        assert (f"<h2>{heading}</h2>" in page) == bool(evaluation.get(section)), heading
+        assert (f"<h2>{heading}</h2>" in text) == bool(evaluation.get(section)), heading
 
 
 def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
     evaluation = full_evaluation()
-    assert summary.routing_table(evaluation) == ([], [])
+    assert summary.routing_table(evaluation) is None
     evaluation["routing"] |= {
         "gate_mass": {"encoder": [1.0, 0.91, 0.9], "decoder": [1.0, 0.8, 0.7]},
         "load_balance": {"pre_gated": {"encoder": [0.9, 0.8, 0.7], "decoder": [0.6, 0.5, 0.4]}},
@@ -213,8 +221,10 @@ def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
             "reference": {"encoder": [0.6, 0.6, 0.6], "decoder": [0.3, 0.3, 0.3]},
         },
     }
-    headers, rows = summary.routing_table(evaluation)
-    assert headers == [
+    table = summary.routing_table(evaluation)
+    assert table is not None
+    rows = table.rows
+    assert table.headers == [
         "Block",
         "Agreement, %",
         "Mass, %",
@@ -230,7 +240,7 @@ def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
 
 
 def test_samples_are_the_first_and_then_mistakes():
-    chosen = [p["id"] for p in report.pick_samples(PREDICTIONS, "em")]
+    chosen = [p["id"] for p in page.pick_samples(PREDICTIONS, "em")]
     assert chosen == ["0", "1", "2", "3", "4", "5", "6", "7", "20", "21", "22", "23"]
 
 
@@ -241,16 +251,16 @@ def test_sample_rows(tmp_path):
     assert marks == ["✓", "✗", "57", "–"]
     first = checker.rows[-4]
     assert first[2:] == ["answer 0", "right / also right"]
-    assert len(first[1]) <= report.SOURCE_CHARACTERS + 2
+    assert len(first[1]) <= 222
     assert first[1].endswith("word …")
 
 
-@pytest.mark.parametrize(
-    ("text", "limit", "expected"),
-    [("a  b\nc", 10, "a b c"), ("one two three", 9, "one two …"), ("x" * 20, 10, "x" * 9 + " …"), ("", 5, "")],
-)
-def test_shorten(text, limit, expected):
-    assert report.shorten(text, limit) == expected
+def test_long_texts_are_cut_between_words_where_there_are_any(tmp_path):
+    texts = ["one two " * 60, "x" * 300, "short", ""]
+    _, checker = render(tmp_path, {}, [{"source": text} for text in texts])
+    shown = [row[1] for row in checker.rows[-4:]]
+    assert len(shown[0]) <= 220 and shown[0].endswith((" one …", " two …"))
+    assert shown[1:] == ["x" * 218 + " …", "short", ""]
 
 
 def test_terminal_summary_fits_and_names_what_matters():
@@ -260,8 +270,9 @@ def test_terminal_summary_fits_and_names_what_matters():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "93.2 [91.6, 94.7]" in text
     assert "+0.4 [−0.9, +1.7]" in text
-    row = next(line for line in text.splitlines() if line.strip().startswith("Pre-gated"))
-    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "true"]
+    engine = text.partition("Offloaded inference")[2]
+    row = next(line for line in engine.splitlines() if line.strip().startswith("Pre-gated"))
+    assert row.split() == ["Pre-gated", "40.0", "12.40", "80.6", "3.10", "0.40", "31.5", "88", "yes"]
     assert "100 70 –" in text
 
 
@@ -271,26 +282,6 @@ def test_terminal_summary_takes_brackets_literally():
     assert "[bold]x[/nonsense]" in printed(evaluation)
 
 
-@pytest.mark.parametrize(
-    ("values", "unit", "expected"),
-    [
-        ([1.234, 120.0], "ms", ("ms", ["1.23", "120.00"])),
-        ([0.0, 0.0123], "ms", ("ms", ["0.000", "0.012"])),
-        ([110.0, 1234.5], "ms", ("ms", ["110", "1,234"])),
-        ([None, None], "bytes", ("MB", ["–", "–"])),
-        ([512, None], "bytes", ("B", ["512", "–"])),
-        ([2_000_000, 45_000_000], "bytes", ("MB", ["2.00", "45.00"])),
-    ],
-)
-def test_column_cells(values, unit, expected):
-    assert summary.column_cells(values, summary.Column("k", "K", unit)) == expected
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.44, "+0.4"), (-0.44, "−0.4"), (0.04, "0.0"), (-0.04, "0.0")])
-def test_signed(value, text):
-    assert summary.signed(value) == text
-
-
 def test_key_figures_compute_from_what_was_measured():
     figures = {label: (value, unit, note) for label, value, unit, note in summary.key_figures(full_evaluation())}
     assert figures["Exact match"] == ("93.2", "%", "reference 92.8, difference +0.4")
@@ -298,7 +289,7 @@ def test_key_figures_compute_from_what_was_measured():
     assert figures["Pre-gated, per token"] == ("12.4", "ms", "on demand: 19.8 ms (1.60×)")
     assert figures["Pre-gated, peak memory"] == ("31.5", "MB", "29% of GPU only, 110 MB")
     evaluation = full_evaluation() | {"primary_metric": "f1"}
-    assert summary.key_figures(evaluation)[0][:2] == ("F1", "95.0")
+    assert next(summary.key_figures(evaluation))[:2] == ("F1", "95.0")
 
 
 def test_plots_draw_png_and_repeatable_svg_and_leave_no_state(tmp_path):
@@ -335,7 +326,18 @@ def test_waiting_is_the_only_red_in_the_bars(tmp_path):
     path = tmp_path / "a.svg"
     evaluation = {"engine": {"on_demand": {"tpot_ms": 10.0, "exposed_ms_per_token": 4.0}}}
     plots.plot_engine(evaluation, path)
-    assert plots.WAIT in path.read_text()
+    assert WAIT in path.read_text()
     evaluation["engine"]["on_demand"]["exposed_ms_per_token"] = 0.0
     plots.plot_engine(evaluation, path)
-    assert plots.WAIT not in path.read_text()
+    assert WAIT not in path.read_text()
+
+
+def test_settings_are_listed_with_dotted_names_and_the_empty_left_out(tmp_path):
+    config = {"train": {"steps": 3, "bf16": False, "seed": None}, "stacks": ["a", "b"], "overrides": [], "name": "x"}
+    text, _ = render(tmp_path, {"environment": {"git": {"commit": "abc", "dirty": True}}, "config": config})
+    shown = re.findall(r"<dt>([^<]+)</dt><dd>([^<]*)</dd></div>", text)
+    assert shown == [
+        ("git commit", "abc"),
+        ("uncommitted changes", "yes"),
+        *(("train.steps", "3"), ("train.bf16", "no"), ("stacks", "a, b"), ("name", "x")),
+    ]

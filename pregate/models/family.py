@@ -1,0 +1,339 @@
+"""What is particular to one kind of model, and the registry of all kinds. The rest of the package asks here.
+
+A family is one file: the classes of its models, where blocks, gates and experts are, how an expert computes, and how
+its checkpoints are named. Knows nothing about tasks, training loops or engines.
+
+Letters: B batch, T tokens, D model width, F expert hidden width, E experts of a block, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from pregate.config import UsageError
+from pregate.models.experts import Factor
+from pregate.models.objectives import Objective
+from pregate.models.pregating import PreGating
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one MoE block of one stack."""
+
+    stack: str
+    block: int
+    expert: int
+
+    @property
+    def label(self) -> str:
+        """As traces and messages name it."""
+        return f"{self.stack} block {self.block} expert {self.expert}"
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """One matrix or bias of one expert in a checkpoint: `tensor[index]`, transposed if the checkpoint has it the other
+    way round. `shape`: of the whole tensor; None where the slice is the whole tensor."""
+
+    tensor: str
+    index: tuple[int | slice, ...] = ()
+    transposed: bool = False
+    shape: tuple[int, ...] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of the whole tensor."""
+        part = tensor[self.index] if self.index else tensor
+        return part.mT if self.transposed else part
+
+
+ExpertLayout = Callable[[str, int, int], Sequence[TensorSlice]]
+"""(stack, layer, expert) to the slices of the expert's matrices, in the order of `ExpertSpec.matrices`."""
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """The experts of a model: how many, of which matrices, where checkpoints keep them, and what one computes.
+
+    matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
+    stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
+    apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
+    name of that arithmetic among the kernels of the device-driven engine.
+    """
+
+    num_experts: int
+    top_k: int
+    lookahead: int
+    matrices: dict[str, tuple[int, ...]]
+    layers: dict[str, list[int]]
+    layouts: tuple[ExpertLayout, ...]
+    apply: Callable[[Sequence[Factor], Tensor], Tensor]
+    activation: str
+
+    @cached_property
+    def _keys(self) -> tuple[ExpertKey, ...]:
+        return tuple(
+            ExpertKey(stack, block, expert)
+            for stack, layers in self.layers.items()
+            for block in range(len(layers))
+            for expert in range(self.num_experts)
+        )
+
+    def keys(self) -> list[ExpertKey]:
+        """All experts, in the order of execution."""
+        return list(self._keys)
+
+    def slices(self, key: ExpertKey) -> Sequence[TensorSlice]:
+        """Where the matrices of an expert are, in the layout that comes first."""
+        return self.layouts[0](key.stack, self.layers[key.stack][key.block], key.expert)
+
+    def tensor_names(self, key: ExpertKey) -> list[str]:
+        """The tensors that hold an expert, each once."""
+        return list(dict.fromkeys(part.tensor for part in self.slices(key)))
+
+    def tensors_of(self, stack: str, block: int) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every tensor that holds experts of one MoE block."""
+        return {
+            part.tensor: part.shape or shape
+            for expert in range(self.num_experts)
+            for part, shape in zip(self.slices(ExpertKey(stack, block, expert)), self.matrices.values(), strict=True)
+        }
+
+    def as_found_in(self, names: Mapping[str, Any]) -> ExpertSpec:
+        """The same with the layout first whose tensors are among `names`; unchanged where no layout is."""
+        for layout in self.layouts if self._keys else ():
+            found = replace(self, layouts=(layout, *(other for other in self.layouts if other is not layout)))
+            if all(name in names for name in found.tensor_names(self._keys[0])):
+                return found
+        return self
+
+
+@dataclass(frozen=True)
+class MoEBlock:
+    """One MoE block of a model. module: has `experts`, called with (hidden_TD, expert_ids_TK, weights_TK). gates: the
+    `BlockGates` that sit in it. layer_module: the whole transformer layer, number `layer` of its stack."""
+
+    stack: str
+    index: int
+    layer: int
+    module: Any = field(repr=False)
+    gates: Any = field(repr=False)
+    layer_module: Any = field(repr=False)
+
+
+# --- names in checkpoints -------------------------------------------------------------------------------------------
+
+
+class GateNames(NamedTuple):
+    """Prefixes of the parameter names of gates that concern one MoE block. own: of the gate that decides for it and
+    sits in it. ahead: of the gate that sits in it and decides for a later block. entry: of an entry gate for it.
+    norm: the weight of the norm before the block. entry_norm: that of the norm of its entry gate."""
+
+    own: str
+    ahead: str
+    entry: str
+    norm: str
+    entry_norm: str
+
+
+class Count(NamedTuple):
+    """A number in a config that the names of tensors must agree with. `pattern`: its first group tells apart what is
+    counted."""
+
+    setting: str
+    what: str
+    said: int
+    pattern: re.Pattern[str]
+
+
+# --- families -------------------------------------------------------------------------------------------------------
+
+
+class Family(ABC):
+    """One kind of Mixture-of-Experts model, conventional (`source_type`) and pre-gated (`model_type`)."""
+
+    source_type: ClassVar[str]
+    """`model_type` in the config.json of a conventional checkpoint."""
+    model_type: ClassVar[str]
+    """`model_type` in the config.json of a pre-gated one."""
+    source_class: ClassVar[str]
+    """The class that a conventional config.json names under `architectures`."""
+    stacks: ClassVar[tuple[str, ...]]
+    """In the order of execution."""
+    objective: ClassVar[Objective]
+    """How examples become inputs, and what is learnt from them."""
+    config_class: ClassVar[Any]
+    model_class: ClassVar[Any]
+    step: ClassVar[str | None] = None
+    """The static decoding step among `pregate.engine.device.steps`; None where the family has none."""
+    gate_parts: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """The tensors of a gate, all of which move with it; a model may have fewer."""
+    input_tables: ClassVar[tuple[str, ...]]
+    """The embedding tables. Older exports store one for several of them."""
+    output_table: ClassVar[str] = "lm_head.weight"
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """What upstream's wrappers put before all names."""
+    leftovers: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that some checkpoints hold and no model reads."""
+
+    # -- configs
+
+    def config(self, config: Mapping[str, Any]) -> Any:
+        """The config object for the `config.json` of a pre-gated or a conventional checkpoint, which has lookahead 0.
+
+        Raises `UsageError` for one that describes no model.
+        """
+        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
+        if config.get("model_type") == self.source_type:
+            settings["pregate"] = PreGating().to_dict()
+        try:
+            return self.config_class(**settings)
+        except Exception as error:  # strict validation brings exception types of its own
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(f"The config.json describes no model that can be built: {reason}.") from error
+
+    def is_pregated(self, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is that of a pre-gated checkpoint, which may have lookahead 0."""
+        return config.get("model_type", self.model_type) == self.model_type
+
+    def pregated_json(self, config: Mapping[str, Any], gating: PreGating) -> dict[str, Any]:
+        """The `config.json` of a conventional checkpoint as that of the pre-gated one."""
+        # the code that auto_map points to is not part of what is written
+        kept = {name: value for name, value in config.items() if name != "auto_map"}
+        names = {"model_type": self.model_type, "architectures": [self.model_class.__name__]}
+        return {**kept, **names, "pregate": gating.to_dict()}
+
+    def conventional_json(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The `config.json` of a pre-gated checkpoint with lookahead 0 as that of upstream's model. Raises `ValueError`
+        if the model routes ahead."""
+        if PreGating.from_dict(config.get("pregate")).lookahead:
+            raise ValueError("A pre-gated model cannot be opened by a conventional class.")
+        kept = {name: value for name, value in config.items() if name != "pregate"}
+        return {**kept, "model_type": self.source_type, "architectures": [self.source_class]}
+
+    def complete(self, source: str, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+        """`config` with what the model needs and its file leaves to others. Raises `UsageError` where that cannot be
+        found."""
+        return config
+
+    def from_scratch(self, geometry: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+        """The settings of a model that is trained from scratch or has random weights."""
+        return {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 1, **geometry}
+
+    @abstractmethod
+    def moe_layers(self, config: Any, stack: str) -> list[int]:
+        """The layer numbers of the MoE blocks of `stack`, in order."""
+
+    def num_blocks(self, config: Any) -> dict[str, int]:
+        return {stack: len(self.moe_layers(config, stack)) for stack in self.stacks}
+
+    # -- tensors
+
+    @abstractmethod
+    def experts(self, config: Any) -> ExpertSpec:
+        """The experts of the model that `config` describes."""
+
+    @abstractmethod
+    def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
+        """How the gates of MoE block `block` of `stack`, in layer `layer`, are named."""
+
+    @abstractmethod
+    def gate_std(self, config: Any) -> float:
+        """The standard deviation of a gate's weights at initialisation."""
+
+    def counts(self, config: Any) -> list[Count]:
+        """Numbers that are compared before names are: one number says more than a thousand missing tensors."""
+        return []
+
+    def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
+        """The standard deviation of a random tensor that keeps activations near unit variance; None for ones."""
+        raise UsageError(f"Models of type {self.source_type} have no random weights to measure: set checkpoint=DIR.")
+
+
+BUILT_IN = {
+    "switch_transformers": "pregate.models.families.switch",
+    "pregated_switch_transformers": "pregate.models.families.switch",
+}
+"""`model_type` -> the module that registers its family."""
+PLUGINS = "pregate.families"
+"""The entry point group in which another package names modules that register families."""
+_registered: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known to every command and to transformers' Auto classes."""
+    from_type = {family.source_type: family, family.model_type: family}
+    _registered.update(from_type)
+    family.objective.auto_class.register(family.config_class, family.model_class, exist_ok=True)
+    AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+
+
+def families() -> list[Family]:
+    """All families, those of other packages included."""
+    for module in dict.fromkeys(BUILT_IN.values()):
+        importlib.import_module(module)
+    _load_plugins()
+    return list(dict.fromkeys(_registered.values()))
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a `model_type`. Raises `UsageError` for one that is not known."""
+    if model_type not in _registered and model_type in BUILT_IN:
+        importlib.import_module(BUILT_IN[model_type])
+    elif model_type not in _registered:
+        _load_plugins()
+    if model_type not in _registered:
+        known = sorted({name for family in families() for name in (family.source_type, family.model_type)})
+        raise UsageError(f"This is a {model_type!r} model: give a checkpoint of type {' or '.join(known)}.")
+    return _registered[model_type]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a model by its `config.json`. Raises `UsageError` for a model of no known family."""
+    return family_named(str(config.get("model_type")))
+
+
+def config_of(config: Mapping[str, Any]) -> Any:
+    """The config object for a `config.json`, see `Family.config`."""
+    return family_of(config).config(config)
+
+
+def experts_of(config: Any) -> ExpertSpec:
+    """The experts of the model that a config object describes."""
+    return family_named(config.model_type).experts(config)
+
+
+def family_of_model(model: Any) -> Family:
+    """The family of a model in memory."""
+    return family_named(model.config.model_type)
+
+
+def _load_plugins() -> None:
+    for plugin in entry_points(group=PLUGINS):
+        plugin.load()
+
+
+def moe_blocks(model: Any) -> Iterator[MoEBlock]:
+    """All MoE blocks of a model, stack by stack, in the order of execution."""
+    yield from model.moe_blocks()
+
+
+def gates(model: Any) -> Iterator[Any]:
+    """All gates of a model as modules, norms of theirs included: own routers, pre-gates and entry gates."""
+    yield from model.gates()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configs write it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,207 @@
+"""How an example, a source text and a target text, becomes the inputs of a model, and what is learnt from it.
+
+`Seq2Seq`: the source is encoded, the target decoded. `Causal`: the target continues the source in one sequence.
+Training, calibration and evaluation ask the same object. Knows token ids and masks; knows nothing about tasks or
+models' insides.
+
+Letters: B batch, S source length, T target length or whole length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from pregate.models.head import IGNORED
+
+Rows = Sequence["array[int]"]
+"""Token ids, one array a row."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens that are not padding, on the source side and on the target side."""
+
+    source: int = 0
+    target: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.source + other.source, self.target + other.target)
+
+
+class Objective(Protocol):
+    auto_class: Any
+    """transformers' Auto class of such models."""
+    closes_sources: bool
+    """Whether a source text ends in the end-of-sequence token."""
+
+    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        """Inputs of a teacher-forced call: `input_ids`, `attention_mask` and `labels`, int64, labels padded with
+        -100."""
+        ...
+
+    def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        """Inputs of `generate`: `input_ids` and `attention_mask` (B, S)."""
+        ...
+
+    def new_tokens(self, generated_BT: Tensor, prompts_BS: Tensor) -> Tensor:
+        """What `generate` has added: all but the prompt (or the start token, which decodes to nothing)."""
+        ...
+
+    def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
+        """Of one batch."""
+        ...
+
+    def tokens_by_stack(self, counts: TokenCounts) -> dict[str, int]:
+        """How many tokens pass through each stack."""
+        ...
+
+    def real_tokens(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which positions of a batch are no padding: stack -> mask, in the shape of the stack's input."""
+        ...
+
+    def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        """The router logits in a model's outputs: stack -> one (B, S or T, E) a MoE block."""
+        ...
+
+    def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
+        """Run a model as far as `stack` and, if it must, further. `inputs`: a batch and what `settled` gave."""
+        ...
+
+    def settled(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the stacks behind `stack` read of it, as further inputs of the model."""
+        ...
+
+    def target_rows(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs, beside `input_ids` and `attention_mask`, of a teacher-forced call that gives the logits of target
+        tokens alone, (N, V) in row-major order."""
+        ...
+
+
+class Seq2Seq:
+    """A source stack reads the source; a target stack is given the target shifted by one."""
+
+    auto_class, closes_sources = AutoModelForSeq2SeqLM, True
+
+    def __init__(self, source_stack: str, target_stack: str) -> None:
+        self._source, self._target = source_stack, target_stack
+
+    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        return {**self.prompts(sources, pad_token_id), "labels": padded(targets, IGNORED)}
+
+    def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        return {"input_ids": padded(sources, pad_token_id), "attention_mask": padded(ones(sources), 0)}
+
+    def new_tokens(self, generated_BT: Tensor, prompts_BS: Tensor) -> Tensor:
+        return generated_BT
+
+    def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
+        return TokenCounts(int(batch["attention_mask"].bool().sum()), int((batch["labels"] != IGNORED).sum()))
+
+    def tokens_by_stack(self, counts: TokenCounts) -> dict[str, int]:
+        return {self._source: counts.source, self._target: counts.target}
+
+    def real_tokens(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self._source: batch["attention_mask"].bool(), self._target: batch["labels"] != IGNORED}
+
+    def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {stack: getattr(outputs, f"{stack}_router_logits") or () for stack in (self._source, self._target)}
+
+    def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
+        if stack == self._source:
+            self.settled(model, stack, inputs)
+        else:
+            model(**inputs, use_cache=False)
+
+    def settled(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if stack != self._source:
+            return {}
+        source = model.stack_module(stack)
+        read = source(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return {"encoder_outputs": (read.last_hidden_state,)}
+
+    def target_rows(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels_BT = batch["labels"]
+        return {
+            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels_BT),
+            "logits_at": labels_BT != IGNORED,
+        }
+
+
+class Causal:
+    """One stack reads source and target as one sequence, and learns the target. Prompts of several rows are padded on
+    the left, so that all rows go on at the same place."""
+
+    auto_class, closes_sources = AutoModelForCausalLM, False
+
+    def __init__(self, stack: str) -> None:
+        self._stack = stack
+
+    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        whole = [source + target for source, target in zip(sources, targets, strict=True)]
+        silent = [array("i", [IGNORED]) * len(source) for source in sources]
+        labels = [hidden + target for hidden, target in zip(silent, targets, strict=True)]
+        return {
+            "input_ids": padded(whole, pad_token_id),
+            "attention_mask": padded(ones(whole), 0),
+            "labels": padded(labels, IGNORED),
+        }
+
+    def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": padded(sources, pad_token_id, left=True),
+            "attention_mask": padded(ones(sources), 0, left=True),
+        }
+
+    def new_tokens(self, generated_BT: Tensor, prompts_BS: Tensor) -> Tensor:
+        return generated_BT[:, prompts_BS.shape[1] :]
+
+    def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
+        target = int((batch["labels"] != IGNORED).sum())
+        return TokenCounts(int(batch["attention_mask"].bool().sum()) - target, target)
+
+    def tokens_by_stack(self, counts: TokenCounts) -> dict[str, int]:
+        return {self._stack: counts.source + counts.target}
+
+    def real_tokens(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self._stack: batch["attention_mask"].bool()}
+
+    def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {self._stack: outputs.router_logits or ()}
+
+    def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
+        model(**inputs, use_cache=False)
+
+    def settled(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def target_rows(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits_at": predicting(batch["labels"])}
+
+
+def predicting(labels_BT: Tensor) -> Tensor:
+    """Where a causal model predicts a target token: the places (B, T) before those whose label is not -100."""
+    at_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    at_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
+    return at_BT
+
+
+def ones(rows: Rows) -> Rows:
+    return [array("i", [1]) * len(row) for row in rows]
+
+
+def padded(rows: Rows, value: int, left: bool = False) -> Tensor:
+    """int64 (rows, longest), the rest filled with `value`, on the right unless `left`."""
+    longest = max(len(row) for row in rows)
+    filled = np.full((len(rows), longest), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        first = longest - len(row) if left else 0
+        filled[number, first : first + len(row)] = row
+    return torch.from_numpy(filled)
