@@ -21,13 +21,12 @@ from pregate.engine.device.engine import DeviceEngine, slots_for
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
-from pregate.measure.eval_device import open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.summary import print_summary
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
-from pregate.measure.servable import check_servable
+from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.family import ExpertSpec, config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.text import Text
 
 from pregate.config import Run
 from pregate.measure.bench.grid import RowSpec
@@ -18,16 +19,22 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.planner import advice, is_predictable, predicted_row
 from pregate.measure.bench.profile import Profile, profile
 from pregate.measure.bench.table import command
-from pregate.measure.tables import ABSENT, three_digits
+from pregate.measure.tables import Row, Table, facts_line, number, text, three_digits
 from pregate.system.durable import write_text
 from pregate.system.runtime import console, environment, human_bytes, write_json
 from pregate.tracking import say
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 SCRATCH = "plan-scratch"
-HEADERS = ("policy", "cache", "slots", "ms/token", "tokens/s", "waiting ms", "MB/step", "memory GB")
+COLUMNS = {
+    "policy": text("policy"),
+    "cache": text("cache"),
+    "slots": text("slots"),
+    "ms/token": number("tpot_ms"),
+    "tokens/s": number("tokens_per_s"),
+    "waiting ms": lambda row: three_digits(ms) if (ms := row["exposed_ms_per_token"]) > 1e-9 else "0",
+    "MB/step": number("bytes_per_step", 1e6),
+    "memory GB": number("peak_device_bytes", 1e9),
+}
 
 
 def write_plan(
@@ -42,10 +49,14 @@ def write_plan(
         for same in grouped.values():
             say(f"Timing {model.name}, {same[0].tier}, {same[0].slab_dtype}, batch {same[0].batch} …")
             loads.append(_load(model, same, profile(model, same[0], device, reading, out_dir / SCRATCH)))
-    facts = environment()
+    facts, tables = environment(), [_table(load) for load in loads]
     write_json(out_dir / "plan.json", {"loads": loads, "environment": facts})
-    write_text(out_dir / "plan.md", _markdown(run, loads, facts))
-    _print(loads, console())
+    parts = [f"# Plan: {run.name}", f"```\n{command(run.overrides)}\n```"]
+    for load, table in zip(loads, tables, strict=True):
+        parts += [f"## {table.title}", table.caption, table.markdown(), load["verdict"]]
+        table.print(console())
+        console().print(Text(load["verdict"] + "\n"))
+    write_text(out_dir / "plan.md", "\n\n".join([*parts, f"Environment: {facts_line(facts)}."]) + "\n")
     return loads
 
 
@@ -71,54 +82,10 @@ def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dic
     }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        row["policy"],
-        row.get("cache") or ABSENT,
-        str(row["slots"]),
-        three_digits(row["tpot_ms"]),
-        three_digits(row["tokens_per_s"]),
-        three_digits(row["exposed_ms_per_token"]) if row["exposed_ms_per_token"] > 1e-9 else "0",
-        three_digits(row["bytes_per_step"] / 1e6) if row["bytes_per_step"] else "0",
-        three_digits(row["peak_device_bytes"] / 1e9),
-    ]
-
-
-def _title(load: dict[str, Any]) -> str:
-    return f"{load['model']}, {load['dtype']}, {load['tier']}, slabs {load['slab_dtype']}, batch {load['batch']}"
-
-
-def _caption(load: dict[str, Any]) -> str:
-    compute = next(row["compute_ms"] for row in load["rows"])
-    return (
+def _table(load: Row) -> Table:
+    title = f"{load['model']}, {load['dtype']}, {load['tier']}, slabs {load['slab_dtype']}, batch {load['batch']}"
+    caption = (
         f"Measured: {three_digits(load['link_gb_per_s'])} GB/s for slabs of {human_bytes(load['slab_bytes'])}, a step "
-        f"computes for {three_digits(compute)} ms. Predicted:"
+        f"computes for {three_digits(load['rows'][0]['compute_ms'])} ms. Predicted:"
     )
-
-
-def _markdown(run: Run, loads: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    parts = [f"# Plan: {run.name}", f"```\n{command(run.overrides)}\n```"]
-    for load in loads:
-        lines = [HEADERS, ["---", "---", *["---:"] * (len(HEADERS) - 2)], *map(_cells, load["rows"])]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts += [f"## {_title(load)}", _caption(load), table, load["verdict"]]
-    plain = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "git")
-    return "\n\n".join([*parts, f"Environment: {plain}."]) + "\n"
-
-
-def _print(loads: Sequence[dict[str, Any]], out: Console) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    for load in loads:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, header in enumerate(HEADERS):
-            table.add_column(header, justify="left" if number < 2 else "right")
-        for row in load["rows"]:
-            table.add_row(*_cells(row), style="bold" if row["policy"] == "pre_gated" else "")
-        out.print(Text(_title(load), "bold"))
-        out.print(Text(_caption(load), "dim"))
-        out.print(table)
-        out.print(Text(load["verdict"]))
-        out.print()
+    return Table.of(COLUMNS, load["rows"], title=title, caption=caption, left=2)
