@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ STEPS_BESIDE = 23
 """Of one that is timed beside a row."""
 TURNS = 2
 """Times that computing and moving are compared with and without each other."""
+ENOUGH_SECONDS = 5
+"""After so long, as on a machine that is busy with other things, no further turn begins."""
 DEPTH = re.compile(r"num_(\w+_)?layers")
 """Keys of a `config.json` that count layers."""
 
@@ -108,8 +111,10 @@ def _profile(small: BenchModel, model: BenchModel, ground: Ground, spec: RowSpec
     link, in_order = ground.gb_per_s(keys), ground.gb_per_s(keys, in_order=True)
     alone: list[Timed] = []
     slowed: list[tuple[float, float]] = []
+    begun = time.perf_counter()
     with opened(small, ground, Policy.gpu_only) as engine:
-        for turn in range(TURNS):
+        while not alone or (len(alone) < TURNS and time.perf_counter() - begun < ENOUGH_SECONDS):
+            turn = len(alone)
             alone.append(timed_request(engine, requests, turn))
             # a GPU's copy engine and its multiprocessors share little; here both are the same cores and memory
             if ground.device.type == "cpu":
@@ -175,12 +180,9 @@ def _beside_a_busy_link(
 def _resume_ms(small: BenchModel, ground: Ground, requests: Requests, alone_ms: float, slab_ms: float) -> float:
     """What computing takes longer after a wait for one slab, from steps that fetch every slab on demand."""
     with opened(small, ground, Policy.on_demand) as engine:
-        found = []
-        for turn in range(TURNS):
-            timed = timed_request(engine, requests, turn)
-            waited_ms = max(timed.exposed_ms_per_token or 0.0, 1e-9)
-            found.append((step_ms(timed) - waited_ms - alone_ms) * slab_ms / waited_ms)
-    return max(0.0, min(found))
+        timed = timed_request(engine, requests, 0)
+    waited_ms = max(timed.exposed_ms_per_token or 0.0, 1e-9)
+    return max(0.0, (step_ms(timed) - waited_ms - alone_ms) * slab_ms / waited_ms)
 
 
 def durations(timed: Timed, slab_ms: float) -> tuple[Durations, float]:
