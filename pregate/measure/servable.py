@@ -12,15 +12,16 @@ from transformers import GenerationConfig
 
 from pregate.config import Drive, Policy, Run, UsageError
 from pregate.engine.budget import host_buffers_within, slots_within
-from pregate.engine.device import require_triton
-from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
-from pregate.engine.device.ops.experts import check_activation
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import refuse_settings, slots_for
+from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import read_request
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import ExpertSpec, config_of, experts_of
 from pregate.models.loading import generation_config, open_model
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 
 def check_servable(run: Run, directory: str) -> tuple[ExpertSpec, int]:

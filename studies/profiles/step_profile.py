@@ -22,11 +22,11 @@ import torch
 from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.measure.bench.models import BenchModel, bench_models
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.device_steps import time_steps
-from pregate.system.runtime import environment, pick_device
+from pregate.system.machine import environment, pick_device
 
 TABLE = "step_profile.md"
 REPEATS = 5

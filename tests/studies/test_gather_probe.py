@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate.engine.storage.slabs import PAGE
+from pregate.engine.storage.memory import PAGE
 from studies.profiles import gather_probe
 from studies.profiles.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
 
@@ -48,7 +48,7 @@ def test_cuda_without_a_gpu_is_told_in_one_sentence(tmp_path: Path, capsys: pyte
 
 
 def test_a_copy_that_went_wrong_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_byte_off(addresses_G: torch.Tensor, plan: object, slots_SB: torch.Tensor, **_: int) -> None:
+    def one_byte_off(addresses_G: torch.Tensor, slabs: object, slots: object, slots_SB: torch.Tensor, *_: int) -> None:
         slots_SB[2, 17] += 1
 
     monkeypatch.setattr(gather_probe, "gather_slabs", one_byte_off)

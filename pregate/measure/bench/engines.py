@@ -16,10 +16,10 @@ import torch
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.budget import DeviceFullError
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
-from pregate.engine.trace import write_perfetto
 from pregate.measure.bench.active_experts import forced_experts
 from pregate.measure.bench.baselines import free_bytes, use_generation_config
 from pregate.measure.bench.grid import RowSpec
@@ -33,10 +33,11 @@ from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import Results
 from pregate.measure.bench.row import Beside, measure_row
 from pregate.measure.bench.whole import HEADROOM, forget
+from pregate.measure.perfetto import write_perfetto
 from pregate.measure.servers import engine_server
+from pregate.system.console import say
 from pregate.system.memory import PeakMemory
-from pregate.system.runtime import human_bytes
-from pregate.tracking import say
+from pregate.system.sizes import human_bytes
 
 PROFILED = "profiled"
 

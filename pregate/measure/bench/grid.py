@@ -15,7 +15,7 @@ import torch
 
 from pregate.config import Baseline, CacheRule, Drive, Policy, Run, Tier, UsageError
 from pregate.engine.budget import resolve_tier
-from pregate.engine.device.engine import MOST_ROWS
+from pregate.engine.device.limits import MOST_ROWS
 from pregate.measure.bench.models import BenchModel
 
 RESIDENT = "resident"

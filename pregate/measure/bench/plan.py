@@ -20,9 +20,10 @@ from pregate.measure.bench.planner import advice, is_predictable, predicted_row
 from pregate.measure.bench.profile import Profile, profile
 from pregate.measure.bench.table import command
 from pregate.measure.tables import Row, Table, facts_line, number, text, three_digits
-from pregate.system.durable import write_text
-from pregate.system.runtime import console, environment, human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import console, say
+from pregate.system.durable import write_json, write_text
+from pregate.system.machine import environment
+from pregate.system.sizes import human_bytes
 
 SCRATCH = "plan-scratch"
 COLUMNS = {

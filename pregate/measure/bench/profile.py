@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from pregate.config import Policy, SlabDtype, Tier
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.engine.storage.store import DramStore
 from pregate.engine.trace import Span
 from pregate.measure.bench.grid import RowSpec

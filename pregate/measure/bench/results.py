@@ -12,9 +12,9 @@ from pregate.config import UsageError
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.table import short_figures
 from pregate.models.finite import WHAT_TO_CHECK
-from pregate.system.durable import append_text, write_text
-from pregate.system.runtime import to_jsonable
-from pregate.tracking import Tracker, say
+from pregate.system.console import say
+from pregate.system.durable import append_text, to_jsonable, write_text
+from pregate.tracking import Tracker
 
 ROWS = "bench.jsonl"
 FIGURES = ("ttft_ms", "tpot_ms", "tokens_per_s", "block_ms", "exposed_ms_per_token", "over_floor", "peak_device_bytes")

@@ -28,8 +28,10 @@ from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite
 from pregate.measure.bench.table import command, print_bench, write_bench
 from pregate.measure.bench.whole import Accelerated, Whole
+from pregate.system.console import console
 from pregate.system.durable import flush_folders
-from pregate.system.runtime import console, environment, human_bytes, pick_device, set_seed
+from pregate.system.machine import environment, pick_device, set_seed
+from pregate.system.sizes import human_bytes
 from pregate.tracking import Tracker
 
 SCRATCH = "scratch"
