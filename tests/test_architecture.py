@@ -40,9 +40,6 @@ KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
     ("engine/device/steps/static_attention.py", "pregate.engine.device.ops.kernels_attention"),
     ("measure/bench/baselines.py", "accelerate"),
     ("measure/bench/baselines.py", "psutil"),
-    ("measure/bench/baselines.py", "safetensors"),
-    ("measure/bench/plan.py", "rich"),
-    ("measure/step_profile.py", "torch"),
     ("models/checkpoint.py", "huggingface_hub"),
     ("models/checkpoint.py", "safetensors"),
     ("training/feeds.py", "pregate.tasks.tokens"),
@@ -67,8 +64,6 @@ KNOWN_ENCODERS: set[str] = {
     "engine/device/engine.py",
     "engine/device/request.py",
     "engine/engine.py",
-    "measure/bench/planner.py",
-    "measure/bench/simulation.py",
     "models/objectives.py",
 }
 
