@@ -42,7 +42,7 @@ def quick_collections() -> Iterator[None]:
 def tiny_run(run_dir: Path, *overrides: str, dtype: str = "fp32") -> Run:
     arguments = [*QUICK, f"bench.dtype={dtype}", "bench.repeats=2", *overrides]
     run = compose_run(["name=study", f"run_dir={run_dir}", *arguments])
-    return run if run.checkpoint else replace(run, model=ModelConfig("tiny", None, geometry=dict(GEOMETRY)))
+    return run if run.checkpoint else replace(run, model=ModelConfig("tiny", geometry=dict(GEOMETRY)))
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
