@@ -51,12 +51,11 @@ KNOWN_CIRCLES: set[tuple[str, str]] = set()
 
 KNOWN_LONG: set[str] = set()
 
-ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
+ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives.py")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
 KNOWN_ENCODERS: set[str] = {
     "measure/bench/planner.py",
     "measure/bench/simulation.py",
-    "models/objectives.py",
 }
 
 
