@@ -33,9 +33,6 @@ KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
     ("conversion/write.py", "rich"),
     ("measure/bench/baselines.py", "accelerate"),
     ("measure/bench/baselines.py", "psutil"),
-    ("measure/bench/baselines.py", "safetensors"),
-    ("measure/bench/plan.py", "rich"),
-    ("measure/step_profile.py", "torch"),
     ("models/checkpoint.py", "huggingface_hub"),
     ("models/checkpoint.py", "safetensors"),
     ("training/feeds.py", "pregate.tasks.tokens"),
@@ -51,13 +48,9 @@ KNOWN_CIRCLES: set[tuple[str, str]] = set()
 
 KNOWN_LONG: set[str] = set()
 
-ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
+ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives.py")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
-KNOWN_ENCODERS: set[str] = {
-    "measure/bench/planner.py",
-    "measure/bench/simulation.py",
-    "models/objectives.py",
-}
+KNOWN_ENCODERS: set[str] = {}
 
 
 @cache

@@ -210,7 +210,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
     try:
         conventional = family.config(config)
     except UsageError as error:
-        raise UsageError(f"{source} holds no {family.source_type} model. {error}") from error
+        raise UsageError(f"The config.json of {source}{str(error).removeprefix('The config.json')}") from error
     num_blocks = family.num_blocks(conventional)
     if not any(num_blocks.values()):
         raise UsageError(
