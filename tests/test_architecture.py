@@ -50,8 +50,7 @@ KNOWN_LONG: set[str] = set()
 
 ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives.py")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
-KNOWN_ENCODERS: set[str] = {
-}
+KNOWN_ENCODERS: set[str] = {}
 
 
 @cache

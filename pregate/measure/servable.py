@@ -14,9 +14,9 @@ from pregate.config import Drive, Policy, Run, UsageError
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import refuse_settings, slots_for
-from pregate.engine.device.ops.expert_outputs import check_activation
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import read_request
+from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import ExpertSpec, config_of, experts_of
@@ -72,7 +72,7 @@ def check_budget(run: Run, family: ExpertSpec, dtype: torch.dtype) -> int:
 def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:
     """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
     served with. Raises `UsageError`."""
-    check_activation(config.dense_act_fn)
+    step_of(config)
     if pick_device(run.engine.device).type == "cuda":
         require_triton()
     refuse_settings(

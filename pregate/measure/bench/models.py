@@ -18,8 +18,8 @@ from pregate.config import Drive, Policy, Precision, Run, SlabDtype, UsageError
 from pregate.config.groups import config_dir
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.device.limits import MOST_ROWS, slots_for
-from pregate.engine.device.ops.expert_outputs import check_activation
 from pregate.engine.device.ops.language import require_triton
+from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
@@ -155,7 +155,7 @@ def check_models(run: Run, models: Sequence[BenchModel]) -> None:
 def _check_steps(run: Run, model: BenchModel, slab_bytes: int) -> None:
     """Refuse experts that the device cannot compute, and budgets with which some batch could not be decoded by it."""
     config = config_of(model.source.config)
-    check_activation(config.dense_act_fn)
+    step_of(config)
     if pick_device(run.engine.device).type == "cuda":
         require_triton()
     for policy, budget, batch in product(run.engine.policies, run.bench.budgets, run.bench.batches):
