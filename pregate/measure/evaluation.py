@@ -17,12 +17,13 @@ import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
-from pregate.engine.device.engine import DeviceEngine, slots_for
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
+from pregate.measure.perfetto import write_perfetto
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.summary import print_summary

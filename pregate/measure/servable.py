@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from pregate.config import Drive, Policy, Run
 from pregate.engine.budget import host_buffers_within, slots_within
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.eval_device import check_driven
 from pregate.models.family import ExpertSpec, config_of, experts_of

@@ -19,7 +19,7 @@ import torch
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion.calibration import calibrate
 from pregate.conversion.write import MANIFEST, check_convertible, convert_for
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import config_of, experts_of, family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model

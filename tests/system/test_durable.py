@@ -14,7 +14,7 @@ import pytest
 from pregate.config import PreGateConfig, Run, Tier, TrackingConfig, save_run
 from pregate.config import Tracker as TrackerKind
 from pregate.conversion.write import convert
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import pack, read_index
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import open_checkpoint

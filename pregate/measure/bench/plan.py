@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pregate.config import Run, SlabDtype, Tier
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.measure.bench.grid import BenchModel, RowSpec
 from pregate.measure.bench.planner import Profile, few_experts, is_predictable, predict, profile, verdict
 from pregate.measure.bench.probes import Ground

@@ -20,7 +20,7 @@ import torch
 
 from pregate.config import Baseline, Policy, Run, SlabDtype, Tier, UsageError, save_run
 from pregate.engine.budget import DeviceFullError
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.baselines import free_bytes

@@ -1,24 +1,117 @@
-"""The Triton kernel behind `expert_outputs`: one linear map whose matrix is the one in a slot, used for both matrices.
+"""The experts of one block for the few tokens of a decoding step, their weights read from slots.
 
-A decoding step has so few tokens that reading the weights is all of the time. So each weight is read once, by the
-first choice that wants its slot, for all choices that do; one choice is a matrix-vector product, several go through
-the tensor cores. Knows bytes in slots and choices; knows nothing about how slabs came there.
+The slot of each choice is known to the device alone, so nothing here depends on it but addresses. A step has so few
+tokens that reading the weights is all of the time. So the kernel reads each weight once, by the first choice that wants
+its slot, for all choices that do; one choice is a matrix-vector product, several go through the tensor cores. Knows
+slabs and their arithmetic; knows nothing about routers, tables or moving.
+
+Letters: B tokens (one of each sequence), K experts a token, N = B * K choices, S slots, D model width, F expert
+hidden width. Choice n belongs to token n // K.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from pregate.engine.device.ops.experts import ExpertScratch, up_and_down
-from pregate.engine.device.ops.kernels_numbers import FLOATS, RAW, numbers, rounded, stored
+from pregate.config import UsageError
+from pregate.engine.device.ops.language import tl, triton
+from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
+from pregate.engine.device.ops.registry import operation
 from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 
 NUM_WARPS = 4
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu}
+"""By the names that a model's config gives them."""
+
+
+def up_and_down(layout: SlabLayout) -> tuple[MatrixPlace, MatrixPlace]:
+    """The two matrices of an expert, (F, D) and (D, F). Raises `UsageError` for experts of another form."""
+    shapes = [place.shape for place in layout.matrices]
+    if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[1] != shapes[0][::-1]:
+        named = ", ".join(f"{place.name} {place.shape}" for place in layout.matrices)
+        raise UsageError(
+            f"Experts of {named} cannot be computed on the device, only an up and a down matrix: use the host engine."
+        )
+    return layout.matrices[0], layout.matrices[1]
+
+
+def check_activation(activation: str) -> None:
+    """Raises `UsageError` for an activation, by its name in a model's config, that no kernel has."""
+    if activation not in ACTIVATIONS:
+        raise UsageError(
+            f"Experts with the activation {activation!r} cannot be computed on the device, only "
+            f"{', '.join(ACTIVATIONS)}: use the host engine."
+        )
+
+
+class ExpertScratch(NamedTuple):
+    """Room for what lies between an expert's matrices, made once. hidden_NF: after the activation. weighted_ND: each
+    choice's weighted result, before a token's are added up. Both in the compute dtype."""
+
+    hidden_NF: Tensor
+    weighted_ND: Tensor
+
+    @classmethod
+    def empty(cls, num_choices: int, layout: SlabLayout, device: torch.device | str) -> ExpertScratch:
+        width_F, width_D = up_and_down(layout)[0].shape
+        return cls(
+            torch.empty(num_choices, width_F, dtype=layout.dtype, device=device),
+            torch.empty(num_choices, width_D, dtype=layout.dtype, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.hidden_NF.nbytes + self.weighted_ND.nbytes
+
+
+@lru_cache
+def _layout(text: str) -> SlabLayout:
+    """An operation takes tensors and plain values, so a layout comes as its `text`."""
+    return SlabLayout.from_json(json.loads(text))
+
+
+@operation("hidden_NF", "weighted_ND", "out_BD")
+def expert_outputs(
+    hidden_BD: Tensor,
+    slot_N: Tensor,
+    weights_N: Tensor,
+    slots_SB: Tensor,
+    hidden_NF: Tensor,
+    weighted_ND: Tensor,
+    out_BD: Tensor,
+    layout_text: str,
+    activation: str = "relu",
+) -> None:
+    """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))).
+
+    hidden_BD, weights_N, out_BD: in the layout's dtype. slot_N: int32, where each choice's slab is; a choice with -1
+    adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`. Rounds to the dtype where
+    the resident expert does: after each matrix, after weighting, after the sum; dequantised weights are rounded to it
+    as well. Raises `UsageError` for an activation or experts it lacks.
+    """
+    check_activation(activation)
+    layout = _layout(layout_text)
+    up_and_down(layout)
+    num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
+    top_k = num_choices // num_tokens
+    # one choice after the other, without reading a slot's number back
+    for choice in range(num_choices):
+        token = choice // top_k
+        slot_1 = slot_N[choice : choice + 1]
+        slab_B = slots_SB.index_select(0, slot_1.clamp_min(0).long())[0]
+        up_FD, down_DF = layout.decode(slab_B)
+        hidden_1F = ACTIVATIONS[activation](F.linear(hidden_BD[token : token + 1], up_FD))
+        weighted_1D = F.linear(hidden_1F, down_DF) * weights_N[choice]
+        weighted_ND[choice : choice + 1] = torch.where(slot_1[:, None] >= 0, weighted_1D, 0)
+    weighted_ND = weighted_ND[:num_choices]
+    out_BD.copy_(weighted_ND if top_k == 1 else weighted_ND.view(num_tokens, top_k, -1).sum(1))
 
 
 @triton.jit
@@ -123,26 +216,28 @@ def slot_linear_kernel(
             )
 
 
+@expert_outputs.on_cuda
 def launch_expert_outputs(
     hidden_BD: Tensor,
     slot_N: Tensor,
     weights_N: Tensor,
     slots_SB: Tensor,
-    layout: SlabLayout,
-    scratch: ExpertScratch,
+    hidden_NF: Tensor,
+    weighted_ND: Tensor,
     out_BD: Tensor,
-    activation: str,
+    layout_text: str,
+    activation: str = "relu",
 ) -> None:
-    """See `expert_outputs`, which has refused what this cannot do."""
-    assert activation == "relu", activation
+    layout = _layout(layout_text)
+    check_activation(activation)
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
     up, down = up_and_down(layout)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
-    assert scratch.hidden_NF.shape[0] >= num_choices == weights_N.numel(), (scratch.hidden_NF.shape, num_choices)
+    assert hidden_NF.shape[0] >= num_choices == weights_N.numel(), (hidden_NF.shape, num_choices)
     top_k = num_choices // num_tokens
-    weighted_ND = out_BD if top_k == 1 else scratch.weighted_ND[:num_choices]
-    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, scratch.hidden_NF, share=top_k, last=False)
-    _linear(scratch.hidden_NF, slot_N, weights_N, slots_SB, layout, down, weighted_ND, share=1, last=True)
+    weighted_ND = out_BD if top_k == 1 else weighted_ND[:num_choices]
+    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, hidden_NF, share=top_k, last=False)
+    _linear(hidden_NF, slot_N, weights_N, slots_SB, layout, down, weighted_ND, share=1, last=True)
     if top_k > 1:
         torch.sum(weighted_ND.view(num_tokens, top_k, -1), 1, out=out_BD)
 
@@ -161,8 +256,7 @@ def _linear(
 ) -> None:
     constants = linear_constants(layout, place, slot_N.shape[0], share=share, last=last)
     raw = RAW[constants["KIND"]]
-    launch: Any = slot_linear_kernel[(triton.cdiv(constants["R"], constants["TILE_R"]), slot_N.shape[0])]
-    launch(
+    slot_linear_kernel[(triton.cdiv(constants["R"], constants["TILE_R"]), slot_N.shape[0])](
         inputs.view(raw),
         slot_N,
         weights_N.view(raw),

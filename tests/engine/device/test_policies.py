@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.device import moves
-from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
+from pregate.engine.device import policies
+from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts, slots_needed
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
@@ -51,14 +50,15 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The launches of the kernels, in their order: `f2/1` fetches for block 2 with 1 fetch protected."""
     noted: list[str] = []
 
-    def assign(table: Any, wanted_N: Tensor, plan: Any, *, keep: bool, protected_fetches: int) -> None:
+    def assign(*arguments: Any) -> None:
+        wanted_N, protected_fetches = arguments[len(DeviceSlots._fields)], arguments[-1]
         wanted = wanted_N[wanted_N >= 0]
         block = (int(wanted[0]) - FIRST) // EXPERTS if len(wanted) else "-"
         noted.append(f"f{block}/{protected_fetches}")
 
-    monkeypatch.setattr(moves, "assign_slots", assign)
-    monkeypatch.setattr(moves, "gather_slabs", lambda *_: None)
-    monkeypatch.setattr(moves, "expert_outputs", lambda *_: noted.append("experts"))
+    monkeypatch.setattr(policies, "assign_slots", assign)
+    monkeypatch.setattr(policies, "gather_slabs", lambda *_: None)
+    monkeypatch.setattr(policies, "expert_outputs", lambda *_: noted.append("experts"))
     return noted
 
 
@@ -73,7 +73,7 @@ def experts(policy: Policy, side: Any, batch: int = 2) -> Any:
         keep=True,
     )
     blocks = BlockShape([FIRST + b * EXPERTS for b in range(BLOCKS)], EXPERTS, 1, batch, WIDTH, "relu")
-    return make_moves(policy, memory, blocks, side)
+    return make_experts(policy, memory, blocks, side)
 
 
 def step(served: Any, order: str) -> None:
@@ -125,7 +125,7 @@ def test_fetches_begin_as_early_as_they_may(
     """The second step is like the first, and every copy is joined before the step ends. The slots that `pre_gated`
     copies to are assigned on a stream of their own, which forks off where the copies could."""
     assigning = NotedSide(notes)
-    monkeypatch.setattr(moves, "side_stream", lambda device: assigning)
+    monkeypatch.setattr(policies, "side_stream", lambda device: assigning)
     side = NotedSide(notes, assigning)
     served = experts(policy, side)
     for _ in range(2):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pregate.engine.device.ops.first_choice import first_choice
+from pregate.engine.device.ops.gate_logits import gate_logits
 from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
 from pregate.models.linear import has_hooks, is_plain
 from pregate.models.routing import Routing, route, router_logits
@@ -91,33 +93,3 @@ def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing
     if logits_BTE.shape[1] > 1 or gate.capacity < 1:
         return route(logits_BTE, top_k=1, capacity=gate.capacity, dtype=dtype)
     return Routing(*first_choice(logits_BTE, dtype), logits_BTE)
-
-
-def gate_logits(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """Expert logits (B, 1, E) of one token a row, in the dtype of the weights."""
-    if hidden_B1D.device.type == "cuda":
-        from pregate.engine.device.ops.kernels_gates import launch_gate_logits
-
-        return launch_gate_logits(hidden_B1D, weight_ED, bias_E)
-    return gate_logits_twin(hidden_B1D, weight_ED, bias_E)
-
-
-def gate_logits_twin(hidden_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """`gate_logits` by the rule that everything else routes by."""
-    return router_logits(hidden_B1D, weight_ED, bias_E, weight_ED.dtype)
-
-
-def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The most probable expert of each token and its probability in `dtype`: (expert_ids_B11, weights_B11). On equal
-    probabilities the first expert wins."""
-    if logits_B1E.device.type == "cuda":
-        from pregate.engine.device.ops.kernels_gates import launch_first_choice
-
-        return launch_first_choice(logits_B1E, dtype)
-    return first_choice_twin(logits_B1E, dtype)
-
-
-def first_choice_twin(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`first_choice` by the rule that everything else routes by."""
-    chosen = route(logits_B1E, top_k=1, capacity=None, dtype=dtype)
-    return chosen.expert_ids_BTK, chosen.weights_BTK

@@ -1,24 +1,67 @@
-"""The Triton kernels behind `TokenChooser.choose_greedily`: a row's logits are read once, by several programs, then the
-next token of every row is noted by one.
+"""The next token of every row: a row's logits are read once, by several programs, then one program notes the tokens.
 
-Knows logits, tokens and flags of rows.
+Same order of operations as Hugging Face `generate`: repetition penalty, minimum length, temperature, choice. Knows
+logits, tokens and flags of rows. Letters: B rows, T places of a target, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from pregate.engine.device.ops.kernels_numbers import FLOATS, RAW, numbers
+from pregate.engine.device.ops.language import tl, triton
+from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers
+from pregate.engine.device.ops.registry import operation
 
 SPLITS = 16
 """Programs that share a row's vocabulary."""
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 """Of the finite numbers."""
+
+
+@operation("kept_BV", "seen_BV", "tokens_BT", "token_B", "live_B", "finite_B", "position_1")
+def choose_tokens(
+    logits_BV: Tensor,
+    kept_BV: Tensor,
+    seen_BV: Tensor,
+    eos_V: Tensor,
+    tokens_BT: Tensor,
+    token_B: Tensor,
+    live_B: Tensor,
+    finite_B: Tensor,
+    position_1: Tensor,
+    min_new_1: Tensor,
+    pad_1: Tensor,
+    penalty_1: Tensor,
+    temperature_1: Tensor,
+    penalise: bool,
+    sample: bool,
+) -> None:
+    """Append one token to every row that lives and padding to the others, and move on to the next place.
+
+    `kept_BV` (float32) gets the logits. Flags are bool: `seen_BV` tokens of the row so far, `eos_V` tokens that end
+    a row, `live_B` rows that have not ended, `finite_B` rows whose logits were finite while they lived. `tokens_BT`,
+    `token_B`: all tokens and the last. `position_1`: the place of the last. `penalise`, `sample`: whether there is a
+    repetition penalty, and whether the token is drawn, by the temperature, or is the likeliest.
+    """
+    kept_BV.copy_(logits_BV)
+    scores_BV = kept_BV
+    finite_B &= scores_BV.isfinite().all(-1) | ~live_B
+    if penalise:
+        penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty_1, scores_BV / penalty_1)
+        scores_BV = torch.where(seen_BV, penalised_BV, scores_BV)
+    scores_BV = scores_BV.masked_fill(eos_V & (position_1 < min_new_1), -torch.inf)
+    if sample:
+        # the largest of p/Exp(1) is a draw from p, without a search in cumulated probabilities
+        shares_BV = torch.softmax(scores_BV / temperature_1, dim=-1)
+        scores_BV = shares_BV / torch.empty_like(shares_BV).exponential_()
+    chosen_B = torch.where(live_B, scores_BV.argmax(-1), pad_1)
+    position_1 += 1
+    tokens_BT.index_copy_(1, position_1, chosen_B[:, None])
+    token_B.copy_(chosen_B)
+    live_B &= ~eos_V.index_select(0, chosen_B)
+    if penalise:
+        seen_BV.scatter_(1, chosen_B[:, None], True)
 
 
 @triton.jit
@@ -106,7 +149,8 @@ def choose_kernel(
         tl.store(seen_BV + row * V + chosen, tl.full((ROWS,), 1, tl.uint8), mask=inside)
 
 
-def launch_choose(
+@choose_tokens.on_cuda
+def launch_choose_tokens(
     logits_BV: Tensor,
     kept_BV: Tensor,
     seen_BV: Tensor,
@@ -119,15 +163,21 @@ def launch_choose(
     min_new_1: Tensor,
     pad_1: Tensor,
     penalty_1: Tensor,
-    *,
-    penalises: bool,
+    temperature_1: Tensor,
+    penalise: bool,
+    sample: bool,
 ) -> None:
-    """See `TokenChooser.choose_greedily`; flags are uint8 views. `kept_BV` gets the logits."""
+    if sample:
+        choose_tokens.reference(
+            *(logits_BV, kept_BV, seen_BV, eos_V, tokens_BT, token_B, live_B, finite_B, position_1),
+            *(min_new_1, pad_1, penalty_1, temperature_1, penalise, sample),
+        )
+        return
+    seen_BV, eos_V, live_B, finite_B = (flag.view(torch.uint8) for flag in (seen_BV, eos_V, live_B, finite_B))
     (rows, vocabulary), kind = logits_BV.shape, FLOATS[logits_BV.dtype]
     best_BP = torch.empty(rows, SPLITS, dtype=torch.float32, device=logits_BV.device)
     token_BP, broken_BP = (torch.empty(rows, SPLITS, dtype=torch.int32, device=logits_BV.device) for _ in range(2))
-    launch: Any = best_kernel[(SPLITS, rows)]
-    launch(
+    best_kernel[(SPLITS, rows)](
         logits_BV.contiguous().view(RAW[kind]),
         kept_BV,
         seen_BV,
@@ -139,14 +189,13 @@ def launch_choose(
         token_BP,
         broken_BP,
         V=vocabulary,
-        PENALISES=penalises,
+        PENALISES=penalise,
         KIND=kind,
         SPLITS=SPLITS,
         TILE=triton.next_power_of_2(triton.cdiv(vocabulary, SPLITS)),
         num_warps=8,
     )
-    launch = choose_kernel[(1,)]
-    launch(
+    choose_kernel[(1,)](
         best_BP,
         token_BP,
         broken_BP,
@@ -161,7 +210,7 @@ def launch_choose(
         num_rows=rows,
         V=vocabulary,
         T=tokens_BT.shape[1],
-        PENALISES=penalises,
+        PENALISES=penalise,
         SPLITS=SPLITS,
         ROWS=triton.next_power_of_2(rows),
         num_warps=1,

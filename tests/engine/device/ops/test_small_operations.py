@@ -1,4 +1,4 @@
-"""The small kernels of a decoding step hold to their twins: norm, gate, wanted slabs, attention, choice of a token."""
+"""The small kernels of a decoding step hold to their references: norm, gate, wanted slabs, attention, next token."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.engine.device.gates import first_choice_twin, gate_logits_twin
-from pregate.engine.device.ops.norms import add_norm_twin
-from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
-from pregate.engine.device.slots import want_slabs_twin
-from pregate.engine.device.steps.static_attention import cross_attention_twin, self_attention_twin
-
-pytest.importorskip("triton")
-
-from pregate.engine.device.ops.kernels_attention import launch_cross_attention, launch_self_attention
-from pregate.engine.device.ops.kernels_gates import launch_first_choice, launch_gate_logits
-from pregate.engine.device.ops.kernels_norms import launch_add_norm
-from pregate.engine.device.ops.kernels_slots import launch_want_slabs
+from pregate.engine.device.ops.add_norm import add_norm, launch_add_norm, launch_norm, norm
+from pregate.engine.device.ops.attention import (
+    NUM_WARPS,
+    TILE,
+    attention_kernel,
+    cross_attention,
+    launch_cross_attention,
+    launch_self_attention,
+    self_attention,
+)
+from pregate.engine.device.ops.choose_tokens import (
+    SPLITS,
+    best_kernel,
+    choose_kernel,
+    choose_tokens,
+    launch_choose_tokens,
+)
+from pregate.engine.device.ops.first_choice import first_choice, launch_first_choice
+from pregate.engine.device.ops.gate_logits import gate_logits, launch_gate_logits
+from pregate.engine.device.ops.want_slabs import launch_want_slabs, want_slabs
+from pregate.engine.device.sampling import Sampler, Sampling, StepKind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -41,10 +50,13 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(("adds", "factor"), [(False, 1.0), (True, 1.0), (True, 0.0361)])
 def test_norm(kernel_device: str, dtype: torch.dtype, width: int, adds: bool, factor: float) -> None:
     hidden, weight = random(3, 1, width, seed=0, dtype=dtype), random(width, seed=1, dtype=dtype)
-    added = random(3, 1, width, seed=2, dtype=dtype) if adds else None
-    expected = add_norm_twin(hidden, added, weight, 1e-6, factor)
-    moved = None if added is None else added.to(kernel_device)
-    got = launch_add_norm(hidden.to(kernel_device), moved, weight.to(kernel_device), 1e-6, factor)
+    moved = hidden.to(kernel_device), weight.to(kernel_device)
+    if not adds:
+        assert_close(launch_norm(*moved, 1e-6, factor), norm.reference(hidden, weight, 1e-6, factor))
+        return
+    added = random(3, 1, width, seed=2, dtype=dtype)
+    expected = add_norm.reference(hidden, added, weight, 1e-6, factor)
+    got = launch_add_norm(moved[0], added.to(kernel_device), moved[1], 1e-6, factor)
     assert torch.equal(got[0].cpu(), expected[0]), "the sum is exact"
     assert_close(got[1], expected[1])
 
@@ -52,8 +64,8 @@ def test_norm(kernel_device: str, dtype: torch.dtype, width: int, adds: bool, fa
 def test_the_norm_of_tiny_and_large_rows(kernel_device: str) -> None:
     for scale in (1e-4, 1e4):
         hidden, weight = random(2, 1, 48, seed=3) * scale, torch.ones(48)
-        _, got = launch_add_norm(hidden.to(kernel_device), None, weight.to(kernel_device), 1e-6)
-        assert_close(got, add_norm_twin(hidden, None, weight, 1e-6)[1])
+        got = launch_norm(hidden.to(kernel_device), weight.to(kernel_device), 1e-6, 1.0)
+        assert_close(got, norm.reference(hidden, weight, 1e-6, 1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,7 +77,7 @@ def test_gate_logits(
     hidden = random(3, 1, width, seed=0, dtype=dtype)
     weight = (random(num_experts, width, seed=1) / width**0.5).to(routed)
     bias = random(num_experts, seed=2, dtype=routed) if biased else None
-    expected = gate_logits_twin(hidden, weight, bias)
+    expected = gate_logits.reference(hidden, weight, bias)
     moved = None if bias is None else bias.to(kernel_device)
     assert_close(launch_gate_logits(hidden.to(kernel_device), weight.to(kernel_device), moved), expected)
 
@@ -77,7 +89,7 @@ def test_first_choice(kernel_device: str, dtype: torch.dtype, routed: torch.dtyp
     logits = (3 * random(5, 1, num_experts, seed=num_experts)).to(routed)
     logits[1] = 0.5  # all equal: the first wins
     logits[2, 0, 1:] = -torch.inf
-    expected_ids, expected_weights = first_choice_twin(logits, dtype)
+    expected_ids, expected_weights = first_choice.reference(logits, dtype)
     ids, weights = launch_first_choice(logits.to(kernel_device), dtype)
     assert torch.equal(ids.cpu(), expected_ids) and expected_ids[1] == 0
     assert_close(weights, expected_weights)
@@ -89,7 +101,7 @@ def test_wanted_slabs(kernel_device: str, rows: int, top_k: int) -> None:
     live = torch.arange(rows) % 3 != 1
     for first_slab in (0, 1, 18):
         expected, got = (torch.full((rows * top_k,), 77, dtype=torch.int32, device=d) for d in ("cpu", kernel_device))
-        want_slabs_twin(ids, live, first_slab, expected)
+        want_slabs.reference(ids, live, first_slab, expected)
         launch_want_slabs(ids.to(kernel_device), live.to(kernel_device), first_slab, got)
         assert torch.equal(got.cpu(), expected)
 
@@ -107,7 +119,7 @@ def test_self_attention(kernel_device: str, dtype: torch.dtype, length: int, wid
         at = torch.tensor([position])
         expected_cache, got_cache = cache.clone(), cache.to(kernel_device, copy=True)
         got_cache[:, :, :, position + 1 :] = torch.nan  # nothing behind the position may be looked at
-        expected = self_attention_twin(qkv, expected_cache, at, hidden)
+        expected = self_attention.reference(qkv, expected_cache, at, hidden)
         moved = qkv.to(kernel_device), got_cache, at.to(kernel_device), hidden.to(kernel_device)
         assert_close(launch_self_attention(*moved), expected)
         filled = (..., slice(position + 1), slice(None))
@@ -122,7 +134,7 @@ def test_cross_attention(kernel_device: str, dtype: torch.dtype, length: int) ->
     mask = torch.zeros(3, 1, 1, length, dtype=dtype)
     mask[0, ..., length // 2 :] = torch.finfo(dtype).min
     mask[2] = torch.finfo(dtype).min
-    expected = cross_attention_twin(query, cache, mask)
+    expected = cross_attention.reference(query, cache, mask)
     got = launch_cross_attention(query.to(kernel_device), cache.to(kernel_device), mask.to(kernel_device))
     assert_close(got, expected)
 
@@ -135,7 +147,7 @@ def test_a_source_that_begins_far_behind(kernel_device: str, dtype: torch.dtype)
     mask[..., :150] = torch.finfo(dtype).min
     query *= 8
     cache[0, ..., :150, :] = -8 * query[0, 0, :, None].sign()  # scores far below zero
-    expected = cross_attention_twin(query, cache, mask)
+    expected = cross_attention.reference(query, cache, mask)
     assert expected.isfinite().all()
     got = launch_cross_attention(query.to(kernel_device), cache.to(kernel_device), mask.to(kernel_device))
     assert_close(got, expected)
@@ -144,10 +156,10 @@ def test_a_source_that_begins_far_behind(kernel_device: str, dtype: torch.dtype)
 @pytest.mark.parametrize("penalises", [False, True])
 @pytest.mark.parametrize("vocabulary", [20, 5000])
 def test_choice_of_a_token(kernel_device: str, penalises: bool, vocabulary: int) -> None:
-    """Step by step as the twin: penalties, a least length, ends, rows that are not used, equal logits."""
+    """Step by step as the reference: penalties, a least length, ends, rows that are not used, equal logits."""
     kind = StepKind(penalise=penalises)
     sampling = Sampling(repetition_penalty=1.5, min_new_tokens=2, start=3, pad=4, eos=(1, 7))
-    expected = TokenChooser(5, 9, vocabulary, torch.device("cpu"))
+    expected = Sampler(5, 9, vocabulary, torch.device("cpu"))
     got = copy.deepcopy(expected)
     for name, tensor in vars(got).items():
         setattr(got, name, tensor.to(kernel_device))
@@ -161,8 +173,10 @@ def test_choice_of_a_token(kernel_device: str, penalises: bool, vocabulary: int)
         logits[3, -1] = -torch.inf if step == 6 else logits[3, -1]
         logits[0, 2] = torch.nan if step == 6 else logits[0, 2]  # the row has ended
         logits[4] = torch.nan  # a row that is not used may hold anything
-        expected.choose_twin(logits, kind)
-        got.choose_greedily(logits.to(kernel_device), kind)
+        expected.choose(logits, kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choose_tokens, "chosen", launch_choose_tokens)
+            got.choose(logits.to(kernel_device), kind)
         broken = [row for row in range(4) if not (step >= 4 and row == 2) and not (step == 6 and row == 3)]
         assert expected.finite_B.nonzero().flatten().tolist() == [*broken, 4], "these rows have had finite logits"
         live = [row for row in range(4) if row != 2 or step < 4]  # which token NaN gives is nobody's promise
@@ -178,7 +192,6 @@ def test_choice_of_a_token(kernel_device: str, penalises: bool, vocabulary: int)
 
 @pytest.mark.parametrize("grows", [False, True])
 def test_the_cache_is_read_in_wide_loads(compiler: None, grows: bool) -> None:
-    from pregate.engine.device.ops.kernels_attention import NUM_WARPS, TILE, attention_kernel
     from tests.engine.device.compiling import compiled
 
     pointers = dict.fromkeys(("queries", "cache", "bias", "outputs"), "*i16") | {"position_1": "*i64"}
@@ -193,7 +206,6 @@ def test_the_cache_is_read_in_wide_loads(compiler: None, grows: bool) -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_the_choice_compiles_for_a_gpu(compiler: None, kind: str) -> None:
     """The interpreter takes more than the compiler does."""
-    from pregate.engine.device.ops.kernels_sampling import SPLITS, best_kernel, choose_kernel
     from tests.engine.device.compiling import compiled
 
     raw = {"fp32": "*fp32", "bf16": "*i16", "fp16": "*fp16"}[kind]

@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from pregate.config import SlabDtype
-from pregate.engine.io import readers
-from pregate.engine.io.mover import ThreadMover
-from pregate.engine.io.readers import HostBuffers, ReaderClosedError, ReadJob, ReadPool, parts_of
-from pregate.engine.storage.slabs import PAGE, MatrixPlace, SlabLayout, aligned_bytes
+from pregate.engine.io import read_pool
+from pregate.engine.io.base import MoverClosedError
+from pregate.engine.io.host_buffers import HostBuffers
+from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
+from pregate.engine.io.threads import ThreadMover
+from pregate.engine.storage.memory import PAGE, aligned_bytes
+from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey
 from tests.engine.hostile import HostileStore, MemoryStore
@@ -49,11 +52,11 @@ def job_of(*parts: Callable[[], None], result: Any = None) -> ReadJob:
 @given(pages=st.integers(1, 50_000), part=st.integers(1, 3000))
 @settings(derandomize=True, database=None, deadline=None, max_examples=200)
 def test_parts_cover_a_slab_exactly_once(pages: int, part: int) -> None:
-    before, readers.PART_BYTES = readers.PART_BYTES, part * PAGE
+    before, read_pool.PART_BYTES = read_pool.PART_BYTES, part * PAGE
     try:
         parts = parts_of(pages * PAGE)
     finally:
-        readers.PART_BYTES = before
+        read_pool.PART_BYTES = before
     assert parts[0][0] == 0
     assert parts[-1][1] == pages * PAGE
     assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
@@ -119,7 +122,7 @@ class Dawdling(SimpleQueue):  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_drain_waits_also_for_a_job_just_taken(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "SimpleQueue", Dawdling)
+    monkeypatch.setattr(read_pool, "SimpleQueue", Dawdling)
     with pool_of(num_threads) as pool:
         for number in range(12):
             jobs = [pool.submit(job_of(lambda: None, lambda: None)) for _ in range(number % 4)]
@@ -150,9 +153,9 @@ def test_closing_ends_the_threads_and_leaves_no_job_undone() -> None:
     for job in jobs:
         assert job.done()
         if not job.ended_well():
-            with pytest.raises(ReaderClosedError):
+            with pytest.raises(MoverClosedError):
                 job.result()
-    with pytest.raises(ReaderClosedError, match="closed: open it again"):
+    with pytest.raises(MoverClosedError, match="closed: open it again"):
         pool.submit(job_of())
 
 
@@ -265,7 +268,7 @@ def test_a_mover_fills_slots_through_any_number_of_buffers(
 ) -> None:
     """Slabs of three parts each, six of them under way at a time. With buffers for all, each is read once, and from
     then on comes from host memory."""
-    monkeypatch.setattr(readers, "PART_BYTES", PAGE)
+    monkeypatch.setattr(read_pool, "PART_BYTES", PAGE)
     store, counters = slab_store(8), Counters()
     hostile = HostileStore(store, most_s=0.0003)
     mover = ThreadMover(hostile, Trace(torch.device("cpu")), counters, num_threads, host_buffers)

@@ -1,23 +1,51 @@
-"""The Triton kernels behind a decoding step's attention: one query a row and head, scores never written to memory.
+"""Attention of one decoding step: one query a row and head, over a cache of fixed size.
 
-A program serves one head of one row: it walks over the cache in tiles, keeping the largest score, the sum of shares and
-the weighted values so far. Knows caches and biases; knows nothing about projections or layers.
+Scores are not scaled, and a bias is added to them; what must not be seen has the most negative number there. A program
+of the kernel serves one head of one row: it walks over the cache in tiles, keeping the largest score, the sum of shares
+and the weighted values so far, so that scores are never written to memory. Knows nothing about projections or layers.
+
+Letters: B batch, S source places, T target places, H heads, C width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from pregate.engine.device.ops.kernels_numbers import FLOATS, RAW, numbers, rounded, stored
+from pregate.engine.device.ops.language import tl, triton
+from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
+from pregate.engine.device.ops.registry import operation
 
 TILE = 128
 """Places looked at together."""
 NUM_WARPS = 8
+
+
+def _no_result(queries: Tensor, cache_2BHTC: Tensor, *_: Tensor) -> Tensor:
+    batch, heads, width = cache_2BHTC.shape[1], cache_2BHTC.shape[2], cache_2BHTC.shape[4]
+    return queries.new_empty(batch, 1, heads * width)
+
+
+@operation("cache_2BHTC", fake=_no_result)
+def self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
+    """Put this token's key and value into the cache at `position_1`, then attend to every place that the bias does not
+    hide; those behind the position must be hidden. qkv_B13HC: query, key and value, contiguous. Returns (B, 1, H*C)."""
+    qkv_3BH1C = qkv_B13HC.permute(2, 0, 3, 1, 4)
+    cache_2BHTC.index_copy_(3, position_1, qkv_3BH1C[1:])
+    return _attend(qkv_3BH1C[0], cache_2BHTC[0], cache_2BHTC[1], bias_1H1T)
+
+
+@operation(fake=_no_result)
+def cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
+    """Attend to every source place that the mask does not hide: (B, 1, H*C)."""
+    return _attend(query_B1HC.transpose(1, 2), cache_2BHSC[0], cache_2BHSC[1], mask_B11S)
+
+
+def _attend(query_BH1C: Tensor, keys_BHTC: Tensor, values_BHTC: Tensor, bias: Tensor) -> Tensor:
+    """What one query a row sees: (B, 1, H*C). `bias` (broadcast to B, H, 1, T) is added to the scores."""
+    scores_BH1T = torch.matmul(query_BH1C, keys_BHTC.transpose(2, 3)) + bias
+    seen_BH1C = torch.matmul(torch.softmax(scores_BH1T, dim=-1), values_BHTC)
+    return seen_BH1C.transpose(1, 2).reshape(query_BH1C.shape[0], 1, -1)
 
 
 @triton.jit
@@ -90,13 +118,13 @@ def attention_kernel(
     tl.store(outputs + row * H * C + head * C + channel, stored(result, KIND), mask=inside)
 
 
+@self_attention.on_cuda
 def launch_self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
-    """See `self_attention`."""
     return _launch(qkv_B13HC, cache_2BHTC, bias_1H1T, position_1)
 
 
+@cross_attention.on_cuda
 def launch_cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
-    """See `cross_attention`."""
     return _launch(query_B1HC, cache_2BHSC, mask_B11S, None)
 
 
@@ -107,8 +135,7 @@ def _launch(queries: Tensor, cache_2BHTC: Tensor, bias_BHXT: Tensor, position_1:
     assert queries.is_contiguous() and cache_2BHTC.is_contiguous() and bias_BHXT.stride(-1) == 1
     outputs = torch.empty(batch, 1, heads * width, dtype=queries.dtype, device=queries.device)
     row_stride, head_stride = (0 if bias_BHXT.shape[d] == 1 else bias_BHXT.stride(d) for d in (0, 1))
-    launch: Any = attention_kernel[(heads, batch)]
-    launch(
+    attention_kernel[(heads, batch)](
         queries.view(raw),
         cache_2BHTC.view(raw),
         bias_BHXT.view(raw),

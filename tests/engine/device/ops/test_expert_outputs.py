@@ -1,4 +1,4 @@
-"""The experts' kernel holds to its twin over dtypes, shapes and choices; its conversions are exact."""
+"""The experts from slots: the reference implementation against the resident experts, the kernel against it."""
 
 from __future__ import annotations
 
@@ -6,43 +6,88 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pregate.config import SlabDtype
-from pregate.engine.device.ops.experts import expert_outputs_twin
-from pregate.engine.storage.slabs import SlabLayout
-from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of
-
-triton = pytest.importorskip("triton")
-
-import triton.language as tl  # noqa: E402
-
-from pregate.engine.device.ops.kernels_experts import (  # noqa: E402
+from pregate.config import SlabDtype, UsageError
+from pregate.engine.device.ops.expert_outputs import (
     NUM_WARPS,
+    ExpertScratch,
+    expert_outputs,
     launch_expert_outputs,
     linear_constants,
     slot_linear_kernel,
+    up_and_down,
 )
-from pregate.engine.device.ops.kernels_numbers import RAW, numbers, rounded, stored  # noqa: E402
+from pregate.engine.storage.slabs import SlabLayout
+from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of
 
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def hold_to_twin(case: ExpertsCase, device: str) -> None:
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("stored", list(SlabDtype))
+@pytest.mark.parametrize(
+    ("slots", "top_k"),
+    [([0], 1), ([-1], 1), ([2, 0, 2, -1, 1], 1), ([3] * 6, 1), ([1, 3, 3, 1, -1, 2, -1, -1], 2)],
+    ids=str,
+)
+def test_as_the_resident_experts(dtype: torch.dtype, stored: SlabDtype, slots: list[int], top_k: int) -> None:
+    case = ExpertsCase.random(len(slots), slots, width=24, hidden=56, dtype=dtype, stored=stored, top_k=top_k)
+    expert_outputs(*case.arguments)
+    assert_close(case.out_BD, case.resident())
+    dropped_B = (case.slot_N.view(-1, top_k) < 0).all(1)
+    assert (case.out_BD[dropped_B] == 0).all()
+    assert (case.out_BD[~dropped_B] != 0).any(1).all()
+
+
+def test_poison_shows_where_a_slot_holds_nothing() -> None:
+    """So that the other tests mean something."""
+    case = ExpertsCase.random(0, [1, 0], width=24, hidden=56, stored=SlabDtype.fp8)
+    case.slot_N[0] = 2
+    expert_outputs(*case.arguments)
+    assert case.out_BD[0].isnan().all() and case.out_BD[1].isfinite().all(), case.out_BD
+
+
+def test_scratch_is_as_large_as_it_says() -> None:
+    layout = SlabLayout.of(family_of(wi=(56, 24), wo=(24, 56)), torch.bfloat16)
+    assert ExpertScratch.empty(3, layout, "cpu").num_bytes == 3 * (56 + 24) * 2
+
+
+def test_experts_of_another_form_are_refused() -> None:
+    case = ExpertsCase.random(0, [1, 0], width=24, hidden=56)
+    with pytest.raises(UsageError, match=r"'gelu'.*only relu"):
+        expert_outputs(*case.arguments[:-1], "gelu")
+    gated = family_of(wi_0=(56, 24), wi_1=(56, 24), wo=(24, 56))
+    for family in (gated, family_of(wi=(56, 24), wo=(24, 55)), family_of(only=(3, 3))):
+        with pytest.raises(UsageError, match="only an up and a down matrix"):
+            up_and_down(SlabLayout.of(family, torch.float32))
+
+
+@pytest.mark.parametrize("stored", list(SlabDtype))
+def test_the_reference_reads_no_number_back(stored: SlabDtype) -> None:
+    case = ExpertsCase.random(0, [2, -1, 2, 1], width=24, hidden=56, stored=stored, top_k=2)
+    with FakeTensorMode() as mode:
+        empty = case.converted(mode.from_tensor)
+        expert_outputs.reference(*empty.arguments)
+    assert empty.out_BD.shape == (2, 24)
+
+
+def hold_to_reference(case: ExpertsCase, device: str) -> None:
     moved = case.copied_to(device)
     launch_expert_outputs(*moved.arguments)
     got_BD = moved.out_BD.cpu()
-    expert_outputs_twin(*case.arguments)
+    expert_outputs.reference(*case.arguments)
     assert_close(got_BD, case.out_BD, case.slot_N.tolist())
     dropped_B = (case.slot_N.view(len(got_BD), -1) < 0).all(1)
     assert (got_BD[dropped_B] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", list(FLOATS.values()), ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("slab_dtype", list(SlabDtype))
 def test_one_choice_and_several(kernel_device: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
     for slots in ([1], [2, 0, 2, -1, 1]):
         case = ExpertsCase.random(len(slots), slots, width=32, hidden=40, dtype=dtype, stored=slab_dtype)
-        hold_to_twin(case, kernel_device)
+        hold_to_reference(case, kernel_device)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +98,9 @@ def test_one_choice_and_several(kernel_device: str, dtype: torch.dtype, slab_dty
 @pytest.mark.parametrize(("width", "hidden"), [(64, 80), (18, 70), (33, 7)])
 def test_shapes_that_fill_tiles_and_that_do_not(kernel_device: str, slots: list[int], width: int, hidden: int) -> None:
     for slab_dtype in (SlabDtype.source, SlabDtype.int8):
-        hold_to_twin(ExpertsCase.random(width, slots, width=width, hidden=hidden, stored=slab_dtype), kernel_device)
+        hold_to_reference(
+            ExpertsCase.random(width, slots, width=width, hidden=hidden, stored=slab_dtype), kernel_device
+        )
 
 
 @pytest.mark.parametrize("batch", [2, 8, 16, 17, 32])
@@ -61,59 +108,13 @@ def test_batches(kernel_device: str, batch: int) -> None:
     generator = torch.Generator().manual_seed(batch)
     for most in (2, 12):
         slots = (torch.randint(most, (batch,), generator=generator) - 1).tolist()
-        hold_to_twin(ExpertsCase.random(batch, slots, width=32, hidden=64, dtype=torch.bfloat16), kernel_device)
+        hold_to_reference(ExpertsCase.random(batch, slots, width=32, hidden=64, dtype=torch.bfloat16), kernel_device)
 
 
-@pytest.mark.parametrize("dtype", list(FLOATS.values()), ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_several_experts_a_token(kernel_device: str, dtype: torch.dtype) -> None:
     for slots, top_k in (([1, 0], 2), ([2, 0, 0, 2, 2, -1, -1, -1], 2), ([0, 1, 2, 2, 1, 0], 3)):
-        hold_to_twin(ExpertsCase.random(0, slots, width=32, hidden=48, dtype=dtype, top_k=top_k), kernel_device)
-
-
-@triton.jit
-def numbers_kernel(raw, out, KIND: tl.constexpr, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    tl.store(out + place, numbers(tl.load(raw + place), KIND))
-
-
-@triton.jit
-def rounding_kernel(values, out, KIND: tl.constexpr, NATIVE: tl.constexpr, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    tl.store(out + place, stored(rounded(tl.load(values + place), KIND, NATIVE), KIND))
-
-
-@pytest.mark.parametrize("kind", list(RAW))
-def test_every_stored_number_is_what_torch_makes_of_it(kernel_device: str, kind: str) -> None:
-    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, **FLOATS}[kind]
-    if dtype.itemsize == 4:
-        values = torch.randn(1 << 16) * 10.0 ** torch.randint(-40, 38, (1 << 16,))
-    else:
-        codes = torch.arange(1 << 8 * dtype.itemsize)
-        values = codes.to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype)
-    expected = values.float()
-    out = torch.empty(len(values), device=kernel_device)
-    numbers_kernel[(1,)](values.view(RAW[kind]).to(kernel_device), out, KIND=kind, SIZE=len(values))
-    finite = ~expected.isnan()
-    assert finite.sum() > len(values) * 0.95
-    assert torch.equal(out.cpu()[finite], expected[finite])
-
-
-@pytest.mark.parametrize("kind", list(FLOATS))
-def test_rounding_is_torchs(kernel_device: str, kind: str) -> None:
-    """Ties, overflow, subnormal numbers, infinities and NaN included."""
-    dtype, generator = FLOATS[kind], torch.Generator().manual_seed(0)
-    ties = (torch.arange(1 << 15).int() << 17 | 1 << 15).view(torch.float32)
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
-    random = torch.randint(-(1 << 31), 1 << 31, ((1 << 16) - 5,), generator=generator).int().view(torch.float32)
-    values = torch.cat([ties, -ties, special, random])
-    out = torch.empty(len(values), dtype=dtype, device=kernel_device)
-    native = kernel_device != "cpu"
-    rounding_kernel[(1,)](values.to(kernel_device), out.view(RAW[kind]), KIND=kind, NATIVE=native, SIZE=len(values))
-    got, expected = out.cpu(), values.to(dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    numbers_only = ~expected.isnan()
-    assert torch.equal(got[numbers_only], expected[numbers_only])
-    assert expected.isinf().any() and expected.isnan().any() and (expected == 0).any()
+        hold_to_reference(ExpertsCase.random(0, slots, width=32, hidden=48, dtype=dtype, top_k=top_k), kernel_device)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -166,5 +167,5 @@ def test_experts_of_a_real_size_in_a_cuda_graph(slab_dtype: SlabDtype, batch: in
         moved.out_BD.fill_(float("nan"))
         graph.replay()
         case.slot_N.copy_(slot_N)
-        expert_outputs_twin(*case.arguments)
+        expert_outputs.reference(*case.arguments)
         assert_close(moved.out_BD, case.out_BD, slot_N.tolist())

@@ -7,9 +7,11 @@ import warnings
 
 from torch import Tensor
 
-from pregate.engine.io.mover import CudaMover, Mover, ThreadMover
-from pregate.engine.io.uring import RingUnavailableError
-from pregate.engine.io.uring_mover import UringMover
+from pregate.engine.io.base import Mover
+from pregate.engine.io.cuda import CudaMover
+from pregate.engine.io.ring import RingUnavailableError
+from pregate.engine.io.threads import ThreadMover
+from pregate.engine.io.uring import UringMover
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.engine.trace import Counters, Trace
 

@@ -7,8 +7,8 @@ neither needs a type that some devices, or the interpreter, lack. Knows dtypes o
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+
+from pregate.engine.device.ops.language import tl, triton
 
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 RAW = {"bf16": torch.int16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.uint8}

@@ -3,7 +3,7 @@ compute with them.
 
 Every fetch is a launch whose arguments never change; which slabs it copies, and whether any, is read from tensors.
 Fetches are issued in the order of the blocks, so that the slots which must not be overwritten are the last few's.
-Knows slots, plans and streams; knows nothing about models beyond the shape of a route.
+Knows slots, fetches and streams; knows nothing about models beyond the shape of a route.
 
 Letters: B batch, K experts per token, N = B*K choices of a block, E experts of a block, G all slabs, S slots,
 D model width.
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from pregate.config import Policy
 from pregate.engine.device.graph import SideStream, side_stream
-from pregate.engine.device.ops.experts import ExpertScratch, expert_outputs
-from pregate.engine.device.ops.gather import gather_slabs
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots, minimum_slots, want_slabs
+from pregate.engine.device.ops.assign_slots import assign_slots
+from pregate.engine.device.ops.expert_outputs import ExpertScratch, expert_outputs
+from pregate.engine.device.ops.gather_slabs import gather_slabs
+from pregate.engine.device.ops.want_slabs import want_slabs
+from pregate.engine.device.slots import DeviceSlots, Fetch, minimum_slots
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.routing import DROPPED
 
@@ -67,7 +69,7 @@ def slots_needed(policy: Policy, num_slabs: int, num_choices: int, num_experts: 
     return minimum_slots(num_choices, num_experts, lookahead if policy is Policy.pre_gated else 0)
 
 
-class ResidentSlots:
+class Resident:
     """`gpu_only`: slot g holds slab g for good. Also what the other policies have in common."""
 
     def __init__(self, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> None:
@@ -82,7 +84,7 @@ class ResidentSlots:
 
     @property
     def num_bytes(self) -> int:
-        """What this takes beside slots and table, without the few numbers of a plan."""
+        """What this takes beside slots and table, without the few numbers of a fetch."""
         return self._out_BD.nbytes + self._scratch.num_bytes
 
     def forget_slots(self) -> None:
@@ -101,13 +103,10 @@ class ResidentSlots:
         """The block's output (B, D), in a tensor that the next block's overwrites; 0 where nothing was needed."""
         memory = self._memory
         expert_outputs(
-            hidden_BD.contiguous(),
-            self._slots(block),
-            weights_BK.reshape(-1),
-            memory.slots_SB,
-            memory.layout,
-            self._scratch,
+            *(hidden_BD.contiguous(), self._slots(block), weights_BK.reshape(-1), memory.slots_SB),
+            *self._scratch,
             self._out_BD,
+            memory.layout.text,
             self._blocks.activation,
         )
         return self._out_BD
@@ -117,31 +116,32 @@ class ResidentSlots:
         return self._wanted[block]
 
 
-class OnDemand(ResidentSlots):
+class FetchOnDemand(Resident):
     """The slabs of a block are fetched when it runs."""
 
     def __init__(self, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> None:
         super().__init__(memory, blocks, side)
         device = memory.slots_SB.device
-        self._plans = [FetchPlan.empty(blocks.num_choices, device) for _ in blocks.first_slab]
+        self._fetches = [Fetch.empty(blocks.num_choices, device) for _ in blocks.first_slab]
 
     def _slots(self, block: int) -> Tensor:
-        self._fetch(self._wanted[block], self._plans[block], 0)
-        return self._plans[block].slot_N
+        self._fetch(self._wanted[block], self._fetches[block], 0)
+        return self._fetches[block].slot_N
 
-    def _fetch(self, wanted_N: Tensor, plan: FetchPlan, protected_fetches: int) -> None:
-        self._assign(wanted_N, plan, protected_fetches)
-        self._copy(plan)
+    def _fetch(self, wanted_N: Tensor, fetch: Fetch, protected_fetches: int) -> None:
+        self._assign(wanted_N, fetch, protected_fetches)
+        self._copy(fetch)
 
-    def _assign(self, wanted_N: Tensor, plan: FetchPlan, protected_fetches: int) -> None:
+    def _assign(self, wanted_N: Tensor, fetch: Fetch, protected_fetches: int) -> None:
         memory = self._memory
-        assign_slots(memory.table, wanted_N, plan, keep=memory.keep, protected_fetches=protected_fetches)
+        assign_slots(*memory.table, wanted_N, *fetch, memory.keep, protected_fetches)
 
-    def _copy(self, plan: FetchPlan) -> None:
-        gather_slabs(self._memory.addresses_G, plan, self._memory.slots_SB)
+    def _copy(self, fetch: Fetch) -> None:
+        memory = self._memory
+        gather_slabs(memory.addresses_G, fetch.copy_slab_N, fetch.copy_slot_N, memory.slots_SB)
 
 
-class PreGated(OnDemand):
+class FetchAhead(FetchOnDemand):
     """The slabs of a block are fetched as soon as its route is committed, beside the blocks before it. Slots are
     assigned on a stream of their own, beside the copies before, so that the link hardly rests between two copies.
 
@@ -164,10 +164,10 @@ class PreGated(OnDemand):
         while self._next_fetch in self._known:
             ready = self._next_fetch
             with self._assigning.fork():
-                self._assign(self._wanted[ready], self._plans[ready], ready - self._running)
+                self._assign(self._wanted[ready], self._fetches[ready], ready - self._running)
                 assigned = self._assigning.mark()
             with self._side.fork(behind=assigned):
-                self._copy(self._plans[ready])
+                self._copy(self._fetches[ready])
                 self._marks[ready] = self._side.mark()
             self._next_fetch += 1
 
@@ -178,16 +178,16 @@ class PreGated(OnDemand):
 
     def _slots(self, block: int) -> Tensor:
         self._side.join(self._marks.pop(block))
-        return self._plans[block].slot_N
+        return self._fetches[block].slot_N
 
 
-class PrefetchAll(OnDemand):
+class FetchAll(FetchOnDemand):
     """While a block runs, all experts of the next one are fetched, needed or not."""
 
     def __init__(self, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> None:
         super().__init__(memory, blocks, side)
         device = memory.slots_SB.device
-        self._plans = [FetchPlan.empty(blocks.num_experts, device) for _ in blocks.first_slab]
+        self._fetches = [Fetch.empty(blocks.num_experts, device) for _ in blocks.first_slab]
         self._all = [
             torch.arange(first, first + blocks.num_experts, dtype=torch.int32, device=device)
             for first in blocks.first_slab
@@ -196,24 +196,24 @@ class PrefetchAll(OnDemand):
 
     def _slots(self, block: int) -> Tensor:
         if block == 0:
-            self._fetch(self._all[0], self._plans[0], 0)
+            self._fetch(self._all[0], self._fetches[0], 0)
         else:
             self._side.join(self._mark)
         following = block + 1
         if following < len(self._all):
             with self._side.fork():
-                self._fetch(self._all[following], self._plans[following], 1)
+                self._fetch(self._all[following], self._fetches[following], 1)
                 self._mark = self._side.mark()
         wanted_N = self._wanted[block]
         expert_N = (wanted_N - self._blocks.first_slab[block]).clamp_min(0)
-        return self._plans[block].slot_N.index_select(0, expert_N).masked_fill(wanted_N == DROPPED, DROPPED)
+        return self._fetches[block].slot_N.index_select(0, expert_N).masked_fill(wanted_N == DROPPED, DROPPED)
 
 
-def make_moves(policy: Policy, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> ResidentSlots:
+def make_experts(policy: Policy, memory: SlabMemory, blocks: BlockShape, side: SideStream) -> Resident:
     kinds = {
-        Policy.gpu_only: ResidentSlots,
-        Policy.on_demand: OnDemand,
-        Policy.pre_gated: PreGated,
-        Policy.prefetch_all: PrefetchAll,
+        Policy.gpu_only: Resident,
+        Policy.on_demand: FetchOnDemand,
+        Policy.pre_gated: FetchAhead,
+        Policy.prefetch_all: FetchAll,
     }
     return kinds[policy](memory, blocks, side)

@@ -1,4 +1,5 @@
-"""The gather kernel holds to its twin over slab sizes, grids and unrolls, and reads registered memory on a GPU."""
+"""The listed slabs arrive whole and alone; the kernel holds to the reference over sizes, grids and unrolls, and reads
+registered memory on a GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
-from pregate.engine.device.slots import FetchPlan
-from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock
+from pregate.engine.device.ops.assign_slots import assign_slots
+from pregate.engine.device.ops.gather_slabs import (
+    gather_kernel,
+    gather_slabs,
+    launch_gather_slabs,
+)
+from pregate.engine.device.slots import DeviceSlots, Fetch
+from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock
 
 NUM_SLABS, NUM_SLOTS = 9, 6
-PLANS = {
+LISTS = {
     "one": ([4, -1, -1], [2, -1, -1]),
     "all": ([8, 0, 3], [0, 5, 1]),
     "none": ([-1, -1, -1], [-1, -1, -1]),
@@ -36,11 +42,9 @@ def readable_by(device: str, memory: Tensor) -> Iterator[None]:
         page_unlock(memory)
 
 
-def plan_of(listed: tuple[list[int], list[int]], device: str) -> FetchPlan:
-    plan = FetchPlan.empty(len(listed[0]), device)
-    for tensor, values in zip((plan.copy_slab_N, plan.copy_slot_N), listed, strict=True):
-        tensor.copy_(torch.tensor(values))
-    return plan
+def listed_on(device: str, listed: tuple[list[int], list[int]]) -> list[Tensor]:
+    """Slabs and slots as a fetch lists them."""
+    return [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in listed]
 
 
 def random_store(num_slabs: int, size: int, seed: int) -> Tensor:
@@ -49,23 +53,39 @@ def random_store(num_slabs: int, size: int, seed: int) -> Tensor:
     return memory
 
 
+def test_listed_slabs_arrive_whole_and_alone() -> None:
+    size = 3 * PAGE
+    store = [torch.randint(256, (size,), dtype=torch.uint8, out=aligned_bytes(size)) for _ in range(7)]
+    addresses_G = device_addresses(store, "cpu")
+    table, fetch = DeviceSlots.empty(7, 4, "cpu"), Fetch.empty(3, "cpu")
+    slots_SB = torch.zeros(4, size, dtype=torch.uint8)
+    for wanted in ([1, 1, 5], [-1, 6, 1], [0, 2, 0], [-1, -1, -1], [3, 3, 3]):
+        assign_slots(*table, torch.tensor(wanted, dtype=torch.int32), *fetch, True, 0)
+        expected_SB = slots_SB.clone()
+        for slab, slot in zip(fetch.copy_slab_N.tolist(), fetch.copy_slot_N.tolist(), strict=True):
+            if slab >= 0:
+                expected_SB[slot] = store[slab]
+        gather_slabs(addresses_G, fetch.copy_slab_N, fetch.copy_slot_N, slots_SB)
+        assert torch.equal(slots_SB, expected_SB), wanted
+        for slab, slot in zip(wanted, fetch.slot_N.tolist(), strict=True):
+            assert slab < 0 or torch.equal(slots_SB[slot], store[slab])
+
+
 @pytest.mark.parametrize("pages", [1, 3, 20])
-@pytest.mark.parametrize("listed", list(PLANS))
+@pytest.mark.parametrize("listed", list(LISTS))
 @pytest.mark.parametrize(("num_programs", "unroll", "num_warps"), [(1, 1, 1), (3, 2, 4), (16, 4, 8), (40, 8, 8)])
-def test_as_the_twin(
+def test_as_the_reference(
     kernel_device: str, pages: int, listed: str, num_programs: int, unroll: int, num_warps: int
 ) -> None:
-    from pregate.engine.device.ops.kernels_gather import launch_gather_slabs
-
     memory = random_store(NUM_SLABS, pages * PAGE, pages)
     expected_SB = torch.full((NUM_SLOTS, pages * PAGE), 171, dtype=torch.uint8)
     slots_SB = expected_SB.to(kernel_device, copy=True)
     store = memory.view(NUM_SLABS, -1)
-    gather_slabs_twin(device_addresses(store, "cpu"), plan_of(PLANS[listed], "cpu"), expected_SB)
+    gather_slabs.reference(device_addresses(store, "cpu"), *listed_on("cpu", LISTS[listed]), expected_SB)
     with readable_by(kernel_device, memory):
         launch_gather_slabs(
             device_addresses(store, kernel_device),
-            plan_of(PLANS[listed], kernel_device),
+            *listed_on(kernel_device, LISTS[listed]),
             slots_SB,
             num_programs=num_programs,
             unroll=unroll,
@@ -76,8 +96,6 @@ def test_as_the_twin(
 
 @pytest.mark.parametrize("num_choices", [1, 2, 8, 17, 32])
 def test_as_many_slabs_as_a_batch_wants(kernel_device: str, num_choices: int) -> None:
-    from pregate.engine.device.ops.kernels_gather import launch_gather_slabs
-
     memory = random_store(40, PAGE, num_choices)
     generator = torch.Generator().manual_seed(num_choices)
     count = int(torch.randint(1, num_choices + 1, (), generator=generator))
@@ -89,12 +107,11 @@ def test_as_many_slabs_as_a_batch_wants(kernel_device: str, num_choices: int) ->
     expected_SB[slots] = store[slabs]
     with readable_by(kernel_device, memory):
         addresses_G = device_addresses(store, kernel_device)
-        launch_gather_slabs(addresses_G, plan_of(listed, kernel_device), slots_SB, num_programs=3, unroll=1)
+        launch_gather_slabs(addresses_G, *listed_on(kernel_device, listed), slots_SB, num_programs=3, unroll=1)
         assert torch.equal(slots_SB.cpu(), expected_SB)
 
 
 def test_every_load_and_store_of_a_slab_is_16_bytes_wide(compiler: None) -> None:
-    from pregate.engine.device.ops.kernels_gather import gather_kernel
     from tests.engine.device.compiling import compiled
 
     pointers = {"addresses_G": "*i64", "copy_slab_N": "*i32", "copy_slot_N": "*i32", "slots": "*i64"}
@@ -121,8 +138,8 @@ def test_memory_of_the_drivers_own_making(write_combined: bool) -> None:
     with host_allocated(memory.numel(), write_combined=write_combined) as own:
         own.copy_(memory)
         slots_SB = torch.zeros(NUM_SLOTS, 64 * PAGE, dtype=torch.uint8, device="cuda")
-        gather_slabs(device_addresses(own.view(NUM_SLABS, -1), "cuda"), plan_of(PLANS["all"], "cuda"), slots_SB)
-        slabs, slots = PLANS["all"]
+        gather_slabs(device_addresses(own.view(NUM_SLABS, -1), "cuda"), *listed_on("cuda", LISTS["all"]), slots_SB)
+        slabs, slots = LISTS["all"]
         assert torch.equal(slots_SB.cpu()[slots], memory.view(NUM_SLABS, -1)[slabs])
 
 
@@ -133,25 +150,24 @@ def test_in_a_cuda_graph_on_a_side_stream() -> None:
     store = memory.view(NUM_SLABS, -1)
     slots_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8, device="cuda")
     result_SB = torch.zeros_like(slots_SB)
-    plan = plan_of(PLANS["none"], "cuda")
+    fetch = listed_on("cuda", LISTS["none"])
     with readable_by("cuda", memory):
         addresses_G = device_addresses(store, "cuda")
-        gather_slabs(addresses_G, plan, slots_SB)  # compiled before the capture
+        gather_slabs(addresses_G, *fetch, slots_SB)  # compiled before the capture
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                gather_slabs(addresses_G, plan, slots_SB)
+                gather_slabs(addresses_G, *fetch, slots_SB)
             torch.cuda.current_stream().wait_stream(side)
             result_SB.copy_(slots_SB)
         for listed in ("all", "one", "none", "all"):
             slots_SB.zero_()
-            fresh = plan_of(PLANS[listed], "cuda")
-            plan.copy_slab_N.copy_(fresh.copy_slab_N)
-            plan.copy_slot_N.copy_(fresh.copy_slot_N)
+            for tensor, fresh in zip(fetch, listed_on("cuda", LISTS[listed]), strict=True):
+                tensor.copy_(fresh)
             graph.replay()
             expected_SB = torch.zeros(NUM_SLOTS, store.shape[1], dtype=torch.uint8)
-            for slab, slot in zip(*PLANS[listed], strict=True):
+            for slab, slot in zip(*LISTS[listed], strict=True):
                 if slab >= 0:
                     expected_SB[slot] = store[slab]
             assert torch.equal(result_SB.cpu(), expected_SB), listed
