@@ -29,7 +29,8 @@ from matplotlib.patches import Patch
 from omegaconf import OmegaConf
 
 from pregate.config import Entry, Policy, Tier
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.engine.trace import Span
 from pregate.models.family import family_named
 from pregate.models.pregating import PreGating
