@@ -45,6 +45,8 @@ REQUESTS, PROMPT_LEN, NEW_TOKENS = 5, 64, 16
 FILE = "spans.json"
 
 Spans = Sequence[Mapping[str, Any]]
+Served = tuple[list[float], list[Span]]
+"""When each token of a request was known, in milliseconds, and the spans of the request."""
 
 
 # --- measure --------------------------------------------------------------------------------------------------------
@@ -90,16 +92,15 @@ def measure(model: str, out: Path) -> None:
         ),
     )
     kept = {
-        policy: {"median_ms": medians[policy], **window(*requests[request], step)}
-        for policy, requests in served.items()
+        policy: {"median_ms": medians[policy], **window(requests[request], step)} for policy, requests in served.items()
     }
     found = {"model": settings["name"], "dtype": "bfloat16", "request": request, "step": step, "policies": kept}
     (out / FILE).write_text(json.dumps(found | {"environment": environment()}) + "\n", encoding="utf-8")
     print(", ".join(f"{policy} {ms:.1f} ms a token" for policy, ms in medians.items()))
 
 
-def serve(engine: OffloadEngine, number: int) -> tuple[list[float], list[Span]]:
-    """When each token of one request was known, and the spans of the request."""
+def serve(engine: OffloadEngine, number: int) -> Served:
+    """One request, with the same prompt for the same number."""
     ids = torch.randint(2, 32000, (1, PROMPT_LEN), generator=torch.Generator().manual_seed(number))
     engine.trace.start()
     times = TokenTimes()
@@ -115,13 +116,14 @@ def serve(engine: OffloadEngine, number: int) -> tuple[list[float], list[Span]]:
     return times.ms[1:], engine.trace.stop()  # the first is the prompt
 
 
-def step_lengths(request: tuple[list[float], list[Span]]) -> list[float]:
+def step_lengths(request: Served) -> list[float]:
     times, _ = request
     return [end - begin for begin, end in pairwise(times)]
 
 
-def window(times: list[float], spans: list[Span], step: int) -> dict[str, Any]:
+def window(request: Served, step: int) -> dict[str, Any]:
     """The spans of some steps from `step` on, and the ends of these steps, with the begin of the first as 0."""
+    times, spans = request
     begin, end = times[step], times[step + STEPS]
     inside = [span.to_dict() for span in spans if span.end_ms > begin and span.start_ms < end]
     for span in inside:
