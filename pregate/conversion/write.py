@@ -40,7 +40,7 @@ from pregate.models.family import Family, families, family_named
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.system.durable import clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
@@ -210,7 +210,7 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
     try:
         conventional = family.config(config)
     except UsageError as error:
-        raise UsageError(f"{source} holds no {family.source_type} model. {error}") from error
+        raise UsageError(f"The config.json of {source}{str(error).removeprefix('The config.json')}") from error
     num_blocks = family.num_blocks(conventional)
     if not any(num_blocks.values()):
         raise UsageError(

@@ -21,7 +21,7 @@ from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.system.runtime import compute_device
+from pregate.system.machine import compute_device
 
 
 class OffloadEngine(Engine):

@@ -22,7 +22,8 @@ from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.pregated import compute_buffers, without_experts
-from pregate.system.runtime import compute_device, first_of
+from pregate.system.console import first_of
+from pregate.system.machine import compute_device
 
 Checkpoint = str | Path | SourceCheckpoint
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

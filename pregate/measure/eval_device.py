@@ -23,8 +23,8 @@ from pregate.engine.device.request import read_request
 from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
 from pregate.measure.latency import BenchRequest, Expected, judged, medians
 from pregate.measure.logits import check_moved
+from pregate.system.machine import pick_device
 from pregate.system.memory import PeakMemory
-from pregate.system.runtime import pick_device
 
 
 def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:

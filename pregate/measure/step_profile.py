@@ -26,7 +26,7 @@ from pregate.engine.opening import open_store
 from pregate.measure.bench.device import serve_one
 from pregate.measure.bench.grid import BenchModel, RowSpec, bench_models
 from pregate.measure.bench.row import Requests, greedy
-from pregate.system.runtime import environment, pick_device
+from pregate.system.machine import environment, pick_device
 
 TABLE = "step_profile.md"
 REPEATS = 5

@@ -27,8 +27,8 @@ from pregate.engine.io import host_buffers
 from pregate.engine.opening import open_store
 from pregate.engine.storage import memory, pack, store
 from pregate.engine.storage.memory import aligned_bytes, page_lock
+from pregate.system.machine import compute_device
 from pregate.system.memory import is_out_of_memory
-from pregate.system.runtime import compute_device
 from tests.engine.serving import SLAB, Served
 from tests.tiny import pregated_model
 

@@ -35,7 +35,7 @@ from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters
 from pregate.models.family import ExpertKey
-from pregate.system.runtime import compute_device
+from pregate.system.machine import compute_device
 
 EOS_CHECK_EVERY = STEPS_AT_ONCE
 """Steps between two looks at whether every row has ended; each look waits for the device."""

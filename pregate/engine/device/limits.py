@@ -10,7 +10,7 @@ from pregate.engine.device.policies import slots_needed
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
 from pregate.models.family import experts_of
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""

@@ -25,9 +25,9 @@ from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, r
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.family import ExpertKey, ExpertSpec
-from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.runtime import human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import say
+from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put, write_json
+from pregate.system.sizes import human_bytes
 
 SLABS, INDEX = "slabs.bin", "index.json"
 FORMAT = 4

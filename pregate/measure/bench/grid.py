@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pregate.cli import config_dir
 from pregate.config import Baseline, CacheRule, Drive, Policy, Precision, Run, SlabDtype, Tier, UsageError
+from pregate.config.groups import config_dir
 from pregate.engine.budget import host_buffers_within, resolve_tier, slots_within
 from pregate.engine.device.limits import MOST_ROWS, slots_for
 from pregate.engine.device.ops.expert_outputs import check_activation
@@ -29,7 +29,7 @@ from pregate.models.family import ExpertSpec, config_of, experts_of, family_name
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RESIDENT = "resident"

@@ -5,9 +5,11 @@ import torch
 
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
+from pregate.tasks import tokens
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
-from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer, prompt_fields
+from pregate.tasks.prompts import prompt_fields
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 from tests.tiny import SEQ2SEQ
 
 
@@ -62,8 +64,6 @@ def test_cut_texts_still_end_in_end_of_sequence(tokenizer):
 
 
 def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(tokenizer, monkeypatch):
-    from pregate.tasks import text
-
     seen = []
 
     def counting(texts, **settings):
@@ -76,8 +76,8 @@ def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(toke
         [example("two", "one"), example("one two three four", "two"), example("two", "three")],
     ]
     fresh = [Collator(tokenizer, 4, 3, SEQ2SEQ)(batch) for batch in batches]
-    for kept, expected in ((text.KEPT_TOKENS, 6), (4, 7)):
-        monkeypatch.setattr(text, "KEPT_TOKENS", kept)
+    for kept, expected in ((tokens.KEPT_TOKENS, 6), (4, 7)):
+        monkeypatch.setattr(tokens, "KEPT_TOKENS", kept)
         seen.clear()
         collate = Collator(counting, 4, 3, SEQ2SEQ)
         for found, right in zip([collate(batch) for batch in batches], fresh, strict=True):

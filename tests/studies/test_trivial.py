@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 
 from pregate.cli import compose_run
-from pregate.tasks.base import Task, build_task
-from pregate.tasks.text import prompt_values
-from pregate.tasks.trivial import first_new_name, lead, medoid, most_frequent, spread
+from pregate.tasks.base import Task
+from pregate.tasks.registry import build_task
+from studies.accuracy.trivial import (
+    first_new_name,
+    lead,
+    medoid,
+    most_frequent,
+    prompt_values,
+    spread,
+    trivial_predictions,
+    trivial_scores,
+)
 
 
 def task_over(folder: Path, name: str, train: list[dict[str, Any]], dev: list[dict[str, Any]], *more: str) -> Task:
@@ -26,8 +35,8 @@ def test_the_most_frequent_label_is_that_of_training(tmp_path: Path) -> None:
     train = [{"idx": i, "sentence": "s", "label": label} for i, label in enumerate([0, 1, 1])]
     dev = [{"idx": i, "sentence": "s", "label": label} for i, label in enumerate([0, 0, 0, 1])]
     task = task_over(tmp_path, "sst2", train, dev)
-    assert task.trivial_scores("validation") == {"most frequent label": {"accuracy": 25.0}}
-    assert task.trivial_scores("validation", 3) == {"most frequent label": {"accuracy": 0.0}}
+    assert trivial_scores(task, "validation") == {"most frequent label": {"accuracy": 25.0}}
+    assert trivial_scores(task, "validation", 3) == {"most frequent label": {"accuracy": 0.0}}
 
 
 def test_answers_without_reading(tmp_path: Path) -> None:
@@ -37,14 +46,14 @@ def test_answers_without_reading(tmp_path: Path) -> None:
     train = [row("q", "c", "three"), row("q", "c", "two"), row("q", "c", "two")]
     dev = [row("Who met Ada?", "Ada met Bob Lee in Rome.", "Bob Lee"), row("How many?", "It has two.", "two")]
     task = task_over(tmp_path, "squad", train, dev)
-    assert task.trivial_scores("validation") == {
+    assert trivial_scores(task, "validation") == {
         "most frequent answer": {"em": 50.0, "f1": 50.0},
         "first name not asked for": {"em": 50.0, "f1": 50.0},
     }
     closed = task_over(
         tmp_path, "web_questions", [{"question": "q", "answers": ["a"]}], [{"question": "q", "answers": ["b"]}]
     )
-    assert list(closed.trivial_scores("validation")) == ["most frequent answer"]
+    assert list(trivial_scores(closed, "validation")) == ["most frequent answer"]
 
 
 def test_summaries_without_reading(tmp_path: Path) -> None:
@@ -52,11 +61,11 @@ def test_summaries_without_reading(tmp_path: Path) -> None:
     dev = [{"id": "v", "dialogue": "a b\n\nother words", "summary": "a b"}]
     task = task_over(tmp_path, "dialogsum", train, dev)
     examples = task.examples("validation")
-    assert task.trivial(task.examples("train"), examples) == {
+    assert trivial_predictions(task, task.examples("train"), examples) == {
         "first line": ["a b"],
         "one training summary": ["a b c"],
     }
-    scores = task.trivial_scores("validation")
+    scores = trivial_scores(task, "validation")
     assert scores["first line"]["rougeL"] == pytest.approx(100.0)
     assert scores["one training summary"]["rougeL"] == pytest.approx(80.0)
 

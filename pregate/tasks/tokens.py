@@ -1,76 +1,26 @@
-"""Text on its way in and out: prompts, answer normalisation, tokenizers and batches.
+"""Which tokenizer a run has, and how examples become batches of token ids.
 
-Knows strings and token ids; knows nothing about where examples come from or what a model does with them.
+Knows texts and token ids; knows nothing about where examples come from or what a model does with them.
 B batch, S source length, T target length.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from pregate.config import Run, UsageError
 from pregate.models.objectives import Objective
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Example
+from pregate.tasks.base import Example
+from pregate.tasks.generated import generated_tokenizer
 
 KEPT_TOKENS = 1 << 25
 """Token ids that one `Collator` keeps: 128 MiB of them."""
-
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and surplus white space (SQuAD v1.1)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def prompt_fields(prompt: str) -> tuple[str, ...]:
-    """The record fields that a prompt such as "question: {question}" shows, each once.
-
-    Raises `UsageError` for unbalanced braces, a brace with anything but a plain name, and a prompt that shows no field.
-    """
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(prompt) if part[1] is not None]
-    except ValueError as error:
-        raise UsageError(
-            f"task.prompt={prompt!r} cannot be read ({error}): write each field as {{name}}, a literal brace as {{{{."
-        ) from error
-    named = [str(field) for field, _, _ in parts]
-    wrong = [
-        f"{field}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
-        for field, spec, conversion in parts
-        if spec or conversion or not str(field).isidentifier()
-    ]
-    if wrong or not named:
-        what = f"holds {{{wrong[0]}}}" if wrong else "shows no field"
-        raise UsageError(f"task.prompt={prompt!r} {what}: write fields as plain names, such as {{question}}.")
-    return tuple(dict.fromkeys(named))
-
-
-def prompt_values(prompt: str, text: str) -> dict[str, str]:
-    """The fields of a `text` that `prompt` has formatted; where that is ambiguous, the earlier fields are the shorter.
-
-    Raises `ValueError` for a text of another prompt.
-    """
-    pattern, seen = "", set()
-    for literal, field, _, _ in string.Formatter().parse(prompt):
-        pattern += re.escape(literal)
-        if field is not None:
-            pattern += f"(?P={field})" if field in seen else f"(?P<{field}>.*?)"
-            seen.add(field)
-    found = re.fullmatch(pattern, text, re.DOTALL)
-    if found is None:
-        raise ValueError(f"{text[:80]!r} was not made with the prompt {prompt!r}.")
-    return found.groupdict()
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -83,8 +33,6 @@ def load_tokenizer(run: Run) -> Any:
     if run.checkpoint is not None and (Path(run.checkpoint).expanduser() / "tokenizer_config.json").is_file():
         return _pretrained_tokenizer("checkpoint", run.checkpoint, None)
     if run.model.tokenizer is None and run.task.generated is not None:
-        from pregate.tasks.generated import generated_tokenizer
-
         return generated_tokenizer(run.task.generated)
     if run.model.tokenizer is not None:
         key, where, revision = "model.tokenizer", run.model.tokenizer, None
@@ -114,8 +62,6 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
     # A hub id is "name" or "owner/name"; anything else can only be meant as a directory.
     if not path.is_dir() and (path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
         raise UsageError(f"{key}={where} is not a directory: name a directory with a tokenizer, or a hub id.")
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else where, revision=revision)
     except Exception as error:
