@@ -26,8 +26,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from omegaconf import OmegaConf
 
+from pregate.cli import compose_run
 from pregate.config import Entry, Policy, Tier
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
@@ -35,8 +35,7 @@ from pregate.engine.trace import Span
 from pregate.models.family import family_named
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
-from pregate.overrides import config_dir
-from pregate.system.runtime import environment
+from pregate.system.machine import environment
 
 POLICIES = {"on_demand": "Fetched on demand", "pre_gated": "Pre-gated: the block before decides"}
 LIGHT, COMPUTE, TRANSFER, WAIT = "#bcd6f5", "#2a78d6", "#1baf7a", "#e34948"
@@ -68,10 +67,10 @@ class TokenTimes:
 
 def measure(model: str, out: Path) -> None:
     """Serve the same requests under each policy, and keep the steps whose length is nearest to the median of both."""
-    settings: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{model}.yaml"))
-    family = family_named(settings.get("family", "switch_transformers"))
+    described = compose_run([f"model={model}"]).model
+    family = family_named(described.family)
     gating = PreGating(lookahead=1, entry=Entry.embedding)
-    checkpoint = synthetic_checkpoint(family, settings["geometry"], gating, torch.bfloat16)
+    checkpoint = synthetic_checkpoint(family, described.geometry, gating, torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=out.parent) as folder,
@@ -94,7 +93,7 @@ def measure(model: str, out: Path) -> None:
     kept = {
         policy: {"median_ms": medians[policy], **window(requests[request], step)} for policy, requests in served.items()
     }
-    found = {"model": settings["name"], "dtype": "bfloat16", "request": request, "step": step, "policies": kept}
+    found = {"model": described.name, "dtype": "bfloat16", "request": request, "step": step, "policies": kept}
     (out / FILE).write_text(json.dumps(found | {"environment": environment()}) + "\n", encoding="utf-8")
     print(", ".join(f"{policy} {ms:.1f} ms a token" for policy, ms in medians.items()))
 
