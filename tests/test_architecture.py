@@ -31,18 +31,8 @@ HEAVY = {"wandb", "matplotlib", "triton", "peft"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""
 KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
     ("conversion/write.py", "rich"),
-    ("engine/device/gates.py", "pregate.engine.device.ops.kernels_gates"),
-    ("engine/device/ops/experts.py", "pregate.engine.device.ops.kernels_experts"),
-    ("engine/device/ops/gather.py", "pregate.engine.device.ops.kernels_gather"),
-    ("engine/device/ops/norms.py", "pregate.engine.device.ops.kernels_norms"),
-    ("engine/device/sampling.py", "pregate.engine.device.ops.kernels_sampling"),
-    ("engine/device/slots.py", "pregate.engine.device.ops.kernels_slots"),
-    ("engine/device/steps/static_attention.py", "pregate.engine.device.ops.kernels_attention"),
     ("measure/bench/baselines.py", "accelerate"),
     ("measure/bench/baselines.py", "psutil"),
-    ("measure/bench/baselines.py", "safetensors"),
-    ("measure/bench/plan.py", "rich"),
-    ("measure/step_profile.py", "torch"),
     ("models/checkpoint.py", "huggingface_hub"),
     ("models/checkpoint.py", "safetensors"),
     ("training/feeds.py", "pregate.tasks.tokens"),
@@ -53,23 +43,14 @@ KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
 }
 """(file, package, or module of ours) of other imports inside functions."""
 
-KNOWN_CIRCLES: set[tuple[str, str]] = {
-    ("engine/device/ops/experts.py", "engine/device/ops/kernels_experts.py"),
-    ("engine/device/slots.py", "engine/device/ops/kernels_slots.py"),
-}
+KNOWN_CIRCLES: set[tuple[str, str]] = set()
 """(file, module) of imports that close a circle."""
 
 KNOWN_LONG: set[str] = set()
 
-ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
+ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives.py")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
 KNOWN_ENCODERS: set[str] = {
-    "engine/device/engine.py",
-    "engine/device/request.py",
-    "engine/engine.py",
-    "measure/bench/planner.py",
-    "measure/bench/simulation.py",
-    "models/objectives.py",
 }
 
 
