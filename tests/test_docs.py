@@ -77,6 +77,11 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_no_merge_was_left_half_done(page: str) -> None:
+    assert not re.findall(r"^(?:<{7}|={7}|>{7})", text_of(page), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_settings_named_in_the_docs_exist(page: str) -> None:
     """Every `section.key` of a setting in backticks or a command is one of the schema's."""
     known = set(known_keys())
