@@ -16,6 +16,7 @@ from torch import Tensor
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
+from pregate.models.family import family_of_model
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator
 
@@ -46,7 +47,7 @@ def record_routes(
 
     Two models given the same examples and batch size list the same tokens in the same order.
     """
-    device = engine.model.device
+    device, objective = engine.model.device, family_of_model(engine.model).objective
     parts: dict[str, list[list[BlockRoutes]]] = {}
     done = 0
     for batch in length_sorted_batches(examples, batch_size):
@@ -54,8 +55,8 @@ def record_routes(
         output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
         broken = (~output.logits.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         refuse_not_finite(broken, [examples[i] for i in batch], name, engine)
-        masks = collate.objective.real_tokens(inputs)
-        for stack, blocks in collate.objective.router_logits(output).items():
+        masks = objective.real_tokens(inputs)
+        for stack, blocks in objective.router_logits(output).items():
             mask_BT = masks[stack]
             sequences_T = (done + mask_BT.nonzero()[:, 0]).cpu()
             rows = parts.setdefault(stack, [[] for _ in blocks])
