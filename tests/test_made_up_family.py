@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,7 @@ def test_lookahead_0_is_upstream(source: Path) -> None:
     for block in naive.moe_blocks():
         router = made_up.upstream.OlmoeTopKRouter(naive.config)
         router.load_state_dict({"weight": block.gates.weight})
-        block.module.gate = torch.nn.Sequential(router)  # takes the routes that the layer sets, and ignores them
-        block.module.gate.routes = block.module.gate.shape = None
+        block.module.gate = router
     with torch.no_grad():
         logits = ours(**prompts()).logits
         assert logits.isfinite().all() and torch.equal(logits, naive(**prompts()).logits)
@@ -179,6 +180,28 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     plain, recomputed = gradients
     assert all(torch.equal(gradient, recomputed[name]) for name, gradient in plain.items())
     assert plain["model.layers.1.mlp.gate.pre_gate.router.weight"].abs().max() > 0
+
+
+def test_threads_do_not_mix_up_the_routes_of_one_model() -> None:
+    shared = model(lookahead=2)
+    with torch.no_grad():
+        expected = [shared(**prompts(seed)).logits for seed in range(6)]
+
+        def again(seed: int) -> bool:
+            return all(torch.equal(shared(**prompts(seed)).logits, expected[seed]) for _ in range(5))
+
+        with ThreadPoolExecutor(6) as threads:
+            assert all(threads.map(torch.no_grad()(again), range(6)))
+
+
+def test_a_copy_has_gates_of_its_own() -> None:
+    first = model(lookahead=1)
+    logits = first(**prompts()).logits
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    assert torch.equal(second(**prompts()).logits, logits)
 
 
 def test_what_the_family_does_not_have_is_refused(source: Path, tmp_path: Path) -> None:

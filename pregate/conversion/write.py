@@ -210,7 +210,8 @@ def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -
     try:
         conventional = family.config(config)
     except UsageError as error:
-        raise UsageError(f"{source} holds no {family.source_type} model. {error}") from error
+        reason = f"{error}"[0].lower() + f"{error}"[1:]
+        raise UsageError(f"{source} holds no {family.source_type} model: {reason}") from error
     num_blocks = family.num_blocks(conventional)
     if not any(num_blocks.values()):
         raise UsageError(
@@ -328,7 +329,7 @@ def _write_shard(
 
 def _drawn(like: Tensor, name: str, std: float, seed: int) -> Tensor:
     """A random gate of the shape and dtype of `like`. Depends on `seed` and `name` alone, not on the order of calls."""
-    if name.endswith(".bias"):
+    if like.ndim < 2:  # a bias of any kind
         return torch.zeros_like(like)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -20,6 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from pregate.config import UsageError
 from pregate.models.experts import Factor
@@ -66,6 +70,7 @@ ExpertLayout = Callable[[str, int, int], Sequence[TensorSlice]]
 class ExpertSpec:
     """The experts of a model: how many, of which matrices, where checkpoints keep them, and what one computes.
 
+    top_k: experts of one token in one block. lookahead: of the model; so many blocks ahead experts are asked for.
     matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
@@ -121,8 +126,8 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """One MoE block of a model. module: has `experts`, called with (hidden_TD, expert_ids_TK, weights_TK). gates: the
-    `BlockGates` that sit in it. layer_module: the whole transformer layer, number `layer` of its stack."""
+    """One MoE block of a model. module: has `experts`, called with (hidden_TD, expert_ids_TK, weights_TK). gates: its
+    `BlockGates`. layer_module: the whole transformer layer, number `layer` of its stack."""
 
     stack: str
     index: int
@@ -184,6 +189,8 @@ class Family(ABC):
     output_table: ClassVar[str] = "lm_head.weight"
     prefixes: ClassVar[tuple[str, ...]] = ()
     """What upstream's wrappers put before all names."""
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Parts of names in checkpoints and what they are in the model, as upstream renames them when it loads."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
     """Tensors that some checkpoints hold and no model reads."""
 
@@ -273,10 +280,12 @@ _registered: dict[str, Family] = {}
 
 def register_family(family: Family) -> None:
     """Make a family known to every command and to transformers' Auto classes."""
-    from_type = {family.source_type: family, family.model_type: family}
-    _registered.update(from_type)
+    _registered.update({family.source_type: family, family.model_type: family})
     family.objective.auto_class.register(family.config_class, family.model_class, exist_ok=True)
     AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+    conversions = get_checkpoint_conversion_mapping(family.source_type)
+    if conversions:  # upstream reads and writes other tensors than its modules have; so do we
+        register_checkpoint_conversion_mapping(family.model_type, conversions, overwrite=True)
 
 
 def families() -> list[Family]:
@@ -322,16 +331,6 @@ def family_of_model(model: Any) -> Family:
 def _load_plugins() -> None:
     for plugin in entry_points(group=PLUGINS):
         plugin.load()
-
-
-def moe_blocks(model: Any) -> Iterator[MoEBlock]:
-    """All MoE blocks of a model, stack by stack, in the order of execution."""
-    yield from model.moe_blocks()
-
-
-def gates(model: Any) -> Iterator[Any]:
-    """All gates of a model as modules, norms of theirs included: own routers, pre-gates and entry gates."""
-    yield from model.gates()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

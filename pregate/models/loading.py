@@ -163,6 +163,8 @@ def _stripped(checkpoint: SourceCheckpoint, family: Family) -> dict[str, TensorI
     for stored, info in checkpoint.tensors.items():
         whole = _without_prefixes(stored, family)
         name = INSIDE.sub("", whole)
+        for old, new in family.renames:
+            name = name.replace(old, new)
         if name in found:
             raise UsageError(
                 f"{checkpoint.directory} holds both {found[name].key or name} and {stored}, which name the same "

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from pregate.config import Keep, Run, Trainable, TrainConfig
-from pregate.models.family import family_of_model, gates
+from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.processes import join, main_only
 from pregate.system.runtime import set_seed
@@ -125,7 +125,7 @@ def configure(model: Any, train: TrainConfig) -> None:
     if hasattr(model, "set_expert_path"):
         model.set_expert_path(train.expert_path)
     if train.trainable == Trainable.gates:
-        freeze_all_but(model, gates(model))
+        freeze_all_but(model, model.gates())
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
