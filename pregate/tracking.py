@@ -1,9 +1,8 @@
 """What a run reports: `metrics.jsonl` in the run directory, always, and Weights & Biases as a mirror of it.
 
 Knows the JSONL file and the wandb client; knows nothing about models or tasks. A metric's name is a path whose
-first part is its group: `train/loss`, `eval/f1`, `routing/encoder/block_0/agreement`. Each group has its own
-step axis, `train/step` and so on. Nothing that wandb does can end a run: the first failure is said once, and
-JSONL goes on alone.
+first part is its group: `train/loss`, `eval/f1`, `engine/pre_gated/tpot_ms`. Each group has its own step axis,
+`train/step` and so on. A failure of wandb never ends a run: the first one is reported, and JSONL goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import re
 import secrets
-import sys
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,9 +21,9 @@ from typing import Any, TextIO
 
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
-from pregate.system.durable import flush, flush_file, make_directory
-from pregate.system.processes import rank
-from pregate.system.runtime import environment, to_jsonable, write_json
+from pregate.system.console import say
+from pregate.system.durable import flush, flush_file, make_directory, read_object, to_jsonable, write_json
+from pregate.system.machine import environment
 
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "tracking.json"
@@ -69,7 +68,7 @@ class Tracker:
         self._mirror(lambda run, wandb: run.log(self._with_axes(run, metrics, step)))
 
     def sync(self) -> None:
-        """Return once what was logged is on the disk, before a state is from which it would not be logged again."""
+        """Return once what was logged is on the disk: a run that resumes from a later state does not log it again."""
         if self._file is not None:
             flush(self._file.fileno())
 
@@ -114,7 +113,7 @@ class Tracker:
             try:
                 flush(file.fileno())
             finally:
-                with suppress(OSError):  # the rest of a line that found no room, which `log` has told
+                with suppress(OSError):  # the rest of a line that found no room, which `log` has reported
                     file.close()
 
         def finish(run: Any, wandb: Any) -> None:
@@ -199,19 +198,17 @@ def _start_wandb(run: Run, run_dir: Path) -> Any:
         asked = run.tracking.mode
         mode = str(asked) if asked is not WandbMode.auto else ("online" if has_login(wandb) else "offline")
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    run_id = _run_id(run_dir)
-    try:
-        return _init(wandb, run, run_dir, run_id, mode)
-    except Exception as error:
-        first = error
-    if mode != "offline":
+    run_id, reason = _run_id(run_dir), ""
+    for attempt in dict.fromkeys((mode, "offline")):
         try:
-            wandb_run = _init(wandb, run, run_dir, run_id, "offline")
-            say(f"W&B cannot start {mode} ({_one_line(first)}), so it records offline.")
-            return wandb_run
+            wandb_run = _init(wandb, run, run_dir, run_id, attempt)
         except Exception as error:
-            first = error
-    say(f"W&B cannot start ({_one_line(first)}), so metrics go to {METRICS_FILE} alone.")
+            reason = _one_line(error)
+            continue
+        if reason:
+            say(f"W&B cannot start {mode} ({reason}), so it records offline.")
+        return wandb_run
+    say(f"W&B cannot start ({reason}), so metrics go to {METRICS_FILE} alone.")
     return None
 
 
@@ -249,15 +246,11 @@ def has_login(wandb: Any) -> bool:
 
 def _run_id(run_dir: Path) -> str:
     """The W&B id of this run directory: the stored one, so that a resumed run goes on, or a new one."""
-    path = run_dir / RUN_ID_FILE
-    try:
-        stored = json.loads(path.read_text())["wandb_run_id"]
-        if isinstance(stored, str) and stored:
-            return stored
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not readable: start afresh
-        pass
+    stored = (read_object(run_dir / RUN_ID_FILE) or {}).get("wandb_run_id")
+    if isinstance(stored, str) and stored:
+        return stored
     run_id = secrets.token_hex(4)
-    write_json(path, {"wandb_run_id": run_id})
+    write_json(run_dir / RUN_ID_FILE, {"wandb_run_id": run_id})
     return run_id
 
 
@@ -270,21 +263,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = "/") -
     return flat
 
 
-def say(sentence: str) -> None:
-    """A notice to the user, on standard error so that it never mixes with results; one process gives it."""
-    if rank() == 0:
-        print(f"pregate: {sentence}", file=sys.stderr)
-
-
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 
 def _shell_path(path: Path) -> str:
-    """`path` as the user would type it: relative to where he stands if it lies below, quoted if need be."""
-    import shlex
-
+    """`path` as the user types it: relative to the working directory if it lies below, quoted if need be."""
     path = path.resolve()
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

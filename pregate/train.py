@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run
-from pregate.system.processes import join, leave
 
 
 def main(run: Run) -> None:
@@ -14,8 +13,9 @@ def main(run: Run) -> None:
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.measure.servable import check_engine
     from pregate.models.checkpoint import read_config
-    from pregate.tasks.base import build_training_task, splits_read
-    from pregate.tasks.text import check_vocabulary, load_tokenizer
+    from pregate.system.processes import join, leave
+    from pregate.tasks.registry import build_training_task, splits_read
+    from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import stages
 

@@ -65,7 +65,7 @@ bench() { # name experiment override...
     "$@" ${tiny[@]+"${tiny[@]}"}
 }
 
-part environment "$python" -c 'from pregate.system.runtime import environment; import json; print(json.dumps(environment(), indent=1))'
+part environment "$python" -c 'from pregate.system.machine import environment; import json; print(json.dumps(environment(), indent=1))'
 part gpu_tests "$python" -m pytest -m gpu -n "${TEST_WORKERS:-8}"
 part gather_probe "$python" -m pregate.measure.gather_probe --out "$out/gather_probe"
 part step_profile "$python" -m pregate.measure.step_profile --out "$out/step_profile" ${DRY:+--model nano_switch}

@@ -317,7 +317,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "stack that the scratch model lacks blocks for": (
         "train",
         ["+experiment=quickstart", "pregate.lookahead=3", "run_dir={out}/run"],
-        "needs more than 3 MoE blocks",
+        "needs at least 4 MoE blocks",
     ),
 }
 

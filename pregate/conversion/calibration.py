@@ -34,9 +34,10 @@ from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.pregated import compute_buffers
-from pregate.system.runtime import pick_device
-from pregate.tasks.base import Task, build_task
-from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
+from pregate.system.machine import pick_device
+from pregate.tasks.base import Task
+from pregate.tasks.registry import build_task
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pregate.config import CalibrationConfig, UsageError
 from pregate.models.family import family_of_model
 from pregate.models.pregated import Gate
 from pregate.tasks.base import Example
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 
 Agreement = dict[str, list[float]]
 """stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""

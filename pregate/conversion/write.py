@@ -40,7 +40,7 @@ from pregate.models.family import Family, families, family_named
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.system.durable import clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9

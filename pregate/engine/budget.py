@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy, Tier, UsageError
-from pregate.config_check import share_of
+from pregate.config.limits import share_of
 from pregate.engine.policy import default_slots
-from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
+from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import ExpertSpec
 from pregate.system.memory import is_out_of_memory
-from pregate.system.runtime import human_bytes, parse_bytes
+from pregate.system.sizes import human_bytes, parse_bytes
 
 
 class DeviceFullError(UsageError):

@@ -5,12 +5,12 @@ Knows nothing about model families beyond `ExpertSpec`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pregate.engine.policy import MovePolicy
+from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
@@ -54,12 +54,12 @@ class OffloadedExperts(nn.Module):
         block: int,
         matrices: SlotMatrices,
         scheduler: Scheduler,
-        policy: MovePolicy,
+        fetcher: Fetcher,
         trace: Trace,
     ) -> None:
         super().__init__()
         self._family, self._matrices, self._trace = family, matrices, trace
-        self._scheduler, self._policy = scheduler, policy
+        self._scheduler, self._fetcher = scheduler, fetcher
         self._stack, self._block = stack, block
 
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class OffloadedExperts(nn.Module):
         grouping = group_by_expert(expert_ids_TK)
         runs = {ExpertKey(self._stack, self._block, e): (first, last) for e, first, last in grouping.groups}
         by_use = sorted(runs, key=lambda key: runs[key][0] - runs[key][1])
-        self._enter(by_use)
+        self._fetcher.on_enter(self._stack, self._block, by_use)
         results: dict[ExpertKey, Tensor] = {}
         if runs:
             gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
@@ -83,16 +83,12 @@ class OffloadedExperts(nn.Module):
     def _one_choice(self, hidden_1D: Tensor, expert: int, weight_11: Tensor) -> Tensor:
         """One token, one expert: nothing to sort, gather or put back."""
         key = ExpertKey(self._stack, self._block, expert)
-        self._enter([key] if expert != DROPPED else [])
+        self._fetcher.on_enter(self._stack, self._block, [key] if expert != DROPPED else [])
         output_1D = torch.zeros_like(hidden_1D)
         if expert != DROPPED:
             output_1D = (self._apply(key, hidden_1D) * weight_11).to(hidden_1D.dtype)
         self._scheduler.finish_block(self._stack, self._block)
         return output_1D
-
-    def _enter(self, keys: Iterable[ExpertKey]) -> None:
-        self._scheduler.request(keys, urgent=True)
-        self._scheduler.request(self._policy.on_enter(self._stack, self._block))
 
     def _apply(self, key: ExpertKey, hidden_ND: Tensor) -> Tensor:
         slot = self._scheduler.acquire(key)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pregate.engine.cache import Placed, SlotTable
-from pregate.engine.io.mover import Mover, Transfer
+from pregate.engine.io.base import Mover, Transfer
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey
 

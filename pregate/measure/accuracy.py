@@ -16,7 +16,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.measure.logits import watched
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.tasks.base import Example
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 
 
 def length_sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:

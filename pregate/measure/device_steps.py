@@ -79,11 +79,11 @@ def stepped_logits(engine: DeviceEngine, input_ids: Tensor, attention_mask: Tens
     steps = tokens_BT.shape[1]
     request = engine.request(do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
     engine.prefill(input_ids, attention_mask, request.sampling)
-    chooser, found = engine.decoder.chooser, []
+    sampler, found = engine.decoder.sampler, []
     for place in range(steps):
-        chooser.token_B[: len(tokens_BT)].copy_(tokens_BT[:, place])
+        sampler.token_B[: len(tokens_BT)].copy_(tokens_BT[:, place])
         engine.decode_one_token()
-        found.append(chooser.logits_BV[: len(tokens_BT)].clone())
+        found.append(sampler.logits_BV[: len(tokens_BT)].clone())
     return torch.stack(found, dim=1).cpu()
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pregate.config import Policy, Run, UsageError
-from pregate.engine.device import require_triton
-from pregate.engine.device.engine import DeviceEngine, refuse_settings, slots_for
-from pregate.engine.device.ops.experts import check_activation
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import refuse_settings, slots_for
+from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import read_request
 from pregate.measure.device_steps import StepsTimed, stepped_logits, time_steps
 from pregate.measure.latency import BenchRequest, Expected, judged, medians
 from pregate.measure.logits import check_moved
+from pregate.system.machine import pick_device
 from pregate.system.memory import PeakMemory
-from pregate.system.runtime import pick_device
 
 
 def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:

@@ -17,12 +17,13 @@ import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
-from pregate.engine.device.engine import DeviceEngine, slots_for
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.trace import write_perfetto
 from pregate.measure.accuracy import bootstrap_interval, predict
 from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
+from pregate.measure.perfetto import write_perfetto
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.summary import print_summary
@@ -33,11 +34,13 @@ from pregate.models.family import ExpertSpec, config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.loading import load_resident
 from pregate.models.pregating import PreGating, settings_asked_for
-from pregate.system.durable import flush_folders, write_text
-from pregate.system.runtime import console, environment, pick_device, set_seed, write_json
-from pregate.tasks.base import Example, Scores, Task, build_task
-from pregate.tasks.text import Collator, check_vocabulary, load_tokenizer
-from pregate.tracking import Tracker, say
+from pregate.system.console import console, say
+from pregate.system.durable import flush_folders, write_json, write_text
+from pregate.system.machine import environment, pick_device, set_seed
+from pregate.tasks.base import Example, Scores, Task
+from pregate.tasks.registry import build_task
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
+from pregate.tracking import Tracker
 
 ENGINE_COLUMNS = (
     "ttft_ms",

@@ -4,8 +4,8 @@
 
 On CUDA each figure is the time between two events around a replayed graph of fetches, one slab after the other from
 changing places, so that nothing is read from a cache and no launch is counted. Every arrangement is checked for what
-it copied before it is timed. Without a GPU the same code times the twin and a plain copy, which says nothing about a
-link: it is there so that the code is tested. GB are powers of 1000.
+it copied before it is timed. Without a GPU the same code times the reference implementation and a plain copy, which
+says nothing about a link: it is there so that the code is tested. GB are powers of 1000.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from pregate.config import Device, UsageError
-from pregate.engine.device import require_triton
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.device.ops.gather import gather_slabs, gather_slabs_twin
-from pregate.engine.device.slots import FetchPlan
-from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock, round_up
-from pregate.system.runtime import environment, human_bytes, pick_device
+from pregate.engine.device.ops.gather_slabs import gather_slabs
+from pregate.engine.device.ops.language import require_triton
+from pregate.engine.device.slots import Fetch
+from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
+from pregate.system.machine import environment, pick_device
+from pregate.system.sizes import human_bytes
 
 ROWS = "gather_probe.jsonl"
 TABLE = "gather_probe.md"
@@ -131,18 +132,15 @@ def _of_one_size(
     slabs = [number * 7 % num_slabs for number in range(num_fetches)]
     slots_SB = torch.empty(NUM_SLOTS, size, dtype=torch.uint8, device=device)
     addresses_G = device_addresses(store_GB, device)
-    plans = [_plan(slab, number % NUM_SLOTS, device) for number, slab in enumerate(slabs)]
+    fetches = [_fetch(slab, number % NUM_SLOTS, device) for number, slab in enumerate(slabs)]
 
     def copy_all() -> None:
         for number, slab in enumerate(slabs):
             slots_SB[number % NUM_SLOTS].copy_(store_GB[slab], non_blocking=True)
 
     def gather_all(num_programs: int, unroll: int) -> None:
-        for plan in plans:
-            if device.type == "cuda":
-                gather_slabs(addresses_G, plan, slots_SB, num_programs=num_programs, unroll=unroll)
-            else:
-                gather_slabs_twin(addresses_G, plan, slots_SB)
+        for fetch in fetches:
+            gather_slabs(addresses_G, fetch.copy_slab_N, fetch.copy_slot_N, slots_SB, num_programs, unroll)
 
     def row(method: str, work: Callable[[], None], **arrangement: int) -> dict[str, Any]:
         slots_SB.zero_()
@@ -162,11 +160,11 @@ def _of_one_size(
             yield row("gather", work, num_programs=num_programs, unroll=unroll)
 
 
-def _plan(slab: int, slot: int, device: torch.device) -> FetchPlan:
-    plan = FetchPlan.empty(1, device)
-    plan.copy_slab_N.fill_(slab)
-    plan.copy_slot_N.fill_(slot)
-    return plan
+def _fetch(slab: int, slot: int, device: torch.device) -> Fetch:
+    fetch = Fetch.empty(1, device)
+    fetch.copy_slab_N.fill_(slab)
+    fetch.copy_slot_N.fill_(slot)
+    return fetch
 
 
 def _check(slots_SB: Tensor, slabs: list[int], what: str) -> None:

@@ -17,7 +17,7 @@ from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
 from pregate.tasks.base import Example
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 
 from pregate.config import Drive, Policy, Run
 from pregate.engine.budget import host_buffers_within, slots_within
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.eval_device import check_driven
 from pregate.models.family import ExpertSpec, config_of, experts_of
 from pregate.models.loading import generation_config, open_model
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 
 def check_servable(run: Run, directory: str) -> tuple[ExpertSpec, int]:

@@ -4,7 +4,7 @@
 
 For each policy the time of a token (as `pregate.bench` takes it), then a profile of as many steps as one graph holds: a
 table of what was launched, and a trace that Perfetto opens. Random weights, batch 1, entry gates on the embeddings.
-Without a GPU the same code profiles the operations of the twins, which says nothing about kernels.
+Without a GPU the same code profiles the reference implementations, which says nothing about kernels.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.measure.bench.device import serve_one
 from pregate.measure.bench.grid import BenchModel, RowSpec, bench_models
 from pregate.measure.bench.row import Requests, greedy
-from pregate.system.runtime import environment, pick_device
+from pregate.system.machine import environment, pick_device
 
 TABLE = "step_profile.md"
 REPEATS = 5

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (

@@ -30,9 +30,8 @@ from pregate.models.checkpoint import (
 )
 from pregate.models.family import ExpertKey, ExpertSpec, Family, family_of
 from pregate.models.pregated import without_experts
+from pregate.system.console import first_of, say, silent_bars
 from pregate.system.durable import write_text
-from pregate.system.runtime import first_of, silent_bars
-from pregate.tracking import say
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP. A training framework may put

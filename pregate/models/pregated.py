@@ -19,7 +19,7 @@ from pregate.config import UsageError
 from pregate.models.family import MoEBlock, family_named
 from pregate.models.pregating import PreGating
 from pregate.models.routes import RouteListener
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 
 _experts_elsewhere: ContextVar[bool] = ContextVar("experts_elsewhere", default=False)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import secrets
@@ -17,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
 """Held in a directory that is being filled, for as long as the process that fills it lives."""
@@ -89,20 +92,49 @@ def append_text(path: Path, text: str) -> None:
         flush(file.fileno())
 
 
+def to_jsonable(value: Any) -> Any:
+    """`value` as plain JSON values: tensors and arrays as lists or scalars, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return to_jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    return str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, to stay; a reader sees the old file or the whole new one, never a part."""
+    write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None if it is not there or a power cut has spoilt it."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 @contextmanager
 def partial_beside(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` to fill and to `put` there; whatever happens, nothing else of it stays.
 
-    It is locked, not merely named after this process: the number of a killed one comes again, in a container even on
-    every run, and another machine may share the disk.
+    A lock marks it as in use. The process number in its name is not enough: the number of a killed process is used
+    again, in a container on every run, and another machine may share the disk.
     """
     folder = target.with_name(f"{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    hidden = folder.with_name(f".{folder.name}")  # nobody looks at it before it is locked
+    hidden = folder.with_name(f".{folder.name}")  # hidden until it is locked
     make_directory(target.parent)
     try:
         hidden.mkdir()
         with (hidden / LOCK).open("w") as lock:
-            with suppress(OSError):  # a file system without locks: nobody can tell that it is abandoned, so it stays
+            with suppress(OSError):  # a file system without locks: it would never look abandoned, and stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             flush_file(hidden)
             hidden.rename(folder)
@@ -159,7 +191,7 @@ def refusal(error: BaseException) -> str | None:
     Writers in Rust, those of safetensors and tokenizers, raise exceptions of their own that name the number in words.
     """
     number = error.errno if isinstance(error, OSError) else None
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    if number is None and told:
-        number = int(told.group(1))
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and named:
+        number = int(named.group(1))
     return os.strerror(number) if number in REFUSALS else None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pregate.system.processes import may_tell
+from pregate.system.peers import may_tell
 
 GOES_ON = "a training or a benchmark goes on with the same command and resume=true."
 
@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
 def stoppable() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into a clean end: one sentence, and the status 130 or 143 that shells know them by.
 
-    SIGTERM is left alone outside the main thread and where somebody else handles it already.
+    SIGTERM keeps its handler outside the main thread, and where one is set already.
     """
     mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if mine:

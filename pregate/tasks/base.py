@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from pregate.config import Run, TaskKind, UsageError
+from pregate.config import Run, UsageError
 from pregate.tasks.cells import identity, prompt_text
-from pregate.tasks.records import Chunk, check_source, key_of, read_columns
-from pregate.tasks.text import prompt_fields
-
-if TYPE_CHECKING:
-    from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tasks.metrics import TextMetric
+from pregate.tasks.prompts import prompt_fields
+from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 
 CHUNK_ROWS = 4096
 
@@ -42,7 +41,7 @@ class Scores:
 class Task:
     """Examples of one split at a time, and the scores of predictions. Build one with `build_task`."""
 
-    metric_names: ClassVar[tuple[str, ...]]
+    metric: ClassVar[type[TextMetric]]
     target_field: ClassVar[str]
     no_reference: str
 
@@ -51,6 +50,7 @@ class Task:
         self.data_root = run.data.root
         self.name = run.task.name
         self.primary_metric = run.task.primary_metric
+        self.metric_names = self.metric.names
         if self.primary_metric not in self.metric_names:
             raise UsageError(
                 f"task.primary_metric={self.primary_metric} is no metric of a {run.task.kind} task: "
@@ -62,21 +62,6 @@ class Task:
     def references(self, cell: Any) -> tuple[str, ...]:
         """The right texts of a cell, first the one that training teaches; () for none. Raises `CellError`."""
         raise NotImplementedError
-
-    def metric(self) -> Any:
-        """The `evaluate.Metric` of this kind of task."""
-        raise NotImplementedError
-
-    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
-        """Predictions for `examples` that need no model, by name; they may look at `train` but at no reference."""
-        raise NotImplementedError
-
-    def trivial_scores(self, split: str, limit: int | None = None) -> dict[str, dict[str, float]]:
-        """The metrics of each trivial prediction on the first `limit` examples of `split`, in percent."""
-        examples = self.examples(split, limit)
-        predictions = self.trivial(self.examples(self.config.train_split), examples)
-        right = [example.references for example in examples]
-        return {name: self.score(texts, right).overall for name, texts in predictions.items()}
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of `split` (all of them for None), in the order of the data.
@@ -104,7 +89,7 @@ class Task:
                     merged = tuple(dict.fromkeys(found[-1].references + right))
                     found[-1] = replace(found[-1], references=merged, target=merged[0] if merged else "")
                 else:
-                    own = chunk.read(row, "id", identity) if "id" in chunk.cells else None
+                    own = chunk.read(row, "id", identity) if chunk.has("id") else None
                     name = f"{split}-{rows + row}" if own is None else own
                     found.append(Example(name, source, right[0] if right else "", right))
                 previous = key
@@ -130,11 +115,10 @@ class Task:
         empty = sum(not right for right in references)
         if empty:
             raise UsageError(f"{empty} of {len(references)} predictions have no reference to be scored against.")
-        result = self.metric().compute(
+        result: Any = self.metric(keep_in_memory=True).compute(
             predictions=list(predictions), references=[list(right) for right in references], per_example=True
         )
-        per_example = result.pop("per_example")
-        return Scores(result, per_example)
+        return Scores({name: result[name] for name in self.metric_names}, result["per_example"])
 
     def _columns(self) -> dict[str, str]:
         named = {field: column for field, column in self.config.columns.items() if column}
@@ -156,10 +140,7 @@ class Task:
 
     def _checked(self, examples: list[Example], split: str) -> list[Example]:
         if not examples:
-            raise UsageError(
-                f"Split {split!r} of task {self.name!r} is empty: add rows to it, or choose another split with "
-                "task.train_split or task.eval_split."
-            )
+            raise UsageError(f"Split {split!r} of task {self.name!r} is empty: add rows to it, or {OTHER_SPLIT}.")
         bad = [" ".join(example.id.split())[:40] for example in examples if not example.references]
         if bad:
             shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
@@ -169,42 +150,3 @@ class Task:
                 f"{key_of(self.config, 'columns', self.target_field)}=COLUMN."
             )
         return examples
-
-
-def splits_read(run: Run) -> dict[str, int | None]:
-    """How many examples of each split a training run reads, its validation and evaluation included; None for all."""
-    task, validating = run.task, [train.eval_examples for train in (run.train, run.source_train) if train is not None]
-    reads: list[tuple[str, int | None]] = [(task.train_split, run.data.max_train_examples)]
-    reads += [(task.eval_split, count) for count in validating]
-    reads += [(run.eval.split or task.eval_split, run.eval.examples)] if run.then_eval else []
-    counts: dict[str, int | None] = {}
-    for split, count in reads:
-        before = counts.get(split, 0)
-        counts[split] = None if before is None or count is None else max(before, count)
-    return counts
-
-
-def build_training_task(run: Run) -> Task | SpanCorruption:
-    """What `run` learns from: a task, or text alone. Raises `UsageError` as `build_task` does."""
-    from pregate.tasks.span_corruption import SpanCorruption
-
-    return SpanCorruption(run) if run.task.kind is TaskKind.denoising else build_task(run)
-
-
-def build_task(run: Run) -> Task:
-    """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any, and for a task
-    that has no predictions to score."""
-    from pregate.tasks.classification import Classification
-    from pregate.tasks.qa import QuestionAnswering
-    from pregate.tasks.summarization import Summarization
-
-    if run.task.kind is TaskKind.denoising:
-        raise UsageError(
-            f"Task {run.task.name!r} pre-trains and has no predictions to score: choose another task, or pregate.train."
-        )
-    kinds: dict[TaskKind, type[Task]] = {
-        TaskKind.qa: QuestionAnswering,
-        TaskKind.summarization: Summarization,
-        TaskKind.classification: Classification,
-    }
-    return kinds[run.task.kind](run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 
 
 class CellError(ValueError):

@@ -5,13 +5,12 @@ Knows how a label column becomes a word; knows nothing about the number of class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pregate.config import Run
-from pregate.tasks.base import Example, Task
+from pregate.tasks.base import Task
 from pregate.tasks.cells import CellError, inside, label_names, of_type
-from pregate.tasks.trivial import most_frequent
+from pregate.tasks.metrics import Accuracy
 
 NEEDS = "a label is a word of task.labels or a position in it"
 
@@ -19,7 +18,7 @@ NEEDS = "a label is a word of task.labels or a position in it"
 class Classification(Task):
     """`label` is a position in `task.labels` counted from 0, or one of those words."""
 
-    metric_names = ("accuracy",)
+    metric = Accuracy
     target_field = "label"
 
     def __init__(self, run: Run) -> None:
@@ -52,12 +51,3 @@ class Classification(Task):
         else:
             raise CellError(of_type(cell), NEEDS)
         return () if word is None else (word,)
-
-    def trivial(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, list[str]]:
-        label = most_frequent([example.target for example in train])
-        return {"most frequent label": [label] * len(examples)}
-
-    def metric(self) -> Any:
-        from pregate.tasks.metrics import Accuracy
-
-        return Accuracy(keep_in_memory=True)

@@ -1,8 +1,8 @@
 """A small reading-comprehension set in SQuAD's columns that is generated, and the tokenizer that fits it.
 
-Knows `random` and the phrases of `generated_facts`; knows nothing about models or training. A context tells a few
-facts of different kinds about one invented subject, in random order and with values drawn at random, so that the
-answer has to be found by the kind of fact that the question asks for; a guess is right about once in fifty times.
+Knows `random` and the phrases of `generated_facts.toml`; knows nothing about models or training. A context holds a few
+facts of different kinds about one invented subject, in random order and with random values. The question asks for a
+kind of fact, so the answer has to be found in the context: a guess is right about once in fifty times.
 Validation uses subjects and people that never occur in training.
 """
 
@@ -10,16 +10,43 @@ from __future__ import annotations
 
 import random
 import re
+import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from pregate.config import GeneratedConfig, UsageError
-from pregate.tasks.generated_facts import KINDS, SUBJECT_NOUNS, SUBJECT_WORDS, Kind
 
 HELD_OUT = 0.1
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PROMPT = "question: context:"
 SPACE = "▁"
+FACTS = tomllib.loads(Path(__file__).with_name("generated_facts.toml").read_text(encoding="utf-8"))
+SUBJECT_WORDS, SUBJECT_NOUNS = (FACTS["subject"][part].split() for part in ("first", "second"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact: its statements, its questions, and the values that it can take."""
+
+    name: str
+    statements: list[str]
+    questions: list[str]
+    words: str = ""
+    first: str = ""
+    second: str = ""
+    held_out: bool = False
+
+    @property
+    def values(self) -> list[str]:
+        return self.words.split() or [f"{a} {b}" for a in self.first.split() for b in self.second.split()]
+
+
+KINDS = [Kind(**kind) for kind in FACTS["kind"]]
 
 
 def check_generated(config: GeneratedConfig) -> None:
@@ -96,9 +123,6 @@ def generated_tokenizer(config: GeneratedConfig) -> Any:
     characters, then as many words as fit, in the order of the phrases. It closes every text with `</s>`, and does not
     depend on the seed.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     check_generated(config)
     basic, words = _pieces()
     specials = (PAD, END, UNKNOWN)

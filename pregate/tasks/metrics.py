@@ -2,22 +2,28 @@
 
 Knows texts only; knows nothing about tasks or data. Every metric takes `predictions: [str]` and
 `references: [[str]]`, scores a prediction against its best reference and answers in percent;
-`compute(..., per_example=True)` adds `per_example`, the list behind each mean. Importing this module imports
-`evaluate` (seconds), so tasks import it when they score.
+`compute(..., per_example=True)` adds `per_example`, the list behind each mean.
 """
 
 from __future__ import annotations
 
+import re
+import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import datasets
 import evaluate
+from rouge_score.rouge_scorer import RougeScorer
 
-from pregate.tasks.text import normalize_answer
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-TextScore = Callable[[str, str], float]
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, English articles and surplus white space (SQuAD v1.1)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -45,6 +51,7 @@ class TextMetric(evaluate.Metric):
     """A mean over examples of the best score over references."""
 
     about: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -71,6 +78,7 @@ class TextMetric(evaluate.Metric):
 class ExactMatchF1(TextMetric):
     """`em` and `f1` of SQuAD v1.1."""
 
+    names = ("em", "f1")
     about = "Exact match and token F1 as in SQuAD v1.1 (Rajpurkar et al. 2016), best of several answers."
 
     def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
@@ -83,13 +91,12 @@ class ExactMatchF1(TextMetric):
 class Rouge(TextMetric):
     """`rouge1`, `rouge2` and `rougeL`: f-measures with Porter stemming."""
 
+    names = ("rouge1", "rouge2", "rougeL")
     about = "ROUGE-1, ROUGE-2 and ROUGE-L f-measures with stemming, best of several references (Lin 2004)."
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from rouge_score.rouge_scorer import RougeScorer
-
         super().__init__(*args, **kwargs)
-        self._scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        self._scorer = RougeScorer(list(self.names), use_stemmer=True)
 
     def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
         scores = self._scorer.score_multi(list(references), prediction)
@@ -99,6 +106,7 @@ class Rouge(TextMetric):
 class Accuracy(TextMetric):
     """`accuracy`: the share of predictions that are the label's word."""
 
+    names = ("accuracy",)
     about = "Share of predictions equal to the label, apart from case and white space."
 
     def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:

@@ -19,7 +19,8 @@ import torch
 
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import document
-from pregate.tasks.records import Chunk, check_source, read_columns
+from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.sources import check_source
 
 BLOCK_DOCUMENTS = 1024
 """Documents that are in memory together: rows are shuffled among these, and a resumed run reads their block again."""

@@ -18,7 +18,6 @@ from pregate.tasks.cells import CellError
 
 Record = tuple[int | None, dict[str, Any]]
 """The line of its file that a row begins in, where there are lines, and its cells by column."""
-TABLES = (".csv", ".tsv")
 HEADER = "task.header=[NAME,…]"
 LONGEST_CELL = 2**31 - 1
 """Characters of a csv cell; the csv module's own limit of 131072 is less than a long document."""
@@ -39,12 +38,12 @@ def table_rows(path: Path, header: Sequence[str]) -> Iterator[Record]:
             if len(cells) > len(names):
                 raise ValueError(f"line {line} has more cells than {'task.header' if header else 'the header'}")
             row: dict[str, Any] = dict.fromkeys(names)
-            yield line, row | dict(zip(names, cells, strict=False))
+            yield line, row | dict(zip(names, map(_text_or_fault, cells), strict=False))
 
 
-def table_cell(cell: str | None) -> str | CellError | None:
-    """A cell of a csv or tsv file: text, unless it is a list, a struct or bytes as Python writes them."""
-    if cell is not None and WRITTEN_OUT.fullmatch(cell.strip()):
+def _text_or_fault(cell: str) -> str | CellError:
+    """A cell of a table is text; a list, a struct or bytes as Python writes them is a `CellError`."""
+    if WRITTEN_OUT.fullmatch(cell.strip()):
         return CellError("a list, a struct or bytes written as text", "only jsonl and parquet files hold such cells")
     return cell
 

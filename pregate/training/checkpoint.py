@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pregate.config import UsageError
+from pregate.system.console import say, silent_bars
 from pregate.system.durable import flush_file, flush_tree, free_bytes, make_directory, num_bytes, refusal, remove
-from pregate.system.runtime import human_bytes, silent_bars
-from pregate.tracking import say
+from pregate.system.sizes import human_bytes
 from pregate.training.optim import optimizer_bytes
 
 STATE_FILE = "train_state.json"

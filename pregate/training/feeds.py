@@ -22,7 +22,7 @@ from pregate.training.checkpoint import TrainState
 
 if TYPE_CHECKING:
     from pregate.tasks.base import Example, Task
-    from pregate.tasks.text import Collator
+    from pregate.tasks.tokens import Collator
 
 Batch = dict[str, Tensor]
 POSITION = "position"
@@ -78,7 +78,7 @@ class ExampleFeed:
     predicts = True
 
     def __init__(self, task: Task, tokenizer: Any, share: Share) -> None:
-        from pregate.tasks.text import Collator
+        from pregate.tasks.tokens import Collator
 
         run = share.run
         self.share = share

@@ -21,8 +21,8 @@ from torch import Tensor
 from pregate.config import Keep, Run, Trainable, TrainConfig
 from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
+from pregate.system.machine import set_seed
 from pregate.system.processes import join, main_only
-from pregate.system.runtime import set_seed
 from pregate.training.batching import Batching, derive_batching
 from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
 from pregate.training.distill import Distillation, load_distillation

@@ -19,18 +19,20 @@ import torch
 from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
 from pregate.conversion.calibration import calibrate
 from pregate.conversion.write import MANIFEST, check_convertible, convert_for
-from pregate.engine.engine import serving_dtype
+from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import config_of, experts_of, family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.models.pregating import PreGating, settings_chosen
-from pregate.system.durable import FULL, make_directory
+from pregate.system.console import first_of, say
+from pregate.system.durable import FULL, make_directory, read_object, write_json
+from pregate.system.launch import check_mixed_precision
+from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
-from pregate.system.processes import check_mixed_precision, join, main_only
-from pregate.system.runtime import first_of, read_object, set_seed, write_json
+from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
-from pregate.tracking import Tracker, flatten, say
+from pregate.tracking import Tracker, flatten
 from pregate.training.checkpoint import replaced, steps_done, write_model
 from pregate.training.distill import check_teacher
 from pregate.training.loop import TrainSummary, fine_tune

@@ -15,7 +15,8 @@ from typing import Any
 
 from pregate.config import UsageError
 from pregate.conversion.write import MANIFEST
-from pregate.system.runtime import environment, to_jsonable, write_json
+from pregate.system.durable import to_jsonable, write_json
+from pregate.system.machine import environment
 from studies.accuracy.cells import PRETRAINING, Cell
 
 CELLS, BASELINES, STUDY = "cells.jsonl", "baselines.json", "study.json"
@@ -209,7 +210,8 @@ def add_baselines(folder: Path, task: str, scores: Mapping[str, Mapping[str, flo
 def trivial_scores(overrides: list[str]) -> dict[str, dict[str, float]]:
     """What predictions without a model score on the examples that the command with `overrides` evaluates."""
     from pregate.cli import compose_run
-    from pregate.tasks.base import build_task
+    from pregate.tasks.registry import build_task
+    from studies.accuracy import trivial
 
     run = compose_run(overrides)
-    return build_task(run).trivial_scores(run.eval.split or run.task.eval_split, run.eval.examples)
+    return trivial.trivial_scores(build_task(run), run.eval.split or run.task.eval_split, run.eval.examples)

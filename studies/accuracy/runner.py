@@ -24,7 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 from studies.accuracy.cells import PRETRAINING, THREADS, Cell, overrides_of, threads_of, tiny_overrides
 from studies.accuracy.records import (
     Record,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pregate.measure.report.summary import METRIC_LABELS, metric_label
 from pregate.measure.tables import ABSENT, signed
-from pregate.system.runtime import first_of
+from pregate.system.console import first_of
 from studies.accuracy.cells import (
     ABLATIONS,
     CONVENTIONAL,

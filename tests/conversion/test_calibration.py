@@ -19,7 +19,7 @@ from pregate.conversion.gate_states import Batches, gate_seats, router_logits, s
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.loading import load_resident
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.training.copying import FirstWords, short_run, word_tokenizer
 

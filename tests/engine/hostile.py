@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes
-from pregate.engine.storage.store import Store, copy_bytes
+from pregate.engine.storage.memory import PAGE, aligned_bytes, copy_bytes
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.engine.storage.store import Store
 from pregate.models.family import ExpertKey
 
 POISON = 0xFF
@@ -26,7 +27,7 @@ POISON = 0xFF
 BeforeRead = Callable[[int, ExpertKey], None]
 
 
-class HostileStore:
+class HostileStore(Store):
     """Reads in pieces of its own choosing, last piece first or first, sleeping in between, over a poisoned target.
 
     before_read: called with the number of reads begun so far and the expert, before each; may raise. withhold:
@@ -69,10 +70,6 @@ class HostileStore:
         if not self.withhold:
             self.store.arrived(key, slab_B)
 
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        self.read_part(key, slab_B, 0, self.layout.slab_bytes)
-        self.arrived(key, slab_B)
-
     def slab(self, key: ExpertKey) -> None:
         return None
 
@@ -88,7 +85,7 @@ class HostileRing:
     """
 
     def __init__(self, engine: OffloadEngine, seed: int = 0) -> None:
-        mover: Any = engine._mover
+        mover: Any = engine.host.mover
         self._ring, mover._ring = mover._ring, self
         self._draw, self._kept = random.Random(seed), []
         self.num_pieces = 0
@@ -115,7 +112,7 @@ class HostileRing:
         self._ring.close()
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Slabs made from given matrices; for experts that belong to no checkpoint."""
 
     in_host_memory, made_from = False, None
@@ -132,9 +129,6 @@ class MemoryStore:
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
         return None
 
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        copy_bytes(self.slabs[key], slab_B)
-
     def slab(self, key: ExpertKey) -> None:
         return None
 
@@ -144,7 +138,7 @@ class MemoryStore:
 
 def poison_slots(engine: OffloadEngine) -> None:
     """From now on a slot loses what it held at the moment that a transfer into it is started."""
-    mover: Any = engine._mover
+    mover: Any = engine.host.mover
     start = mover.start
 
     def poisoned_start(key: ExpertKey, slot: Tensor) -> Any:

@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pregate.config import CacheRule, SlabDtype, Tier, UsageError
 from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from tests.engine.serving import OFFLOADED, Served, assert_same, assert_serves, generated, request, serve
 from tests.tiny import pregated_model
 
@@ -64,7 +65,7 @@ def test_a_closed_engine_keeps_no_memory_and_says_that_it_is_closed(
     assert len(memory) == 2 + 2 * (slab_dtype is SlabDtype.int8)
     if fault:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(type(engine._mover._store), "read_part", gone)
+            patch.setattr(type(engine.host.mover._store), "read_part", gone)
             engine.generate(**request(3, seed=2))
     engine.close()
     engine.close()
@@ -82,9 +83,9 @@ def gone(*_: Any) -> None:
 
 def allocations(engine: Any) -> list[Tensor]:
     """Slots, scratch for dequantised experts, host buffers, and the experts in host memory."""
-    reader, store = engine._mover._reader, engine._mover._store
+    reader, store = engine.host.mover._reader, engine.host.mover._store
     host = [] if reader._buffers is None else [reader._buffers._memory]
-    return [engine._matrices._slots_NB, *engine._matrices._scratch, *host, *getattr(store, "_chunks", [])]
+    return [engine.host.matrices._slots_NB, *engine.host.matrices._scratch, *host, *getattr(store, "_chunks", [])]
 
 
 def test_the_wrong_store_is_refused(served: Served, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_closing_waits_for_another_threads_request(served: Served, expected: tup
 
 
 @pytest.mark.parametrize("where", ["layer", "streamer"])
-@pytest.mark.parametrize("what", ["close", "generate", "forward", "encode"])
+@pytest.mark.parametrize("what", ["close", "generate", "forward"])
 def test_a_request_cannot_be_served_or_closed_from_within_another(
     served: Served, expected: tuple[Tensor, Tensor], where: str, what: str
 ) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import Policy, Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.models.loading import load_resident
 from tests.engine.serving import assert_same, generated, request
 from tests.tiny import batch, pregated_model, upstream_model

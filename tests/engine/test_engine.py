@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
+from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier, UsageError
+from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
+from pregate.engine.trace import Trace
 from pregate.models.loading import load_resident
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, request
 from tests.tiny import pregated_model
@@ -95,7 +97,7 @@ def test_pre_gating_moves_slabs_while_the_block_before_computes(
     """In the trace; an expert computes until every fetch that was begun beside it is over."""
 
     def slow(matrices: Any, hidden_ND: Tensor) -> Tensor:
-        for transfer in list(engine._scheduler._transfers.values()):
+        for transfer in list(engine.host.scheduler._transfers.values()):
             transfer.wait()
         return served.model.get_parameter("lm_head.weight").new_zeros(hidden_ND.shape)
 
@@ -133,6 +135,20 @@ def test_settings_may_be_given_by_name(served: Served) -> None:
         assert_same(generated(engine.generate, request(1)), expected)
 
 
+@pytest.mark.parametrize("drive", ["device", Drive.device])
+def test_one_opening_serves_either_drive(served: Served, drive: Drive) -> None:
+    expected = generated(served.model.generate, request(2))
+    names = {"policy": "pre_gated", "cache": "lru", "tier": "dram", "device_budget": "50%"}
+    with OffloadEngine.open(served.directory, drive=drive, batch=2, max_new_tokens=5, **names) as engine:
+        assert isinstance(engine, DeviceEngine)
+        assert_same(generated(engine.generate, request(2)), expected, rtol=1e-4, atol=1e-5)
+        assert engine.counters().bytes_moved > 0
+    with OffloadEngine.open(served.directory, drive="host") as engine:
+        assert isinstance(engine, OffloadEngine)
+    with pytest.raises(ValueError, match="nobody"):
+        OffloadEngine.open(served.directory, drive="nobody")
+
+
 def test_opened_under_inference_mode_it_serves_as_well(served: Served) -> None:
     expected = generated(served.model.generate, request(1))
     for slab_dtype in (SlabDtype.source, SlabDtype.int8):
@@ -160,3 +176,13 @@ def test_weights_of_another_shape_than_the_config_are_refused(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_heads": 4}))
     with pytest.raises(UsageError, match=r"holds .*\.weight of shape \(.*\), not \(.*\): use the complete weights"):
         OffloadEngine.open(tmp_path)
+
+
+def test_a_disabled_trace_records_nothing() -> None:
+    trace = Trace(torch.device("cpu"))
+    with trace.span("compute", "x"):
+        pass
+    trace.start()
+    with trace.span("compute", "y"):
+        pass
+    assert [span.name for span in trace.stop()] == ["y"]

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
-from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.io import mover
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.io import threads
+from pregate.engine.opening import open_store
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
@@ -165,7 +166,7 @@ def test_computing_before_a_slab_has_arrived_is_noticed(
     served: Served, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mover whose transfers say that they are over when they have just begun gives NaN here."""
-    monkeypatch.setattr(mover._JobTransfer, "wait", lambda transfer: None)
+    monkeypatch.setattr(threads._JobTransfer, "wait", lambda transfer: None)
     options = request(2)
     store = HostileStore(open_store(served.directory), most_s=0.005)
     with OffloadEngine.open(served.directory, store=store, policy=policy, device_budget="20%") as engine:

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import silu
 
-from pregate.config import CacheRule, SlabDtype
+from pregate.config import CacheRule, Policy, SlabDtype
 from pregate.engine.cache import SlotTable
 from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
-from pregate.engine.io.mover import ThreadMover
-from pregate.engine.policy import OnDemand
+from pregate.engine.fetching import Fetcher
+from pregate.engine.io.threads import ThreadMover
 from pregate.engine.scheduler import Scheduler
-from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
+from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import Factor, grouped_experts, project
 from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
@@ -91,7 +92,8 @@ def make_bench(
 
     mover.start = poisoned_start
     scheduler = Scheduler(list(slots_NB), SlotTable(num_slots, cache), mover, trace, counters)
-    experts = OffloadedExperts(family, "decoder", 0, SlotMatrices(slots_NB, layout), scheduler, OnDemand(), trace)
+    fetcher = Fetcher(Policy.on_demand, family, scheduler)
+    experts = OffloadedExperts(family, "decoder", 0, SlotMatrices(slots_NB, layout), scheduler, fetcher, trace)
     return Bench(experts, held, scheduler, mover, counters, started)
 
 

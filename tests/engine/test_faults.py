@@ -15,11 +15,12 @@ import pytest
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
-from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.io.uring import Ring
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.io.ring import Ring
+from pregate.engine.opening import open_store
 from pregate.engine.storage import store
+from pregate.engine.storage.memory import PAGE
 from pregate.engine.storage.pack import read_index
-from pregate.engine.storage.slabs import PAGE
 from pregate.engine.storage.store import DamagedPackError, DiskStore, SlabReadError
 from pregate.models.family import ExpertKey
 from tests.engine.hostile import Streamer

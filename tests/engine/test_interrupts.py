@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, Tier
-from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.io.uring_mover import UringMover
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.io.uring import UringMover
+from pregate.engine.opening import open_store
 from tests.engine.hostile import HostileStore, Streamer, interrupted_expert
 from tests.engine.serving import (
     OFFLOADED,
@@ -62,7 +63,7 @@ def test_an_interrupt_in_the_middle(
             elif where == "arrival":
                 with pytest.MonkeyPatch.context() as patch:
                     armed[0] = True
-                    patch.setattr(engine._scheduler, "_arrive", interrupt)
+                    patch.setattr(engine.host.scheduler, "_arrive", interrupt)
                     engine.generate(**options)
             else:
                 engine.generate(**options)
@@ -82,13 +83,13 @@ def test_a_second_interrupt_while_the_first_is_cleaned_up(
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, interrupted_expert(engine, KeyboardInterrupt()):
-            patch.setattr(engine._mover, "drain", interrupt)
+            patch.setattr(engine.host.mover, "drain", interrupt)
             # as if it had come between giving a slot away and starting the transfer
             with pytest.raises(KeyboardInterrupt):
                 serve(engine)
-            engine._scheduler._table.clear()
+            engine.host.scheduler._table.clear()
             for key in engine.family.keys()[: engine.num_slots]:
-                engine._scheduler._table.place(key)
+                engine.host.scheduler._table.place(key)
         assert_serves(engine, expected)
     slow.close()
 
@@ -134,7 +135,7 @@ def test_many_interrupts_at_any_moment(
             cache=CacheRule.lru,
             io_threads=3,
         ) as engine:
-            assert isinstance(engine._mover, UringMover) == (host_budget is None)
+            assert isinstance(engine.host.mover, UringMover) == (host_budget is None)
             whole_s = float("inf")
             for number in range(41):
                 if number:
@@ -154,7 +155,8 @@ def test_many_interrupts_at_any_moment(
 def test_ctrl_c_ends_a_process_that_generates_for_ever(served: Served) -> None:
     program = """
         import sys
-        from pregate.engine.engine import OffloadEngine, open_store
+        from pregate.engine.engine import OffloadEngine
+        from pregate.engine.opening import open_store
         from tests.engine.hostile import HostileStore
         from tests.engine.serving import request
         store = HostileStore(open_store(sys.argv[1]), most_s=0.002)

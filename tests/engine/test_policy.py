@@ -8,7 +8,7 @@ import pytest
 
 from pregate.config import Policy, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.policy import default_slots, make_policy
+from pregate.engine.policy import default_slots, fetched_on_enter, fetched_on_route
 from pregate.models.family import ExpertKey, ExpertSpec, experts_of
 from tests.tiny import pregated_model
 
@@ -18,23 +18,21 @@ def family() -> ExpertSpec:
     return experts_of(pregated_model(0, 1).config)
 
 
-def test_pre_gated_fetches_a_route_at_once_and_nothing_else(family: ExpertSpec) -> None:
-    policy = make_policy(Policy.pre_gated, family)
-    assert policy.on_route("decoder", 2, [4, 1]) == [ExpertKey("decoder", 2, 4), ExpertKey("decoder", 2, 1)]
-    assert policy.on_enter("decoder", 1) == []
+ROUTED = [ExpertKey("decoder", 2, 4), ExpertKey("decoder", 2, 1)]
 
 
-def test_on_demand_and_gpu_only_fetch_nothing_ahead(family: ExpertSpec) -> None:
-    for name in (Policy.on_demand, Policy.gpu_only):
-        policy = make_policy(name, family)
-        assert policy.on_route("decoder", 2, [4, 1]) == policy.on_enter("decoder", 1) == []
+def test_pre_gated_alone_fetches_a_route_at_once(family: ExpertSpec) -> None:
+    for policy in Policy:
+        fetched = fetched_on_route(policy, "decoder", 2, [4, 1])
+        assert fetched == (ROUTED if policy is Policy.pre_gated else []), policy
 
 
-def test_prefetch_all_fetches_this_block_and_all_of_the_next(family: ExpertSpec) -> None:
-    policy = make_policy(Policy.prefetch_all, family)
-    assert policy.on_route("encoder", 1, [0]) == []
-    assert policy.on_enter("encoder", 1) == [ExpertKey("encoder", b, e) for b in (1, 2) for e in range(5)]
-    assert policy.on_enter("encoder", 2) == [ExpertKey("encoder", 2, e) for e in range(5)]
+def test_prefetch_all_alone_fetches_this_block_and_all_of_the_next(family: ExpertSpec) -> None:
+    for policy in Policy:
+        for block, blocks in ((1, (1, 2)), (2, (2,))):
+            whole = [ExpertKey("encoder", b, e) for b in blocks for e in range(5)]
+            fetched = fetched_on_enter(policy, family, "encoder", block)
+            assert fetched == (whole if policy is Policy.prefetch_all else []), policy
 
 
 def test_default_slots(family: ExpertSpec) -> None:

@@ -22,12 +22,13 @@ from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
 from pregate.engine.device import host_memory
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.io import readers
-from pregate.engine.storage import pack, slabs, store
-from pregate.engine.storage.slabs import aligned_bytes, page_lock
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.io import host_buffers
+from pregate.engine.opening import open_store
+from pregate.engine.storage import memory, pack, store
+from pregate.engine.storage.memory import aligned_bytes, page_lock
+from pregate.system.machine import compute_device
 from pregate.system.memory import is_out_of_memory
-from pregate.system.runtime import compute_device
 from tests.engine.serving import SLAB, Served
 from tests.tiny import pregated_model
 
@@ -188,7 +189,7 @@ def test_host_memory_that_has_run_out_is_one_sentence(served: Served, monkeypatc
         patched.setattr(store, "aligned_bytes", raising(MemoryError("no")))
         with pytest.raises(UsageError, match=r"experts need 246 kB of host memory, .*: use engine\.tier=disk"):
             open_store(served.directory, tier=Tier.dram)
-    monkeypatch.setattr(readers, "aligned_bytes", raising(MemoryError("no")))
+    monkeypatch.setattr(host_buffers, "aligned_bytes", raising(MemoryError("no")))
     with pytest.raises(UsageError, match=r"15 experts in host memory need 123 kB, .*: lower engine\.host_budget"):
         OffloadEngine.open(served.directory, tier=Tier.disk, host_budget="50%")
 
@@ -203,7 +204,7 @@ def test_page_locking_that_fails(monkeypatch: pytest.MonkeyPatch, status: int, k
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     with pytest.raises(kind, match=rf"CUDA error {status}") as caught:
-        page_lock(aligned_bytes(slabs.PAGE))
+        page_lock(aligned_bytes(memory.PAGE))
     assert isinstance(caught.value, UsageError) == (kind is UsageError)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
-from pregate.engine.policy import make_policy
+from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey, ExpertSpec
@@ -244,14 +244,14 @@ def test_prefetch_all_never_exceeds_its_slots(num_slots: int, rule: CacheRule) -
         activation="relu",
     )
     draw = random.Random(num_slots)
-    policy, bench = make_policy(Policy.prefetch_all, family), Bench(num_slots, rule)
+    bench = Bench(num_slots, rule)
+    fetcher = Fetcher(Policy.prefetch_all, family, bench.scheduler)
     moved: list[Sequence[ExpertKey]] = []
     for step in range(3):
         for block in range(NUM_BLOCKS):
             [needed] = keys(block, draw.randrange(NUM_EXPERTS))
             begun = len(bench.mover.transfers)
-            bench.scheduler.request([needed], urgent=True)
-            bench.scheduler.request(policy.on_enter("decoder", block))
+            fetcher.on_enter("decoder", block, [needed])
             under_way = [slot for slot in bench.slots if slot.filling is not None]
             occupied = [slot for slot in bench.slots if slot.filling is not None or slot.holds is not None]
             assert len(under_way) <= len(occupied) <= num_slots

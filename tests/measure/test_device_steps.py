@@ -29,7 +29,7 @@ def test_a_request_is_timed_and_counted(tmp_path: Path, monkeypatch: pytest.Monk
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     greedy = {"repetition_penalty": 1e6, "min_new_tokens": 6, "max_new_tokens": 6}
     with DeviceEngine.open(tmp_path, max_new_tokens=6) as engine:
-        step, encode = engine.decoder.step, engine.host.encode
+        step, run = engine.decoder.step, engine.host.run
 
         def slow(seconds: float, call: Any) -> Any:
             def called(*args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def test_a_request_is_timed_and_counted(tmp_path: Path, monkeypatch: pytest.Monk
             return called
 
         monkeypatch.setattr(engine._graphs, "_step", slow(0.005, step))
-        monkeypatch.setattr(engine.host, "encode", slow(0.04, encode))
+        monkeypatch.setattr(engine.host, "run", slow(0.04, run))
         timed = time_steps(engine, ids, mask, 6, torch.device("cpu"), **greedy)
         again = time_steps(engine, ids, mask, 6, torch.device("cpu"), **greedy)
     assert timed.tpot_ms is not None and timed.tpot_ms >= 5

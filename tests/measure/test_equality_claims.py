@@ -340,10 +340,9 @@ def test_a_benchmark_notices_stale_experts_by_their_logits(
 
     def open_stale(source: Any, **options: Any) -> Any:
         engine = opened(source, **options)
-        host = engine if drive == "host" else engine.host
         store = options["store"]
-        for key in host.family.keys():  # noqa: SIM118 - not a mapping
-            store.layout.encode([weights[name] for name in host.family.tensor_names(key)], store.slab(key))
+        for key in engine.family.keys():  # noqa: SIM118 - not a mapping
+            store.layout.encode([weights[name] for name in engine.family.tensor_names(key)], store.slab(key))
         return engine
 
     module = bench_row.OffloadEngine if drive == "host" else bench_device.DeviceEngine

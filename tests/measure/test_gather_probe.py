@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate.engine.storage.slabs import PAGE
+from pregate.engine.storage.memory import PAGE
 from pregate.measure import gather_probe
 from pregate.measure.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
 
@@ -23,7 +23,7 @@ def test_a_dry_run_on_the_cpu(tmp_path: Path) -> None:
     for row in rows:
         assert row["device"] == "cpu" and row["num_fetches"] == 4 and row["ms_per_slab"] > 0
         assert row["gb_per_s"] == pytest.approx(row["slab_bytes"] / row["ms_per_slab"] / 1e6)
-        assert "num_programs" not in row and "unroll" not in row, "the twin has neither"
+        assert "num_programs" not in row and "unroll" not in row, "the reference implementation has neither"
     written = [json.loads(line) for line in (tmp_path / "new" / ROWS).read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "environment"} for row in written] == rows
     assert all(row["environment"]["torch"] == torch.__version__ for row in written)
@@ -48,10 +48,10 @@ def test_cuda_without_a_gpu_is_told_in_one_sentence(tmp_path: Path, capsys: pyte
 
 
 def test_a_copy_that_went_wrong_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_byte_off(addresses_G: torch.Tensor, plan: object, slots_SB: torch.Tensor) -> None:
+    def one_byte_off(addresses_G: torch.Tensor, slabs: object, slots: object, slots_SB: torch.Tensor, *_: int) -> None:
         slots_SB[2, 17] += 1
 
-    monkeypatch.setattr(gather_probe, "gather_slabs_twin", one_byte_off)
+    monkeypatch.setattr(gather_probe, "gather_slabs", one_byte_off)
     with pytest.raises(RuntimeError, match=r"gather pageable .* left other bytes in slot"):
         probe(torch.device("cpu"), tmp_path, SMALL)
     rows = [json.loads(line) for line in (tmp_path / ROWS).read_text().splitlines()]

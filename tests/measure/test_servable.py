@@ -14,7 +14,7 @@ from pregate.cli import compose_run
 from pregate.config import Run, UsageError
 from pregate.measure import eval_device, servable
 from pregate.measure.servable import check_engine
-from pregate.tasks.base import splits_read
+from pregate.tasks.registry import splits_read
 from pregate.training.stages import trained_config
 from tests.tiny import upstream_model
 

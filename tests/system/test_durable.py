@@ -9,18 +9,20 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from pregate.config import PreGateConfig, Run, Tier, TrackingConfig, save_run
+from pregate.config import Device, PreGateConfig, Run, Tier, TrackingConfig, save_run
 from pregate.config import Tracker as TrackerKind
 from pregate.conversion.write import convert
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import pack, read_index
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.family import experts_of
 from pregate.system import durable
-from pregate.system.runtime import write_json
+from pregate.system.durable import write_json
 from pregate.tracking import open_tracker
 from pregate.training.checkpoint import (
     PREVIOUS,
@@ -287,3 +289,18 @@ def test_what_a_disk_refuses_is_known(error: Exception, reason: str | None) -> N
     told = durable.refusal(error)
     assert (told is None) == (reason is None)
     assert reason is None or (told is not None and told.startswith(reason))
+
+
+def test_write_json_is_whole_or_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": np.float32(0.5), "t": torch.tensor([1, 2]), "bad": float("nan"), "d": Device.cpu})
+    assert json.loads(path.read_text()) == {"x": 0.5, "t": [1, 2], "bad": None, "d": "cpu"}
+
+    class Unprintable:
+        def __str__(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        write_json(path, {"x": Unprintable()})
+    assert json.loads(path.read_text())["x"] == 0.5
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -15,8 +15,8 @@ from torch.distributed import DistNetworkError, HashStore
 
 from pregate.cli import ending_in_one_sentence
 from pregate.config import UsageError
-from pregate.system import processes
-from pregate.tracking import say
+from pregate.system import launch, peers, processes
+from pregate.system.console import say
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -25,10 +25,10 @@ LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PO
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that no launcher started and that has met no other; what Accelerate notes is forgotten after it."""
-    monkeypatch.setattr(processes, "_group", None)
+    monkeypatch.setattr(peers, "group", None)
     monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
-    written = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *processes.SIZES, *processes.RANKS)
+    written = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *launch.SIZES, *launch.RANKS)
     for name in {*written, *(name for name in os.environ if name.startswith("ACCELERATE_"))}:
         monkeypatch.setenv(name, "")  # noted, so that it is as before afterwards
         monkeypatch.delenv(name)
@@ -71,22 +71,22 @@ def test_one_process_needs_no_launcher(variables: dict[str, str], monkeypatch: p
     assert (state.num_processes, state.process_index) == (1, 0)
     done: list[int] = []
     processes.main_only(lambda: done.append(1), "counting")
-    assert done == [1] and processes.may_tell()
+    assert done == [1] and peers.may_tell()
 
 
-@pytest.mark.parametrize("variable", processes.SIZES)
+@pytest.mark.parametrize("variable", launch.SIZES)
 @pytest.mark.parametrize("command", ["eval", "convert", "bench"])
 def test_commands_for_one_process_refuse_several(command: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, {variable: "2"})
     with pytest.raises(UsageError, match=rf"{variable}=2 asks for 2: .* `python -m pregate\.{command} …`"):
-        processes.check_alone(command)
+        launch.check_alone(command)
     monkeypatch.setenv(variable, "1")
-    processes.check_alone(command)
+    launch.check_alone(command)
     given(monkeypatch, LAUNCHED)
-    processes.check_alone(command)
+    launch.check_alone(command)
     monkeypatch.delenv(variable)
     with pytest.raises(UsageError, match="several processes"):
-        processes.check_alone(command)
+        launch.check_alone(command)
 
 
 @pytest.mark.parametrize("command", ["eval", "convert", "bench"])
@@ -104,11 +104,11 @@ def test_those_commands_ask(command: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_mixed_precision_that_is_not_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted, resolved in (("no", "bf16"), ("no", "no"), ("bf16", "bf16")):
         given(monkeypatch, {"ACCELERATE_MIXED_PRECISION": wanted})
-        processes.check_mixed_precision(resolved)
+        launch.check_mixed_precision(resolved)
     for wanted, resolved in (("bf16", "no"), ("fp16", "bf16"), ("fp8", "no")):
         given(monkeypatch, {"ACCELERATE_MIXED_PRECISION": wanted})
         with pytest.raises(UsageError, match=rf"{wanted} was asked .* gives {resolved} here: set train\.precision"):
-            processes.check_mixed_precision(resolved)
+            launch.check_mixed_precision(resolved)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +127,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_rank_0_speaks_before_they_meet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given(monkeypatch, {"WORLD_SIZE": "2", "RANK": "1"})
     say("something")
-    assert not processes.may_tell()
+    assert not peers.may_tell()
     monkeypatch.setenv("RANK", "0")
-    assert processes.may_tell()
+    assert peers.may_tell()
     say("something else")
     assert capsys.readouterr().err == "pregate: something else\n"
 
 
 def as_one_of_two(rank: int, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_group", processes.Group(rank, 2, store))
+    monkeypatch.setattr(peers, "group", peers.Group(rank, 2, store))
 
 
 def test_the_others_wait_for_rank_0_and_fail_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_the_others_wait_for_rank_0_and_fail_with_it(monkeypatch: pytest.MonkeyP
         processes.main_only(full_disk, "saving")
     as_one_of_two(1, store, monkeypatch)
     processes.main_only(lambda: done.append("saved twice"), "saving")
-    with pytest.raises(processes.PeerFailedError):
+    with pytest.raises(peers.PeerFailedError):
         processes.main_only(lambda: done.append("not reached"), "saving")
     assert done == ["saved"]
 
@@ -172,9 +172,9 @@ def test_the_others_end_with_a_main_process_that_takes_the_store_along(monkeypat
             raise DistNetworkError("Connection reset by peer")
 
     as_one_of_two(1, Gone(), monkeypatch)
-    with pytest.raises(processes.PeerFailedError):
+    with pytest.raises(peers.PeerFailedError):
         processes.main_only(lambda: None, "converting")
-    assert not processes.may_tell()
+    assert not peers.may_tell()
 
 
 def full_disk() -> None:
@@ -194,7 +194,7 @@ def lost() -> None:
 
 
 def peer_failed() -> None:
-    raise processes.PeerFailedError
+    raise peers.PeerFailedError
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -203,7 +203,7 @@ def test_the_first_that_fails_tells_and_the_others_are_silent(
     first: int, work: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever the others fail of: with the first, connections break everywhere."""
-    monkeypatch.setattr(processes, "SILENCE_S", 0.0)
+    monkeypatch.setattr(peers, "SILENCE_S", 0.0)
     store = HashStore()
     as_one_of_two(first, store, monkeypatch)
     with pytest.raises(SystemExit) as ended:
@@ -228,9 +228,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 TWO = """
 import os, sys, time
 import torch
-from pregate.system import processes
+from pregate.system import peers, processes
 
-processes.SILENCE_S = 60.0
+peers.SILENCE_S = 60.0
 state = processes.join()
 assert (state.num_processes, state.process_index) == (2, int(os.environ["RANK"])), state
 total = torch.tensor([1.0 + state.process_index])

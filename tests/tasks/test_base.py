@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from pregate.cli import compose_run, config_dir
+from pregate.cli import compose_run
 from pregate.config import TaskKind, UsageError
-from pregate.tasks.base import CHUNK_ROWS, Example, build_task, build_training_task
+from pregate.config.groups import config_dir
+from pregate.tasks.base import CHUNK_ROWS, Example
+from pregate.tasks.registry import build_task, build_training_task
 
 SQUAD = [
     {

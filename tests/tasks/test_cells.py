@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from pregate.cli import compose_run
 from pregate.config import Run, UsageError
-from pregate.tasks.base import Example, Task, build_training_task, splits_read
+from pregate.tasks.base import Example, Task
+from pregate.tasks.registry import build_training_task, splits_read
 from pregate.tasks.span_corruption import SpanCorruption
 from tests.tasks.corpora import SETTINGS, sentinel_tokenizer
 

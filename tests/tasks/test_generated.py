@@ -7,10 +7,16 @@ import pytest
 
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
-from pregate.tasks.base import build_task
-from pregate.tasks.generated import check_generated, generate, generated_tokenizer
-from pregate.tasks.generated_facts import KINDS, SUBJECT_NOUNS, SUBJECT_WORDS
-from pregate.tasks.text import Collator, load_tokenizer
+from pregate.tasks.generated import (
+    KINDS,
+    SUBJECT_NOUNS,
+    SUBJECT_WORDS,
+    check_generated,
+    generate,
+    generated_tokenizer,
+)
+from pregate.tasks.registry import build_task
+from pregate.tasks.tokens import Collator, load_tokenizer
 from tests.tiny import SEQ2SEQ
 
 CONFIG = GeneratedConfig(train=3000, validation=300)

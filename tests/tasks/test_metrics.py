@@ -6,9 +6,8 @@ import pytest
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.tasks.base import build_task
-from pregate.tasks.metrics import Accuracy, ExactMatchF1, Rouge, exact_match, same_label, token_f1
-from pregate.tasks.text import normalize_answer
+from pregate.tasks.metrics import Accuracy, ExactMatchF1, Rouge, exact_match, normalize_answer, same_label, token_f1
+from pregate.tasks.registry import build_task
 
 
 @pytest.mark.parametrize(

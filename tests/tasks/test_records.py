@@ -6,8 +6,8 @@ import pytest
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.tasks.base import build_task
 from pregate.tasks.records import read_columns
+from pregate.tasks.registry import build_task
 
 ROW = {"id": "1", "question": "q?", "context": "c", "answers": {"text": ["a"], "answer_start": [0]}}
 
@@ -26,6 +26,10 @@ def write_parquet(path, rows):
 def write_lines(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def cells(chunk, field):
+    return [chunk.read(row, field, lambda cell: cell) for row in range(len(chunk))]
 
 
 def sentence(error):
@@ -210,9 +214,9 @@ def test_chunks_keep_order_size_and_dotted_columns(tmp_path, form):
     write_parquet(path, rows) if form == "parquet" else write_lines(path, rows)
     task = compose_run(["task=qa", f"task.files.train={path}", "data.root=null"]).task
     chunks = list(read_columns(task, None, "train", {"target": "answers.text", "n": "a.b"}, 3))
-    assert [len(chunk["n"]) for chunk in chunks] == [3, 3, 1]
-    assert [n for chunk in chunks for n in chunk["n"]] == list(range(7))
-    assert [t for chunk in chunks for t in chunk["target"]] == [[str(i)] for i in range(7)]
+    assert [len(chunk) for chunk in chunks] == [3, 3, 1]
+    assert [n for chunk in chunks for n in cells(chunk, "n")] == list(range(7))
+    assert [t for chunk in chunks for t in cells(chunk, "target")] == [[str(i)] for i in range(7)]
 
 
 @pytest.mark.parametrize("where", ["files", "hub"])
@@ -228,7 +232,7 @@ def test_a_seed_decides_the_order_of_shards(tmp_path, monkeypatch, where):
     task = compose_run(["task=qa", source, "data.root=null"]).task
 
     def read(shuffle):
-        return [chunk["n"] for chunk in read_columns(task, None, "train", {"n": "n"}, 3, shuffle)]
+        return [cells(chunk, "n") for chunk in read_columns(task, None, "train", {"n": "n"}, 3, shuffle)]
 
     plain = read(None)
     assert plain == [[3 * shard + i for i in range(3)] for shard in range(4)]

@@ -13,7 +13,7 @@ import pytest
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.tasks import span_corruption
-from pregate.tasks.base import build_task, build_training_task
+from pregate.tasks.registry import build_task, build_training_task
 from pregate.tasks.span_corruption import PackedRow, Position, SpanCollator, SpanLengths, noise_masks
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
 

@@ -14,7 +14,8 @@ import pytest
 
 from pregate.cli import compose_run
 from pregate.config import Run, UsageError
-from pregate.tasks.base import Task, build_task
+from pregate.tasks.base import Task
+from pregate.tasks.registry import build_task
 
 JSON_FORM = r"write one whole object {…} on each line, or one list \[{…}, …\] of objects\.$"
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from pregate.config import UsageError
-from pregate.tasks.text import Collator
+from pregate.tasks.tokens import Collator
 from pregate.training.validation import validate
 from tests.tiny import SEQ2SEQ, pregated_model
 from tests.training.copying import SHALLOW, FirstWords, word_tokenizer

@@ -1,88 +1,87 @@
 """The device-driven engine: the host asks for a step, the device does the rest.
 
-    with DeviceEngine.open("checkpoint", device="cuda", device_budget="25%", cache="lru") as engine:
+    with OffloadEngine.open("checkpoint", drive="device", device="cuda", device_budget="25%", cache="lru") as engine:
         tokens = engine.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64)
 
-The source is encoded by the host-driven engine over the same slots (`prefill`); then captured graphs of one or several
-steps route, fetch and compute by themselves (`decode`). Without CUDA the same code runs step by step. Knows stores,
-slots and requests; knows nothing about tasks or metrics.
+The host drives the model over the prompt (`prefill`); then graph-captured steps, one or several at a time, route, fetch
+and compute by themselves (`decode`). Without CUDA the same code runs step by step. Knows stores, slots and requests;
+knows nothing about tasks or metrics.
 
 Letters: B rows of a request, S source places, T target places, V vocabulary.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.budget import slots_within
-from pregate.engine.device import require_triton
+from pregate.engine.base import Engine
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
-from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves, slots_needed
-from pregate.engine.device.ops.experts import check_activation
+from pregate.engine.device.limits import refuse_settings, slots_for
+from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.language import require_triton
+from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
 from pregate.engine.device.steps.t5 import StaticDecoder
-from pregate.engine.engine import BUSY, CLOSED, Checkpoint, OffloadEngine, open_store, serving_dtype
-from pregate.engine.policy import default_slots
-from pregate.engine.storage.slabs import SlabLayout
+from pregate.engine.host import HostDriver
+from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters
-from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertKey, config_of, experts_of
-from pregate.models.loading import open_model
-from pregate.system.runtime import compute_device, human_bytes
+from pregate.models.family import ExpertKey
+from pregate.system.machine import compute_device
 
-MOST_ROWS = 32
-"""A step of more tokens than that is better served by matrix products over groups of tokens."""
 EOS_CHECK_EVERY = STEPS_AT_ONCE
 """Steps between two looks at whether every row has ended; each look waits for the device."""
 
 
-class DeviceEngine:
+class DeviceEngine(Engine):
     """A served checkpoint. Use `open`; close it, or use it as a context manager."""
 
     def __init__(
-        self, host: OffloadEngine, store: Store, *, keep: bool, batch: int, max_source_len: int, max_new_tokens: int
+        self,
+        opened: Opened,
+        store: Store,
+        policy: Policy,
+        host: HostDriver,
+        model: Any,
+        *,
+        keep: bool,
+        batch: int,
+        max_source_len: int,
+        max_new_tokens: int,
     ) -> None:
-        self.host, self.model, self.policy = host, host.model, host.policy
-        self.family, self.num_slots, self.slab_bytes = host.family, host.num_slots, host.slab_bytes
+        super().__init__(opened, store, policy, host, model)
         self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
-        self._device = host.model.device
-        keys = host.family.keys()
-        self.table = DeviceSlots.empty(len(keys), host.num_slots, self._device)
-        memory = SlabMemory(
-            store.layout, host.lend_slots(), device_addresses(_slabs(store, keys), self._device), self.table, keep
-        )
-        config = host.model.config
+        self._device = model.device
+        keys = self.family.keys()
+        self.table = DeviceSlots.empty(len(keys), self.num_slots, self._device)
+        addresses_G = device_addresses(_slabs(store, keys), self._device)
+        memory = SlabMemory(store.layout, host.lend_slots(), addresses_G, self.table, keep)
+        stack, layers = list(self.family.layers.items())[-1]
         blocks = BlockShape(
-            [keys.index(ExpertKey("decoder", b, 0)) for b in range(len(host.family.layers["decoder"]))],
-            host.family.num_experts,
-            host.family.top_k,
+            [keys.index(ExpertKey(stack, block, 0)) for block in range(len(layers))],
+            self.family.num_experts,
+            self.family.top_k,
             batch,
-            config.d_model,
-            config.dense_act_fn,
+            opened.config.d_model,
+            opened.config.dense_act_fn,
         )
-        self._experts = make_moves(host.policy, memory, blocks, side_stream(self._device))
+        self._experts = make_experts(policy, memory, blocks, side_stream(self._device))
         self.decoder = StaticDecoder(
-            host.model, self._experts, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
+            model, self._experts, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
         )
         self._graphs = StepGraphs(self.decoder.step, self._begin_nothing, self._device)
         self._kind = StepKind()
         self._left: int | None = None
         """Tokens that there is room for in the request that `prefill` began; None where there is none to go on with."""
-        self._own_store: Store | None = None
-        self._serving = threading.RLock()
-        self._closed = self._busy = False
+        self._closers.append(self._forget_steps)
 
     @classmethod
     def open(
@@ -100,8 +99,8 @@ class DeviceEngine:
         slab_dtype: SlabDtype = SlabDtype.source,
         store: Store | None = None,
     ) -> DeviceEngine:
-        """Open a pre-gated or conventional Switch directory for requests of at most `batch` rows (up to 32),
-        `max_source_len` source and `max_new_tokens` new tokens.
+        """Open a directory for requests of at most `batch` rows (up to 32), `max_source_len` source and
+        `max_new_tokens` new tokens; the same as `OffloadEngine.open` with `drive="device"`.
 
         All experts live in host memory (tier `dram`), page-locked for a GPU. `cache`: `none`, or `lru` to keep slabs in
         their slots from step to step. `device_budget`, `slab_dtype`, `store`: as for `OffloadEngine.open`; without a
@@ -110,35 +109,26 @@ class DeviceEngine:
         """
         policy, cache, device = Policy(policy), CacheRule(cache), compute_device(device)
         refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
-        source = checkpoint if isinstance(checkpoint, SourceCheckpoint) else open_model(str(checkpoint))
-        config = config_of(source.config)
-        check_activation(config.dense_act_fn)
-        family, stored = experts_of(config), store.layout.stored if store else SlabDtype(slab_dtype)
-        dtype = serving_dtype(config, source, family)
+        opened = Opened(checkpoint)
+        check_activation(opened.config.dense_act_fn)
         if device.type == "cuda":
             require_triton()
-            if dtype is torch.float64:
+            if opened.dtype is torch.float64:
                 raise UsageError("engine.drive=device has no kernels for float64: use engine.drive=host.")
-        slots = slots_for(device_budget, policy, config, SlabLayout.of(family, dtype, stored).slab_bytes, batch)
-        opened = store or open_store(checkpoint, tier=Tier.dram, device=device, slab_dtype=SlabDtype(slab_dtype))
-        host: OffloadEngine | None = None
-        try:
-            budget = f"{slots * opened.layout.slab_bytes}B"
-            host = OffloadEngine.open(
-                checkpoint, policy=policy, device=device, device_budget=budget, cache=cache, store=opened
-            )
-            keep = cache is CacheRule.lru
-            engine = cls(
-                host, opened, keep=keep, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
-            )
-        except BaseException:
-            if host is not None:
-                host.close()
-            if store is None:
-                opened.close()
-            raise
-        engine._own_store = opened if store is None else None
-        return engine
+        layout = opened.layout(SlabDtype(slab_dtype), store)
+        return cls._assemble(
+            opened,
+            layout,
+            slots_for(device_budget, policy, opened.config, layout.slab_bytes, batch),
+            store or (lambda: opened.store(layout, Tier.dram, device)),
+            policy=policy,
+            cache=cache,
+            device=device,
+            keep=cache is CacheRule.lru,
+            batch=batch,
+            max_source_len=max_source_len,
+            max_new_tokens=max_new_tokens,
+        )
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
@@ -160,27 +150,24 @@ class DeviceEngine:
                 self._decode(steps)
                 done += steps
                 if request.with_logits:
-                    logits.append(self.decoder.chooser.logits_BV[: len(input_ids)].clone())
+                    logits.append(self.decoder.sampler.logits_BV[: len(input_ids)].clone())
                 looks = request.sampling.eos and done % EOS_CHECK_EVERY == 0
-                if looks and not self.decoder.chooser.live_B.any().item():
+                if looks and not self.decoder.sampler.live_B.any().item():
                     break
             self._check_errors()
             tokens_BT = self._tokens(len(input_ids), request)
             if not request.as_dict:
                 return tokens_BT
-            kept = tuple(logits[: tokens_BT.shape[1] - 1]) if request.with_logits else None
-            return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
+            return self.decoder.output(tokens_BT, logits[: tokens_BT.shape[1] - 1] if request.with_logits else None)
 
     def forward(self, **inputs: Any) -> Any:
         """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
         with self._served():
             self._wait_for_steps()
             try:
-                return self.host.forward(**inputs)
+                return self.host.run(self.model, inputs)
             finally:
-                # neither side may believe what the other has put into the slots
-                self.host.lend_slots()
-                self.table.clear()
+                self._take_slots()
 
     def request(self, **options: Any) -> Request:
         """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""
@@ -189,7 +176,7 @@ class DeviceEngine:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
-        """Encode the source and get ready for `decode_one_token`. Raises `UsageError` for one that is too large, and
+        """Read the prompt and get ready for `decode_one_token`. Raises `UsageError` for one that is too large, and
         `RuntimeError` for a closed engine, for a call from within a request and for a model that has a listener."""
         with self._served():
             self._prefill(input_ids, attention_mask, sampling)
@@ -207,10 +194,9 @@ class DeviceEngine:
         self._wait_for_steps()
         self._follow_the_model()
         self._graphs.prepare(sampling.kind)
-        states_BSD = self.host.encode(input_ids=input_ids, attention_mask=attention_mask)
-        self.host.lend_slots()
-        self.table.clear()
-        self.decoder.begin(states_BSD, attention_mask, sampling)
+        prompt = self.decoder.read_prompt(self.host.run, input_ids, attention_mask)
+        self._take_slots()
+        self.decoder.begin(prompt, attention_mask, sampling)
         self._kind, self._left = sampling.kind, self.max_new_tokens
 
     @torch.inference_mode()
@@ -242,11 +228,11 @@ class DeviceEngine:
     def tokens(self) -> Tensor:
         """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
         request overwrites them."""
-        return self.decoder.chooser.tokens_BT
+        return self.decoder.sampler.tokens_BT
 
     def rows_not_finite(self) -> list[int]:
         """Rows of the last request with a NaN or an infinity among the logits of a step. Waits for the device."""
-        return (~self.decoder.chooser.finite_B).nonzero().flatten().tolist()
+        return (~self.decoder.sampler.finite_B).nonzero().flatten().tolist()
 
     def counters(self) -> Counters:
         """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
@@ -255,61 +241,36 @@ class DeviceEngine:
         return Counters(counted[HITS], counted[MISSES], counted[EVICTIONS], bytes_moved=moved, bytes_read=moved)
 
     def expected_bytes(self) -> dict[str, int]:
-        """What the engine takes by its own account: the host-driven engine's parts, and `static`, the caches and
+        """What the engine takes by its own account: the parts that every engine has, and `static`, the caches and
         buffers of the decoding step."""
-        return {**self.host.expected_bytes(), "static": self.decoder.num_bytes + self._experts.num_bytes}
-
-    def close(self) -> None:
-        """Give back memory and what the store holds; may be called again. Waits for another thread's request. Raises
-        `RuntimeError` if called from within a request."""
-        with self._serving:
-            if self._busy:
-                raise RuntimeError(BUSY)
-            self._closed = True
-            self._wait_for_steps()
-            self._graphs.forget()
-            self.host.close()
-            self._experts.forget_slots()
-            if self._own_store is not None:
-                self._own_store.close()
-                self._own_store = None
-
-    def __enter__(self) -> DeviceEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _served(self) -> Iterator[None]:
-        """One call at a time, none of a closed engine, and none from within another."""
-        with self._serving:
-            if self._closed:
-                raise RuntimeError(CLOSED)
-            if self._busy:
-                raise RuntimeError(BUSY)
-            try:
-                self._busy = True
-                yield
-            finally:
-                self._busy = False
+        return {**super().expected_bytes(), "static": self.decoder.num_bytes + self._experts.num_bytes}
 
     def _follow_the_model(self) -> None:
-        """Whoever has changed a gate or put other weights in since the steps were captured has them captured anew."""
+        """A gate or a weight that was replaced since the steps were captured: they are captured anew."""
         if self.decoder.has_changed():
             self._graphs.forget()
-        if self.decoder.listener not in (None, self.host._on_route):
+        if self.decoder.listener not in (None, self.host.on_route):
             raise RuntimeError(
                 "The model of this engine has a listener, which steps driven by the device do not tell of routes: take "
                 "it away with set_listener(None), or serve with OffloadEngine."
             )
 
+    def _take_slots(self) -> None:
+        """The slots change hands: neither side may believe what the other has put into them."""
+        self.host.lend_slots()
+        self.table.clear()
+
     @torch.inference_mode()
     def _begin_nothing(self) -> None:
         """A state in which a step may run: no row lives, and of the policies only `prefetch_all` fetches even so."""
-        self.host.lend_slots()
-        self.table.clear()
-        self.decoder.chooser.begin(Sampling(), rows=0)
+        self._take_slots()
+        self.decoder.sampler.begin(Sampling(), rows=0)
+
+    def _forget_steps(self) -> None:
+        """For an engine that is closed."""
+        self._wait_for_steps()
+        self._graphs.forget()
+        self._experts.forget_slots()
 
     def _wait_for_steps(self) -> None:
         """Steps of the last request may still read slots that the host is about to fill."""
@@ -333,41 +294,6 @@ class DeviceEngine:
         ended_BT = torch.isin(tokens_BT[:, 1:], torch.tensor(list(request.sampling.eos), device=tokens_BT.device))
         steps_B = torch.where(ended_BT.any(1), ended_BT.int().argmax(1) + 1, request.new_tokens)
         return tokens_BT[:, : int(steps_B.max()) + 1]
-
-
-def slots_for(budget: str | None, policy: Policy, config: Any, slab_bytes: int, batch: int) -> int:
-    """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
-    family = experts_of(config)
-    total, lookahead = len(family.keys()), config.pregating.lookahead_of("decoder")
-    fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
-    if budget is None:
-        return min(total, max(fewest, default_slots(policy, family)))
-    slots = slots_within(budget, policy, family, slab_bytes)
-    if slots < min(total, fewest):
-        least = fewest * slab_bytes
-        raise UsageError(
-            f"engine.device_budget={budget} holds {slots} experts, but a step of {policy} with engine.drive=device and "
-            f"batch {batch} can need {fewest}: give {least}B ({human_bytes(least)}) or more."
-        )
-    return slots
-
-
-def refuse_settings(
-    batch: int, max_source_len: int, max_new_tokens: int, cache: CacheRule, tier: Tier, store: Store | None
-) -> None:
-    """Raises `UsageError` for settings that no checkpoint could be served with."""
-    if not 1 <= batch <= MOST_ROWS:
-        raise UsageError(f"engine.drive=device serves 1 to {MOST_ROWS} rows, not {batch}: use engine.drive=host.")
-    for name, value in (("max_source_len", max_source_len), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise UsageError(f"{name}={value} must be at least 1.")
-    if cache not in (CacheRule.none, CacheRule.lru):
-        raise UsageError(f"engine.drive=device knows the caches none and lru, not {cache}: choose one of them.")
-    if tier is Tier.disk or (store is not None and not store.in_host_memory):
-        raise UsageError(
-            "engine.drive=device fetches experts from host memory, not from the disk: set engine.tier=dram, or use "
-            "engine.drive=host."
-        )
 
 
 def _slabs(store: Store, keys: Sequence[ExpertKey]) -> Iterator[Tensor]:

@@ -44,8 +44,7 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
+    "repetition_penalty": (1.0,),
     "diversity_penalty": (0.0,),
     "remove_invalid_values": (False,),
     "output_scores": (False,),
@@ -77,7 +76,7 @@ def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size
             _refuse({name: value})
     sample = bool(config.do_sample)
     for name, value in config.to_dict().items():
-        if name in UNDERSTOOD | WITHOUT_EFFECT or value is None or value in NEUTRAL.get(name, ()):
+        if name in UNDERSTOOD | WITHOUT_EFFECT or value is None or _is_neutral(name, value):
             continue
         if name in WHEN_SAMPLING and not sample:
             continue
@@ -115,6 +114,11 @@ def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size
         bool(config.return_dict_in_generate),
         bool(config.output_logits),
     )
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    # settings about the source are named like those about the target, behind the name of a stack
+    return value in NEUTRAL.get(name, ()) or value in NEUTRAL.get(name.partition("_")[2], ())
 
 
 def _refuse(settings: dict[str, Any]) -> None:

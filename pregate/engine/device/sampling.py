@@ -1,7 +1,6 @@
 """Which token comes next, decided on the device: greedy or by temperature, with what ends a sequence kept beside it.
 
-Same order of operations as Hugging Face `generate`: repetition penalty, minimum length, temperature, choice. Knows
-tokens and logits; knows nothing about models.
+Knows tokens and logits; knows nothing about models.
 
 Letters: B batch, T places of a target (the start token and all new ones), V vocabulary.
 """
@@ -14,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pregate.engine.device.ops.choose_tokens import choose_tokens
 
 
 class StepKind(NamedTuple):
@@ -40,7 +41,7 @@ class Sampling:
         return StepKind(self.sample, self.repetition_penalty != 1.0)
 
 
-class TokenChooser:
+class Sampler:
     """The tokens of a batch so far, in tensors that stay where they are: `tokens_BT`, `token_B` (the next step's
     input), `position_1` (its place), `live_B` (rows that have not ended), `logits_BV` (float32, of the last step),
     `finite_B` (rows whose logits held no NaN and no infinity in any step that they lived)."""
@@ -87,42 +88,9 @@ class TokenChooser:
 
     def choose(self, logits_BV: Tensor, kind: StepKind) -> None:
         """Append one token to every row that lives, padding to the others, and move on to the next place."""
-        if logits_BV.device.type == "cuda" and not kind.sample:
-            self.choose_greedily(logits_BV, kind)
-        else:
-            self.choose_twin(logits_BV, kind)
-
-    def choose_greedily(self, logits_BV: Tensor, kind: StepKind) -> None:
-        """`choose` without a draw, by a kernel."""
-        from pregate.engine.device.ops.kernels_sampling import launch_choose
-
-        flags = (self._seen_BV, self._eos_V, self.live_B, self.finite_B)
-        seen_BV, eos_V, live_B, finite_B = (flag.view(torch.uint8) for flag in flags)
-        settings = (self._min_new_1, self._pad_1, self._penalty_1)
-        launch_choose(
-            *(logits_BV, self.logits_BV, seen_BV, eos_V, self.tokens_BT, self.token_B, live_B, finite_B),
-            self.position_1,
-            *settings,
-            penalises=kind.penalise,
+        choose_tokens(
+            *(logits_BV, self.logits_BV, self._seen_BV, self._eos_V, self.tokens_BT, self.token_B, self.live_B),
+            *(self.finite_B, self.position_1, self._min_new_1, self._pad_1, self._penalty_1, self._temperature_1),
+            kind.penalise,
+            kind.sample,
         )
-
-    def choose_twin(self, logits_BV: Tensor, kind: StepKind) -> None:
-        """`choose` in plain torch."""
-        self.logits_BV.copy_(logits_BV)
-        scores_BV = self.logits_BV
-        self.finite_B &= scores_BV.isfinite().all(-1) | ~self.live_B
-        if kind.penalise:
-            penalised_BV = torch.where(scores_BV < 0, scores_BV * self._penalty_1, scores_BV / self._penalty_1)
-            scores_BV = torch.where(self._seen_BV, penalised_BV, scores_BV)
-        scores_BV = scores_BV.masked_fill(self._eos_V & (self.position_1 < self._min_new_1), -torch.inf)
-        if kind.sample:
-            # the largest of p/Exp(1) is a draw from p, without a search in cumulated probabilities
-            shares_BV = torch.softmax(scores_BV / self._temperature_1, dim=-1)
-            scores_BV = shares_BV / torch.empty_like(shares_BV).exponential_()
-        chosen_B = torch.where(self.live_B, scores_BV.argmax(-1), self._pad_1)
-        self.position_1 += 1
-        self.tokens_BT.index_copy_(1, self.position_1, chosen_B[:, None])
-        self.token_B.copy_(chosen_B)
-        self.live_B &= ~self._eos_V.index_select(0, chosen_B)
-        if kind.penalise:
-            self._seen_BV.scatter_(1, chosen_B[:, None], True)

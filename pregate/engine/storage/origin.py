@@ -20,8 +20,9 @@ from torch import Tensor
 from pregate.config import UsageError
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import ExpertKey, ExpertSpec
-from pregate.system.runtime import human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import say
+from pregate.system.durable import write_json
+from pregate.system.sizes import human_bytes
 
 SEEN = "source.json"
 """In a pack: what the file system said of the checkpoint when its content was last found to be what was packed."""

@@ -20,13 +20,14 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
+from pregate.engine.storage.memory import aligned_bytes, as_buffer
 from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
-from pregate.engine.storage.slabs import SlabLayout, aligned_bytes, as_buffer
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.family import ExpertKey, ExpertSpec
-from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.runtime import human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import say
+from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put, write_json
+from pregate.system.sizes import human_bytes
 
 SLABS, INDEX = "slabs.bin", "index.json"
 FORMAT = 4

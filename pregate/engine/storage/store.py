@@ -12,16 +12,16 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.engine.storage.memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
 from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
-from pregate.engine.storage.slabs import PAGE, SlabLayout, aligned_bytes, as_buffer, page_lock, page_unlock
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import ExpertKey, ExpertSpec
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 CHUNK = 1 << 30
 
@@ -52,7 +52,8 @@ class Store(Protocol):
 
     def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
         """Fill a page-aligned CPU slab and check it."""
-        ...
+        self.read_part(key, slab_B, 0, self.layout.slab_bytes)
+        self.arrived(key, slab_B)
 
     def slab(self, key: ExpertKey) -> Tensor | None:
         """The slab itself where it lies in (page-locked) host memory, else None."""
@@ -61,12 +62,7 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def copy_bytes(source: Tensor, target: Tensor) -> None:
-    """Between CPU slabs, on this thread alone: torch would start a team of threads beside the one that computes."""
-    np.copyto(target.numpy(), source.numpy())
-
-
-class DramStore:
+class DramStore(Store):
     """All slabs in host memory, in chunks of about 1 GiB; page-locked in place for a CUDA device.
 
     Registering plain memory avoids the power-of-two rounding of torch's pinned allocator. Raises `UsageError` where
@@ -113,9 +109,6 @@ class DramStore:
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
         return None
 
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        copy_bytes(self.slab(key), slab_B)
-
     def close(self) -> None:
         for chunk in self._registered:
             page_unlock(chunk)
@@ -123,7 +116,7 @@ class DramStore:
         self._chunks.clear()
 
 
-class DiskStore:
+class DiskStore(Store):
     """Slabs in one file, read with O_DIRECT so that the page cache neither helps nor hides; buffered if it must.
 
     The first time a slab is read, its checksum is compared: a pack that was altered gives an error, not other tokens.
@@ -189,10 +182,6 @@ class DiskStore:
             )
         with self._lock:
             self._unverified.discard(key)
-
-    def read_into(self, key: ExpertKey, slab_B: Tensor) -> None:
-        self.read_part(key, slab_B, 0, self.layout.slab_bytes)
-        self.arrived(key, slab_B)
 
     def failed(self, key: ExpertKey, error: OSError) -> SlabReadError:
         """The error to raise where reading `key` gave `error`."""

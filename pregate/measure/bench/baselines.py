@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.storage.slabs import aligned_bytes
+from pregate.engine.storage.memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.grid import BenchModel
 from pregate.models.family import ExpertKey, family_of

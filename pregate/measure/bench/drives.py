@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.io.mover import Mover, Transfer
-from pregate.engine.io.movers import make_mover
-from pregate.engine.storage.slabs import aligned_bytes
+from pregate.engine.io.base import Mover, Transfer
+from pregate.engine.io.choose import make_mover
+from pregate.engine.storage.memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pregate.cli import config_dir
 from pregate.config import Baseline, CacheRule, Drive, Policy, Precision, Run, SlabDtype, Tier, UsageError
+from pregate.config.groups import config_dir
 from pregate.engine.budget import host_buffers_within, resolve_tier, slots_within
-from pregate.engine.device import require_triton
-from pregate.engine.device.engine import MOST_ROWS, slots_for
-from pregate.engine.device.ops.experts import check_activation
-from pregate.engine.engine import serving_dtype
+from pregate.engine.device.limits import MOST_ROWS, slots_for
+from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.language import require_triton
+from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.checkpoint import SourceCheckpoint
@@ -29,7 +29,7 @@ from pregate.models.family import ExpertSpec, config_of, experts_of, family_name
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
-from pregate.system.runtime import pick_device
+from pregate.system.machine import pick_device
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RESIDENT = "resident"

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pregate.config import Run, SlabDtype, Tier
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.measure.bench.grid import BenchModel, RowSpec
 from pregate.measure.bench.planner import Profile, few_experts, is_predictable, predict, profile, verdict
 from pregate.measure.bench.probes import Ground
 from pregate.measure.bench.table import command
 from pregate.measure.tables import ABSENT, three_digits
-from pregate.system.durable import write_text
-from pregate.system.runtime import console, environment, human_bytes, write_json
-from pregate.tracking import say
+from pregate.system.console import console, say
+from pregate.system.durable import write_json, write_text
+from pregate.system.machine import environment
+from pregate.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

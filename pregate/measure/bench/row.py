@@ -20,13 +20,14 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.trace import Trace, write_perfetto
+from pregate.engine.trace import Trace
 from pregate.measure.bench.active_experts import counted_experts, forced_experts
 from pregate.measure.bench.baselines import Reference, use_generation_config
 from pregate.measure.bench.grid import BenchModel, RowSpec
 from pregate.measure.bench.probes import Ground, Probes, Request, floors
 from pregate.measure.latency import Timed, TokenClock, medians, time_request
 from pregate.measure.logits import check_moved, compare_logits, logit_difference, tolerance, watched
+from pregate.measure.perfetto import write_perfetto
 from pregate.system.memory import PeakMemory
 
 NEVER_AGAIN = 1e6

@@ -20,7 +20,7 @@ import torch
 
 from pregate.config import Baseline, Policy, Run, SlabDtype, Tier, UsageError, save_run
 from pregate.engine.budget import DeviceFullError
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.baselines import free_bytes
@@ -41,10 +41,12 @@ from pregate.measure.bench.row import Beside, Effort, measure_row
 from pregate.measure.bench.table import command, print_bench, short_figures, write_bench
 from pregate.measure.bench.whole import HEADROOM, Accelerated, References, Whole, forget, resident_of
 from pregate.models.finite import WHAT_TO_CHECK
-from pregate.system.durable import append_text, flush_folders, write_text
+from pregate.system.console import console, say
+from pregate.system.durable import append_text, flush_folders, to_jsonable, write_text
+from pregate.system.machine import environment, pick_device, set_seed
 from pregate.system.memory import PeakMemory
-from pregate.system.runtime import console, environment, human_bytes, pick_device, set_seed, to_jsonable
-from pregate.tracking import Tracker, say
+from pregate.system.sizes import human_bytes
+from pregate.tracking import Tracker
 
 ROWS = "bench.jsonl"
 SCRATCH = "scratch"

@@ -17,8 +17,8 @@ import torch
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
-from pregate.engine.io.mover import Transfer
-from pregate.engine.policy import make_policy
+from pregate.engine.fetching import Fetcher
+from pregate.engine.io.base import Transfer
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey, ExpertSpec
@@ -210,7 +210,7 @@ class _Step:
         clock: Clock,
     ) -> None:
         self._family, self._gating, self._durations = family, gating, durations
-        self._policy, self._moves = policy, make_policy(policy, family)
+        self._fetcher = Fetcher(policy, family, scheduler)
         self._scheduler, self._clock = scheduler, clock
         self.waited = 0.0
 
@@ -230,13 +230,11 @@ class _Step:
             self._experts(stack, block, experts)
 
     def _announce(self, stack: str, block: int, routes: Sequence[list[int]]) -> None:
-        if self._policy is Policy.pre_gated:
-            self._scheduler.request(self._moves.on_route(stack, block, routes[block]))
+        self._fetcher.on_route(stack, block, routes[block])
 
     def _experts(self, stack: str, block: int, experts: Sequence[int]) -> None:
         keys = [ExpertKey(stack, block, expert) for expert in experts]
-        self._scheduler.request(keys, urgent=True)
-        self._scheduler.request(self._moves.on_enter(stack, block))
+        self._fetcher.on_enter(stack, block, keys)
         for key in self._scheduler.in_order_of_arrival(keys):
             before = self._clock.now
             self._scheduler.acquire(key)

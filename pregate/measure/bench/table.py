@@ -20,7 +20,7 @@ from pregate.measure.equality import EQUAL, equality, equality_statement
 from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, short, text, tone
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
-from pregate.system.runtime import human_bytes
+from pregate.system.sizes import human_bytes
 
 TEMPLATE = Path(__file__).with_name("templates") / "bench.md.j2"
 

@@ -40,9 +40,9 @@ from pregate.measure.bench.row import (
     tokens_given,
 )
 from pregate.models.finite import WHAT_TO_CHECK, finite_logits
+from pregate.system.console import say
 from pregate.system.memory import PeakMemory
-from pregate.system.runtime import human_bytes
-from pregate.tracking import say
+from pregate.system.sizes import human_bytes
 
 HEADROOM = 1.1
 """Activations and the allocator's own take, as a factor on weights."""

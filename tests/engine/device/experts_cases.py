@@ -1,4 +1,4 @@
-"""Random experts in slots, and the choices of a decoding step, for the tests of the twin and of the kernel."""
+"""Random experts in slots, and the choices of a decoding step, for the tests of the operation and of its kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import SlabDtype
-from pregate.engine.device.ops.experts import ExpertScratch
+from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.experts import grouped_experts
 from pregate.models.family import ExpertSpec, TensorSlice
@@ -72,7 +72,7 @@ class ExpertsCase:
             layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
         num_tokens = len(slots) // top_k
         scratch = ExpertScratch.empty(len(slots), layout, "cpu")
-        for tensor in vars(scratch).values():
+        for tensor in scratch:
             tensor.fill_(float("nan"))
         return cls(
             family,
@@ -88,24 +88,16 @@ class ExpertsCase:
     def converted(self, convert: Callable[[Tensor], Tensor]) -> ExpertsCase:
         """With every tensor replaced by what `convert` makes of it."""
         tensors = {name: convert(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        scratch = ExpertScratch(*map(convert, vars(self.scratch).values()))
+        scratch = ExpertScratch(*map(convert, self.scratch))
         return replace(self, scratch=scratch, **tensors)
 
     def copied_to(self, device: str) -> ExpertsCase:
         return self.converted(lambda tensor: tensor.to(device, copy=True))
 
     @property
-    def arguments(self) -> tuple[Any, Any, Any, Any, Any, Any, Any, str]:
-        return (
-            self.hidden_BD,
-            self.slot_N,
-            self.weights_N,
-            self.slots_SB,
-            self.layout,
-            self.scratch,
-            self.out_BD,
-            "relu",
-        )
+    def arguments(self) -> tuple[Any, ...]:
+        tensors = self.hidden_BD, self.slot_N, self.weights_N, self.slots_SB, *self.scratch, self.out_BD
+        return *tensors, self.layout.text, "relu"
 
     def resident(self) -> Tensor:
         """What the resident experts of a model make of it, each slot an expert."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pregate.engine.device.slots import DeviceSlots, FetchPlan
+from pregate.engine.device.slots import DeviceSlots, Fetch
 
 
 class NaiveTable:
@@ -66,11 +66,9 @@ def random_wanted(generator: torch.Generator, num_slabs: int, num_choices: int, 
     return torch.where(odd > 0.9, -1, wanted_N).int()
 
 
-def assert_tables_equal(
-    one: tuple[DeviceSlots, FetchPlan], other: tuple[DeviceSlots, FetchPlan], note: object = ""
-) -> None:
+def assert_tables_equal(one: tuple[DeviceSlots, Fetch], other: tuple[DeviceSlots, Fetch], note: object = "") -> None:
     for mine, theirs in zip(one, other, strict=True):
-        for name, value in vars(mine).items():
+        for name, value in mine._asdict().items():
             expected = getattr(theirs, name)
             assert torch.equal(value.cpu(), expected.cpu()), f"{note} {name}\n{value}\n{expected}"
 

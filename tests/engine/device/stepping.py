@@ -46,8 +46,8 @@ def decode(
     logits = []
     for _ in range(steps):
         decoder.step(sampling.kind)
-        logits.append(decoder.chooser.logits_BV[:rows].clone())
-    return decoder.chooser.tokens_BT[:rows, : steps + 1].clone(), torch.stack(logits)
+        logits.append(decoder.sampler.logits_BV[:rows].clone())
+    return decoder.sampler.tokens_BT[:rows, : steps + 1].clone(), torch.stack(logits)
 
 
 def assert_equal_while_live(

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.device import moves
-from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine, slots_for
+from pregate.engine.device import policies
+from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine
+from pregate.engine.device.limits import slots_for
 from pregate.engine.device.sampling import StepKind
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
@@ -138,13 +139,13 @@ def test_slots_of_the_running_block_are_never_reused(
     protected, the running block's experts would be overwritten and the logits show it."""
     inputs, steps = inputs_of(0, 3), 8
     wanted = reference(served.model, inputs, steps, None)
-    monkeypatch.setattr("pregate.engine.device.engine.slots_needed", lambda *_: 1)
+    monkeypatch.setattr("pregate.engine.device.limits.slots_needed", lambda *_: 1)
     slots = 5 if policy is Policy.prefetch_all else 2
     with DeviceEngine.open(served.directory, batch=3, policy=policy, device_budget=f"{slots * SLAB}B") as engine:
         with pytest.raises(RuntimeError, match=f"experts found no slot among {slots}"):
             served_by(engine, inputs, steps, None)
-        assign = moves.assign_slots
-        monkeypatch.setattr(moves, "assign_slots", lambda *a, **k: assign(*a, **{**k, "protected_fetches": 0}))
+        assign = policies.assign_slots
+        monkeypatch.setattr(policies, "assign_slots", lambda *arguments: assign(*arguments[:-1], 0))
         monkeypatch.setattr(engine, "_check_errors", lambda: [0, 0, 0, 0])
         got = served_by(engine, inputs, steps, None)
     assert not torch.allclose(got[1], wanted[1], atol=1e-3)
@@ -156,10 +157,10 @@ def test_without_fetching_nothing_right_comes_out(
 ) -> None:
     inputs = inputs_of(0, 2)
     wanted = reference(served.model, inputs, STEPS, None)
-    monkeypatch.setattr(moves, "gather_slabs", lambda *_: None)
+    monkeypatch.setattr(policies, "gather_slabs", lambda *_: None)
     with DeviceEngine.open(served.directory, batch=2, policy=policy) as engine:
         engine._experts._memory.slots_SB.fill_(0xFF)
-        monkeypatch.setattr(engine.host, "encode", lambda **i: served.model.encoder(**i).last_hidden_state)
+        monkeypatch.setattr(engine.host, "run", lambda _, inputs: served.model.encoder(**inputs))
         got = served_by(engine, inputs, STEPS, None)
     assert not torch.allclose(got[1], wanted[1], atol=1e-3)
 
@@ -248,7 +249,7 @@ def test_the_host_may_serve_in_between(served: Served) -> None:
         with DeviceEngine.open(served.directory, batch=2, policy=policy, cache="lru") as engine:
             for _ in range(2):
                 assert_equal_while_live(served_by(engine, inputs, STEPS, None), wanted, None, ATOL[torch.float32])
-                assert torch.allclose(engine.host.forward(**labels).logits, logits, atol=1e-5)
+                assert torch.allclose(engine.forward(**labels).logits, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", list(Policy))

@@ -10,7 +10,7 @@ import pytest
 
 from pregate.config import Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.engine import open_store
+from pregate.engine.opening import open_store
 from tests.engine.device.steps.test_t5 import inputs_of
 from tests.engine.serving import SLAB, Served
 

@@ -12,7 +12,7 @@ import torch
 from pregate.config import UsageError
 from pregate.engine.device import host_memory
 from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.storage.slabs import PAGE, aligned_bytes, page_lock, page_unlock
+from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock
 
 
 class FakeDriver:

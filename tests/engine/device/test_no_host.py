@@ -20,14 +20,23 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import gates, moves
+from pregate.engine.device import policies
 from pregate.engine.device.graph import InOrder
-from pregate.engine.device.moves import BlockShape, SlabMemory, make_moves
-from pregate.engine.device.ops import gather
-from pregate.engine.device.sampling import StepKind, TokenChooser
+from pregate.engine.device.ops import (
+    add_norm,
+    assign_slots,
+    attention,
+    choose_tokens,
+    expert_outputs,
+    first_choice,
+    gate_logits,
+    gather_slabs,
+    want_slabs,
+)
+from pregate.engine.device.ops.registry import OPERATIONS
+from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
+from pregate.engine.device.sampling import StepKind
 from pregate.engine.device.slots import DeviceSlots
-from pregate.engine.device.steps import static_attention
-from pregate.engine.device.steps import t5 as static_step
 from pregate.engine.device.steps.t5 import StaticDecoder
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
@@ -35,11 +44,14 @@ from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
-SOURCES = [
-    *("steps/t5.py", "steps/static_attention.py", "sampling.py", "moves.py"),
-    *("slots.py", "ops/gather.py", "ops/experts.py", "gates.py", "ops/norms.py"),
-]
+SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "policies.py", "slots.py", "steps/gates.py"]
 FOLDER = Path(device.__file__).parent
+KERNELS = [
+    *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),
+    *((want_slabs, "want_kernel"), (add_norm, "add_norm_kernel"), (first_choice, "first_choice_kernel")),
+    *((attention, "attention_kernel"), (gate_logits, "gate_logits_kernel")),
+    *((choose_tokens, "best_kernel"), (choose_tokens, "choose_kernel")),
+]
 
 
 class HostAskedError(AssertionError):
@@ -89,14 +101,14 @@ def decoder(policy: Policy, **options: Any) -> StaticDecoder:
         model.config.d_model,
         "relu",
     )
-    experts = make_moves(policy, memory, blocks, InOrder())
+    experts = make_experts(policy, memory, blocks, InOrder())
     return StaticDecoder(model.to(meta), experts, batch=BATCH, max_source_len=7, max_new_tokens=5)
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
-    """In the place of the three kernels, which are launches and nothing else, notes of them and of their arguments'
-    addresses."""
+    """The reference implementations, whose operations are watched too; of the three that read addresses or slots,
+    notes of the call and of its arguments' addresses."""
     noted: list[tuple[str, tuple[int, ...]]] = []
     # it does not know this device, and switches nothing off here
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -107,8 +119,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
         return note
 
+    for operation in OPERATIONS.values():
+        monkeypatch.setattr(operation, "chosen", operation.reference)
     for name in ("assign_slots", "gather_slabs", "expert_outputs"):
-        monkeypatch.setattr(moves, name, stand_in(name))
+        monkeypatch.setattr(policies, name, stand_in(name))
     return noted
 
 
@@ -136,16 +150,6 @@ def test_a_step_asks_nothing(
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
     """The real launchers; in the place of the kernels they launch, notes of their grids and constants."""
     pytest.importorskip("triton")
-    from pregate.engine.device.ops import (
-        kernels_attention,
-        kernels_experts,
-        kernels_gates,
-        kernels_gather,
-        kernels_norms,
-        kernels_sampling,
-        kernels_slots,
-    )
-
     noted: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
@@ -157,34 +161,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
             assert all(type(size) is int for size in grid), grid
             return lambda *_, **constants: noted.append((self.name, grid, constants))
 
-    for module, name in (
-        (kernels_slots, "assign_kernel"),
-        (kernels_gather, "gather_kernel"),
-        (kernels_experts, "slot_linear_kernel"),
-        (kernels_slots, "want_kernel"),
-        (kernels_norms, "add_norm_kernel"),
-        (kernels_gates, "first_choice_kernel"),
-        (kernels_attention, "attention_kernel"),
-        (kernels_gates, "gate_logits_kernel"),
-        (kernels_sampling, "best_kernel"),
-        (kernels_sampling, "choose_kernel"),
-    ):
+    for module, name in KERNELS:
         monkeypatch.setattr(module, name, Kernel(name))
-
-    def gather_slabs(*args: Any) -> None:
-        kernels_gather.launch_gather_slabs(*args, num_programs=gather.NUM_PROGRAMS, unroll=gather.UNROLL)
-
-    monkeypatch.setattr(moves, "assign_slots", kernels_slots.launch_assign_slots)
-    monkeypatch.setattr(moves, "gather_slabs", gather_slabs)
-    monkeypatch.setattr(moves, "expert_outputs", kernels_experts.launch_expert_outputs)
-    monkeypatch.setattr(moves, "want_slabs", kernels_slots.launch_want_slabs)
-    monkeypatch.setattr(static_step, "add_norm", kernels_norms.launch_add_norm)
-    monkeypatch.setattr(gates, "gate_logits", kernels_gates.launch_gate_logits)
-    monkeypatch.setattr(gates, "first_choice", kernels_gates.launch_first_choice)
-    monkeypatch.setattr(static_attention, "self_attention", kernels_attention.launch_self_attention)
-    monkeypatch.setattr(static_attention, "cross_attention", kernels_attention.launch_cross_attention)
-    monkeypatch.setattr(TokenChooser, "choose", TokenChooser.choose_greedily)
+    for operation in OPERATIONS.values():
+        monkeypatch.setattr(operation, "chosen", operation.kernel)
     return noted
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_step_is_operations_that_know_their_shapes(policy: Policy) -> None:
+    """As `torch.compile` and fake tensors see it; every operation there is takes part."""
+    static = decoder(policy, lookahead=1)
+    with Watch() as watch:
+        static.step(StepKind())
+    found = {name.removeprefix("pregate.").removesuffix(".default") for name in watch.operations if "pregate." in name}
+    absent = {"assign_slots", "gather_slabs"} if policy is Policy.gpu_only else set()
+    assert found == OPERATIONS.keys() - absent
 
 
 @pytest.mark.parametrize("policy", list(Policy))
@@ -215,10 +207,10 @@ def test_launching_the_kernels_asks_nothing(
 @pytest.mark.parametrize(
     "asks",
     [
-        lambda table, *_, **__: int(table.tick),
-        lambda table, *_, **__: float(table.counters.sum()),
-        lambda table, *_, **__: table.slab_in_S.to("cpu"),
-        lambda table, wanted_N, *_, **__: bool(wanted_N[0]),
+        lambda *arguments: int(DeviceSlots(*arguments[:5]).tick),
+        lambda *arguments: float(DeviceSlots(*arguments[:5]).counters.sum()),
+        lambda *arguments: DeviceSlots(*arguments[:5]).slab_in_S.to("cpu"),
+        lambda *arguments: bool(arguments[5][0]),
     ],
     ids=["int", "float", "to cpu", "if"],
 )
@@ -226,7 +218,7 @@ def test_a_launcher_that_asks_is_noticed(
     asks: Callable[..., Any], launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     static = decoder(Policy.pre_gated, lookahead=1)
-    monkeypatch.setattr(moves, "assign_slots", asks)
+    monkeypatch.setattr(policies, "assign_slots", asks)
     with Watch(), pytest.raises((HostAskedError, RuntimeError, NotImplementedError)):
         static.step(StepKind())
 
@@ -249,18 +241,18 @@ def test_what_asks_is_noticed(
     asks: Callable[[Tensor], Any], launches: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     static = decoder(Policy.pre_gated)
-    monkeypatch.setattr(moves, "expert_outputs", lambda hidden_BD, *rest: asks(hidden_BD))
+    monkeypatch.setattr(policies, "expert_outputs", lambda hidden_BD, *rest: asks(hidden_BD))
     said = "depends on data|has a tensor on cpu|meta tensor"
     with Watch(), pytest.raises((HostAskedError, RuntimeError, NotImplementedError), match=said):
         static.step(StepKind())
 
 
 def questions(source: str) -> list[str]:
-    """Calls of methods that read from the device, outside of functions for tensors in host memory (`…_twin`)."""
+    """Calls of methods that read from the device, outside of what is for tensors in host memory alone."""
     found = []
 
     def walk(node: ast.AST) -> None:
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_twin"):
+        if isinstance(node, ast.FunctionDef) and node.name == "gather_slabs":
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ASKING:
             found.append(f"line {node.lineno}: .{node.func.attr}()")
@@ -272,11 +264,11 @@ def questions(source: str) -> list[str]:
 
 
 def test_the_sources_of_a_step_hold_no_question() -> None:
-    files = [FOLDER / name for name in SOURCES] + sorted(FOLDER.glob("ops/kernels_*.py"))
+    files = [FOLDER / name for name in SOURCES] + sorted(FOLDER.glob("ops/*.py"))
     for file in files:
         assert questions(file.read_text()) == [], file.name
 
 
 def test_a_question_in_a_source_is_found() -> None:
     assert questions("def f(x):\n    return x.sum().item()") == ["line 2: .item()"]
-    assert questions("def f_twin(x):\n    return x.sum().item()") == []
+    assert questions("def gather_slabs(x):\n    return x.sum().item()") == []

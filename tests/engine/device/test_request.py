@@ -63,6 +63,7 @@ def test_what_is_asked_goes_before_what_the_checkpoint_says() -> None:
 def test_neutral_settings_are_no_reason_to_refuse() -> None:
     neutral = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "use_cache": True}
     neutral |= {"top_k": None, "top_p": 1.0, "length_penalty": 1.0, "early_stopping": False, "streamer": None}
+    neutral |= {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
     assert read(do_sample=True, **neutral).sampling.sample
 
 
@@ -72,6 +73,8 @@ def test_neutral_settings_are_no_reason_to_refuse() -> None:
         {"num_beams": 2},
         {"num_return_sequences": 3},
         {"no_repeat_ngram_size": 2},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.2},
         {"do_sample": True, "top_k": 50},
         {"do_sample": True, "top_p": 0.9},
         {"bad_words_ids": [[5]]},

@@ -7,22 +7,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
+from pregate.engine.device.sampling import Sampler, Sampling, StepKind
 
 CPU = torch.device("cpu")
 
 
-def chooser(
-    sampling: Sampling, batch: int = 1, length: int = 12, vocab: int = 7, rows: int | None = None
-) -> TokenChooser:
-    made = TokenChooser(batch, length, vocab, CPU)
+def sampler(sampling: Sampling, batch: int = 1, length: int = 12, vocab: int = 7, rows: int | None = None) -> Sampler:
+    made = Sampler(batch, length, vocab, CPU)
     made.begin(sampling, batch if rows is None else rows)
     return made
 
 
 def drawn(sampling: Sampling, logits_V: Tensor, number: int) -> Tensor:
     """Counts (V,) of the tokens that `number` rows draw in one step."""
-    made = chooser(sampling, batch=number, length=2, vocab=len(logits_V))
+    made = sampler(sampling, batch=number, length=2, vocab=len(logits_V))
     made.choose(logits_V.expand(number, -1), sampling.kind)
     return torch.bincount(made.token_B, minlength=len(logits_V))
 
@@ -52,7 +50,7 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        made = chooser(Sampling(sample=True), batch=5, length=9, vocab=50)
+        made = sampler(Sampling(sample=True), batch=5, length=9, vocab=50)
         for _ in range(8):
             made.choose(logits_V.expand(5, -1), StepKind(sample=True))
         found.append(made.tokens_BT.clone())
@@ -74,7 +72,7 @@ def test_greedy_follows_hugging_faces_processors(penalty: float, least: int) -> 
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
     processors.append(MinNewTokensLengthLogitsProcessor(1, least, eos, device="cpu"))
     sampling = Sampling(repetition_penalty=penalty, min_new_tokens=least, start=2, pad=0, eos=(eos,))
-    made = chooser(sampling, batch=rows, length=steps + 1)
+    made = sampler(sampling, batch=rows, length=steps + 1)
     draw = torch.Generator().manual_seed(0)
     wanted_BT = torch.full((rows, 1), 2)
     for step in range(steps):
@@ -95,7 +93,7 @@ def test_greedy_follows_hugging_faces_processors(penalty: float, least: int) -> 
 
 
 def test_rows_beyond_the_request_are_padding() -> None:
-    made = chooser(Sampling(start=3, pad=5), batch=4, rows=2)
+    made = sampler(Sampling(start=3, pad=5), batch=4, rows=2)
     made.choose(torch.eye(4, 7), StepKind())
     assert made.tokens_BT[:, :2].tolist() == [[3, 0], [3, 1], [3, 5], [3, 5]]
     assert made.live_B.tolist() == [True, True, False, False]
@@ -103,11 +101,11 @@ def test_rows_beyond_the_request_are_padding() -> None:
 
 def test_a_new_request_forgets_the_last_one() -> None:
     sampling = Sampling(repetition_penalty=1e6, eos=(1,), min_new_tokens=2, temperature=3.0)
-    made = chooser(sampling)
+    made = sampler(sampling)
     for _ in range(4):
         made.choose(torch.arange(7.0)[None], sampling.kind)
     made.begin(Sampling(pad=6), 1)
-    fresh = TokenChooser(1, 12, 7, CPU)
+    fresh = Sampler(1, 12, 7, CPU)
     fresh.begin(Sampling(pad=6), 1)
     kept = {"logits_BV"}
     for name, tensor in vars(made).items():
@@ -117,7 +115,7 @@ def test_a_new_request_forgets_the_last_one() -> None:
 def test_tensors_stay_where_they_are() -> None:
     """A graph has their addresses for good."""
     sampling = Sampling(sample=True, repetition_penalty=2.0, eos=(1,))
-    made = chooser(sampling, batch=3)
+    made = sampler(sampling, batch=3)
     before = {name: tensor.data_ptr() for name, tensor in vars(made).items()}
     for _ in range(2):
         made.begin(sampling, 2)

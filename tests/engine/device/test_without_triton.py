@@ -8,24 +8,25 @@ import sys
 import pytest
 
 from pregate.config import UsageError
-from pregate.engine.device import require_triton
+from pregate.engine.device.ops.language import require_triton
 
 PROGRAM = """
 import sys
 sys.modules["triton"] = None
 import torch
-import pregate.engine.device.ops.experts, pregate.engine.device.ops.gather, pregate.engine.device.host_memory
+import pregate.engine.device.engine
 import pregate.measure.gather_probe
-from pregate.engine.device.slots import DeviceSlots, FetchPlan, assign_slots
+from pregate.engine.device.ops.assign_slots import assign_slots
+from pregate.engine.device.slots import DeviceSlots, Fetch
 
-plan = FetchPlan.empty(2, "cpu")
+fetch = Fetch.empty(2, "cpu")
 wanted_N = torch.tensor([3, 3], dtype=torch.int32)
-assign_slots(DeviceSlots.empty(4, 2, "cpu"), wanted_N, plan, keep=True, protected_fetches=0)
-print(plan.copy_slab_N.tolist())
+assign_slots(*DeviceSlots.empty(4, 2, "cpu"), wanted_N, *fetch, True, 0)
+print(fetch.copy_slab_N.tolist())
 """
 
 
-def test_the_twins_need_no_triton() -> None:
+def test_the_reference_implementations_need_no_triton() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[3, -1]\n"), done.stderr
 

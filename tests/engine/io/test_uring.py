@@ -18,12 +18,12 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.io import movers, uring
-from pregate.engine.io.mover import ThreadMover
-from pregate.engine.io.readers import ReaderClosedError
-from pregate.engine.io.uring import Ring, RingUnavailableError
-from pregate.engine.io.uring_mover import UringMover
-from pregate.engine.storage.slabs import PAGE, aligned_bytes
+from pregate.engine.io import choose, ring
+from pregate.engine.io.base import MoverClosedError
+from pregate.engine.io.ring import Ring, RingUnavailableError
+from pregate.engine.io.threads import ThreadMover
+from pregate.engine.io.uring import UringMover
+from pregate.engine.storage.memory import PAGE, aligned_bytes
 from pregate.models.family import ExpertKey
 from tests.engine.hostile import HostileRing, poison_slots
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, needs_io_uring, request
@@ -181,14 +181,14 @@ def test_it_says_why_there_is_no_ring(memory: Tensor, monkeypatch: pytest.Monkey
         patch.setattr(platform, "machine", lambda: "aarch64")
         with pytest.raises(RingUnavailableError, match="on Linux on x86-64 only"):
             Ring(4, whole(memory))
-    refuse(monkeypatch, uring._SETUP, errno.EPERM)
+    refuse(monkeypatch, ring._SETUP, errno.EPERM)
     with pytest.raises(RingUnavailableError, match="refuses io_uring to this process"):
         Ring(4, whole(memory))
 
 
 @needs_io_uring
 def test_memory_that_cannot_be_pinned_is_told(memory: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, uring._REGISTER, errno.ENOMEM)
+    refuse(monkeypatch, ring._REGISTER, errno.ENOMEM)
     with pytest.raises(RingUnavailableError, match=rf"{PAGES * PAGE} bytes .* raise the limit with ulimit -l"):
         Ring(4, whole(memory))
 
@@ -211,11 +211,11 @@ def test_without_a_ring_threads_read_and_the_reason_is_told(
     def no_ring(*_: Any) -> None:
         raise RingUnavailableError(error, "no ring today")
 
-    monkeypatch.setattr(movers, "UringMover", no_ring)
+    monkeypatch.setattr(choose, "UringMover", no_ring)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with OffloadEngine.open(served.directory) as engine:
-            assert isinstance(engine._mover, ThreadMover)
+            assert isinstance(engine.host.mover, ThreadMover)
             assert_same(generated(engine.generate, request(2)), expected)
     reasons = [str(warning.message) for warning in told if "read by threads" in str(warning.message)]
     assert len(reasons) == warned
@@ -226,7 +226,7 @@ def test_without_a_ring_threads_read_and_the_reason_is_told(
 def test_the_kernel_reads_unless_it_is_told_not_to_or_slabs_pass_through_host_memory(served: Served) -> None:
     for options, kind in (({}, UringMover), ({"io_uring": False}, ThreadMover), ({"host_budget": "50%"}, ThreadMover)):
         with OffloadEngine.open(served.directory, **options) as engine:
-            assert type(engine._mover) is kind, options
+            assert type(engine.host.mover) is kind, options
 
 
 @needs_io_uring
@@ -251,7 +251,7 @@ def test_an_unfriendly_ring_changes_no_token(
 
 @needs_io_uring
 def test_computing_before_a_slab_has_arrived_is_noticed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pregate.engine.io.uring_mover._SlotRead.wait", lambda read: None)
+    monkeypatch.setattr("pregate.engine.io.uring._SlotRead.wait", lambda read: None)
     with OffloadEngine.open(served.directory, device_budget="20%") as engine:
         poison_slots(engine)
         HostileRing(engine)
@@ -264,7 +264,7 @@ def test_computing_before_a_slab_has_arrived_is_noticed(served: Served, monkeypa
 def test_slots_lie_in_several_registered_pieces(
     served: Served, expected: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, policy: Policy
 ) -> None:
-    monkeypatch.setattr("pregate.engine.io.uring_mover.MOST_REGISTERED", 3 * SLAB)
+    monkeypatch.setattr("pregate.engine.io.uring.MOST_REGISTERED", 3 * SLAB)
     with OffloadEngine.open(served.directory, policy=policy, device_budget="60%", cache=CacheRule.lru) as engine:
         poison_slots(engine)
         assert_same(generated(engine.generate, request(2)), expected)
@@ -276,8 +276,8 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
 ) -> None:
     """They would share the link with slabs that are needed sooner."""
     with OffloadEngine.open(served.directory, device_budget="60%", io_threads=2) as engine:
-        mover: Any = engine._mover
-        slots = engine._scheduler._slots
+        mover: Any = engine.host.mover
+        slots = engine.host.scheduler._slots
         under_way: list[int] = []
         ended: list[tuple[int, int]] = []
         monkeypatch.setattr(Ring, "read", lambda ring, number, *_: under_way.append(number))
@@ -304,13 +304,13 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
 def test_what_was_called_off_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transfer under way, and one that was waiting for its turn, when everything was reset."""
     with OffloadEngine.open(served.directory, device_budget="60%", io_threads=1) as engine:
-        mover: Any = engine._mover
+        mover: Any = engine.host.mover
         monkeypatch.setattr(Ring, "completed", lambda ring: [])  # the first might have ended when the second is begun
-        slots = engine._scheduler._slots
+        slots = engine.host.scheduler._slots
         begun, waiting = (mover.start(key, slots[number]) for number, key in enumerate(engine.family.keys()[:2]))
         mover.drain()
         for read in (begun, waiting):
-            with pytest.raises(ReaderClosedError, match="ask for it again"):
+            with pytest.raises(MoverClosedError, match="ask for it again"):
                 read.wait()
-    with pytest.raises(ReaderClosedError, match="closed"):
+    with pytest.raises(MoverClosedError, match="closed"):
         mover.start(engine.family.keys()[0], torch.empty(0))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.engine import OffloadEngine, open_store
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
 from pregate.engine.storage import origin, pack
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models import checkpoint

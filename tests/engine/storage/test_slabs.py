@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from pregate.config import SlabDtype
+from pregate.engine.storage.memory import PAGE, aligned_bytes
 from pregate.engine.storage.pack import pack
-from pregate.engine.storage.slabs import LINE, PAGE, STRIP, SlabLayout, aligned_bytes, dequantise, quantise, widen
+from pregate.engine.storage.quantisation import STRIP, dequantise, quantise, widen
+from pregate.engine.storage.slabs import LINE, SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.experts import RowScaled, project

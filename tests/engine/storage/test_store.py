@@ -15,8 +15,9 @@ import xxhash
 
 from pregate.config import UsageError
 from pregate.engine.storage import pack as pack_module
+from pregate.engine.storage.memory import aligned_bytes
 from pregate.engine.storage.pack import FORMAT, check_experts, pack, read_index
-from pregate.engine.storage.slabs import SlabLayout, aligned_bytes
+from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.family import experts_of

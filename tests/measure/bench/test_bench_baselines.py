@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pregate.config import SlabDtype, Tier
-from pregate.engine.engine import OffloadEngine, open_store
-from pregate.engine.storage.slabs import aligned_bytes
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import open_store
+from pregate.engine.storage.memory import aligned_bytes
 from pregate.measure.bench.baselines import (
     cpu_offloaded,
     dequantised_resident,

@@ -12,7 +12,7 @@ import torch
 from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.engine.device.moves import ResidentSlots
+from pregate.engine.device.policies import Resident
 from pregate.measure.bench import drives
 from pregate.measure.bench.device import captured_compute_ms
 from pregate.measure.bench.grid import RowSpec, bench_models, grid
@@ -97,12 +97,12 @@ def test_forced_experts_reach_the_static_step(tmp_path: Path) -> None:
 
 def test_steps_that_go_wrong_show_in_their_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts of one block give nothing: the tokens may still agree for a while, the logits do not."""
-    whole = ResidentSlots.run
+    whole = Resident.run
 
-    def half(self: ResidentSlots, block: int, *rest: Any) -> torch.Tensor:
+    def half(self: Resident, block: int, *rest: Any) -> torch.Tensor:
         return whole(self, block, *rest) * (block != 1)
 
-    monkeypatch.setattr(ResidentSlots, "run", half)
+    monkeypatch.setattr(Resident, "run", half)
     command.main(tiny_run(tmp_path, "bench.tiers=[dram]", "bench.drives=[device]", "engine.policies=[gpu_only]"))
     assert rows_of(tmp_path)[-1]["step_logits_rel_diff"] > 1e-3
 

@@ -1,1 +1,1 @@
-"""The operations of a decoding step, each as plain torch and as a Triton kernel."""
+"""The operations of a decoding step, one a file: what it does, its reference implementation and its kernel."""

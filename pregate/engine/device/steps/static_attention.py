@@ -1,7 +1,7 @@
 """Attention of one decoding step over caches of fixed size, written and masked by a position that is a tensor.
 
-Same arithmetic as the family's own attention: scores are not scaled, the position bias is added to them, what must not
-be seen gets the most negative number. Knows weights and caches of one layer; knows nothing about stacks or experts.
+Same arithmetic as the family's own attention. Knows weights and caches of one layer; knows nothing about stacks or
+experts.
 
 Letters: B batch, S source places, T target places, D model width, H heads, C width of a head.
 """
@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def attend(query_BH1C: Tensor, keys_BHTC: Tensor, values_BHTC: Tensor, bias: Tensor) -> Tensor:
-    """What one query a row sees: (B, 1, H*C). `bias` (broadcast to B, H, 1, T) is added to the scores."""
-    scores_BH1T = torch.matmul(query_BH1C, keys_BHTC.transpose(2, 3)) + bias
-    seen_BH1C = torch.matmul(torch.softmax(scores_BH1T, dim=-1), values_BHTC)
-    return seen_BH1C.transpose(1, 2).reshape(query_BH1C.shape[0], 1, -1)
+from pregate.engine.device.ops.attention import cross_attention, self_attention
 
 
 def join_projections(attention: Any) -> Tensor:
@@ -31,37 +26,6 @@ def join_projections(attention: Any) -> Tensor:
     for projection, part in zip(projections, joined.chunk(3), strict=True):
         projection.weight = nn.Parameter(part, requires_grad=False)
     return joined
-
-
-def self_attention(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
-    """Put this token's key and value into the cache at `position_1`, then attend to every place that the bias does not
-    hide; those behind the position must be hidden. qkv_B13HC: query, key and value, contiguous. Returns (B, 1, H*C)."""
-    if qkv_B13HC.device.type == "cuda":
-        from pregate.engine.device.ops.kernels_attention import launch_self_attention
-
-        return launch_self_attention(qkv_B13HC, cache_2BHTC, position_1, bias_1H1T)
-    return self_attention_twin(qkv_B13HC, cache_2BHTC, position_1, bias_1H1T)
-
-
-def self_attention_twin(qkv_B13HC: Tensor, cache_2BHTC: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
-    """`self_attention` in plain torch."""
-    qkv_3BH1C = qkv_B13HC.permute(2, 0, 3, 1, 4)
-    cache_2BHTC.index_copy_(3, position_1, qkv_3BH1C[1:])
-    return attend(qkv_3BH1C[0], cache_2BHTC[0], cache_2BHTC[1], bias_1H1T)
-
-
-def cross_attention(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
-    """Attend to every source place that the mask does not hide: (B, 1, H*C)."""
-    if query_B1HC.device.type == "cuda":
-        from pregate.engine.device.ops.kernels_attention import launch_cross_attention
-
-        return launch_cross_attention(query_B1HC, cache_2BHSC, mask_B11S)
-    return cross_attention_twin(query_B1HC, cache_2BHSC, mask_B11S)
-
-
-def cross_attention_twin(query_B1HC: Tensor, cache_2BHSC: Tensor, mask_B11S: Tensor) -> Tensor:
-    """`cross_attention` in plain torch."""
-    return attend(query_B1HC.transpose(1, 2), cache_2BHSC[0], cache_2BHSC[1], mask_B11S)
 
 
 class StaticSelfAttention:

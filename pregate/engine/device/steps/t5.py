@@ -10,15 +10,16 @@ Letters: B batch, S source places, T target places, D model width, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from pregate.engine.device.gates import decide, for_steps, is_called, is_same, state_of
-from pregate.engine.device.ops.norms import add_norm
-from pregate.engine.device.sampling import Sampling, StepKind, TokenChooser
+from pregate.engine.device.ops.add_norm import add_norm, norm
+from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.steps.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.steps.static_attention import (
     PositionBias,
     StaticCrossAttention,
@@ -60,17 +61,16 @@ class StaticDecoder:
         weight = decoder.embed_tokens.weight
         self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
         # the last new token is never an input, the start token always is
-        self.chooser = TokenChooser(batch, max_new_tokens + 1, config.vocab_size, weight.device)
+        self.sampler = Sampler(batch, max_new_tokens + 1, config.vocab_size, weight.device)
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.final_layer_norm, model.lm_head
         self._scale = config.d_model**-0.5 if config.tie_word_embeddings else 1.0
         self._experts = experts
-        self._decoder = decoder
+        self._encoder, self._decoder = model.encoder, decoder
         self._gates: list[nn.Module] = []
         self._state: list[Any] = []
         self._bias = PositionBias(decoder.block[0].layer[0].SelfAttention, max_new_tokens)
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
-        self._routes = self._new_routes()
         self.has_changed()
 
     @property
@@ -101,7 +101,20 @@ class StaticDecoder:
     def num_bytes(self) -> int:
         """What the step's own tensors take: caches, mask, tokens and logits."""
         caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
-        return caches + self._mask_B11S.nbytes + self.chooser.num_bytes
+        return caches + self._mask_B11S.nbytes + self.sampler.num_bytes
+
+    def read_prompt(
+        self, run: Callable[[Any, dict[str, Any]], Any], input_ids_BS: Tensor, attention_mask_BS: Tensor
+    ) -> Tensor:
+        """The last hidden states (B, S, D) of the source, for `begin`. `run` calls a part of the model while the host
+        fetches its experts."""
+        inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
+        return run(self._encoder, inputs).last_hidden_state
+
+    def output(self, tokens_BT: Tensor, logits: Sequence[Tensor] | None) -> GenerateEncoderDecoderOutput:
+        """What `generate` of the model returns as a dictionary."""
+        kept: Any = None if logits is None else tuple(logits)
+        return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
@@ -112,31 +125,30 @@ class StaticDecoder:
         source_mask(attention_mask_BS, self._mask_B11S)
         for layer in self._layers:
             layer.cross.fill(encoder_states_BSD)
-        self.chooser.begin(sampling, rows)
+        self.sampler.begin(sampling, rows)
 
     @torch.inference_mode()
     def step(self, kind: StepKind) -> None:
         """One token for every row. Never synchronises with the host; the same launches whatever the data."""
-        chooser = self.chooser
-        hidden_B1D = self._embed(chooser.token_B[:, None])
+        sampler = self.sampler
+        hidden_B1D = self._embed(sampler.token_B[:, None])
         self._experts.begin_step()
+        routes = Routes(self._decoder.stack_name, self._committed)
         for block, gate in self._decoder.entry_gates.items():
-            self._routes.commit(int(block), self._entry(gate, hidden_B1D))
+            routes.commit(int(block), self._entry(gate, hidden_B1D))
         # behind the entry gates, for which fetches wait
-        bias_1H1T = self._bias(chooser.position_1)
+        bias_1H1T = self._bias(sampler.position_1)
         added_B1D = None
         for layer in self._layers:
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.attention.norm)
-            added_B1D = layer.attention(normed_B1D, chooser.position_1, bias_1H1T)
+            added_B1D = layer.attention(normed_B1D, sampler.position_1, bias_1H1T)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.cross.norm)
             added_B1D = layer.cross(normed_B1D, self._mask_B11S)
             hidden_B1D, normed_B1D = _add_norm(hidden_B1D, added_B1D, layer.norm)
-            added_B1D = layer.feed_forward(normed_B1D)
+            added_B1D = layer.feed_forward(normed_B1D, routes)
         _, normed_B1D = _add_norm(hidden_B1D, added_B1D, self._norm, self._scale)
-        chooser.choose(self._head(normed_B1D)[:, 0], kind)
-        self._routes.end()
-        # handed to the allocator here, not at some later replay's begin
-        self._routes = self._new_routes()
+        sampler.choose(self._head(normed_B1D)[:, 0], kind)
+        routes.end()
 
     def _entry(self, gate: Any, embedded_B1D: Tensor) -> Routing:
         if is_called(gate):
@@ -145,27 +157,22 @@ class StaticDecoder:
             _, embedded_B1D = _add_norm(embedded_B1D, None, gate.layer_norm)
         return gate.decide(embedded_B1D, embedded_B1D.dtype)
 
-    def _new_routes(self) -> Routes:
-        def committed(_: str, block: int, routing: Routing) -> None:
-            self._experts.commit(block, routing.expert_ids_BTK, self.chooser.live_B)
+    def _committed(self, _: str, block: int, routing: Routing) -> None:
+        self._experts.commit(block, routing.expert_ids_BTK, self.sampler.live_B)
 
-        return Routes(self._decoder.stack_name, committed)
-
-    def sparse(self, mlp: PreGatedSparseMLP) -> Callable[[Tensor], Tensor]:
+    def sparse(self, mlp: PreGatedSparseMLP, normed_B1D: Tensor, routes: Routes) -> Tensor:
         """The feed-forward of one MoE block: its gates, and its experts by the committed route."""
-
-        def run(normed_B1D: Tensor) -> Tensor:
-            weights_BK = mlp.route(normed_B1D, self._routes, decide).weights_BTK[:, 0]
-            return self._experts.run(mlp.index, normed_B1D[:, 0], weights_BK)[:, None]
-
-        return run
+        weights_BK = mlp.route(normed_B1D, routes, decide).weights_BTK[:, 0]
+        return self._experts.run(mlp.index, normed_B1D[:, 0], weights_BK)[:, None]
 
 
-def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, norm: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def _add_norm(hidden_B1D: Tensor, added_B1D: Tensor | None, layer: Any, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """The residual stream behind a part of a layer, and the normed input of the next part."""
     if hidden_B1D.dtype == torch.float16 and added_B1D is not None:
         hidden_B1D, added_B1D = finite(hidden_B1D + added_B1D), None
-    return add_norm(hidden_B1D, added_B1D, norm.weight, norm.variance_epsilon, factor)
+    if added_B1D is None:
+        return hidden_B1D, norm(hidden_B1D, layer.weight, layer.variance_epsilon, factor)
+    return add_norm(hidden_B1D, added_B1D, layer.weight, layer.variance_epsilon, factor)
 
 
 class _StaticLayer:
@@ -173,5 +180,8 @@ class _StaticLayer:
         self.attention = StaticSelfAttention(layer.layer[0], decoder.batch, max_new_tokens)
         self.cross = StaticCrossAttention(layer.layer[1], decoder.batch, max_source_len)
         self.norm: Any = layer.layer[-1].layer_norm
-        mlp = layer.layer[-1].mlp
-        self.feed_forward = decoder.sparse(mlp) if layer.is_sparse else mlp
+        self._mlp: Any = layer.layer[-1].mlp
+        self._sparse = decoder.sparse if layer.is_sparse else None
+
+    def feed_forward(self, normed_B1D: Tensor, routes: Routes) -> Tensor:
+        return self._mlp(normed_B1D) if self._sparse is None else self._sparse(self._mlp, normed_B1D, routes)

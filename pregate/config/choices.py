@@ -1,0 +1,30 @@
+"""The words that settings take, one enumeration for each kind of choice."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+Entry = StrEnum("Entry", ["own", "embedding"])
+Init = StrEnum("Init", ["source", "random", "calibrated"])
+TaskKind = StrEnum("TaskKind", ["qa", "summarization", "classification", "denoising"])
+Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adafactor"])
+Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
+Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
+Trainable = StrEnum("Trainable", ["all", "gates"])
+"""Which parameters learn: all, or the gates alone while the rest stays as it is."""
+Keep = StrEnum("Keep", ["best", "last"])
+"""Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
+ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])
+Policy = StrEnum("Policy", ["gpu_only", "on_demand", "prefetch_all", "pre_gated"])
+Tier = StrEnum("Tier", ["auto", "dram", "disk"])
+Drive = StrEnum("Drive", ["host", "device"])
+"""Who decides what moves while decoding: the host, step by step, or the device inside one captured step."""
+CacheRule = StrEnum("CacheRule", ["none", "lru", "lfu", "lifo"])
+"""Which used slab leaves its slot first; `none`: all of them, at once."""
+SlabDtype = StrEnum("SlabDtype", ["source", "int8", "fp8"])
+"""How experts are stored and moved: as in the checkpoint, or weight-only quantised with a scale for each row."""
+Baseline = StrEnum("Baseline", ["resident", "accelerate"])
+"""What a benchmark measures beside the engine's policies."""
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Tracker = StrEnum("Tracker", ["wandb", "jsonl"])
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline"])

@@ -1,0 +1,95 @@
+"""A gate's decision for the tokens of a decoding step, in as few launches as it takes.
+
+Knows logits and routes; knows nothing about slots or experts. Letters: B rows, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pregate.engine.device.ops.first_choice import first_choice
+from pregate.engine.device.ops.gate_logits import gate_logits
+from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
+from pregate.models.linear import has_hooks, is_plain
+from pregate.models.routing import Routing, route, router_logits
+
+
+def decide(gate: Any, hidden_B1D: Tensor) -> Routing:
+    """What `gate` decides where the model calls it. `perturb`, which in evaluation changes nothing but the dtype, is
+    left out where nothing else happens in that call."""
+    return gate(hidden_B1D) if is_called(gate) else gate.decide(hidden_B1D, hidden_B1D.dtype)
+
+
+def is_called(gate: nn.Module) -> bool:
+    """Whether a gate has to be called as the model calls it: its `forward` is another than the family's, or hooks watch
+    it."""
+    if not isinstance(gate, SwitchGate):
+        return True
+    family = EmbeddingGate.forward if isinstance(gate, EmbeddingGate) else SwitchGate.forward
+    other = _is_other(gate, "forward", family) or _is_other(gate, "perturb", SwitchGate.perturb)
+    return other or has_hooks(gate)
+
+
+def _is_other(module: nn.Module, name: str, method: Any) -> bool:
+    return name in vars(module) or getattr(type(module), name) is not method
+
+
+def state_of(gates: Iterable[nn.Module], parts: Iterable[nn.Module]) -> list[Any]:
+    """What a captured step has for good: which gates there are and how each decides, and where the weights of `parts`
+    of the model lie. The numbers in a weight are read in every step and are not in it."""
+    state: list[Any] = []
+    for gate in gates:
+        for module in gate.modules():
+            state += [module, *_settings(module)]
+    for part in parts:
+        for parameter in part.parameters():
+            state += [parameter, parameter.data_ptr()]
+    return state
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    for name, value in vars(module).items():
+        if name in ("_forward_hooks", "_forward_pre_hooks"):
+            yield from value.values()
+        elif not name.startswith("_"):
+            yield from (name, value)
+
+
+def is_same(state: list[Any], other: list[Any]) -> bool:
+    """Whether two states of `state_of` are the same objects and the same numbers."""
+    plain = (bool, int, float, str)
+    return len(state) == len(other) and all(
+        one is two or (isinstance(one, plain) and type(one) is type(two) and one == two)
+        for one, two in zip(state, other, strict=True)
+    )
+
+
+def for_steps(gate: SwitchGate) -> SwitchGate:
+    """Have `gate` decide a step's tokens by `gate_logits` and `first_choice`, and keep its weights in the dtype it
+    routes in for good, instead of converting them at every step; the same logits and the same routes."""
+    for name, parameter in list(gate.classifier.named_parameters()):
+        converted = parameter.detach().to(gate.dtype)
+        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    gate.score = partial(_score, gate)  # type: ignore[method-assign]
+    gate.choose = partial(_choose, gate)  # type: ignore[method-assign]
+    return gate
+
+
+def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
+    if not is_plain(gate.classifier):
+        return SwitchGate.score(gate, seen_BTD)
+    weight, bias = gate.classifier.weight, gate.classifier.bias
+    if seen_BTD.shape[1] > 1 or weight.dtype != gate.dtype:
+        return router_logits(seen_BTD, weight, bias, gate.dtype)
+    return gate_logits(seen_BTD, weight, bias)
+
+
+def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
+    if logits_BTE.shape[1] > 1 or gate.capacity < 1:
+        return route(logits_BTE, top_k=1, capacity=gate.capacity, dtype=dtype)
+    return Routing(*first_choice(logits_BTE, dtype), logits_BTE)

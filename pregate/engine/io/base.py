@@ -1,0 +1,48 @@
+"""What a mover is: it copies slabs from the store into slots, ahead of the computation, and says when they are there.
+
+Knows nothing about which slab should move. A slot handed to `start` must not be in use until its transfer is over.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pregate.models.family import ExpertKey
+
+CLOSED = "This engine is closed: open it again."
+
+
+class MoverClosedError(RuntimeError):
+    """A read was asked of an engine that is closed, or was called off."""
+
+
+class Transfer(Protocol):
+    def done(self) -> bool:
+        """Whether computing with the slab would not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Make the computation that follows see the slab. Raises what the copy raised."""
+        ...
+
+
+class Mover(Protocol):
+    reader: str
+    """Who reads slabs from a disk: `threads` or `io_uring`."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory taken for buffers."""
+        ...
+
+    def start(self, key: ExpertKey, slot: Any) -> Transfer: ...
+
+    def used(self, slot: Any) -> None:
+        """The computation submitted so far is the last that reads `slot` as it is now."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until nothing moves, whoever holds the transfers. Never raises what they raised."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,44 @@
+"""What the user sees of a command while it works: notices, tables, progress bars.
+
+Knows the terminal; knows nothing about what the notices say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from transformers.utils import logging
+
+from pregate.system.launch import rank
+
+
+def say(sentence: str) -> None:
+    """Print a notice to the user, on standard error, because results go to standard output. Only rank 0 prints."""
+    if rank() == 0:
+        print(f"pregate: {sentence}", file=sys.stderr)
+
+
+def first_of(names: Sequence[str], most: int = 1, separator: str = ", ") -> str:
+    """The first `most` of `names` and how many more there are: "a, b and 3 more"."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def console() -> Console:
+    """Standard output for rich tables; 100 columns where it is no terminal, since rich would assume 80."""
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+@contextmanager
+def silent_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which would draw over the run's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,75 @@
+import json
+import random
+import re
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from pregate.config import Device, UsageError
+from pregate.system import machine
+
+
+def test_set_seed_repeats_every_generator():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    machine.set_seed(7)
+    first = draw()
+    machine.set_seed(7)
+    assert draw() == first
+    machine.set_seed(2**40 + 1)
+    assert draw() != first
+
+
+def test_pick_device_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.pick_device(Device.auto).type == "cpu"
+    with pytest.raises(UsageError, match=r"engine\.device=cpu"):
+        machine.pick_device(Device.cuda)
+
+
+def test_pick_device_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [machine.pick_device(d).type for d in (Device.auto, Device.cuda, Device.cpu)] == ["cuda", "cuda", "cpu"]
+
+
+def test_environment_is_publishable_json(monkeypatch):
+    facts = machine.environment()
+    text = json.dumps(facts)
+    assert {"python", "torch", "transformers", "pregate", "cpu", "cores", "memory_gib", "platform"} <= set(facts)
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    assert facts["cores"] >= 1
+    assert facts["memory_gib"] > 0
+    names = [socket.gethostname(), str(machine.Path(machine.__file__).parent)]
+    assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
+
+
+def test_git_state_only_of_a_checkout_that_tracks_the_file(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    tracked, stray = tmp_path / "tracked.py", tmp_path / "stray.py"
+    tracked.write_text("1")
+    stray.write_text("1")
+    assert machine._git_state(tracked) is None
+    git("init", "-q")
+    git("add", "tracked.py")
+    git("commit", "-qm", "x")
+    state = machine._git_state(tracked)
+    assert state is not None
+    assert re.fullmatch(r"[0-9a-f]{40}", state["commit"])
+    assert state["dirty"] is False
+    assert machine._git_state(stray) is None
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cells.jsonl").write_text("1")
+    git("add", "results")
+    state = machine._git_state(tracked)
+    assert state is not None and state["dirty"] is False, "what a run records about itself is no change"
+    tracked.write_text("2")
+    dirty = machine._git_state(tracked)
+    assert dirty is not None
+    assert dirty["dirty"] is True

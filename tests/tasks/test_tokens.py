@@ -1,0 +1,147 @@
+"""Prompts, which tokenizer a run gets, and batches."""
+
+import pytest
+import torch
+
+from pregate.cli import compose_run
+from pregate.config import GeneratedConfig, UsageError
+from pregate.tasks import tokens
+from pregate.tasks.base import Example
+from pregate.tasks.generated import generated_tokenizer
+from pregate.tasks.prompts import prompt_fields
+from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
+from tests.tiny import SEQ2SEQ
+
+
+def word_tokenizer(words, **specials):
+    """A tokenizer of whole words without any post-processing; ids from 0 in the order of `words`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", **specials)
+
+
+WORDS = ["<pad>", "</s>", "<unk>", "one", "two", "three", "four", "five"]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS, pad_token="<pad>", eos_token="</s>")
+
+
+def example(source, target):
+    return Example(id="0", source=source, target=target, references=(target,))
+
+
+def test_prompt_fields():
+    assert prompt_fields("question: {question} context: {context} {question}") == ("question", "context")
+    assert prompt_fields("{{literal}} {text}") == ("text",)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["question: {question", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "no field at all"]
+)
+def test_prompts_that_cannot_work(prompt):
+    with pytest.raises(UsageError, match=r"task.prompt=") as error:
+        prompt_fields(prompt)
+    assert "{" in str(error.value)
+
+
+def test_batches_are_padded_on_the_right_and_closed(tokenizer):
+    batch = Collator(tokenizer, 10, 10, SEQ2SEQ)([example("one two three", "four"), example("five", "one two")])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [7, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 1, -100], [3, 4, 1]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_cut_texts_still_end_in_end_of_sequence(tokenizer):
+    batch = Collator(tokenizer, 3, 2, SEQ2SEQ)([example("one two three four", "five four"), example("", "one")])
+    assert batch["input_ids"].tolist() == [[3, 4, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 1], [3, 1]]
+
+
+def test_a_text_seen_again_is_not_tokenized_again_and_batches_stay_the_same(tokenizer, monkeypatch):
+    seen = []
+
+    def counting(texts, **settings):
+        seen.extend(texts)
+        return tokenizer(texts, **settings)
+
+    counting.pad_token_id, counting.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    batches = [
+        [example("one two three four", "five"), example("two", "five")],
+        [example("two", "one"), example("one two three four", "two"), example("two", "three")],
+    ]
+    fresh = [Collator(tokenizer, 4, 3, SEQ2SEQ)(batch) for batch in batches]
+    for kept, expected in ((tokens.KEPT_TOKENS, 6), (4, 7)):
+        monkeypatch.setattr(tokens, "KEPT_TOKENS", kept)
+        seen.clear()
+        collate = Collator(counting, 4, 3, SEQ2SEQ)
+        for found, right in zip([collate(batch) for batch in batches], fresh, strict=True):
+            assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in right.items()}
+        # "two" is cut to another length as a source than as a target
+        assert len(seen) == expected, seen
+
+
+def test_source_lengths_are_those_of_the_batch(tokenizer):
+    examples = [example("one two three four five", "one"), example("two", "five"), example("", "one two")]
+    collate = Collator(tokenizer, 4, 9, SEQ2SEQ)
+    assert collate.source_lengths(examples) == [4, 2, 1]
+    assert collate(examples)["attention_mask"].sum(1).tolist() == [4, 2, 1]
+
+
+def test_a_tokenizer_that_adds_end_of_sequence_itself_adds_no_second():
+    tokenizer = generated_tokenizer(GeneratedConfig())
+    text = "Who leads Kelby Inn?"
+    batch = Collator(tokenizer, 32, 8, SEQ2SEQ)([example(text, "Ada Holm")])
+    assert batch["input_ids"].tolist() == tokenizer([text])["input_ids"]
+    assert batch["labels"].tolist() == tokenizer(["Ada Holm"])["input_ids"]
+    assert batch["labels"][0].tolist().count(1) == 1
+
+
+def run_of(*overrides):
+    return compose_run(["data.root=null", "model.source=null", *overrides])
+
+
+def saved(directory, word):
+    word_tokenizer([*WORDS, word], pad_token="<pad>", eos_token="</s>").save_pretrained(directory)
+    return directory
+
+
+def test_which_tokenizer_wins(tmp_path):
+    named, checkpoint, source = (saved(tmp_path / name, name) for name in ("named", "checkpoint", "source"))
+    everything = [f"model.tokenizer={named}", f"checkpoint={checkpoint}", f"model.source={source}"]
+    assert "checkpoint" in load_tokenizer(run_of("task=generated", *everything)).get_vocab()
+    assert "named" in load_tokenizer(run_of("task=generated", everything[0], everything[2])).get_vocab()
+    assert "▁founded" in load_tokenizer(run_of("task=generated", everything[2])).get_vocab()
+    assert "source" in load_tokenizer(run_of("task=squad", everything[2])).get_vocab()
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
+    tokenizer = load_tokenizer(run_of(f"checkpoint={saved(tmp_path / 'checkpoint', 'word')}"))
+    check_vocabulary(tokenizer, "model", {"vocab_size": len(tokenizer)})
+    with pytest.raises(UsageError, match=r"has 9 ids but model has 8 embeddings: set model.tokenizer"):
+        check_vocabulary(tokenizer, "model", {"vocab_size": 8})
+
+
+def test_tokenizer_below_the_data_root(tmp_path):
+    saved(tmp_path / "t5_tokenizer", "rooted")
+    run = compose_run([f"data.root={tmp_path}", "model.tokenizer=${data.root}/t5_tokenizer"])
+    assert "rooted" in load_tokenizer(run).get_vocab()
+    with pytest.raises(UsageError, match=r"data.root, which is not set"):
+        load_tokenizer(run_of("model.tokenizer=${data.root}/t5_tokenizer"))
+
+
+def test_tokenizers_that_are_not_there(tmp_path):
+    with pytest.raises(UsageError, match=r"model.tokenizer=.*nowhere is not a directory"):
+        load_tokenizer(run_of(f"model.tokenizer={tmp_path}/nowhere"))
+    with pytest.raises(UsageError, match=r"There is no tokenizer: set model.tokenizer"):
+        load_tokenizer(run_of())
+    with pytest.raises(UsageError, match=r"checkpoint=.* gives no tokenizer"):
+        load_tokenizer(run_of(f"checkpoint={tmp_path}"))
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"lacks a padding or end-of-sequence token"):
+        load_tokenizer(run_of(f"model.tokenizer={tmp_path}/bare"))
