@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,17 +23,18 @@ from pregate.config import Keep, Run, TrainConfig, UsageError
 from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
-from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
+from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tracking import Tracker
+from pregate.training.checkpoint import save_last
+from pregate.training.directories import save_model
 from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
 from pregate.training.session import Session, prepare
+from pregate.training.space import make_room, model_bytes
+from pregate.training.state import random_state
 from pregate.training.validation import validate
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Task
-    from pregate.tasks.span_corruption import SpanCorruption
-    from pregate.tracking import Tracker
 
 
 @dataclass(frozen=True)

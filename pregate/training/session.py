@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,16 +23,17 @@ from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
 from pregate.system.processes import join, main_only
+from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tracking import Tracker
 from pregate.training.batching import Batching, derive_batching
-from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
+from pregate.training.checkpoint import load_last, settle
+from pregate.training.directories import recover
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Task
-    from pregate.tasks.span_corruption import SpanCorruption
-    from pregate.tracking import Tracker
+from pregate.training.space import check_space
+from pregate.training.state import TrainState, set_random_state
 
 
 @dataclass
