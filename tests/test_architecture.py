@@ -30,7 +30,6 @@ ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "cli.py"}
 HEAVY = {"wandb", "matplotlib", "triton", "peft"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""
 KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
-    ("conversion/write.py", "rich"),
     ("engine/device/gates.py", "pregate.engine.device.ops.kernels_gates"),
     ("engine/device/ops/experts.py", "pregate.engine.device.ops.kernels_experts"),
     ("engine/device/ops/gather.py", "pregate.engine.device.ops.kernels_gather"),
@@ -43,13 +42,6 @@ KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
     ("measure/bench/baselines.py", "safetensors"),
     ("measure/bench/plan.py", "rich"),
     ("measure/step_profile.py", "torch"),
-    ("models/checkpoint.py", "huggingface_hub"),
-    ("models/checkpoint.py", "safetensors"),
-    ("training/feeds.py", "pregate.tasks.tokens"),
-    ("training/optim.py", "transformers"),
-    ("training/progress.py", "rich"),
-    ("training/stages.py", "omegaconf"),
-    ("training/stages.py", "yaml"),
 }
 """(file, package, or module of ours) of other imports inside functions."""
 
@@ -61,7 +53,7 @@ KNOWN_CIRCLES: set[tuple[str, str]] = {
 
 KNOWN_LONG: set[str] = set()
 
-ENCODER_FILES = ("models/families/", "engine/device/steps/", "training/objectives")
+ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""
 KNOWN_ENCODERS: set[str] = {
     "engine/device/engine.py",
@@ -69,7 +61,6 @@ KNOWN_ENCODERS: set[str] = {
     "engine/engine.py",
     "measure/bench/planner.py",
     "measure/bench/simulation.py",
-    "models/objectives.py",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pregate.config import Run, TaskKind, UsageError
-from pregate.conversion.write import check_convertible
+from pregate.conversion.target import target_of
 from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import read_config
 from pregate.models.family import config_of, experts_of, family_named, family_of
@@ -56,7 +56,7 @@ def check_model(run: Run) -> None:
             "set pregate.{name}={has}, or start from the conventional source",
         )
     elif run.pregate.lookahead:
-        check_convertible(run.model.source, source.config, run.pregate)
+        target_of(run.model.source, source.config, run.pregate)
     if config.pad_token_id is None:
         raise UsageError(
             f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
