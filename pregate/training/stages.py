@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pregate.config import Init, Run, UsageError
-from pregate.conversion.calibration import calibrate
+from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
