@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pregate.config import CacheRule, Policy, SlabDtype, Tier
+    from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier
+    from pregate.engine.device.engine import DeviceEngine
     from pregate.engine.engine import OffloadEngine
     from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
     from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
@@ -22,13 +23,17 @@ _EXPORTS = {
     "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch_model",
     "register_family": "pregate.models.family",
     "OffloadEngine": "pregate.engine.engine",
+    "DeviceEngine": "pregate.engine.device.engine",
     "CacheRule": "pregate.config",
+    "Drive": "pregate.config",
     "Policy": "pregate.config",
     "SlabDtype": "pregate.config",
     "Tier": "pregate.config",
 }
 __all__ = [
     "CacheRule",
+    "DeviceEngine",
+    "Drive",
     "OffloadEngine",
     "Policy",
     "PreGatedSwitchTransformersConfig",

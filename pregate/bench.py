@@ -12,24 +12,24 @@ from pregate.system.launch import check_alone
 def main(run: Run) -> None:
     check_alone("bench")
     from pregate.engine.storage.pack import refuse_output
-    from pregate.measure.bench.run import measure, prepare
+    from pregate.measure.bench.run import Benchmark, measure
     from pregate.tracking import open_tracker
 
     refuse_output("run_dir", Path(run.run_dir))
-    study = prepare(run)
+    benchmark = Benchmark.checked(run)
     out_dir = Path(run.run_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another run_dir=DIR.") from error
     if run.plan:
-        from pregate.measure.bench.plan import plan
+        from pregate.measure.bench.plan import write_plan
 
-        plan(run, study.rows, study.device, out_dir)
+        write_plan(run, benchmark.rows, benchmark.device, benchmark.reading, out_dir)
         print(f"Plan: {out_dir / 'plan.md'}, {out_dir / 'plan.json'}")
         return
     with open_tracker(run, out_dir) as tracker:
-        measure(study, tracker)
+        measure(benchmark, tracker)
     print(f"Rows: {out_dir / 'bench.jsonl'}\nTables: {out_dir / 'bench.md'}\nPlots: {out_dir / 'plots'}")
 
 

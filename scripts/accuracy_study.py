@@ -19,8 +19,10 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not installed
+
 from pregate.config import UsageError
-from studies.accuracy.cells import PRETRAINING, SIZES, plan
+from studies.accuracy.cells import PRETRAINING, SIZES, all_cells
 from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
 from studies.accuracy.runner import Runner, Study, missing_of
 from studies.accuracy.tables import render
@@ -95,7 +97,7 @@ def study_of(size: str) -> Study:
     dry = is_set("DRY")
     work = Path(os.environ.get("WORK") or f"runs/accuracy_{size}{'_dry' if dry else ''}")
     source = os.environ.get("SOURCE") or SIZES[size].source
-    cells = [cell for cell in plan(SIZES[size]) if source is None or cell.name != PRETRAINING]
+    cells = [cell for cell in all_cells(SIZES[size]) if source is None or cell.name != PRETRAINING]
     return Study(
         size,
         cells,

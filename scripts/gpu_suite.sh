@@ -67,8 +67,8 @@ bench() { # name experiment override...
 
 part environment "$python" -c 'from pregate.system.machine import environment; import json; print(json.dumps(environment(), indent=1))'
 part gpu_tests "$python" -m pytest -m gpu -n "${TEST_WORKERS:-8}"
-part gather_probe "$python" -m pregate.measure.gather_probe --out "$out/gather_probe"
-part step_profile "$python" -m pregate.measure.step_profile --out "$out/step_profile" ${DRY:+--model nano_switch}
+part gather_probe "$python" -m studies.profiles.gather_probe --out "$out/gather_probe"
+part step_profile "$python" -m studies.profiles.step_profile --out "$out/step_profile" ${DRY:+--model nano_switch}
 device=("bench.drives=[device]" "bench.slab_dtypes=[source]")
 bench device_base_64 device_driven "bench.drives=[device]" "bench.slab_dtypes=[source,int8]"
 bench device_base device_driven "bench.models=[switch_base_8,switch_base_128,switch_base_256]" "bench.baselines=[]" \

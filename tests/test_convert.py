@@ -72,7 +72,7 @@ REFUSALS = {
     "no family": (lambda d: edit_config(d, ("model_type",)), "names no model_type"),
     "bad config": (
         lambda d: edit_config(d, d_model="wide"),
-        "holds no switch_transformers model",
+        "describes no model that can be built",
     ),
     "few blocks": (
         lambda d: edit_config(d, num_sparse_decoder_layers=1, decoder_sparse_step=8),

@@ -29,8 +29,7 @@ def target_of(source: str, config: dict[str, Any], pregate: PreGateConfig) -> Ta
     try:
         conventional = family.config(config)
     except UsageError as error:
-        reason = f"{error}"[0].lower() + f"{error}"[1:]
-        raise UsageError(f"{source} holds no {family.source_type} model: {reason}") from error
+        raise UsageError(f"The config.json of {source}{str(error).removeprefix('The config.json')}") from error
     num_blocks = family.num_blocks(conventional)
     if not any(num_blocks.values()):
         raise UsageError(

@@ -1,6 +1,6 @@
 """What both engines are: a model without its experts, slots, and one request at a time.
 
-Knows who may call when, and what is closed in which order; how a request is served is left to the two engines.
+Knows which calls may come when, and what is closed in which order. Each engine serves requests in its own way.
 """
 
 from __future__ import annotations

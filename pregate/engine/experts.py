@@ -1,4 +1,4 @@
-"""The module that stands in for a block's resident experts: same call, same arithmetic, slabs from slots.
+"""The module in the place of a block's resident experts: same call, same arithmetic, slabs from slots.
 
 Knows nothing about model families beyond `ExpertSpec`.
 """

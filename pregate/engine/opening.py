@@ -1,7 +1,7 @@
 """A checkpoint opened for serving: its headers and what follows from them, its experts in a store, its model without
 them.
 
-Knows checkpoints, families and stores; knows nothing about slots or who drives the model.
+Knows checkpoints, families and stores; knows nothing about slots or drives.
 """
 
 from __future__ import annotations

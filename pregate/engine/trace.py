@@ -1,7 +1,7 @@
 """What happened when: spans of compute, transfer and wait, and the counters beside them.
 
 On the CPU spans are read from a monotonic clock; on CUDA from events on the streams themselves, so that recording
-never synchronises. Knows nothing about who records.
+never synchronises. Knows nothing about what is recorded.
 """
 
 from __future__ import annotations

@@ -8,46 +8,21 @@ rows, policies or reports.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pregate.engine.device.engine import DeviceEngine
-from pregate.measure.latency import Timed
-
-
-@dataclass(frozen=True)
-class StepsTimed(Timed):
-    """One request: `seconds` until the first and until the last token were known; `steps` between them.
-
-    `counted`: what moved and what was there, the encoding of the source included; `readings`: bytes moved by then.
-    """
-
-    steps: int
-    counted: dict[str, int]
-    distinct: float
-    """Distinct experts a block and step, over all steps."""
-    finite: bool
-    """Whether the logits of all steps were."""
-
-    @property
-    def tpot_ms(self) -> float | None:
-        return (self.seconds[-1] - self.seconds[0]) / self.steps * 1e3 if self.steps else None
+from pregate.measure.timing import Timed
 
 
 def time_steps(
-    engine: DeviceEngine,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    new_tokens: int,
-    device: torch.device,
-    **options: Any,
-) -> StepsTimed:
-    """One request of `new_tokens` whatever their ends, with the generation `options`. The device is waited for at the
-    ends of what is timed and nowhere between."""
-    request = engine.request(**options)
+    engine: DeviceEngine, input_ids: Tensor, attention_mask: Tensor, device: torch.device, **options: Any
+) -> Timed:
+    """One request with the generation `options`, of `max_new_tokens` whatever their ends. The device is waited for at
+    the ends of what is timed and nowhere between. What is counted includes the reading of the prompt."""
+    request, new_tokens = engine.request(**options), options["max_new_tokens"]
     engine.host.reset_counters()
     begun = _now(device)
     engine.prefill(input_ids, attention_mask, request.sampling)
@@ -57,17 +32,16 @@ def time_steps(
     begun = _now(device)
     engine.decode(new_tokens - 1)
     rest = _now(device) - begun
-    counted = engine.counters()
-    encoding = engine.host.counters.to_dict()
-    blocks = len(engine.family.layers["decoder"])
-    return StepsTimed(
+    counted, prompt = engine.counters(), engine.host.counters.to_dict()
+    num_blocks = len(list(engine.family.layers.values())[-1])
+    return Timed(
         tokens=engine.tokens()[: len(input_ids), : new_tokens + 1].clone().cpu(),
         seconds=[first, first + rest],
         readings=[moved_first, counted.bytes_moved],
         spans=None,
         steps=new_tokens - 1,
-        counted={name: value + encoding[name] for name, value in counted.to_dict().items()},
-        distinct=(counted.hits + counted.misses) / (blocks * new_tokens),
+        counted={name: value + prompt[name] for name, value in counted.to_dict().items()},
+        distinct=(counted.hits + counted.misses) / (num_blocks * new_tokens),
         finite=not engine.rows_not_finite(),
     )
 

@@ -21,14 +21,13 @@ from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.accuracy import bootstrap_interval, predict
-from pregate.measure.eval_device import measure_driven, open_driven
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.summary import print_summary
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
-from pregate.measure.servable import check_servable
+from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.family import ExpertSpec, config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK
@@ -242,10 +241,9 @@ def measure_engine(bench: Bench, trace_dir: Path) -> tuple[dict[str, Any], dict[
 
         keep = partial(write_perfetto, trace_dir / f"{policy}.json", title=str(policy))
         try:
-            if engine.drive is Drive.device:
-                record = measure_driven(opened, request, bench.device, expected)
-            else:
-                record, traces[str(policy)] = measure_policy(opened, request, bench.device, expected, keep)
+            record, timeline = measure_policy(opened, request, bench.device, expected, keep)
+            if timeline:
+                traces[str(policy)] = timeline
             check_logits(bench.checkpoint, f"served with policy {policy}", record["logits_finite"])
             records[str(policy)] = record
         except (DeviceFullError, torch.OutOfMemoryError):

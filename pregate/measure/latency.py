@@ -1,133 +1,29 @@
 """How long generation takes under each policy, what moves, and whether the tokens are the resident model's.
 
 Batch 1, greedy, a fixed number of new tokens, as in the paper. Figures are medians over prompts and repeats after
-a warm-up. Knows engines and token ids; knows nothing about tasks or reports.
+a warm-up. Knows servers and token ids; knows nothing about tasks or reports.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
+from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.trace import Span, Trace
-from pregate.measure.logits import check_moved, compare_logits, tolerance, watched
+from pregate.engine.trace import Span
+from pregate.measure.logits import check_moved, compare_logits, tolerance
+from pregate.measure.servers import Inputs, engine_server, forced_logits
+from pregate.measure.timing import medians
 from pregate.system.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
-
-
-class TokenClock(BaseStreamer):
-    """Notes the moment each token is known. The first call of `generate` brings the decoder's start token.
-
-    `read`: a count to note at the same moments. `between`: work to do before every step, whose time does not count.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        read: Callable[[], int] | None = None,
-        between: Callable[[], None] | None = None,
-    ) -> None:
-        self._device, self._read, self._between = device, read, between
-        self._start_over()
-
-    def begin(self) -> None:
-        if self._between is not None:
-            self._between()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._prompt_seen = False
-        self.seconds: list[float] = []
-        self.readings: list[int] = []
-        self._start = time.perf_counter()
-
-    def put(self, value: Tensor) -> None:
-        now = time.perf_counter()
-        if self._prompt_seen:
-            self.seconds.append(now - self._start)
-            if self._read is not None:
-                self.readings.append(self._read())
-        self._prompt_seen = True
-        if self._between is not None:
-            self._between()
-            self._start += time.perf_counter() - now
-
-    def end(self) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One request: its tokens, the seconds until each was known, what the clock read then, and what a trace saw
-    (None without one)."""
-
-    tokens: Tensor
-    seconds: list[float]
-    readings: list[int]
-    spans: list[Span] | None
-
-    @property
-    def ttft_ms(self) -> float:
-        return self.seconds[0] * 1e3
-
-    @property
-    def tpot_ms(self) -> float | None:
-        steps = len(self.seconds) - 1
-        return (self.seconds[-1] - self.seconds[0]) / steps * 1e3 if steps else None
-
-    @property
-    def decoding(self) -> list[Span]:
-        """What happened after the first token."""
-        return [span for span in self.spans or () if span.start_ms >= self.seconds[0] * 1e3]
-
-    @property
-    def block_ms(self) -> list[float]:
-        """Each pass through a whole decoder layer with an MoE block, while decoding."""
-        return [s.end_ms - s.start_ms for s in self.decoding if s.lane == "layer" and s.name.startswith("decoder")]
-
-    @property
-    def exposed_ms_per_token(self) -> float | None:
-        steps = len(self.seconds) - 1
-        if self.spans is None or not steps:
-            return None
-        return sum(s.end_ms - s.start_ms for s in self.decoding if s.lane == "wait") / steps
-
-
-def time_request(
-    generate: Callable[..., Tensor], options: dict[str, Any], clock: TokenClock, trace: Trace | None = None
-) -> Timed:
-    """Serve one request and note when its tokens came."""
-    if trace is not None:
-        trace.start()
-    clock.begin()
-    tokens = generate(**options, streamer=clock)
-    spans = trace.stop() if trace is not None else None
-    return Timed(tokens.cpu(), clock.seconds, clock.readings, spans)
-
-
-def medians(requests: Sequence[Timed]) -> dict[str, float]:
-    """`ttft_ms`, and of what was measured `tpot_ms`, `exposed_ms_per_token` and `block_ms`: medians over requests,
-    of `block_ms` over all passes."""
-    figures = {"ttft_ms": statistics.median(request.ttft_ms for request in requests)}
-    for name in ("tpot_ms", "exposed_ms_per_token"):
-        known = [value for request in requests if (value := getattr(request, name)) is not None]
-        if known:
-            figures[name] = statistics.median(known)
-    passes = [value for request in requests for value in request.block_ms]
-    if passes:
-        figures["block_ms"] = statistics.median(passes)
-    return figures
+COUNTED = ("bytes_moved", "hits", "misses")
 
 
 @dataclass(frozen=True)
@@ -138,15 +34,14 @@ class BenchRequest:
     new_tokens: int
     repeats: int
 
-    def options(self, prompt: Tensor) -> dict[str, Any]:
-        return {
-            "input_ids": prompt,
-            "attention_mask": torch.ones_like(prompt),
-            "do_sample": False,
-            "num_beams": 1,
-            "min_new_tokens": self.new_tokens,
-            "max_new_tokens": self.new_tokens,
-        }
+    @property
+    def options(self) -> dict[str, Any]:
+        length = {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens}
+        return {"do_sample": False, "num_beams": 1, **length}
+
+    def inputs(self, device: torch.device) -> list[Inputs]:
+        moved = (prompt.to(device) for prompt in self.prompts)
+        return [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} for prompt in moved]
 
 
 @dataclass(frozen=True)
@@ -164,71 +59,55 @@ class Expected:
 
 def resident_answers(model: Any, request: BenchRequest, same_weights: bool = True) -> Expected:
     """Through Hugging Face `generate` and a forward call; `same_weights`: whether these are also what is served."""
-    prompts = [prompt.to(model.device) for prompt in request.prompts]
+    prompts = request.inputs(model.device)
     with torch.inference_mode():
-        tokens = [model.generate(**request.options(prompt)).cpu() for prompt in prompts]
-        logits = [forced_logits(model, prompt, each) for prompt, each in zip(prompts, tokens, strict=True)]
+        tokens = [model.generate(**prompt, **request.options).cpu() for prompt in prompts]
+    logits = [forced_logits(model, prompt, each[:, :-1]) for prompt, each in zip(prompts, tokens, strict=True)]
     return Expected(tokens, logits, tolerance({p.dtype for p in model.parameters()}) if same_weights else None)
 
 
-def forced_logits(forward: Callable[..., Any], prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Logits (1, T - 1, V) of each place of `tokens` (1, T), given those before it."""
-    targets = tokens[:, :-1].to(prompt.device)
-    return forward(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), decoder_input_ids=targets, use_cache=False
-    ).logits.cpu()
-
-
 def measure_policy(
-    open_engine: Callable[[], OffloadEngine],
+    open_engine: Callable[[], OffloadEngine | DeviceEngine],
     request: BenchRequest,
     device: torch.device,
     expected: Expected | None,
-    keep_trace: Callable[[list[Span]], None] | None = None,
+    keep_trace: Callable[[list[Span]], None] = lambda spans: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One engine record (see `eval.json`) and a short window of its trace.
 
     Times and counts are per prompt: `ttft_ms` to the first token, `tpot_ms` per token after it, `block_ms` per whole
-    decoder layer with an MoE block and `exposed_ms_per_token` both while decoding. Bytes, hits and misses are those
+    layer with an MoE block and `exposed_ms_per_token` both while decoding. Bytes, hits and misses are those
     of one pass over all prompts. `peak_device_bytes` covers opening and serving. Without `expected` nothing is said
-    about equality. `keep_trace` is given the whole trace of one request.
+    about equality. `keep_trace` is given the whole trace of one request. Of an engine that the device drives, which
+    cannot be watched in a step, `block_ms`, `exposed_ms_per_token` and the trace are absent.
     """
-    with PeakMemory(device) as peak, open_engine() as engine, watched(engine) as rows_not_finite:
-        prompts = [prompt.to(device) for prompt in request.prompts]
-        engine.generate(**request.options(prompts[0]))
-        clock, timed = TokenClock(device), []
-        equal, timeline, ever_moved = True, [], 0
-        for repeat in range(request.repeats):
-            ever_moved += engine.counters.bytes_moved
-            engine.reset_counters()
-            for number, prompt in enumerate(prompts):
-                served = time_request(engine.generate, request.options(prompt), clock, engine.trace)
-                equal = equal and expected is not None and torch.equal(served.tokens, expected.tokens[number])
-                timed.append(served)
-                if repeat == request.repeats - 1 and number == 0:
-                    timeline = _window(served.spans or [], served.seconds)
-                    if keep_trace is not None:
-                        keep_trace(served.spans or [])
+    with PeakMemory(device) as peak, open_engine() as engine, engine_server(engine, device) as server:
+        prompts = request.inputs(device)
+        warm_up = server.serve(prompts[0], request.options)
+        passes = [[server.serve(prompt, request.options) for prompt in prompts] for _ in range(request.repeats)]
         peak_bytes = peak.read()
-        counted = engine.counters.to_dict()
-        check_moved(engine.policy, ever_moved + counted["bytes_moved"])
-        wanted = expected.tokens if expected is not None else [served.tokens for served in timed]
-        logits = [forced_logits(engine.forward, *pair) for pair in zip(prompts, wanted, strict=False)]
-        logits_record = judged(logits, expected, bool(rows_not_finite()))
-    figures = medians(timed)
+        timed = [one for each in passes for one in each]
+        check_moved(engine.policy, sum(one.counted["bytes_moved"] for one in [warm_up, *timed]))
+        wanted = expected.tokens if expected is not None else [one.tokens for one in timed]
+        logits = [server.logits(prompt, each[:, :-1]) for prompt, each in zip(prompts, wanted, strict=False)]
+        found = judged(logits, expected, bool(server.rows_not_finite()))
     record: dict[str, Any] = {
-        "ttft_ms": figures.pop("ttft_ms"),
-        "tokens_per_s": request.new_tokens / statistics.median(served.seconds[-1] for served in timed),
-        "bytes_moved": counted["bytes_moved"],
-        "hits": counted["hits"],
-        "misses": counted["misses"],
+        **medians(timed),
+        "tokens_per_s": request.new_tokens / statistics.median(one.seconds[-1] for one in timed),
+        **{name: sum(one.counted[name] for one in passes[-1]) for name in COUNTED},
     }
     if expected is not None:
-        record["tokens_equal_resident"] = equal and logits_record["logits_finite"]
-    record |= logits_record | figures
+        pairs = [pair for each in passes for pair in zip(each, expected.tokens, strict=True)]
+        same = all(torch.equal(one.tokens, tokens) for one, tokens in pairs)
+        record["tokens_equal_resident"] = same and found["logits_finite"]
+    record |= found
     if peak_bytes is not None:
         record["peak_device_bytes"] = peak_bytes
-    return record, timeline
+    shown = passes[-1][0]
+    if shown.spans is None:
+        return record, []
+    keep_trace(shown.spans)
+    return record, _window(shown.spans, shown.seconds)
 
 
 def judged(logits: Sequence[Tensor], expected: Expected | None, broke: bool) -> dict[str, Any]:

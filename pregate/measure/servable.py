@@ -1,6 +1,6 @@
-"""What an evaluation could not be served with, refused before any work starts.
+"""What an evaluation could not be served with, refused before any work starts; and the device-driven engine for it.
 
-Knows settings, headers and sizes; opens no engine.
+Knows settings, headers and sizes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from pregate.config import Drive, Policy, Run
+from pregate.config import Drive, Policy, Run, UsageError
 from pregate.engine.budget import host_buffers_within, slots_within
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import refuse_settings, slots_for
+from pregate.engine.device.ops.language import require_triton
+from pregate.engine.device.request import read_request
+from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.measure.eval_device import check_driven
 from pregate.models.family import ExpertSpec, config_of, experts_of
 from pregate.models.loading import generation_config, open_model
 from pregate.system.machine import pick_device
@@ -60,3 +64,46 @@ def check_budget(run: Run, family: ExpertSpec, dtype: torch.dtype) -> int:
         if policy is not Policy.gpu_only:
             slots_within(run.engine.device_budget, policy, family, slab_bytes)
     return slab_bytes
+
+
+# --- engine.drive=device --------------------------------------------------------------------------------------------
+
+
+def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:
+    """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
+    served with. Raises `UsageError`."""
+    step_of(config)
+    if pick_device(run.engine.device).type == "cuda":
+        require_triton()
+    refuse_settings(
+        run.eval.batch_size, run.task.max_source_tokens, _new_tokens(run), run.engine.cache, run.engine.tier, None
+    )
+    if run.eval.num_beams != 1:
+        raise UsageError(
+            f"eval.num_beams={run.eval.num_beams} needs the host: set eval.num_beams=1, or use engine.drive=host."
+        )
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": _new_tokens(run)}
+    read_request(settings, greedy, config.vocab_size, _new_tokens(run))
+    for policy in (run.engine.policy, *run.engine.policies):
+        if policy is not Policy.gpu_only:
+            slots_for(run.engine.device_budget, policy, config, slab_bytes, run.eval.batch_size)
+
+
+def open_driven(run: Run, checkpoint: str, policy: Policy, device: torch.device, batch: int | None) -> DeviceEngine:
+    """An engine for `batch` rows, by default those of the evaluation."""
+    return DeviceEngine.open(
+        checkpoint,
+        batch=batch or run.eval.batch_size,
+        max_source_len=run.task.max_source_tokens,
+        max_new_tokens=_new_tokens(run),
+        policy=policy,
+        tier=run.engine.tier,
+        device=device,
+        device_budget=None if policy is Policy.gpu_only else run.engine.device_budget,
+        cache=run.engine.cache,
+        slab_dtype=run.engine.slab_dtype,
+    )
+
+
+def _new_tokens(run: Run) -> int:
+    return max(run.eval.max_new_tokens or run.task.max_target_tokens, run.engine.bench_new_tokens)

@@ -72,7 +72,7 @@ class Cell:
         return self.arm in (CONVENTIONAL, "pre_gated", "distilled")
 
 
-def plan(size: Size) -> list[Cell]:
+def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
     arm (e) gives without pre-gating, how far apart the routes of two seeds are, ablations."""
     cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0)] if size.pretraining else []

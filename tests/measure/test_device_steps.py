@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from pregate.engine.device.engine import DeviceEngine
-from pregate.measure.device_steps import StepsTimed, time_steps
+from pregate.measure.device_steps import time_steps
+from pregate.measure.timing import Timed
 from tests.tiny import batch, pregated_model
 
 
 def test_time_per_token_is_that_of_the_steps_after_the_first() -> None:
-    timed = StepsTimed(torch.zeros(1, 5), [0.5, 0.9], [0, 40], None, steps=4, counted={}, distinct=1.0, finite=True)
+    timed = Timed(torch.zeros(1, 5), [0.5, 0.9], [0, 40], None, steps=4)
     assert timed.ttft_ms == 500
     assert timed.tpot_ms == pytest.approx(100)
+    assert timed.read_per_step == 10
     assert timed.exposed_ms_per_token is None and timed.block_ms == []
 
 
@@ -40,8 +42,8 @@ def test_a_request_is_timed_and_counted(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(engine._graphs, "_step", slow(0.005, step))
         monkeypatch.setattr(engine.host, "run", slow(0.04, run))
-        timed = time_steps(engine, ids, mask, 6, torch.device("cpu"), **greedy)
-        again = time_steps(engine, ids, mask, 6, torch.device("cpu"), **greedy)
+        timed = time_steps(engine, ids, mask, torch.device("cpu"), **greedy)
+        again = time_steps(engine, ids, mask, torch.device("cpu"), **greedy)
     assert timed.tpot_ms is not None and timed.tpot_ms >= 5
     assert timed.ttft_ms >= 45
     assert timed.steps == 5

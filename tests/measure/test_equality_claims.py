@@ -16,10 +16,8 @@ from pregate import bench as bench_command
 from pregate import eval as eval_command
 from pregate.config import GeneratedConfig, Policy, Run, UsageError
 from pregate.engine.engine import OffloadEngine
-from pregate.measure import evaluation
-from pregate.measure.bench import device as bench_device
-from pregate.measure.bench import drives
-from pregate.measure.bench import row as bench_row
+from pregate.measure import evaluation, servers
+from pregate.measure.bench import engines, link
 from pregate.measure.bench import run as bench
 from pregate.measure.bench.table import bench_tables
 from pregate.measure.equality import equality, equality_statement
@@ -41,9 +39,9 @@ DRIVES = ["host", "device"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short probes and no plots."""
-    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
     monkeypatch.setattr(bench, "plot_bench", lambda *_: {})
-    monkeypatch.setattr(bench, "is_predictable", lambda _: False)
+    monkeypatch.setattr(engines, "is_predictable", lambda _: False)
     for name in ("plot_engine", "plot_agreement", "plot_timeline"):
         monkeypatch.setattr(evaluation, name, lambda *_: False)
 
@@ -238,15 +236,15 @@ def test_a_benchmark_says_so_in_the_row_and_fails(
 @pytest.mark.parametrize("drive", DRIVES)
 def test_a_row_whose_logits_break_is_not_equal(tmp_path: Path, drive: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model's are fine, and so are the tokens: the engine's own logits are not. Other rows are measured."""
-    module = bench_row if drive == "host" else bench_device
-    whole = module.first_logits if drive == "host" else module.stepped_logits
-    broken = [True, False]
+    name = "forced_logits" if drive == "host" else "stepped_logits"
+    whole = getattr(servers, name)
+    broken = [True, False] if drive == "device" else [False, True, False]  # the whole model comes first
 
     def logits(*args: Any, **kwargs: Any) -> Tensor:
         found = whole(*args, **kwargs)
         return found.masked_fill(torch.arange(found.shape[-1]) == 3, torch.nan) if broken.pop(0) else found
 
-    monkeypatch.setattr(module, "first_logits" if drive == "host" else "stepped_logits", logits)
+    monkeypatch.setattr(servers, name, logits)
     run = tiny_run(tmp_path, f"bench.drives=[{drive}]", "bench.tiers=[dram]", "engine.policies=[on_demand,pre_gated]")
     with pytest.raises(
         UsageError, match=r"The logits of 1 of 3 rows are NaN or infinite, first of tiny dram on_demand"
@@ -335,7 +333,7 @@ def test_a_benchmark_notices_stale_experts_by_their_logits(
     two: tuple[Path, Path], tmp_path: Path, drive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, old = two
-    opened = bench_row.OffloadEngine.open if drive == "host" else bench_device.DeviceEngine.open
+    opened = servers.OffloadEngine.open if drive == "host" else servers.DeviceEngine.open
     weights = load_resident(old).state_dict()
 
     def open_stale(source: Any, **options: Any) -> Any:
@@ -345,7 +343,7 @@ def test_a_benchmark_notices_stale_experts_by_their_logits(
             store.layout.encode([weights[name] for name in engine.family.tensor_names(key)], store.slab(key))
         return engine
 
-    module = bench_row.OffloadEngine if drive == "host" else bench_device.DeviceEngine
+    module = servers.OffloadEngine if drive == "host" else servers.DeviceEngine
     monkeypatch.setattr(module, "open", staticmethod(open_stale))
     run = tiny_run(
         tmp_path,

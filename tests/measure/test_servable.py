@@ -12,7 +12,7 @@ import torch
 from pregate import train as command
 from pregate.cli import compose_run
 from pregate.config import Run, UsageError
-from pregate.measure import eval_device, servable
+from pregate.measure import servable
 from pregate.measure.servable import check_engine
 from pregate.tasks.registry import splits_read
 from pregate.training.checks import trained_config
@@ -121,8 +121,8 @@ def test_what_the_device_cannot_compute_or_decode_is_refused_too(
     def missing() -> None:
         raise UsageError("Decoding on the device needs Triton")
 
-    monkeypatch.setattr(eval_device, "pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(eval_device, "require_triton", missing)
+    monkeypatch.setattr(servable, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(servable, "require_triton", missing)
     with pytest.raises(UsageError, match="needs Triton"):
         check(run_of(source))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.accuracy.cells import CONVENTIONAL, PRETRAINING, SIZES, Cell, plan
+from studies.accuracy.cells import CONVENTIONAL, PRETRAINING, SIZES, Cell, all_cells
 from studies.accuracy.records import Record
 
 EFFECT = {"shifted": -25.0, "calibrated": -9.0, "pre_gated": -0.6, "distilled": 0.4, "gates_only": -4.0}
@@ -55,4 +55,4 @@ def synthetic_record(cell: Cell, examples: int = 200) -> Record:
 
 
 def synthetic_records(size: str = "nano") -> list[Record]:
-    return [synthetic_record(cell) for cell in plan(SIZES[size])]
+    return [synthetic_record(cell) for cell in all_cells(SIZES[size])]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pregate.cli import compose_run
-from studies.accuracy.cells import ARMS, BOTH, PRETRAINING, SIZES, TAUGHT, overrides_of, plan, tiny_overrides
+from studies.accuracy.cells import ARMS, BOTH, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
 
 
 def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
-    cells = plan(SIZES["nano"])
+    cells = all_cells(SIZES["nano"])
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
     assert names[0] == PRETRAINING
@@ -32,16 +32,16 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
 def test_what_a_cell_needs_comes_before_it() -> None:
     for size in SIZES.values():
         seen: set[str] = set()
-        for cell in plan(size):
+        for cell in all_cells(size):
             assert set(cell.needs) <= seen, cell
             seen.add(cell.name)
-    assert all(PRETRAINING not in cell.needs for cell in plan(SIZES["switch_base_8"]))
+    assert all(PRETRAINING not in cell.needs for cell in all_cells(SIZES["switch_base_8"]))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_command_composes_to_its_cell(size: str) -> None:
     """Arms and variants differ in the same way on every task, so of later tasks the first cell will do."""
-    cells = plan(SIZES[size])
+    cells = all_cells(SIZES[size])
     first = [next(cell for cell in cells if cell.task == task) for task in SIZES[size].tasks]
     main = [cell for cell in cells if cell.task == SIZES[size].tasks[0] and cell.seed == 1]
     for cell in [*cells[:1], *main, *first[1:]]:

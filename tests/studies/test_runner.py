@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from studies.accuracy.cells import SIZES, plan
+from studies.accuracy.cells import SIZES, all_cells
 from studies.accuracy.records import alone, append_record, load_baselines, load_records
 from studies.accuracy.runner import Runner, Study
 
 FAKE = Path(__file__).with_name("fake_cell.py")
 CELLS = [
-    cell for cell in plan(SIZES["nano"]) if cell.task in ("pretrain", "sst2") and cell.seed < 2 and not cell.variant
+    cell
+    for cell in all_cells(SIZES["nano"])
+    if cell.task in ("pretrain", "sst2") and cell.seed < 2 and not cell.variant
 ]
 
 
@@ -78,7 +80,7 @@ def test_a_study_runs_in_order_records_and_cleans_up(run: Any) -> None:
 
 def test_routes_of_two_seeds_are_compared_without_training(run: Any) -> None:
     """Every model is the reference once, and is compared with the next one."""
-    cells = [cell for cell in plan(SIZES["nano"]) if cell.task in ("pretrain", "sst2") and cell.arm != "pre_gated"]
+    cells = [cell for cell in all_cells(SIZES["nano"]) if cell.task in ("pretrain", "sst2") and cell.arm != "pre_gated"]
     assert run(cells=cells, only="sst2_conventional_other_seed_*") == 0
     found = {record["cell"]: record["command"] for record in load_records(run.folder) if record["variant"]}
     for seed, other in ((1, 2), (2, 3), (3, 1)):

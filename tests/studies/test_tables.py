@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from studies.accuracy.cells import SIZES, plan
+from studies.accuracy.cells import SIZES, all_cells
 from studies.accuracy.records import add_baselines, append_record
 from studies.accuracy.tables import render
 from tests.studies.synthetic import synthetic_records
 
-CELLS = plan(SIZES["nano"])
+CELLS = all_cells(SIZES["nano"])
 
 
 def rendered(folder: Path, records: list[dict]) -> str:

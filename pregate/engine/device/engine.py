@@ -23,13 +23,12 @@ from pregate.engine.base import Engine
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.limits import refuse_settings, slots_for
-from pregate.engine.device.ops.expert_outputs import check_activation
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampling import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
-from pregate.engine.device.steps.t5 import StaticDecoder
+from pregate.engine.device.steps.registry import step_of
 from pregate.engine.host import HostDriver
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
@@ -70,11 +69,10 @@ class DeviceEngine(Engine):
             self.family.num_experts,
             self.family.top_k,
             batch,
-            opened.config.d_model,
-            opened.config.dense_act_fn,
+            self.family.activation,
         )
         self._experts = make_experts(policy, memory, blocks, side_stream(self._device))
-        self.decoder = StaticDecoder(
+        self.decoder = step_of(opened.config)(
             model, self._experts, batch=batch, max_source_len=max_source_len, max_new_tokens=max_new_tokens
         )
         self._graphs = StepGraphs(self.decoder.step, self._begin_nothing, self._device)
@@ -110,7 +108,7 @@ class DeviceEngine(Engine):
         policy, cache, device = Policy(policy), CacheRule(cache), compute_device(device)
         refuse_settings(batch, max_source_len, max_new_tokens, cache, Tier(tier), store)
         opened = Opened(checkpoint)
-        check_activation(opened.config.dense_act_fn)
+        step_of(opened.config)
         if device.type == "cuda":
             require_triton()
             if opened.dtype is torch.float64:

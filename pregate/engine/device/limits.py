@@ -19,7 +19,7 @@ MOST_ROWS = 32
 def slots_for(budget: str | None, policy: Policy, config: Any, slab_bytes: int, batch: int) -> int:
     """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
     family = experts_of(config)
-    total, lookahead = len(family.keys()), config.pregating.lookahead_of("decoder")
+    total, lookahead = len(family.keys()), config.pregating.lookahead_of(list(family.layers)[-1])
     fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
     if budget is None:
         return min(total, max(fewest, default_slots(policy, family)))

@@ -45,14 +45,13 @@ class SlabMemory:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What is the same for all blocks of the decoder. first_slab: of each block, the number of expert 0's slab in
+    """What is the same for all blocks of a step. first_slab: of each block, the number of expert 0's slab in
     `family.keys()`."""
 
     first_slab: Sequence[int]
     num_experts: int
     top_k: int
     batch: int
-    d_model: int
     activation: str
 
     @property
@@ -79,8 +78,9 @@ class Resident:
         self._wanted = [
             torch.full((blocks.num_choices,), DROPPED, dtype=torch.int32, device=device) for _ in blocks.first_slab
         ]
-        self._out_BD = torch.zeros(blocks.batch, blocks.d_model, dtype=dtype, device=device)
         self._scratch = ExpertScratch.empty(blocks.num_choices, memory.layout, device)
+        width_D = self._scratch.weighted_ND.shape[1]
+        self._out_BD = torch.zeros(blocks.batch, width_D, dtype=dtype, device=device)
 
     @property
     def num_bytes(self) -> int:

@@ -1,1 +1,1 @@
-"""Who moves an expert from its store into a slot."""
+"""What moves an expert from its store into a slot."""

@@ -28,7 +28,7 @@ class Transfer(Protocol):
 
 class Mover(Protocol):
     reader: str
-    """Who reads slabs from a disk: `threads` or `io_uring`."""
+    """What reads slabs from a disk: `threads` or `io_uring`."""
 
     @property
     def host_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Mover(Protocol):
         ...
 
     def drain(self) -> None:
-        """Wait until nothing moves, whoever holds the transfers. Never raises what they raised."""
+        """Wait until nothing moves, also transfers that nothing refers to. Never raises what they raised."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Host memory between the disk and the slots. Knows slabs by their keys; knows nothing about who fills the buffers."""
+"""Host memory between the disk and the slots. Knows slabs by their keys; knows nothing about how they are filled."""
 
 from __future__ import annotations
 

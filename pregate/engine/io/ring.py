@@ -159,7 +159,7 @@ class Ring:
         return found
 
     def wait(self) -> None:
-        """Wait until something has ended that `completed` has not told yet; something must be under way."""
+        """Wait until something has ended that `completed` has not given yet; something must be under way."""
         while self._cq[self._cq_head] == self._cq[self._cq_tail]:
             try:
                 self._call(_ENTER, self._number, 0, 1, _GET_EVENTS, None, 0)

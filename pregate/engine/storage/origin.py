@@ -29,7 +29,7 @@ SEEN = "source.json"
 MAPPED_BYTES = 64 << 20
 """Experts are read from the checkpoint in runs of about this size: mapped pages are resident memory until dropped."""
 LONG_CHECK = 10**9
-"""Comparing more bytes than these takes so long that the user is told."""
+"""Comparing more bytes than these takes so long that a line is printed."""
 
 _known: dict[tuple[Path, str], dict[str, Any]] = {}
 """As `SEEN`, by pack and index, for packs that cannot be written to."""

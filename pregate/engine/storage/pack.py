@@ -1,7 +1,7 @@
 """The pack: all slabs of a checkpoint in one file, with an index of where each lies and what it must contain.
 
 Written block by block, appears whole or not at all, and is kept until the content it was made from changes (`origin`).
-Knows checkpoints and files; knows nothing about who reads the slabs.
+Knows checkpoints and files; knows nothing about movers.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class DiskStore(Store):
 
     @property
     def file(self) -> int:
-        """The descriptor slabs are read from, -1 once closed; for whoever reads without `read_part`."""
+        """The descriptor slabs are read from, -1 once closed; for movers that read without `read_part`."""
         return self._file
 
     def offset(self, key: ExpertKey) -> int:

@@ -7,7 +7,6 @@ memory. Knows models, stores and Accelerate; knows nothing about rows or tables.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from pregate.engine.storage.memory import aligned_bytes
 from pregate.engine.storage.store import Store
-from pregate.measure.bench.grid import BenchModel
+from pregate.measure.bench.models import BenchModel
 from pregate.models.family import ExpertKey, family_of
 from pregate.models.loading import generation_config, load_resident
 from pregate.models.pregated import Gate
@@ -122,42 +121,6 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
             owned = {f"{prefix}.{name}": weights[f"{prefix}.{name}"].to(device) for name in gate.state_dict()}
             offloaded.load_state_dict(owned, assign=True, strict=False)
     return offloaded
-
-
-# --- what the whole model says --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The tokens of the whole model, request by request (R, B, T), and its logits for the first ones (B, t, V)."""
-
-    tokens: Tensor
-    logits: Tensor | None = None
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}, scratch)
-        scratch.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Reference | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-            return cls(tensors["tokens"], tensors.get("logits"))
-        except (OSError, KeyError, SafetensorError):
-            return None
-
-    def equal_until(self, number: int, tokens_BT: Tensor) -> int | None:
-        """How many new tokens of request `number` are equal in all rows before the first that is not; None if all are
-        that were decoded."""
-        differs_T = (self.tokens[number, :, : tokens_BT.shape[1]] != tokens_BT).any(0)
-        return max(int(differs_T.int().argmax()) - 1, 0) if differs_T.any() else None
 
 
 def free_bytes(device: torch.device) -> int:

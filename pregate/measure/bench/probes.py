@@ -1,7 +1,7 @@
 """What a row is judged by: the link and a step's computation as they are at the moment, and the floors that follow.
 
 A shared machine changes from second to second. So both are measured before each request and after the last, and each
-request is compared with the floor of its own neighbours. Knows stores and durations; knows nothing about engines.
+request is compared with the floor of its own neighbours. Knows durations; knows nothing about stores or engines.
 """
 
 from __future__ import annotations
@@ -12,42 +12,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import torch
-
-from pregate.engine.storage.store import Store
-from pregate.measure.bench.drives import link_bandwidth
-from pregate.models.family import ExpertKey
 from pregate.system.memory import PeakMemory
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What rows are served from: an opened store, the compute device, and how slabs come from a disk."""
-
-    store: Store
-    device: torch.device
-    io_threads: int = 2
-    io_uring: bool = True
-
-    def gb_per_s(self, keys: list[ExpertKey], seed: int = 0, in_order: bool = False) -> float:
-        """See `link_bandwidth`."""
-        io_uring = self.io_uring and self.device.type == "cpu"
-        return link_bandwidth(self.store, keys, self.device, self.io_threads, io_uring, seed, in_order)
 
 
 @dataclass
 class Probes:
-    """Measured again and again beside one row. `link` (of who reads, and how often it was asked) and `step_ms`: how, or
-    None where nothing moves and where a step cannot be timed beside the row; `compute_ms` then stands for all steps, if
-    it is known."""
+    """Measured again and again beside one row. `link` (of how often it was asked) and `step_ms`: how, or None where
+    nothing moves and where a step cannot be timed beside the row. `compute_ms` then holds for all steps, if it is
+    known."""
 
-    link: Callable[[str, int], float] | None
+    link: Callable[[int], float] | None
     step_ms: Callable[[], float] | None
     compute_ms: float | None = None
     links_gb_per_s: list[float] = field(default_factory=list)
     steps_ms: list[float] = field(default_factory=list)
-    reader: str = "threads"
-    """Who reads from a disk for the row, so that the probe does it the same way."""
 
     def take(self, peak: PeakMemory) -> None:
         """Measure both now; what that takes does not count in `peak`."""
@@ -56,18 +34,18 @@ class Probes:
                 self.steps_ms.append(self.step_ms())
             if self.link is not None:
                 # other slabs each time: a disk's host may remember what it has read
-                self.links_gb_per_s.append(self.link(self.reader, len(self.links_gb_per_s)))
+                self.links_gb_per_s.append(self.link(len(self.links_gb_per_s)))
 
 
 @dataclass(frozen=True)
-class Request:
-    """One request while decoding: milliseconds and bytes over the link for each step."""
+class Decoding:
+    """The steps of one request: milliseconds and bytes over the link of each, as means."""
 
     tpot_ms: float
     link_bytes: float
 
 
-def floors(requests: Sequence[Request], probes: Probes, batch: int) -> dict[str, Any]:
+def floors(requests: Sequence[Decoding], probes: Probes, batch: int) -> dict[str, Any]:
     """What a token cannot be faster than: T_link, the bytes of a step over the bandwidth beside it, and T_compute, the
     whole model's time in memory; `serial_ms` adds them, `floor_ms` overlaps them perfectly.
 
@@ -105,7 +83,7 @@ def floors(requests: Sequence[Request], probes: Probes, batch: int) -> dict[str,
     }
 
 
-def _link_ms(requests: Sequence[Request], probes: Probes) -> list[float] | None:
+def _link_ms(requests: Sequence[Decoding], probes: Probes) -> list[float] | None:
     """T_link of each request, by the mean of the bandwidth before and after it."""
     links = _between(probes.links_gb_per_s, len(requests))
     if links:

@@ -44,10 +44,9 @@ class Durations:
     link_slowdown: float = 1.0
     resume: float = 0.0
 
-    @property
-    def compute_ms(self) -> float:
-        """A step of the resident model with one expert a block."""
-        return sum(self.before_block) + len(self.before_block) * self.expert + self.after_blocks
+    def compute_ms(self, active_experts: float = 1.0) -> float:
+        """A step in which nothing waits and nothing slows the computation, with so many experts a block."""
+        return sum(self.before_block) + len(self.before_block) * active_experts * self.expert + self.after_blocks
 
 
 class Clock:
@@ -170,7 +169,8 @@ def simulate(
 ) -> Predicted:
     """Serve `requests` requests after one warm-up, as a benchmark row does, and time their decoding steps.
 
-    The encoder's experts pass through the cache too: `prompt_tokens` of them for each sequence.
+    The first stack reads the prompt, of `prompt_tokens` for each sequence, and its experts pass through the cache too.
+    The last stack decodes.
     """
     draw, clock, counters = random.Random(seed), Clock(durations), Counters()
     mover = VirtualMover(clock, durations.slab, slab_bytes, counters)
@@ -181,12 +181,13 @@ def simulate(
         scheduler.request(family.keys())
         scheduler.settle()
     times, waits, moved = [], [], []
+    first_stack, *_, last_stack = (*family.layers, *family.layers)
     prompt = Load(load.batch * prompt_tokens, load.active_experts)
     for number in range(1 + requests):
-        step.run("encoder", prompt, draw)
+        step.run(first_stack, prompt, draw)
         for token in range(new_tokens):
             began, bytes_before, step.waited = clock.now, counters.bytes_moved, 0.0
-            step.run("decoder", load, draw)
+            step.run(last_stack, load, draw)
             clock.compute(durations.after_blocks)
             if number and token:
                 times.append(clock.now - began)
@@ -220,7 +221,7 @@ class _Step:
         for block in self._gating.embedding_entries(stack, num_blocks):
             self._announce(stack, block, routes)
         for block, experts in enumerate(routes):
-            # the encoder's own durations do not matter: only what it leaves in the cache does
+            # the durations while a prompt is read do not matter: only what it leaves in the cache does
             self._clock.compute(self._durations.before_block[min(block, len(self._durations.before_block) - 1)])
             seats = self._gating.gates_at(stack, block, num_blocks)
             if seats.own:

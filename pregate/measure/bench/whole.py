@@ -1,26 +1,25 @@
 """The rows beside the engine's: the whole model in memory, which also says what every other row must decode, and
-Accelerate's offload under the same cold-read rule.
+Accelerate's offload, which reads as coldly as the engine does.
 
-Knows how these are served and measured; knows nothing about the grid's order or about tables.
+Knows how these are built and when they do not fit; knows nothing about the grid's order or about tables.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pregate.config import SlabDtype, Tier, UsageError
+from pregate.engine.storage.store import Store
 from pregate.measure.bench.active_experts import forced_experts
 from pregate.measure.bench.baselines import (
-    Reference,
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,
@@ -28,18 +27,15 @@ from pregate.measure.bench.baselines import (
     resident_model,
     write_offload_folder,
 )
-from pregate.measure.bench.drives import cached_share, drop_page_cache, fill_page_cache
-from pregate.measure.bench.grid import ACCELERATE, BASELINES, RESIDENT, BenchModel, RowSpec
-from pregate.measure.bench.row import (
-    Effort,
-    Requests,
-    figures,
-    first_logits,
-    logits_record,
-    measure_whole,
-    tokens_given,
-)
-from pregate.models.finite import WHAT_TO_CHECK, finite_logits
+from pregate.measure.bench.grid import ACCELERATE, BASELINES, RESIDENT, RowSpec
+from pregate.measure.bench.models import BenchModel
+from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
+from pregate.measure.bench.probes import Probes
+from pregate.measure.bench.references import Reference, References, resident_of
+from pregate.measure.bench.requests import Effort
+from pregate.measure.bench.row import Beside, measure_row
+from pregate.measure.servers import whole_server
+from pregate.models.finite import WHAT_TO_CHECK
 from pregate.system.console import say
 from pregate.system.memory import PeakMemory
 from pregate.system.sizes import human_bytes
@@ -53,30 +49,6 @@ Record = Callable[[dict[str, Any]], None]
 """Keeps a measured row."""
 
 
-def resident_of(spec: RowSpec, new_tokens: int) -> RowSpec:
-    """The row of the whole model under the load of `spec`."""
-    plain = dict.fromkeys(("tier", "slab_dtype", "cache", "budget", "host_budget", "drive"))
-    return replace(spec, policy=RESIDENT, new_tokens=new_tokens, **plain)
-
-
-@dataclass(frozen=True)
-class References:
-    """What the whole model decodes, by load and weights, kept in `folder` so that a resumed run need not ask again.
-    `source`: the identity of the model's checkpoint; after it has changed, what is kept is of another."""
-
-    folder: Path
-    repeats: int
-    new_tokens: int
-    source: dict[str, Any]
-
-    def path(self, spec: RowSpec, weights: str) -> Path:
-        said = repr((resident_of(spec, self.new_tokens), str(weights), self.repeats, self.source))
-        return self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
-
-    def get(self, spec: RowSpec, weights: str = SlabDtype.source) -> Reference | None:
-        return Reference.load(self.path(spec, weights))
-
-
 @dataclass(frozen=True)
 class Whole:
     """Measures the whole model on `device`. `open_store` gives a quantised store to take weights from."""
@@ -85,14 +57,13 @@ class Whole:
     device: torch.device
     effort: Effort
     references: References
-    open_store: Callable[[RowSpec], Any]
+    open_store: Callable[[RowSpec], AbstractContextManager[Store]]
 
     def measure(self, pending: Sequence[RowSpec], record: Record) -> None:
         """The resident rows among `pending`, and the references that the others lack; in one loading of the model."""
         rows = [spec for spec in pending if spec.policy == RESIDENT]
-        asked = {
-            (resident_of(s, self.references.new_tokens), s.slab_dtype or str(SlabDtype.source)): s for s in pending
-        }
+        new_tokens = self.references.new_tokens
+        asked = {(resident_of(s, new_tokens), s.slab_dtype or str(SlabDtype.source)): s for s in pending}
         missing = {key: spec for key, spec in asked.items() if self.references.get(spec, key[1]) is None}
         if not rows and not missing:
             return
@@ -115,21 +86,28 @@ class Whole:
         with PeakMemory(self.device) as peak:
             whole = resident_model(self.model, self.device)
             # quantised weights replace the model's own, so those come last
-            loads = dict.fromkeys([*rows, *(spec for spec, _ in missing)])
-            for spec in loads:
-                found = self._request(whole, spec, SlabDtype.source, peak)
-                if spec in rows:
-                    peak_bytes = peak.read()
-                    memory = {} if peak_bytes is None else {"peak_device_bytes": peak_bytes}
-                    record({**spec.to_dict(), **found, **memory})
-                self._refuse_not_finite(found, SlabDtype.source)
+            for load in dict.fromkeys([*rows, *(spec for spec, _ in missing)]):
+                row = self._row(whole, load, SlabDtype.source, peak)
+                if load in rows:
+                    record(row)
+                self._refuse_not_finite(row, SlabDtype.source)
         for weights in sorted({weights for _, weights in missing} - {SlabDtype.source}):
             specs = {load: spec for (load, w), spec in missing.items() if w == weights}
             with self.open_store(next(iter(specs.values()))) as store:
                 dequantised_resident(whole, self.model, store)
             for load in specs:
                 # dequantised, it is as fast as before
-                self._refuse_not_finite(self._request(whole, load, weights), weights)
+                self._refuse_not_finite(self._row(whole, load, weights, peak), weights)
+
+    def _row(self, whole: Any, spec: RowSpec, weights: str, peak: PeakMemory) -> dict[str, Any]:
+        """One row, and its tokens and logits among the references."""
+        with forced_experts(whole, spec.forced_experts), whole_server(whole, self.device) as server:
+            beside = Beside(Probes(None, None))
+            row, timed, logits = measure_row(spec, self.model, server, self.effort, peak, beside)
+        if row["logits_finite"]:
+            tokens = torch.stack([request.tokens for request in timed])
+            Reference(tokens, logits).save(self.references.path(spec, weights))
+        return row
 
     def _refuse_not_finite(self, found: dict[str, Any], weights: str) -> None:
         """Raises `UsageError` where there is nothing that other rows could be compared with."""
@@ -139,18 +117,6 @@ class Whole:
                 f"{self.model.name}: the logits of the whole model in memory{slabs} are NaN or infinite, so nothing "
                 f"can be compared with it: {WHAT_TO_CHECK}."
             )
-
-    def _request(self, whole: Any, spec: RowSpec, weights: str, peak: PeakMemory | None = None) -> dict[str, Any]:
-        requests = Requests.of(spec, self.model, self.device)
-        with forced_experts(whole, spec.forced_experts), finite_logits(whole) as finite:
-            timed = measure_whole(whole.generate, requests, spec.new_tokens, self.effort)
-            tokens = torch.stack([request.tokens for request in timed])
-            with nullcontext() if peak is None else peak.left_out():
-                logits = first_logits(whole, requests, tokens[0])
-        found = figures(timed, spec, None) | logits_record(logits, None, bool(finite.rows_not_finite()), ())
-        if found["logits_finite"]:
-            Reference(tokens, logits).save(self.references.path(spec, weights))
-        return found
 
 
 @dataclass(frozen=True)
@@ -169,19 +135,22 @@ class Accelerated:
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             for spec in rows:
-                self._row(spec, record)
+                if spec.tier == Tier.dram:
+                    self._from_host_memory(spec, record)
+                else:
+                    self._from_disk(spec, record)
                 forget()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _row(self, spec: RowSpec, record: Record) -> None:
-        if spec.tier == Tier.dram:
-            needed = self.model.num_bytes() * HEADROOM
-            if needed > free_bytes(torch.device("cpu")):
-                say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)} of host memory.")
-                return
-            record(self._measured(spec, lambda: cpu_offloaded(self.model, self.device)))
+    def _from_host_memory(self, spec: RowSpec, record: Record) -> None:
+        needed = self.model.num_bytes() * HEADROOM
+        if needed > free_bytes(torch.device("cpu")):
+            say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)} of host memory.")
             return
+        record(self._row(spec, lambda: cpu_offloaded(self.model, self.device)))
+
+    def _from_disk(self, spec: RowSpec, record: Record) -> None:
         if not (self.folder / "index.json").is_file():
             write_offload_folder(self.model, self.folder)
         cold = spec.policy == ACCELERATE
@@ -190,22 +159,17 @@ class Accelerated:
         if cold and share is not None and share > COLD_SHARE:
             say(f"{spec.sentence()}: {share:.0%} of its files stayed in the page cache, so its reads are not all cold.")
         between = (lambda: drop_page_cache(self.folder)) if cold else None
-        row = self._measured(spec, lambda: disk_offloaded(self.model, self.folder, self.device), between)
+        row = self._row(spec, lambda: disk_offloaded(self.model, self.folder, self.device), between)
         record(row | ({} if share is None else {"page_cache_share": share}))
 
-    def _measured(
+    def _row(
         self, spec: RowSpec, build: Callable[[], Any], between: Callable[[], None] | None = None
     ) -> dict[str, Any]:
-        requests = Requests.of(spec, self.model, self.device)
+        beside = Beside(Probes(None, None), self.references.get(spec))
         with PeakMemory(self.device) as peak:
-            served, reference = build(), self.references.get(spec)
-            with forced_experts(served, spec.forced_experts), finite_logits(served) as finite:
-                timed = measure_whole(served.generate, requests, spec.new_tokens, self.effort, between)
-                peak_bytes = peak.read()
-                logits = first_logits(served, requests, tokens_given(reference, timed))
-        row = {**spec.to_dict(), **figures(timed, spec, reference)}
-        row |= logits_record(logits, reference, bool(finite.rows_not_finite()), (self.model.dtype,))
-        return row if peak_bytes is None else row | {"peak_device_bytes": peak_bytes}
+            served = build()
+            with forced_experts(served, spec.forced_experts), whole_server(served, self.device, between) as server:
+                return measure_row(spec, self.model, server, self.effort, peak, beside).row
 
 
 def forget() -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from pregate.config import Tier, UsageError
 from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
+from pregate.models.family import family_of_model
 from tests.engine.device.steps.test_t5 import inputs_of
 from tests.engine.serving import SLAB, Served
 
@@ -42,6 +44,12 @@ def test_experts_of_another_activation_are_refused(served: Served, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({**config, "dense_act_fn": "gelu"}))
     with pytest.raises(UsageError, match="activation 'gelu'"):
         DeviceEngine.open(tmp_path)
+
+
+def test_a_family_without_a_step_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(family_of_model(served.model)), "step", None)
+    with pytest.raises(UsageError, match=r"no decoding step for a 'switch_transformers' model: use engine\.drive=host"):
+        OffloadEngine.open(served.directory, drive="device")
 
 
 def test_a_store_on_disk_is_refused(served: Served, tmp_path: Path) -> None:

@@ -98,7 +98,6 @@ def decoder(policy: Policy, **options: Any) -> StaticDecoder:
         family.num_experts,
         1,
         BATCH,
-        model.config.d_model,
         "relu",
     )
     experts = make_experts(policy, memory, blocks, InOrder())

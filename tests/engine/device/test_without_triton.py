@@ -15,7 +15,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 import pregate.engine.device.engine
-import pregate.measure.gather_probe
+import studies.profiles.gather_probe
 from pregate.engine.device.ops.assign_slots import assign_slots
 from pregate.engine.device.slots import DeviceSlots, Fetch
 

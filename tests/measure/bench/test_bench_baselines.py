@@ -19,7 +19,7 @@ from pregate.measure.bench.baselines import (
     resident_model,
     write_offload_folder,
 )
-from pregate.measure.bench.grid import BenchModel, bench_model
+from pregate.measure.bench.models import BenchModel, bench_model
 from pregate.models.families.switch import SwitchFamily
 from pregate.models.family import ExpertKey
 from pregate.models.pregating import PreGating

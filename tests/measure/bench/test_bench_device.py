@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.engine.device.policies import Resident
-from pregate.measure.bench import drives
-from pregate.measure.bench.device import captured_compute_ms
-from pregate.measure.bench.grid import RowSpec, bench_models, grid
+from pregate.measure.bench import link
+from pregate.measure.bench.engines import computing_row
+from pregate.measure.bench.grid import RowSpec, grid
+from pregate.measure.bench.models import bench_models
+from pregate.measure.bench.references import resident_of
 from pregate.measure.bench.table import bench_tables
 from tests.measure.bench.test_bench_run import MOE_BLOCKS, check_floor, rows_of, tiny_run
 from tests.tiny import pregated_model
@@ -23,7 +26,7 @@ from tests.tiny import pregated_model
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
     yield
 
 
@@ -160,13 +163,7 @@ def test_compute_time_is_that_of_the_same_drive() -> None:
     spec = RowSpec(
         "m", "bfloat16", 1, "own", "pre_gated", 1, 7, 5, 0, None, "dram", "int8", "lru", "40%", None, "device"
     )
-    asked = []
-
-    def find(wanted: RowSpec) -> dict[str, Any] | None:
-        asked.append(wanted)
-        return {"tpot_ms": 3.0}
-
-    assert captured_compute_ms(spec, 9, find) == 3.0
-    asked_for = (asked[0].policy, asked[0].cache, asked[0].budget, asked[0].drive, asked[0].new_tokens)
-    assert asked_for == ("gpu_only", None, None, "device", 9)
-    assert captured_compute_ms(spec, 9, lambda _: None) is None
+    asked_for = computing_row(spec, 9)
+    found = (asked_for.policy, asked_for.cache, asked_for.budget, asked_for.drive, asked_for.new_tokens)
+    assert found == ("gpu_only", None, None, "device", 9)
+    assert computing_row(replace(spec, drive="host"), 9) == resident_of(spec, 9)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from pregate.engine.trace import Span
-from pregate.measure.bench.baselines import Reference
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.row import Effort, Requests, figures
-from pregate.measure.latency import Timed, TokenClock, time_request
+from pregate.measure.bench.references import Reference
+from pregate.measure.bench.requests import Effort, Requests, greedy
+from pregate.measure.bench.row import figures
 from pregate.measure.logits import logit_difference
+from pregate.measure.timing import Timed, TokenClock, time_request
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_waiting_and_blocks_count_while_decoding_only() -> None:
         Span("wait", "w", 610.0, 620.0),
         Span("layer", "decoder block 0", 10.0, 90.0),
         Span("layer", "decoder block 0", 510.0, 540.0),
-        Span("layer", "encoder block 0", 510.0, 590.0),
+        Span("layer", "encoder block 0", 410.0, 490.0),
     ]
     found = figures([timed(0.5, 0.6, 0.7, spans=spans)], SPEC, None)
     assert found["exposed_ms_per_token"] == pytest.approx(15.0)
@@ -104,7 +105,9 @@ def test_requests_differ_by_number_and_repeat_by_seed() -> None:
             options["streamer"].put(value)
         return options["input_ids"]
 
-    draws = [requests.serve(generate, number, 4, TokenClock(CPU), None).tokens for number in (0, 0, 1)]
+    draws = [
+        time_request(generate, {**requests.prompt(number), **greedy(4)}, TokenClock(CPU)).tokens for number in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -123,7 +126,7 @@ def test_no_repeat_begins_after_the_time_is_up() -> None:
 def test_work_between_steps_is_not_timed_and_counts_are_read_with_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only the test moves: a step takes 1 s, the work before it 100 s."""
     calls, counter, now = [], iter(range(100, 200)), [50.0]
-    monkeypatch.setattr("pregate.measure.latency.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pregate.measure.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def between() -> None:
         calls.append(1)

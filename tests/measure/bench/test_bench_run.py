@@ -15,10 +15,11 @@ import torch
 from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import ModelConfig, Run, UsageError
-from pregate.measure.bench import drives
+from pregate.measure.bench import engines, link
 from pregate.measure.bench import run as bench
 from pregate.measure.bench import whole as bench_whole
-from pregate.measure.bench.grid import ACCELERATE, ACCELERATE_WARM, RESIDENT, RowSpec, bench_models, grid
+from pregate.measure.bench.grid import ACCELERATE, ACCELERATE_WARM, RESIDENT, RowSpec, grid
+from pregate.measure.bench.models import bench_models
 from tests.tiny import GEOMETRY, pregated_model
 
 MOE_BLOCKS = 3
@@ -27,7 +28,7 @@ QUICK = ("tracking=jsonl", "engine.device=cpu", "bench.prompt_len=7", "bench.new
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drives, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +43,7 @@ def quick_collections() -> Iterator[None]:
 def tiny_run(run_dir: Path, *overrides: str, dtype: str = "fp32") -> Run:
     arguments = [*QUICK, f"bench.dtype={dtype}", "bench.repeats=2", *overrides]
     run = compose_run(["name=study", f"run_dir={run_dir}", *arguments])
-    return run if run.checkpoint else replace(run, model=ModelConfig("tiny", None, geometry=dict(GEOMETRY)))
+    return run if run.checkpoint else replace(run, model=ModelConfig("tiny", geometry=dict(GEOMETRY)))
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -160,16 +161,16 @@ def test_forced_experts_in_host_memory_move_exactly_so_many_slabs(tmp_path: Path
 
 def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policies = "engine.policies=[on_demand,pre_gated]"
-    measured = bench.measure_row
+    measured = engines.measure_row
     calls: list[str] = []
 
-    def interrupted(spec: RowSpec, *args: Any) -> dict[str, Any]:
+    def interrupted(spec: RowSpec, *args: Any) -> Any:
         calls.append(spec.policy)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return measured(spec, *args)
 
-    monkeypatch.setattr(bench, "measure_row", interrupted)
+    monkeypatch.setattr(engines, "measure_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.main(tiny_run(tmp_path, policies))
     first = rows_of(tmp_path)
@@ -218,7 +219,7 @@ def test_a_checkpoint_is_served_in_the_dtype_asked_for(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_left_out_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(engines, "free_bytes", lambda device: 0)
     monkeypatch.setattr(bench_whole, "free_bytes", lambda device: 0)
     command.main(tiny_run(tmp_path, "engine.policies=[gpu_only,on_demand]", "bench.tiers=[disk,dram]"))
     rows = rows_of(tmp_path)
@@ -257,7 +258,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
 def test_the_directory_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: trained\n")
     with pytest.raises(UsageError, match="holds another kind of run: choose name=NAME or run_dir=DIR"):
-        bench.prepare(tiny_run(tmp_path))
+        bench.Benchmark.checked(tiny_run(tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "name: trained\n"
 
 

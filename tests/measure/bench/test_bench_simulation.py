@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from pregate.cli import compose_run
 from pregate.config import CacheRule, Policy
 from pregate.engine.trace import Counters, Span
-from pregate.measure.bench.planner import durations, verdict
+from pregate.measure.bench.models import bench_models
+from pregate.measure.bench.planner import advice
+from pregate.measure.bench.profile import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
-from pregate.measure.latency import Timed
+from pregate.measure.timing import Timed
 from pregate.models.family import ExpertKey, ExpertSpec, experts_of
 from pregate.models.pregating import PreGating
 from tests.tiny import pregated_model
@@ -116,14 +119,22 @@ def test_durations_are_read_off_a_trace() -> None:
             Span("compute", "decoder block 0 expert 3", begin + 4, begin + 5),
             Span("compute", "decoder block 1 expert 0", begin + 8, begin + 10),
             Span("compute", "decoder block 1 expert 1", begin + 10, begin + 12),
-            Span("compute", "encoder block 0 expert 1", begin + 1, begin + 2),
         ]
+    spans.append(Span("compute", "encoder block 0 expert 1", 1.0, 2.0))  # while the prompt is read
     timed = Timed(torch.zeros(1, 1), [0.010, 0.030, 0.050], [], spans)
-    found = durations(timed, slab_ms=2.5)
+    found, active_experts = durations(timed, slab_ms=2.5)
+    assert active_experts == pytest.approx(1.5)
     assert found.before_block == pytest.approx((4.0, 3.0))
     assert found.expert == pytest.approx(1.5)
     assert found.after_blocks == pytest.approx(8.0)
     assert found.slab == 2.5
+
+
+def test_a_whole_step_is_put_together_from_a_shallow_one() -> None:
+    parts = times(before_block=(4.0, 2.0, 3.0))
+    assert stretched(parts, 6) == times(before_block=(4.0, 2.0, 3.0, 2.5, 2.5, 2.5))
+    assert stretched(parts, 3) == parts
+    assert stretched(times(before_block=(4.0,)), 2) == times(before_block=(4.0, 4.0))
 
 
 def row(policy: str, cache: str, speed: float, link: float, compute: float = 10.0) -> dict[str, Any]:
@@ -134,9 +145,21 @@ def row(policy: str, cache: str, speed: float, link: float, compute: float = 10.
     ("link", "said"),
     [(8.0, "Pre-gating pays: 1.50×"), (0.5, "there is little to hide"), (50.0, "a cache, smaller slabs or a larger")],
 )
-def test_the_verdict_follows_the_floors(link: float, said: str) -> None:
+def test_the_advice_follows_the_floors(link: float, said: str) -> None:
     rows = [row("on_demand", "none", 10, link), row("pre_gated", "none", 15, link), row("on_demand", "lru", 30, link)]
-    assert said in verdict(rows)
+    assert said in advice(rows)
     if link == 50.0:
-        assert "on_demand with an lru cache reaches 2.00×" in verdict(rows)
-    assert "Plan both" in verdict(rows[:1])
+        assert "on_demand with an lru cache reaches 2.00×" in advice(rows)
+    assert "Plan both" in advice(rows[:1])
+
+
+@pytest.mark.parametrize(("settings", "blocks"), [([], 2), (["pregate.lookahead=3"], 4)])
+def test_a_shallow_model_has_few_layers_and_the_widths_of_the_whole_one(settings: list[str], blocks: int) -> None:
+    [whole] = bench_models(compose_run(["model=switch_base_64", *settings]))
+    small = shallow(whole)
+    assert [len(layers) for layers in small.family.layers.values()] == [blocks, blocks]
+    assert [len(layers) for layers in whole.family.layers.values()] == [6, 6]
+    assert small.family.matrices == whole.family.matrices and small.dtype == whole.dtype
+    assert small.gating == whole.gating and small.family.num_experts == FEW_EXPERTS
+    assert small.num_bytes() < 0.08 * whole.num_bytes(), "what is timed is small"
+    assert len(few_experts(whole).family.keys()) == 12 * FEW_EXPERTS

@@ -10,8 +10,9 @@ import torch
 
 from pregate.config import Policy
 from pregate.measure.bench.grid import ACCELERATE_WARM, RowSpec
-from pregate.measure.bench.row import Effort
-from pregate.measure.bench.whole import Accelerated, References
+from pregate.measure.bench.references import References
+from pregate.measure.bench.requests import Effort
+from pregate.measure.bench.whole import Accelerated
 from pregate.models.checkpoint import open_checkpoint
 from tests.tiny import pregated_model
 
@@ -36,7 +37,7 @@ def test_what_a_killed_run_left_is_not_measured(tmp_path: Path, monkeypatch: pyt
     written: list[Path] = []
     module = "pregate.measure.bench.whole"
     monkeypatch.setattr(f"{module}.write_offload_folder", lambda _, place: (place.mkdir(), written.append(place)))
-    monkeypatch.setattr(f"{module}.Accelerated._measured", lambda *_: {})
+    monkeypatch.setattr(f"{module}.Accelerated._row", lambda *_: {})
     for name in ("drop_page_cache", "fill_page_cache"):
         monkeypatch.setattr(f"{module}.{name}", lambda _: None)
     monkeypatch.setattr(f"{module}.cached_share", lambda _: None)

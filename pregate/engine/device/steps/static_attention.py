@@ -96,7 +96,7 @@ class PositionBias:
         return bias_1H1T.detach()[0, :, 0]
 
     def look_up(self) -> None:
-        """Fill the table again, in its place, for weights that somebody has changed."""
+        """Fill the table again, in its place, for weights that have changed."""
         self._table[:, : self._length].copy_(self._past())
 
     def __call__(self, position_1: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One decoding step of a Switch decoder with fixed shapes and fixed addresses, for as many replays as a request needs.
 
 Computes what the model's own decoder computes for one token a row, from the same parameters and through the model's own
-gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. Where the step's tokens stand is
+gates and norms: pre-gates of any lookahead, entry gates, conventional decoders. The position of the step's tokens is
 a tensor, so nothing in it depends on the host. Knows the family's layers; how experts get where they are computed is
 left to `StepExperts`.
 
@@ -10,8 +10,8 @@ Letters: B batch, S source places, T target places, D model width, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from pregate.engine.device.ops.add_norm import add_norm, norm
 from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.steps.base import Run, StepExperts
 from pregate.engine.device.steps.gates import decide, for_steps, is_called, is_same, state_of
 from pregate.engine.device.steps.static_attention import (
     PositionBias,
@@ -29,22 +30,6 @@ from pregate.engine.device.steps.static_attention import (
 from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
 from pregate.models.routes import Routes
 from pregate.models.routing import Routing
-
-
-class StepExperts(Protocol):
-    """The experts of all decoder blocks. Called in the order of the computation, the same in every step."""
-
-    def begin_step(self) -> None:
-        """A decoding step begins: no route is known."""
-        ...
-
-    def commit(self, block: int, expert_ids_BTK: Tensor, live_B: Tensor) -> None:
-        """The route of `block` is committed; rows that have ended need no expert."""
-        ...
-
-    def run(self, block: int, hidden_BD: Tensor, weights_BK: Tensor) -> Tensor:
-        """The block's output (B, D) by its committed route; arbitrary for rows that have ended."""
-        ...
 
 
 class StaticDecoder:
@@ -75,7 +60,7 @@ class StaticDecoder:
 
     @property
     def listener(self) -> Any:
-        """Whom the model's decoder tells of its routes; a step here tells nobody."""
+        """The listener of the decoder's routes, which a step does not call."""
         return self._decoder.listener
 
     @torch.inference_mode()
@@ -87,7 +72,7 @@ class StaticDecoder:
             mlp = layer.layer[-1].mlp if layer.is_sparse else None
             gates += [] if mlp is None else [gate for gate in (mlp.router, mlp.pre_gate) if gate is not None]
         for gate in gates:
-            # once, or it would undo what somebody has put there since
+            # once, or it would undo what has been put there since
             if isinstance(gate, SwitchGate) and all(gate is not known for known in self._gates):
                 for_steps(gate)
         for layer in self._layers:
@@ -103,11 +88,8 @@ class StaticDecoder:
         caches = sum(layer.attention.cache_2BHTC.nbytes + layer.cross.cache_2BHSC.nbytes for layer in self._layers)
         return caches + self._mask_B11S.nbytes + self.sampler.num_bytes
 
-    def read_prompt(
-        self, run: Callable[[Any, dict[str, Any]], Any], input_ids_BS: Tensor, attention_mask_BS: Tensor
-    ) -> Tensor:
-        """The last hidden states (B, S, D) of the source, for `begin`. `run` calls a part of the model while the host
-        fetches its experts."""
+    def read_prompt(self, run: Run, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        """The last hidden states (B, S, D) of the source, for `begin`."""
         inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
         return run(self._encoder, inputs).last_hidden_state
 
@@ -117,14 +99,14 @@ class StaticDecoder:
         return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def begin(self, encoder_states_BSD: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
-        """Start a request: keys and values of the encoder's last states, and how tokens are chosen. Fewer rows than
-        `batch` and fewer places than `max_source_len` are fine."""
+    def begin(self, prompt: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:
+        """Start a request: keys and values of the encoder's last states, which `read_prompt` gave, and the sampling.
+        Fewer rows than `batch` and fewer places than `max_source_len` are fine."""
         rows, places = attention_mask_BS.shape
         assert rows <= self.batch and places <= self.max_source_len
         source_mask(attention_mask_BS, self._mask_B11S)
         for layer in self._layers:
-            layer.cross.fill(encoder_states_BSD)
+            layer.cross.fill(prompt)
         self.sampler.begin(sampling, rows)
 
     @torch.inference_mode()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pregate.engine.storage.memory import PAGE
-from pregate.measure import gather_probe
-from pregate.measure.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
+from studies.profiles import gather_probe
+from studies.profiles.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
 
 SMALL = ProbeSettings(sizes=(PAGE - 1, 3 * PAGE), grids=(2, 5), unrolls=(1, 4), pool=64 * PAGE, moved=1, repeats=3)
 

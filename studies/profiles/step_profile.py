@@ -1,10 +1,10 @@
 """Where the time of a decoding step goes: the kernels of captured steps, by the device's own clock.
 
-    python -m pregate.measure.step_profile --model switch_base_8 --out DIR
+    python -m studies.profiles.step_profile --model switch_base_8 --out DIR
 
 For each policy the time of a token (as `pregate.bench` takes it), then a profile of as many steps as one graph holds: a
 table of what was launched, and a trace that Perfetto opens. Random weights, batch 1, entry gates on the embeddings.
-Without a GPU the same code profiles the reference implementations, which says nothing about kernels.
+Without a GPU the same code profiles the operations of the reference implementations, which says nothing about kernels.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tie
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
 from pregate.engine.opening import open_store
-from pregate.measure.bench.device import serve_one
-from pregate.measure.bench.grid import BenchModel, RowSpec, bench_models
-from pregate.measure.bench.row import Requests, greedy
+from pregate.measure.bench.models import BenchModel, bench_models
+from pregate.measure.bench.requests import Requests, greedy
+from pregate.measure.device_steps import time_steps
 from pregate.system.machine import environment, pick_device
 
 TABLE = "step_profile.md"
@@ -54,8 +54,7 @@ def profile_model(
     """Profile every policy, leaving `POLICY.json.gz` of each and `step_profile.md` in `out_dir`; returns the latter.
     Raises `UsageError` for a model or setting that cannot be served."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    spec = RowSpec(model.name, model.dtype_name, 1, "embedding", "", 1, prompt_len, new_tokens, seed=0)
-    requests = Requests.of(spec, model, device)
+    requests = Requests(1, prompt_len, model.vocab_size, 0, device)
     parts = [f"# Steps of {model.name}, {model.dtype_name}, {slab_dtype} slabs"]
     opened = open_store(model.source, tier=Tier.dram, device=device, slab_dtype=slab_dtype)
     with closing(opened) as store:
@@ -80,7 +79,7 @@ def profile_model(
 def _token_ms(engine: DeviceEngine, requests: Requests, new_tokens: int) -> list[float]:
     times = []
     for number in range(REPEATS + 1):
-        timed = serve_one(engine, requests, number, new_tokens)
+        timed = time_steps(engine, **requests.prompt(number), device=requests.device, **greedy(new_tokens))
         if number and timed.tpot_ms is not None:  # the first warms up
             times.append(timed.tpot_ms)
     return times
@@ -134,7 +133,7 @@ def _short(name: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pregate.measure.step_profile",
+        prog="python -m studies.profiles.step_profile",
         description="Where the time of a captured decoding step goes.",
     )
     parser.add_argument("--model", default="switch_base_8", help="a member of the config group model")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pregate.measure.step_profile import TABLE, main
+from studies.profiles.step_profile import TABLE, main
 
 SMALL = ["--model", "nano_switch", "--prompt-len", "8", "--new-tokens", "5"]
 
@@ -27,7 +27,7 @@ def profiled(folder: Path, capsys: pytest.CaptureFixture[str], device: str) -> s
     return text
 
 
-def test_on_the_cpu_the_references_are_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_cpu_the_reference_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = profiled(tmp_path / "new", capsys, "cpu")
     assert "aten::" in text and "no GPU" in text
     counts = [float(line.split("|")[2]) for line in text.splitlines() if line.startswith("| `aten::embedding`")]

@@ -1,6 +1,6 @@
 """How fast slabs cross the link: the gather kernel beside the copy engine, over slab sizes, kinds of memory and grids.
 
-    python -m pregate.measure.gather_probe --out DIR
+    python -m studies.profiles.gather_probe --out DIR
 
 On CUDA each figure is the time between two events around a replayed graph of fetches, one slab after the other from
 changing places, so that nothing is read from a cache and no launch is counted. Every arrangement is checked for what
@@ -204,7 +204,7 @@ def _median_ms(work: Callable[[], None], device: torch.device, repeats: int) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pregate.measure.gather_probe",
+        prog="python -m studies.profiles.gather_probe",
         description="How fast slabs cross the link: the gather kernel beside the copy engine.",
     )
     parser.add_argument("--out", type=Path, required=True, help=f"directory for {ROWS} and {TABLE}")

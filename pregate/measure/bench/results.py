@@ -1,0 +1,75 @@
+"""The rows of a benchmark so far, each in `bench.jsonl` as soon as it is measured, with the command that did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pregate.config import UsageError
+from pregate.measure.bench.grid import RowSpec
+from pregate.measure.bench.table import short_figures
+from pregate.models.finite import WHAT_TO_CHECK
+from pregate.system.console import say
+from pregate.system.durable import append_text, to_jsonable, write_text
+from pregate.tracking import Tracker
+
+ROWS = "bench.jsonl"
+FIGURES = ("ttft_ms", "tpot_ms", "tokens_per_s", "block_ms", "exposed_ms_per_token", "over_floor", "peak_device_bytes")
+
+
+@dataclass
+class Results:
+    """`total`: how many rows there will be."""
+
+    path: Path
+    total: int
+    command: str
+    tracker: Tracker
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Write the file without a torn last line; empty at first, which marks the directory as a benchmark's."""
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+
+    def find(self, spec: RowSpec) -> dict[str, Any] | None:
+        return next((row for row in self.rows if RowSpec.of(row) == spec), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        plain = to_jsonable({**row, "command": self.command})
+        append_text(self.path, json.dumps(plain, ensure_ascii=False) + "\n")
+        self.rows.append(plain)
+        sentence = RowSpec.of(plain).sentence()
+        say(f"{len(self.rows)} of {self.total}: {sentence}: {short_figures(plain)}")
+        label = sentence.replace(" ", "_")
+        self.tracker.log({f"bench/{label}/{k}": plain[k] for k in FIGURES if plain.get(k) is not None}, len(self.rows))
+
+
+def earlier_rows(run_dir: Path, resume: bool) -> list[dict[str, Any]]:
+    """The rows that lie in the run directory. Raises `UsageError` unless they, or nothing, may lie there."""
+    path = run_dir / ROWS
+    if not path.is_file():
+        if (run_dir / "config.yaml").is_file():
+            raise UsageError(f"{run_dir} holds another kind of run: choose name=NAME or run_dir=DIR.")
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # torn by an interruption: that row is measured again
+            break
+    if rows and not resume:
+        raise UsageError(f"{path} holds {len(rows)} rows: go on with resume=true, or choose another run_dir=DIR.")
+    return rows
+
+
+def refuse_not_finite(rows: Sequence[dict[str, Any]], out_dir: Path) -> None:
+    """Raises `UsageError` for rows with logits that are not finite. They are kept, and the tables say so."""
+    broken = [row for row in rows if row.get("logits_finite") is False]
+    if broken:
+        raise UsageError(
+            f"The logits of {len(broken)} of {len(rows)} rows are NaN or infinite, first of "
+            f"{RowSpec.of(broken[0]).sentence()} (see {out_dir / 'bench.md'}): {WHAT_TO_CHECK}."
+        )

@@ -1,0 +1,1 @@
+"""Where time goes on a GPU: the link by itself, and the kernels of a decoding step."""
