@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ class TrainSummary:
     measured around it, if it did."""
 
     steps: int
-    best_score: float | None
-    best_step: int | None
-    metrics: dict[str, float]
-    seconds: float
-    target_tokens: int
     checkpoint: str
-    checkpoint_step: int | None = None
+    checkpoint_step: int | None
+    best_score: float | None = None
+    best_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    target_tokens: int = 0
     peak_device_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -189,16 +189,7 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
             tokenizer.save_pretrained(fresh)
 
     main_only(copy, "copying the checkpoint")
-    return TrainSummary(
-        steps=0,
-        best_score=None,
-        best_step=None,
-        metrics={},
-        seconds=0.0,
-        target_tokens=0,
-        checkpoint=str(directory),
-        checkpoint_step=0,
-    )
+    return TrainSummary(steps=0, checkpoint=str(directory), checkpoint_step=0)
 
 
 def _copy_model(source: str, revision: str | None, directory: Path) -> None:
