@@ -69,11 +69,10 @@ class BlockGates(nn.Module):
     def route(self, hidden_BTD: Tensor, routes: Routes, call: Callable[[Any, Tensor], Routing] = _call) -> Routing:
         """Evaluate the gates that sit here, commit what they decide, and return the route of this block. `call`
         evaluates a gate."""
-        ahead = None if self.pre_gate is None else call(self.pre_gate, hidden_BTD)
+        # the block's own route first: it is needed first
         if self.router is not None:
-            # first of the two: it is needed first
             routes.commit(self.index, call(self.router, hidden_BTD))
-        if ahead is not None:
+        if self.pre_gate is not None:
             assert self.target is not None
-            routes.commit(self.target, ahead)
+            routes.commit(self.target, call(self.pre_gate, hidden_BTD))
         return routes.of(self.index)
