@@ -1,7 +1,7 @@
 """A made-up family in one file, registered from outside of the package: a decoder-only model, top-2, SwiGLU experts.
 
-Every second layer holds experts. On disk an expert is three tensors, or all experts of a block are two; in memory they
-are two, as upstream has them.
+Every second layer holds experts. On disk an expert is three tensors, and layers have other names, or all experts of a
+block are two tensors; in memory they are two, as upstream has them.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class MadeUpForCausalLM(decoder_only.PreGatedCausalLM, MadeUpPreTrainedModel, up
 
 
 class MadeUpFamily(decoder_only.DecoderOnlyFamily):
-    source_type, model_type, source_class = "made_up", "pregated_made_up", "MadeUpForCausalLM"
+    source_type, source_class = "made_up", "MadeUpForCausalLM"
     config_class, model_class = MadeUpConfig, MadeUpForCausalLM
+    renames = ((".feed_forward.", ".mlp."),)
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:
         return list(range(1, config.num_hidden_layers, 2))

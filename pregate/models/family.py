@@ -166,12 +166,11 @@ class Count(NamedTuple):
 
 
 class Family(ABC):
-    """One kind of Mixture-of-Experts model, conventional (`source_type`) and pre-gated (`model_type`)."""
+    """One kind of Mixture-of-Experts model, conventional (`source_type`) and pre-gated (`model_type`, which is
+    `pregated_` and the other)."""
 
     source_type: ClassVar[str]
     """`model_type` in the config.json of a conventional checkpoint."""
-    model_type: ClassVar[str]
-    """`model_type` in the config.json of a pre-gated one."""
     source_class: ClassVar[str]
     """The class that a conventional config.json names under `architectures`."""
     stacks: ClassVar[tuple[str, ...]]
@@ -193,6 +192,11 @@ class Family(ABC):
     """Parts of names in checkpoints and what they are in the model, as upstream renames them when it loads."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
     """Tensors that some checkpoints hold and no model reads."""
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` in the config.json of a pre-gated checkpoint."""
+        return self.config_class.model_type
 
     # -- configs
 
@@ -268,11 +272,10 @@ class Family(ABC):
         raise UsageError(f"Models of type {self.source_type} have no random weights to measure: set checkpoint=DIR.")
 
 
-BUILT_IN = {
-    "switch_transformers": "pregate.models.families.switch",
-    "pregated_switch_transformers": "pregate.models.families.switch",
-}
-"""`model_type` -> the module that registers its family."""
+BUILT_IN = {"switch_transformers": "pregate.models.families.switch"}
+"""`source_type` -> the module that registers its family."""
+PRE_GATED = "pregated_"
+"""What `model_type` has before `source_type`."""
 PLUGINS = "pregate.families"
 """The entry point group in which another package names modules that register families."""
 _registered: dict[str, Family] = {}
@@ -280,6 +283,7 @@ _registered: dict[str, Family] = {}
 
 def register_family(family: Family) -> None:
     """Make a family known to every command and to transformers' Auto classes."""
+    assert family.model_type == PRE_GATED + family.source_type, (family.model_type, family.source_type)
     _registered.update({family.source_type: family, family.model_type: family})
     family.objective.auto_class.register(family.config_class, family.model_class, exist_ok=True)
     AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
@@ -298,10 +302,12 @@ def families() -> list[Family]:
 
 def family_named(model_type: str) -> Family:
     """The family of a `model_type`. Raises `UsageError` for one that is not known."""
-    if model_type not in _registered and model_type in BUILT_IN:
-        importlib.import_module(BUILT_IN[model_type])
-    elif model_type not in _registered:
-        _load_plugins()
+    if model_type not in _registered:
+        module = BUILT_IN.get(model_type.removeprefix(PRE_GATED))
+        if module is None:
+            _load_plugins()
+        else:
+            importlib.import_module(module)
     if model_type not in _registered:
         known = sorted({name for family in families() for name in (family.source_type, family.model_type)})
         raise UsageError(f"This is a {model_type!r} model: give a checkpoint of type {' or '.join(known)}.")
