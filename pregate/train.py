@@ -18,7 +18,7 @@ def main(run: Run) -> None:
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import checks, stages
-    from pregate.training.run_dir import claim_run_dir
+    from pregate.training.run_dir import CHECKPOINT, claim_run_dir
 
     state = join()
     checks.check_precision(run)
@@ -43,7 +43,7 @@ def main(run: Run) -> None:
             evaluation = evaluate(prepare(run, trained.checkpoint, reference), run_dir, tracker)
         stages.finish(run, run_dir, source, trained, evaluation)
         if run.tracking.log_checkpoint:
-            tracker.artifact(run_dir / stages.CHECKPOINT)
+            tracker.artifact(run_dir / CHECKPOINT)
     if is_main:
         print(f"Run: {run_dir}")
 

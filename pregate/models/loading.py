@@ -190,7 +190,7 @@ def _without_prefixes(name: str, family: Family) -> str:
 
 @lru_cache
 def _say_once(sentence: str) -> None:
-    """One command opens a checkpoint several times; what is odd about it is told once."""
+    """One command opens a checkpoint several times, and prints once what is odd about it."""
     say(sentence)
 
 

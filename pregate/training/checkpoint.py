@@ -70,17 +70,16 @@ def checksum(path: Path) -> str:
 def damage(directory: Path) -> str | None:
     """What is wrong with the saved state in `directory`, in words that name the file; None if nothing is.
 
-    A state of the first format has no checksums: of it, it is asked only whether its files can be opened.
+    A state of the first format has no checksums. Its files must only be there and open.
     """
     name = STATE_FILE
     try:
         record = _read_record(directory)
         if record.get("format", 1) == 1 and not (directory / CHECKSUMS_FILE).exists():
-            for path in directory.glob("*.safetensors"):
-                name = path.name
-                with safe_open(path, "pt"):
+            for name in sorted({OPTIMIZER_FILE, *(path.name for path in directory.glob("*.safetensors"))}):
+                with safe_open(directory / name, "pt"):
                     pass
-            return None if (directory / (name := OPTIMIZER_FILE)).is_file() else f"{directory / name} is missing"
+            return None
         name = CHECKSUMS_FILE
         sums = json.loads((directory / name).read_text())["xxh3_64"]
         for name, saved in {STATE_FILE: sums[STATE_FILE], **sums}.items():
@@ -101,7 +100,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def settle(directory: Path) -> None:
-    """See to it that the newest state lies in `directory` whole, if one was ever saved.
+    """Put the newest whole state into `directory`, if one was ever saved.
 
     Where it is damaged, the state before it takes its place and a notice says so: training repeats some steps, which is
     better than ending, and the damaged one stays beside until the next is saved. Raises `UsageError` where no state is

@@ -31,6 +31,7 @@ from pregate.training.directories import save_model
 from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
+from pregate.training.run_dir import CHECKPOINT, LAST
 from pregate.training.session import Session, prepare
 from pregate.training.space import make_room, model_bytes
 from pregate.training.state import random_state
@@ -248,8 +249,8 @@ def evaluate(session: Session) -> str:
     if best if train.keep == Keep.best else state.step == train.steps:
 
         def write() -> None:
-            make_room(session.out_dir / "last", model_bytes(session.model))
-            save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
+            make_room(session.out_dir / LAST, model_bytes(session.model))
+            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
 
         main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
@@ -262,9 +263,9 @@ def save(session: Session) -> None:
 
     def write() -> None:
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
-        make_room(session.out_dir / "last", model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
-            session.out_dir / "last",
+            session.out_dir / LAST,
             session.model,
             session.tokenizer,
             session.optimizer,
@@ -278,7 +279,7 @@ def save(session: Session) -> None:
 
 def finish(session: Session) -> TrainSummary:
     """The summary; the model is left in evaluation mode. Raises `UsageError` for a lost checkpoint."""
-    state, checkpoint = session.state, session.out_dir / "checkpoint"
+    state, checkpoint = session.state, session.out_dir / CHECKPOINT
     if not checkpoint.is_dir():
         raise UsageError(
             f"{checkpoint} is gone, and no step is left that could make it again: put it back, or train in another "

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and what happens when he presses Ctrl-C or a scheduler's time is up.
+"""What a person sees while a model trains, and what Ctrl-C and a scheduler's SIGTERM do.
 
 Knows the terminal and signals; knows nothing about models.
 """

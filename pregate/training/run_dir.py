@@ -1,4 +1,4 @@
-"""The directory of one run: claimed by one command at a time, new or resumed.
+"""The directory of one run: what lies where in it, and that one command at a time works in it.
 
 Knows locks and `config.yaml`; knows nothing about what a run does.
 """
@@ -19,10 +19,15 @@ from pregate.system.durable import FULL, make_directory
 from pregate.system.processes import main_only
 from pregate.tracking import flatten
 
+SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
+"""The model trained as a source, a random one, and the converted one."""
+CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
+"""The model that training leaves, the state to resume from, and the outcome."""
+
 
 def claim_run_dir(run: Run) -> Path:
-    """The run directory, new or to be resumed, with `config.yaml` in it; what that changes in a resumed run is told.
-    Raises `UsageError` if it is in use."""
+    """The run directory, new or to be resumed, with `config.yaml` in it. Prints which settings of a resumed run have
+    changed. Raises `UsageError` if the directory is in use."""
     run_dir = Path(run.run_dir)
     main_only(lambda: _claim(run, run_dir), "claiming the run directory")
     return run_dir

@@ -32,6 +32,7 @@ from pregate.training.directories import recover
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
+from pregate.training.run_dir import CHECKPOINT, LAST
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
 
@@ -138,18 +139,18 @@ def restore(
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
 
     def tidy() -> None:
-        recover(out_dir / "checkpoint")
+        recover(out_dir / CHECKPOINT)
         if run.resume:
-            settle(out_dir / "last")
+            settle(out_dir / LAST)
 
     main_only(tidy, "looking for a saved state")
-    found = load_last(out_dir / "last", model, optimizer) if run.resume else None
+    found = load_last(out_dir / LAST, model, optimizer) if run.resume else None
     state, random_states = found or (TrainState(), [])
     saves = -(-(train.steps - state.step) // train.save_every)
     main_only(lambda: check_space(out_dir, model, optimizer, saves), "looking for space on the disk")
     if found is None:
         return state
-    if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():
+    if train.keep == Keep.best and not (out_dir / CHECKPOINT).is_dir():
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):
         set_random_state(random_states[accelerator.process_index])

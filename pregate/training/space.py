@@ -16,6 +16,7 @@ from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
 from pregate.training.checkpoint import DAMAGED, PREVIOUS
 from pregate.training.optim import optimizer_bytes
+from pregate.training.run_dir import CHECKPOINT, LAST
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -28,9 +29,9 @@ def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
     It needs room for a checkpoint and two states, as the newest stays while another is written. Raises `UsageError`.
     """
-    weights, last = model_bytes(model), out_dir / "last"
+    weights, last = model_bytes(model), out_dir / LAST
     state = weights + optimizer_bytes(optimizer)
-    held = sum(num_bytes(out_dir / name) for name in ("last", PREVIOUS, DAMAGED, "checkpoint"))
+    held = sum(num_bytes(out_dir / name) for name in (LAST, PREVIOUS, DAMAGED, CHECKPOINT))
     needed = weights + state * (2 if saves > 1 or last.exists() else 1) - held
     free = free_bytes(out_dir)
     if saves > 0 and needed > free:

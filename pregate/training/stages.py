@@ -32,9 +32,7 @@ from pregate.training.checkpoint import steps_done
 from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
-
-SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
-CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
+from pregate.training.run_dir import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
