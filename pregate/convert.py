@@ -20,7 +20,7 @@ def work(run: Run) -> None:
 
     refuse_output("output", Path(run.output))
     if run.pregate.init is Init.calibrated and run.pregate.lookahead:
-        from pregate.conversion.calibration import calibrate_source
+        from pregate.conversion.calibrate.flow import calibrate_source
 
         report, calibration = calibrate_source(run, run.source, Path(run.output))
         print(calibration.table())

@@ -17,19 +17,20 @@ def main(run: Run) -> None:
     from pregate.tasks.registry import build_training_task, splits_read
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
-    from pregate.training import stages
+    from pregate.training import checks, stages
+    from pregate.training.run_dir import CHECKPOINT, claim_run_dir
 
     state = join()
-    stages.check_precision(run)
+    checks.check_precision(run)
     refuse_output("run_dir", Path(run.run_dir))
-    stages.check_model(run)
-    check_engine(run, *stages.trained_config(run))
+    checks.check_model(run)
+    check_engine(run, *checks.trained_config(run))
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
-    stages.check_teachers(run, tokenizer)
+    checks.check_teachers(run, tokenizer)
     task.check(tokenizer, splits_read(run))
-    run_dir = stages.claim_run_dir(run)
+    run_dir = claim_run_dir(run)
     is_main = state.is_main_process
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
@@ -42,7 +43,7 @@ def main(run: Run) -> None:
             evaluation = evaluate(prepare(run, trained.checkpoint, reference), run_dir, tracker)
         stages.finish(run, run_dir, source, trained, evaluation)
         if run.tracking.log_checkpoint:
-            tracker.artifact(run_dir / stages.CHECKPOINT)
+            tracker.artifact(run_dir / CHECKPOINT)
     if is_main:
         print(f"Run: {run_dir}")
 

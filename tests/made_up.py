@@ -1,13 +1,11 @@
 """A made-up family in one file, registered from outside of the package: a decoder-only model, top-2, SwiGLU experts.
 
-Every second layer holds experts. On disk an expert is three tensors, or all experts of a block are two; in memory they
-are two, as upstream has them.
+Every second layer holds experts. On disk an expert is three tensors, and layers have other names, or all experts of a
+block are two tensors; in memory they are two, as upstream has them.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
@@ -19,14 +17,12 @@ from transformers.models.olmoe import modeling_olmoe as upstream
 from transformers.utils.output_capturing import OutputRecorder
 
 from pregate import register_family
-from pregate.models import upstream as ahead
+from pregate.models import decoder_only
+from pregate.models.decoder_only import STACK
 from pregate.models.experts import Factor, project
-from pregate.models.family import Count, ExpertSpec, Family, GateNames, TensorSlice
-from pregate.models.objectives import Causal
+from pregate.models.family import ExpertSpec, TensorSlice
 from pregate.models.pregated import PreGatedConfig
 from pregate.models.pregating import PreGating
-
-STACK = "decoder"
 
 
 @strict
@@ -39,64 +35,45 @@ class MadeUpConfig(PreGatedConfig, OlmoeConfig):
         self.settle()
 
 
-class DenseLayer(upstream.OlmoeDecoderLayer):
+class MadeUpGates(decoder_only.TopKGates, upstream.OlmoeTopKRouter):
+    router_class = upstream.OlmoeTopKRouter
+
+
+class MadeUpLayer(decoder_only.PreGatedLayer, upstream.OlmoeDecoderLayer):
     def __init__(self, config: MadeUpConfig, layer: int) -> None:
         super().__init__(config, layer)
-        width = config.intermediate_size
-        self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, width, bias=False),
-            nn.SiLU(),
-            nn.Linear(width, config.hidden_size, bias=False),
-        )
-
-    def forward(self, hidden_states: Tensor, *args: Any, routes: Any, **kwargs: Any) -> Tensor:
-        return super().forward(hidden_states, *args, **kwargs)
+        if layer not in FAMILY.moe_layers(config, STACK):
+            D, F = config.hidden_size, config.intermediate_size
+            self.mlp = nn.Sequential(nn.Linear(D, F, bias=False), nn.SiLU(), nn.Linear(F, D, bias=False))
 
 
-class SparseLayer(ahead.PreGatedLayer, upstream.OlmoeDecoderLayer):
-    def __init__(self, config: MadeUpConfig, layer: int, sparse: list[int]) -> None:
-        super().__init__(config, layer)
-        self.take_gates(config, STACK, sparse.index(layer), len(sparse))
-
-
-class MadeUpPreTrainedModel(ahead.PreGatedPreTrained, upstream.OlmoePreTrainedModel):
+class MadeUpPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.OlmoePreTrainedModel):
     config_class = MadeUpConfig
-    _no_split_modules = ["DenseLayer", "SparseLayer"]
+    _no_split_modules = ["MadeUpLayer"]
     _can_record_outputs = {
-        **upstream.OlmoePreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(ahead.TopKGates, index=0),
+        **(upstream.OlmoePreTrainedModel._can_record_outputs or {}),
+        "router_logits": OutputRecorder(MadeUpGates, index=0),
     }
 
 
-class MadeUpModel(ahead.PreGatedStack, MadeUpPreTrainedModel, upstream.OlmoeModel):
-    stack_name = STACK
-
+class MadeUpModel(decoder_only.PreGatedStack, MadeUpPreTrainedModel, upstream.OlmoeModel):
     def __init__(self, config: MadeUpConfig) -> None:
         super().__init__(config)
-        sparse = FAMILY.moe_layers(config, STACK)
-        self.layers = nn.ModuleList(
-            SparseLayer(config, layer, sparse) if layer in sparse else DenseLayer(config, layer)
-            for layer in range(config.num_hidden_layers)
-        )
-        entries = config.pregating.embedding_entries(STACK, len(sparse))
-        self.entry_gates = ahead.entry_gates(
-            config, entries, upstream.OlmoeTopKRouter, lambda: copy.deepcopy(self.norm)
-        )
+        self.take_layers(MadeUpLayer, MadeUpGates, FAMILY.moe_layers(config, STACK))
         self.post_init()
 
 
-class MadeUpForCausalLM(ahead.PreGatedCausalLM, MadeUpPreTrainedModel, upstream.OlmoeForCausalLM):
+class MadeUpForCausalLM(decoder_only.PreGatedCausalLM, MadeUpPreTrainedModel, upstream.OlmoeForCausalLM):
     def __init__(self, config: MadeUpConfig) -> None:
         super().__init__(config)
         self.model = MadeUpModel(config)
         self.post_init()
 
 
-class MadeUpFamily(Family):
-    source_type, model_type, source_class = "made_up", "pregated_made_up", "MadeUpForCausalLM"
-    stacks, objective = (STACK,), Causal(STACK)
+class MadeUpFamily(decoder_only.DecoderOnlyFamily):
+    source_type, source_class = "made_up", "MadeUpForCausalLM"
     config_class, model_class = MadeUpConfig, MadeUpForCausalLM
-    input_tables = ("model.embed_tokens.weight",)
+    renames = ((".feed_forward.", ".mlp."),)
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:
         return list(range(1, config.num_hidden_layers, 2))
@@ -130,17 +107,6 @@ class MadeUpFamily(Family):
             apply=apply,
             activation="swiglu",
         )
-
-    def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
-        own, entry = f"model.layers.{layer}.mlp.gate", f"model.entry_gates.{block}"
-        norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-        return GateNames(own, f"{own}.pre_gate.router", f"{entry}.router", norm, f"{entry}.norm.weight")
-
-    def gate_std(self, config: Any) -> float:
-        return config.initializer_range
-
-    def counts(self, config: Any) -> list[Count]:
-        return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
 
 
 FAMILY = MadeUpFamily()

@@ -30,16 +30,8 @@ ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "cli.py"}
 HEAVY = {"wandb", "matplotlib", "triton", "peft"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""
 KNOWN_INNER_IMPORTS: set[tuple[str, str]] = {
-    ("conversion/write.py", "rich"),
     ("measure/bench/baselines.py", "accelerate"),
     ("measure/bench/baselines.py", "psutil"),
-    ("models/checkpoint.py", "huggingface_hub"),
-    ("models/checkpoint.py", "safetensors"),
-    ("training/feeds.py", "pregate.tasks.tokens"),
-    ("training/optim.py", "transformers"),
-    ("training/progress.py", "rich"),
-    ("training/stages.py", "omegaconf"),
-    ("training/stages.py", "yaml"),
 }
 """(file, package, or module of ours) of other imports inside functions."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Policy, UsageError
 from pregate.convert import work as convert
 from pregate.models.family import ExpertKey, experts_of
-from pregate.models.loading import load_resident, mark_conventional
+from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train
 from tests import made_up
@@ -53,7 +55,7 @@ def prompts(seed: int = 0) -> dict[str, Tensor]:
 
 
 def take_apart(directory: Path) -> None:
-    """Rewrite the weights so that each expert is three tensors of its own."""
+    """Rewrite the weights so that each expert is three tensors of its own, and `mlp` has another name."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     spec = experts_of(MadeUpConfig.from_pretrained(directory))
@@ -64,7 +66,8 @@ def take_apart(directory: Path) -> None:
     for block in range(len(spec.layers[made_up.STACK])):
         for name in spec.tensors_of(made_up.STACK, block):
             del tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
+    renamed = {name.replace(".mlp.", ".feed_forward."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -112,8 +115,7 @@ def test_lookahead_0_is_upstream(source: Path) -> None:
     for block in naive.moe_blocks():
         router = made_up.upstream.OlmoeTopKRouter(naive.config)
         router.load_state_dict({"weight": block.gates.weight})
-        block.module.gate = torch.nn.Sequential(router)  # takes the routes that the layer sets, and ignores them
-        block.module.gate.routes = block.module.gate.shape = None
+        block.module.gate = router
     with torch.no_grad():
         logits = ours(**prompts()).logits
         assert logits.isfinite().all() and torch.equal(logits, naive(**prompts()).logits)
@@ -181,15 +183,37 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     assert plain["model.layers.1.mlp.gate.pre_gate.router.weight"].abs().max() > 0
 
 
+def test_threads_do_not_mix_up_the_routes_of_one_model() -> None:
+    shared = model(lookahead=2)
+    with torch.no_grad():
+        expected = [shared(**prompts(seed)).logits for seed in range(6)]
+
+        def again(seed: int) -> bool:
+            return all(torch.equal(shared(**prompts(seed)).logits, expected[seed]) for _ in range(5))
+
+        with ThreadPoolExecutor(6) as threads:
+            assert all(threads.map(torch.no_grad()(again), range(6)))
+
+
+def test_a_copy_has_gates_of_its_own() -> None:
+    first = model(lookahead=1)
+    logits = first(**prompts()).logits
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    assert torch.equal(second(**prompts()).logits, logits)
+
+
 def test_what_the_family_does_not_have_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="names encoder, but the model has decoder"):
         convert(compose_run([f"source={source}", f"output={tmp_path}/a", "pregate.stacks=[encoder]"]))
     with pytest.raises(UsageError, match="needs at least 5 MoE blocks"):
         model(lookahead=4)
-    tensors = load_file(source / "model.safetensors")
-    key = ExpertKey(made_up.STACK, 1, 2)
-    spec = experts_of(MadeUpConfig.from_pretrained(source)).as_found_in(tensors)
-    del tensors[spec.tensor_names(key)[0]]
+    stored = open_model(str(source)).tensors
+    spec = experts_of(MadeUpConfig.from_pretrained(source)).as_found_in(stored)
+    lost = stored[spec.tensor_names(ExpertKey(made_up.STACK, 1, 2))[0]].key
+    tensors = {name: tensor for name, tensor in load_file(source / "model.safetensors").items() if name != lost}
     broken = tmp_path / "broken"
     broken.mkdir()
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})

@@ -212,7 +212,7 @@ class TrainConfig:
 
 @dataclass
 class CalibrationConfig:
-    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.conversion.calibration`).
+    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.conversion.calibrate`).
 
     Examples of the training split are drawn until there are `examples` of them or `tokens` in their sources and targets
     together, and pass through the models `batch_size` at a time. The share `held_out` of them chooses between fits.

@@ -1,8 +1,8 @@
 """Re-attaching gates: a conventional checkpoint in, a pre-gated one out, without training and shard by shard.
 
-Knows how a converted directory is written, whole or not at all, and what it says about its origin. Which tensor
-goes where is decided in `conversion_plan.py`. Knows nothing about tasks, training or engines. Every tensor that is
-not a moved gate keeps its name and its bits.
+Knows how a converted directory is written, whole or not at all, and what it says about its origin. `plan` decides which
+tensor goes where, `target` what the model becomes. Every tensor that is not a moved gate keeps its name and its bits.
+Knows nothing about tasks, training or engines.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pregate import __version__
 from pregate.config import Init, PreGateConfig, Run, UsageError
-from pregate.conversion.plan import GateMove, TensorPlan, plan_shards, plan_tensors
+from pregate.conversion.plan import TensorPlan, plan_shards, plan_tensors
+from pregate.conversion.report import ConversionReport
+from pregate.conversion.target import Target, target_of
 from pregate.engine.storage.pack import refuse_output
 from pregate.models.checkpoint import (
     CONFIG,
@@ -36,9 +41,7 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
-from pregate.models.family import Family, families, family_named
 from pregate.models.loading import open_model
-from pregate.models.pregating import PreGating
 from pregate.system.durable import clear_abandoned, free_bytes, partial_beside, put
 from pregate.system.sizes import human_bytes
 
@@ -47,46 +50,6 @@ MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
 """Settings of a config that opening a checkpoint completes."""
-STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did. `dropped` are source tensors that repeat another or that the architecture never reads."""
-
-    output: Path
-    gating: PreGating
-    num_blocks: dict[str, int]
-    moves: tuple[GateMove, ...]
-    dropped: tuple[str, ...]
-    shards: tuple[str, ...]
-    source_bytes: int
-    output_bytes: int
-    has_tokenizer: bool
-    seconds: float
-
-    def told(self, source: str) -> str:
-        """What moved, sizes, time, where, and the next command; one line each."""
-        gating = self.gating
-        lines = [f"{source} -> {self.output}"]
-        for stack, blocks in self.num_blocks.items():
-            ahead = gating.lookahead_of(stack)
-            moved = sum(move.stack == stack and not move.copied for move in self.moves)
-            entries = "read the input embeddings" if gating.entry == "embedding" else "stay where they are"
-            what = (
-                f"{moved} gates moved {ahead} ahead, {ahead} entry gates {entries}" if ahead else "gates stay in place"
-            )
-            lines.append(f"  {stack}: {blocks} MoE blocks, {what}")
-        if gating.lookahead:
-            lines.append("  moved gates start " + STARTS[Init(gating.init)])
-        lines.append(
-            f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
-            f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"
-        )
-        if not self.has_tokenizer:
-            lines.append("  no tokenizer in the source: add model.tokenizer=DIRECTORY_OR_HUB_ID to include one")
-        lines.append(f"next: python -m pregate.eval checkpoint={self.output} reference={source}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -100,16 +63,8 @@ class FittedGates:
 GateFitter = Callable[[TensorPlan, Any], FittedGates]
 """Given where tensors move and the config of the pre-gated model; called once nothing else can be refused."""
 
-
-@dataclass(frozen=True)
-class _Architecture:
-    """The `config.json` to write, and the parsed config of the model after."""
-
-    family: Family
-    json: dict[str, Any]
-    target: Any
-    num_blocks: dict[str, int]
-    """stack -> how many MoE blocks it has"""
+GateStart = Callable[[Tensor], Tensor]
+"""Given the stored tensor of a gate, what the tensor of the gate ahead starts as, in the same shape and dtype."""
 
 
 def convert(
@@ -128,54 +83,40 @@ def convert(
     `tokenizer` is a directory or hub id whose tokenizer files replace the source's. `seed` matters for
     `init: random` alone, which draws the gates that move: weights normal with the family's standard deviation, biases
     zero. `fit` finds the gates of `init: calibrated`, which asks for it
-    (`pregate.conversion.calibration.calibrate` brings one). Without it, memory stays near `max_shard_bytes`.
+    (`pregate.conversion.calibrate.flow.calibrate` brings one). Without it, memory stays near `max_shard_bytes`.
 
-    Raises `UsageError`, before anything is written, for an output in use, a source that is no conventional Switch
-    model, damaged or incomplete weights, and a lookahead that a chosen stack has too few MoE blocks for. Whatever
-    fails later, an interrupt included, leaves nothing behind.
+    Raises `UsageError`, before anything is written, for an output in use, a source that is no conventional model of a
+    known family, damaged or incomplete weights, and a lookahead that a chosen stack has too few MoE blocks for.
+    Whatever fails later, an interrupt included, leaves nothing behind.
     """
     began = time.perf_counter()
     output = Path(output).expanduser()
-    refuse_output("output", output)
-    clear_abandoned(output)
     _refuse_occupied(output)
-    architecture = _architecture(source, read_config(source, revision), pregate)
+    target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan = plan_tensors(checkpoint, architecture.target)
+    plan = plan_tensors(checkpoint, target.config)
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
     _refuse_full_disk(output, output_bytes)
-    fitted = FittedGates({}, {})
-    if pregate.init is Init.calibrated and pregate.lookahead:
-        if fit is None:
-            raise UsageError(
-                "Gates are calibrated on examples of a task: run python -m pregate.convert pregate.init=calibrated "
-                "task=NAME, or call pregate.conversion.calibration.calibrate."
-            )
-        fitted = fit(plan, architecture.target)
-
-    with _appearing(output) as partial, _progress(source_bytes + output_bytes) as advance:
+    starts, account = _gate_starts(plan, target, seed, fit)
+    with _appearing(output) as unfinished, _progress(source_bytes + output_bytes) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
         for file, names in shards.items():
-            _write_shard(partial / file, checkpoint, plan, names, architecture.target, seed, fitted.tensors)
+            _write_shard(unfinished / file, {name: plan.origins[name] for name in names}, checkpoint, starts)
             advance(sizes[file])
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": output_bytes}, "weight_map": weight_map}
-            _write_json(partial / "model.safetensors.index.json", index)
+        _write_index(unfinished, shards, output_bytes)
         for file in sides:
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, unfinished / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
-        _write_json(partial / CONFIG, architecture.json | tokens)
+        _write_json(unfinished / CONFIG, target.json | tokens)
         origin = {"source": source, "revision": revision, "source_sha256": hashes}
-        account = {"calibration": fitted.account} if fitted.account else {}
-        _write_json(partial / MANIFEST, origin | _provenance(architecture, seed) | account)
+        _write_json(unfinished / MANIFEST, origin | _provenance(target, seed) | account)
     return ConversionReport(
         output=output,
-        gating=architecture.target.pregating,
-        num_blocks=architecture.num_blocks,
+        gating=target.config.pregating,
+        num_blocks=target.num_blocks,
         moves=plan.moves,
         dropped=plan.dropped,
         shards=tuple(shards),
@@ -199,47 +140,9 @@ def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = No
     )
 
 
-def check_convertible(source: str, config: dict[str, Any], pregate: PreGateConfig) -> None:
-    """Raises `UsageError` if a source with that `config.json` cannot be pre-gated so."""
-    _architecture(source, config, pregate)
-
-
-def _architecture(source: str, config: dict[str, Any], pregate: PreGateConfig) -> _Architecture:
-    """Parse the source's config and place the gates in it. Raises `UsageError` if it cannot be converted so."""
-    family = _family(source, config)
-    try:
-        conventional = family.config(config)
-    except UsageError as error:
-        raise UsageError(f"The config.json of {source}{str(error).removeprefix('The config.json')}") from error
-    num_blocks = family.num_blocks(conventional)
-    if not any(num_blocks.values()):
-        raise UsageError(
-            f"{source} is a dense model, none of its layers holds experts: give a Mixture-of-Experts checkpoint."
-        )
-    gating = PreGating.of_config(pregate).within(num_blocks)
-    written = family.pregated_json(config, gating)
-    return _Architecture(family, written, family.config(written), num_blocks)
-
-
-def _family(source: str, config: dict[str, Any]) -> Family:
-    """Raises `UsageError` for a model that cannot be converted, or need not be."""
-    kind = config.get("model_type")
-    known = sorted(family.source_type for family in families())
-    give = f"give a checkpoint of type {' or '.join(known)}."
-    if kind is None:
-        raise UsageError(f"The config.json of {source} names no model_type: {give}")
-    for family in families():
-        if kind == family.source_type:
-            return family
-        if kind == family.model_type:
-            ahead = family.config(config).pregating.lookahead
-            raise UsageError(f"{source} is already pre-gated (lookahead {ahead}): convert the model it was made from.")
-    if any("expert" in key for key in config):
-        raise UsageError(f"{source} is a {kind} model, which cannot be converted: {give}")
-    raise UsageError(f"{source} is a dense {kind} model without experts: {give}")
-
-
 def _refuse_occupied(output: Path) -> None:
+    refuse_output("output", output)
+    clear_abandoned(output)
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -266,6 +169,41 @@ def _side_files(source: str, revision: str | None, tokenizer: str | None) -> lis
     return [file for file in own if file.name not in TOKENIZER_FILES] + chosen
 
 
+def _gate_starts(
+    plan: TensorPlan, target: Target, seed: int, fit: GateFitter | None
+) -> tuple[dict[str, GateStart], dict[str, Any]]:
+    """How each output tensor of a gate starts that is no copy, and what the manifest says of it."""
+    init = Init(target.config.pregating.init)
+    if init is Init.random:
+        std = target.family.gate_std(target.config)
+        moved = {name: origin for move in plan.moves for name, origin in move.renamed.items()}
+        return {name: partial(_drawn, name=origin, std=std, seed=seed) for name, origin in moved.items()}, {}
+    if init is not Init.calibrated or not target.config.pregating.lookahead:
+        return {}, {}
+    if fit is None:
+        raise UsageError(
+            "Gates are calibrated on examples of a task: run python -m pregate.convert pregate.init=calibrated "
+            "task=NAME, or call pregate.conversion.calibrate.flow.calibrate."
+        )
+    fitted = fit(plan, target.config)
+    starts = {name: partial(_as_stored, found) for name, found in fitted.tensors.items()}
+    return starts, {"calibration": fitted.account}
+
+
+def _drawn(like: Tensor, name: str, std: float, seed: int) -> Tensor:
+    """A random gate of the shape and dtype of `like`. Depends on `seed` and `name` alone, not on the order of calls."""
+    if like.ndim < 2:  # a bias of any kind
+        return torch.zeros_like(like)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
+
+
+def _as_stored(found: Tensor, like: Tensor) -> Tensor:
+    assert found.shape == like.shape, (found.shape, like.shape)
+    return found.detach().to("cpu", like.dtype).clone()
+
+
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
     """A directory to fill beside `output`: it becomes `output` on success and vanishes on any failure."""
@@ -287,9 +225,6 @@ def _appearing(output: Path) -> Iterator[Path]:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` bytes on a terminal, nothing elsewhere. Yields a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
     bar = Progress("converting", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True))
     bar.disable = not sys.stderr.isatty()
     with bar:
@@ -298,26 +233,16 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _write_shard(
-    path: Path,
-    checkpoint: SourceCheckpoint,
-    plan: TensorPlan,
-    names: list[str],
-    config: Any,
-    seed: int,
-    fitted: dict[str, Tensor],
+    path: Path, origins: dict[str, str], checkpoint: SourceCheckpoint, starts: Mapping[str, GateStart]
 ) -> None:
-    mapped = checkpoint.read({plan.origins[name] for name in names})
-    moved = {name for move in plan.moves for name in move.renamed} if config.pregating.init == Init.random else set()
-    std = family_named(config.model_type).gate_std(config)
+    """A file of the output tensors in `origins`, each from its source tensor."""
+    mapped = checkpoint.read(set(origins.values()))
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
-    for name in names:
-        tensor = mapped[plan.origins[name]]
-        if name in fitted:
-            assert fitted[name].shape == tensor.shape, (name, fitted[name].shape, tensor.shape)
-            tensor = fitted[name].detach().to("cpu", tensor.dtype).clone()
-        elif name in moved:
-            tensor = _drawn(tensor, plan.origins[name], std, seed)
+    for name, origin in origins.items():
+        tensor = mapped[origin]
+        if name in starts:
+            tensor = starts[name](tensor)
         elif tensor.data_ptr() in stored:
             tensor = tensor.clone()  # the safetensors writer refuses tensors that share memory
         stored.add(tensor.data_ptr())
@@ -326,13 +251,12 @@ def _write_shard(
     path.chmod(path.parent.stat().st_mode & 0o666)  # the writer's files are private to the user whatever the umask
 
 
-def _drawn(like: Tensor, name: str, std: float, seed: int) -> Tensor:
-    """A random gate of the shape and dtype of `like`. Depends on `seed` and `name` alone, not on the order of calls."""
-    if name.endswith(".bias"):
-        return torch.zeros_like(like)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
+def _write_index(directory: Path, shards: dict[str, list[str]], num_bytes: int) -> None:
+    """Which tensor lies in which file, where there are several."""
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _sha256(file: Path, advance: Callable[[int], None]) -> str:
@@ -344,7 +268,7 @@ def _sha256(file: Path, advance: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def _provenance(architecture: _Architecture, seed: int) -> dict[str, Any]:
+def _provenance(target: Target, seed: int) -> dict[str, Any]:
     def installed(name: str) -> str:
         try:
             return version(name)
@@ -352,9 +276,9 @@ def _provenance(architecture: _Architecture, seed: int) -> dict[str, Any]:
             return "not installed"
 
     return {
-        **architecture.target.pregating.to_dict(),
+        **target.config.pregating.to_dict(),
         "seed": seed,
-        "num_moe_blocks": architecture.num_blocks,
+        "num_moe_blocks": target.num_blocks,
         "versions": {"pregate": __version__}
         | {name: installed(name) for name in ("torch", "transformers", "safetensors")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

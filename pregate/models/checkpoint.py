@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from torch import Tensor
 
 from pregate.config import UsageError
@@ -257,9 +260,6 @@ def _directory(source: str, revision: str | None, names: list[str]) -> Path:
         return local
     if local.exists():
         raise UsageError(f"{source} is a file: give the directory that holds config.json and the weights.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     where = f"hub id {source!r}" + (f" at revision {revision!r}" if revision else "")
     advice = "give the path of a directory with config.json and weights, or an id such as google/switch-base-8."
     try:
@@ -304,8 +304,6 @@ SAFETENSORS_DTYPES = {
 def _describe(file: Path) -> dict[str, TensorInfo]:
     """What one weight file holds, from its header where it has one: making a tensor would fault its first pages in."""
     if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
         try:
             with safe_open(file, "pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no iteration)
@@ -324,8 +322,6 @@ def _mapped(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]
     """
     try:
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in names or opened.keys()}
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")

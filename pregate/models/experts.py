@@ -1,4 +1,4 @@
-"""How the experts of one block are applied to its tokens, whoever holds their weights.
+"""How the experts of one block are applied to its tokens, resident or offloaded.
 
 A family gives `apply_expert(expert, hidden_ND) -> hidden_ND`; these functions gather each expert's tokens, call
 it and put the results back. The resident model and the offloading engine use the same functions, so their

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -20,6 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from pregate.config import UsageError
 from pregate.models.experts import Factor
@@ -66,6 +70,7 @@ ExpertLayout = Callable[[str, int, int], Sequence[TensorSlice]]
 class ExpertSpec:
     """The experts of a model: how many, of which matrices, where checkpoints keep them, and what one computes.
 
+    top_k: experts of one token in one block. lookahead: of the model; so many blocks ahead experts are asked for.
     matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
@@ -121,8 +126,8 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """One MoE block of a model. module: has `experts`, called with (hidden_TD, expert_ids_TK, weights_TK). gates: the
-    `BlockGates` that sit in it. layer_module: the whole transformer layer, number `layer` of its stack."""
+    """One MoE block of a model. module: has `experts`, called with (hidden_TD, expert_ids_TK, weights_TK). gates: its
+    `BlockGates`. layer_module: the whole transformer layer, number `layer` of its stack."""
 
     stack: str
     index: int
@@ -161,12 +166,11 @@ class Count(NamedTuple):
 
 
 class Family(ABC):
-    """One kind of Mixture-of-Experts model, conventional (`source_type`) and pre-gated (`model_type`)."""
+    """One kind of Mixture-of-Experts model, conventional (`source_type`) and pre-gated (`model_type`, which is
+    `pregated_` and the other)."""
 
     source_type: ClassVar[str]
     """`model_type` in the config.json of a conventional checkpoint."""
-    model_type: ClassVar[str]
-    """`model_type` in the config.json of a pre-gated one."""
     source_class: ClassVar[str]
     """The class that a conventional config.json names under `architectures`."""
     stacks: ClassVar[tuple[str, ...]]
@@ -184,8 +188,15 @@ class Family(ABC):
     output_table: ClassVar[str] = "lm_head.weight"
     prefixes: ClassVar[tuple[str, ...]] = ()
     """What upstream's wrappers put before all names."""
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Parts of names in checkpoints and what they are in the model, as upstream renames them when it loads."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
     """Tensors that some checkpoints hold and no model reads."""
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` in the config.json of a pre-gated checkpoint."""
+        return self.config_class.model_type
 
     # -- configs
 
@@ -261,11 +272,10 @@ class Family(ABC):
         raise UsageError(f"Models of type {self.source_type} have no random weights to measure: set checkpoint=DIR.")
 
 
-BUILT_IN = {
-    "switch_transformers": "pregate.models.families.switch",
-    "pregated_switch_transformers": "pregate.models.families.switch",
-}
-"""`model_type` -> the module that registers its family."""
+BUILT_IN = {"switch_transformers": "pregate.models.families.switch"}
+"""`source_type` -> the module that registers its family."""
+PRE_GATED = "pregated_"
+"""What `model_type` has before `source_type`."""
 PLUGINS = "pregate.families"
 """The entry point group in which another package names modules that register families."""
 _registered: dict[str, Family] = {}
@@ -273,10 +283,13 @@ _registered: dict[str, Family] = {}
 
 def register_family(family: Family) -> None:
     """Make a family known to every command and to transformers' Auto classes."""
-    from_type = {family.source_type: family, family.model_type: family}
-    _registered.update(from_type)
+    assert family.model_type == PRE_GATED + family.source_type, (family.model_type, family.source_type)
+    _registered.update({family.source_type: family, family.model_type: family})
     family.objective.auto_class.register(family.config_class, family.model_class, exist_ok=True)
     AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+    conversions = get_checkpoint_conversion_mapping(family.source_type)
+    if conversions:  # upstream reads and writes other tensors than its modules have; so do we
+        register_checkpoint_conversion_mapping(family.model_type, conversions, overwrite=True)
 
 
 def families() -> list[Family]:
@@ -289,10 +302,12 @@ def families() -> list[Family]:
 
 def family_named(model_type: str) -> Family:
     """The family of a `model_type`. Raises `UsageError` for one that is not known."""
-    if model_type not in _registered and model_type in BUILT_IN:
-        importlib.import_module(BUILT_IN[model_type])
-    elif model_type not in _registered:
-        _load_plugins()
+    if model_type not in _registered:
+        module = BUILT_IN.get(model_type.removeprefix(PRE_GATED))
+        if module is None:
+            _load_plugins()
+        else:
+            importlib.import_module(module)
     if model_type not in _registered:
         known = sorted({name for family in families() for name in (family.source_type, family.model_type)})
         raise UsageError(f"This is a {model_type!r} model: give a checkpoint of type {' or '.join(known)}.")
@@ -322,16 +337,6 @@ def family_of_model(model: Any) -> Family:
 def _load_plugins() -> None:
     for plugin in entry_points(group=PLUGINS):
         plugin.load()
-
-
-def moe_blocks(model: Any) -> Iterator[MoEBlock]:
-    """All MoE blocks of a model, stack by stack, in the order of execution."""
-    yield from model.moe_blocks()
-
-
-def gates(model: Any) -> Iterator[Any]:
-    """All gates of a model as modules, norms of theirs included: own routers, pre-gates and entry gates."""
-    yield from model.gates()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

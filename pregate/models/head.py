@@ -44,7 +44,7 @@ def linear_cross_entropy(states_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     if kept.numel() < labels_N.numel():
         states_ND, labels_N = states_ND[kept], labels_N[kept]
     if not torch.is_grad_enabled():
-        # a function that is applied is not told that nobody will ask for gradients, only which inputs could have one
+        # an autograd function sees which inputs could have a gradient, and not that gradients are off
         states_ND, weight_VD = states_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(states_ND, weight_VD, labels_N)  # type: ignore[no-any-return]
 

@@ -37,7 +37,7 @@ def has_hooks(module: nn.Module) -> bool:
 def linear_in(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """`layer` of `x`, computed in `dtype` whatever autocast says.
 
-    A plain layer of another dtype keeps its weights as they are. Any other one is converted for good, as upstream
+    A plain layer of another dtype keeps its weights as they are. Any other one stays converted, as upstream
     does with its routers: only the module itself knows how its weights come about.
     """
     with torch.autocast(x.device.type, enabled=False):

@@ -162,6 +162,8 @@ def _stripped(checkpoint: SourceCheckpoint, family: Family) -> dict[str, TensorI
     for stored, info in checkpoint.tensors.items():
         whole = _without_prefixes(stored, family)
         name = INSIDE.sub("", whole)
+        for old, new in family.renames:
+            name = name.replace(old, new)
         if name in found:
             raise UsageError(
                 f"{checkpoint.directory} holds both {found[name].key or name} and {stored}, which name the same "
@@ -188,7 +190,7 @@ def _without_prefixes(name: str, family: Family) -> str:
 
 @lru_cache
 def _say_once(sentence: str) -> None:
-    """One command opens a checkpoint several times; what is odd about it is told once."""
+    """One command opens a checkpoint several times, and prints once what is odd about it."""
     say(sentence)
 
 

@@ -15,8 +15,9 @@ from pregate.config import PreGateConfig, Run, UsageError
 SETTINGS = ("lookahead", "stacks", "entry", "init")
 
 
-class GatesHere(NamedTuple):
-    """own: the block decides its own route. target: the later block that it decides for, or None."""
+class GatePlacement(NamedTuple):
+    """Which gates sit in one MoE block. own: one for the block itself. target: the later block that a pre-gate there
+    decides for, or None."""
 
     own: bool
     target: int | None
@@ -77,12 +78,12 @@ class PreGating:
     def lookahead_of(self, stack: str) -> int:
         return self.lookahead if not self.stacks or stack in self.stacks else 0
 
-    def gates_at(self, stack: str, block: int, num_blocks: int) -> GatesHere:
-        """Which gates sit in MoE block `block` of `stack`: the gate of block i sits in block i - lookahead."""
+    def gates_at(self, stack: str, block: int, num_blocks: int) -> GatePlacement:
+        """The gates of MoE block `block` of `stack`: the gate of block i sits in block i - lookahead."""
         ahead = self.lookahead_of(stack)
         own = block < ahead and self.entry == "own" if ahead else True
         target = block + ahead if ahead and block + ahead < num_blocks else None
-        return GatesHere(own, target)
+        return GatePlacement(own, target)
 
     def embedding_entries(self, stack: str, num_blocks: int) -> range:
         """The blocks whose route is decided from the stack's input embeddings."""

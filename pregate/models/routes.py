@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pregate.models.pregating import GatesHere
+from pregate.models.pregating import GatePlacement
 from pregate.models.routing import Routing
 
 RouteListener = Callable[[str, int, Routing], None]
@@ -52,7 +52,7 @@ def _call(gate: Any, hidden_BTD: Tensor) -> Routing:
 
 
 class BlockGates(nn.Module):
-    """The gates that sit in one MoE block. A subclass makes them and, as a rule, holds the block's experts too.
+    """The module of the gates that sit in one MoE block. A subclass makes them; it may be the whole block.
 
     index: the number of the block in `stack`. router: the block's own gate, or None. pre_gate: the gate of the later
     block `target`, or None. A gate maps hidden states (B, T, D) to a `Routing`.
@@ -61,10 +61,10 @@ class BlockGates(nn.Module):
     router: Any
     pre_gate: Any
 
-    def __init__(self, stack: str, index: int, here: GatesHere, *args: Any) -> None:
+    def __init__(self, stack: str, index: int, placed: GatePlacement, *args: Any) -> None:
         """`args`: of the class that a subclass also derives from."""
         super().__init__(*args)
-        self.stack, self.index, self.target = stack, index, here.target
+        self.stack, self.index, self.target = stack, index, placed.target
 
     def route(self, hidden_BTD: Tensor, routes: Routes, call: Callable[[Any, Tensor], Routing] = _call) -> Routing:
         """Evaluate the gates that sit here, commit what they decide, and return the route of this block. `call`

@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pregate.config import Run, TrainConfig, UsageError
 from pregate.models.objectives import Objective
+from pregate.tasks.base import Example, Task
 from pregate.tasks.span_corruption import PackedRow, Position, SpanCorruption
+from pregate.tasks.tokens import Collator
 from pregate.training.batching import Batching, MicroBatchSampler
-from pregate.training.checkpoint import TrainState
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Example, Task
-    from pregate.tasks.tokens import Collator
+from pregate.training.state import TrainState
 
 Batch = dict[str, Tensor]
 POSITION = "position"
@@ -78,8 +76,6 @@ class ExampleFeed:
     predicts = True
 
     def __init__(self, task: Task, tokenizer: Any, share: Share) -> None:
-        from pregate.tasks.tokens import Collator
-
         run = share.run
         self.share = share
         self.examples = task.examples(run.task.train_split, run.data.max_train_examples)

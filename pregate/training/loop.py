@@ -11,9 +11,9 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,17 +23,19 @@ from pregate.config import Keep, Run, TrainConfig, UsageError
 from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
-from pregate.training.checkpoint import make_room, model_bytes, random_state, save_last, save_model
+from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tracking import Tracker
+from pregate.training.checkpoint import save_last
+from pregate.training.directories import save_model
 from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Interrupts, Progress
+from pregate.training.run_dir import CHECKPOINT, LAST
 from pregate.training.session import Session, prepare
+from pregate.training.space import make_room, model_bytes
+from pregate.training.state import random_state
 from pregate.training.validation import validate
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Task
-    from pregate.tasks.span_corruption import SpanCorruption
-    from pregate.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class TrainSummary:
     measured around it, if it did."""
 
     steps: int
-    best_score: float | None
-    best_step: int | None
-    metrics: dict[str, float]
-    seconds: float
-    target_tokens: int
     checkpoint: str
-    checkpoint_step: int | None = None
+    checkpoint_step: int | None
+    best_score: float | None = None
+    best_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    target_tokens: int = 0
     peak_device_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,8 +249,8 @@ def evaluate(session: Session) -> str:
     if best if train.keep == Keep.best else state.step == train.steps:
 
         def write() -> None:
-            make_room(session.out_dir / "last", model_bytes(session.model))
-            save_model(session.out_dir / "checkpoint", session.model, session.tokenizer, session.carry)
+            make_room(session.out_dir / LAST, model_bytes(session.model))
+            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
 
         main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
@@ -261,9 +263,9 @@ def save(session: Session) -> None:
 
     def write() -> None:
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
-        make_room(session.out_dir / "last", model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
-            session.out_dir / "last",
+            session.out_dir / LAST,
             session.model,
             session.tokenizer,
             session.optimizer,
@@ -277,7 +279,7 @@ def save(session: Session) -> None:
 
 def finish(session: Session) -> TrainSummary:
     """The summary; the model is left in evaluation mode. Raises `UsageError` for a lost checkpoint."""
-    state, checkpoint = session.state, session.out_dir / "checkpoint"
+    state, checkpoint = session.state, session.out_dir / CHECKPOINT
     if not checkpoint.is_dir():
         raise UsageError(
             f"{checkpoint} is gone, and no step is left that could make it again: put it back, or train in another "

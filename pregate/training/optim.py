@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from pregate.config import Optimizer, Precision, Schedule, TrainConfig
 
@@ -60,8 +61,6 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
     groups = parameter_groups(model, train.weight_decay)
     rate = learning_rate(train, 0)
     if train.optimizer == Optimizer.adafactor:
-        from transformers.optimization import Adafactor
-
         return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
     kind = ScaledAdamW if train.optimizer == Optimizer.adamw_scaled else torch.optim.AdamW

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and what happens when he presses Ctrl-C or a scheduler's time is up.
+"""What a person sees while a model trains, and what Ctrl-C and a scheduler's SIGTERM do.
 
 Knows the terminal and signals; knows nothing about models.
 """
@@ -13,6 +13,10 @@ import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pregate.system.launch import asked, rank
 from pregate.system.stopping import Termination, is_forked
@@ -34,17 +38,7 @@ class Progress:
         self.started = time.perf_counter()
 
     def _bar(self) -> Any:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        bar = Progress(
+        bar = rich.progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),

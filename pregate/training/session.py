@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,20 +19,22 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from pregate.config import Keep, Run, Trainable, TrainConfig
-from pregate.models.family import family_of_model, gates
+from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
 from pregate.system.processes import join, main_only
+from pregate.tasks.base import Task
+from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tracking import Tracker
 from pregate.training.batching import Batching, derive_batching
-from pregate.training.checkpoint import TrainState, check_space, load_last, recover, set_random_state, settle
+from pregate.training.checkpoint import load_last, settle
+from pregate.training.directories import recover
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-
-if TYPE_CHECKING:
-    from pregate.tasks.base import Task
-    from pregate.tasks.span_corruption import SpanCorruption
-    from pregate.tracking import Tracker
+from pregate.training.run_dir import CHECKPOINT, LAST
+from pregate.training.space import check_space
+from pregate.training.state import TrainState, set_random_state
 
 
 @dataclass
@@ -125,7 +127,7 @@ def configure(model: Any, train: TrainConfig) -> None:
     if hasattr(model, "set_expert_path"):
         model.set_expert_path(train.expert_path)
     if train.trainable == Trainable.gates:
-        freeze_all_but(model, gates(model))
+        freeze_all_but(model, model.gates())
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -137,18 +139,18 @@ def restore(
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
 
     def tidy() -> None:
-        recover(out_dir / "checkpoint")
+        recover(out_dir / CHECKPOINT)
         if run.resume:
-            settle(out_dir / "last")
+            settle(out_dir / LAST)
 
     main_only(tidy, "looking for a saved state")
-    found = load_last(out_dir / "last", model, optimizer) if run.resume else None
+    found = load_last(out_dir / LAST, model, optimizer) if run.resume else None
     state, random_states = found or (TrainState(), [])
     saves = -(-(train.steps - state.step) // train.save_every)
     main_only(lambda: check_space(out_dir, model, optimizer, saves), "looking for space on the disk")
     if found is None:
         return state
-    if train.keep == Keep.best and not (out_dir / "checkpoint").is_dir():
+    if train.keep == Keep.best and not (out_dir / CHECKPOINT).is_dir():
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):
         set_random_state(random_states[accelerator.process_index])

@@ -1,14 +1,12 @@
-"""The stages of one training command: claim the run directory, get a source, convert it, train it.
+"""The stages of one training command: get a source, convert it, train it, and say what came of it.
 
-Each stage leaves a directory that the next reads, so a resumed run skips what is finished. Knows where things lie
-in a run directory; the loop itself is in `loop`.
+Each stage leaves a directory that the next reads, so a resumed run skips what is finished. Knows which directory of a
+run holds what; the loop itself is in `loop`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,182 +14,25 @@ from typing import Any
 
 import torch
 
-from pregate.config import Init, Run, TaskKind, UsageError, save_run, to_dict
-from pregate.conversion.calibration import calibrate
-from pregate.conversion.write import MANIFEST, check_convertible, convert_for
-from pregate.engine.opening import serving_dtype
+from pregate.config import Init, Run, UsageError
+from pregate.conversion.calibrate.flow import calibrate
+from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
-from pregate.models.family import config_of, experts_of, family_named, family_of
+from pregate.models.family import family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
-from pregate.models.pregating import PreGating, settings_chosen
-from pregate.system.console import first_of, say
-from pregate.system.durable import FULL, make_directory, read_object, write_json
-from pregate.system.launch import check_mixed_precision
+from pregate.models.pregating import PreGating
+from pregate.system.durable import read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
 from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
-from pregate.tracking import Tracker, flatten
-from pregate.training.checkpoint import replaced, steps_done, write_model
-from pregate.training.distill import check_teacher
+from pregate.tracking import Tracker
+from pregate.training.checkpoint import steps_done
+from pregate.training.checks import geometry_config, vocabulary_size
+from pregate.training.directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
-from pregate.training.optim import autocast_dtype
-
-SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
-CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
-VOCABULARY_MULTIPLE = 64
-
-
-def claim_run_dir(run: Run) -> Path:
-    """The run directory, new or to be resumed, with `config.yaml` in it; what that changes in a resumed run is told.
-    Raises `UsageError` if it is in use."""
-    run_dir = Path(run.run_dir)
-    main_only(lambda: _claim(run, run_dir), "claiming the run directory")
-    return run_dir
-
-
-def _claim(run: Run, run_dir: Path) -> None:
-    used = f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
-    if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UsageError(used)
-    config = run_dir / "config.yaml"
-    try:
-        make_directory(run_dir)
-        _lock(run_dir)
-        if not run.resume and any(run_dir.iterdir()):  # another process was faster, and has ended
-            raise UsageError(used)
-        changes = _changes(config, run)
-        if changes:
-            say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
-        save_run(run, config)
-    except OSError as error:
-        way = "make room" if error.errno in FULL else "choose another run_dir=DIR"
-        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): {way}.") from error
-
-
-_locked: dict[Path, int] = {}
-
-
-def _lock(run_dir: Path) -> None:
-    """Keep every other process out of `run_dir` until this one ends, however it ends. Raises `UsageError`."""
-    place = run_dir.resolve()
-    if place in _locked:
-        return
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError(
-            f"Another process works in {run_dir}: wait for its end, or choose another run_dir=DIR (several processes "
-            "of one run are started by a launcher, see the README)."
-        ) from error
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return
-    _locked[place] = handle
-
-
-def check_precision(run: Run) -> None:
-    """Refuse a mixed precision that a launcher was asked for and training does not use. Raises `UsageError`."""
-    device = join().device
-    assert device is not None
-    for train in (run.train, run.source_train):
-        if train is not None:
-            check_mixed_precision("no" if autocast_dtype(train.precision, device) is None else "bf16")
-
-
-def _changes(config: Path, run: Run) -> list[str]:
-    """Each setting of `run` that differs from what `config` holds, as "key old, now new"."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        before = flatten(OmegaConf.to_container(OmegaConf.load(config)), separator=".")  # type: ignore[arg-type]
-    except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
-        return []
-    now = flatten(to_dict(run), separator=".")
-    shared = [key for key in now if key in before and key not in ("resume", "overrides", "run_dir")]
-    return [f"{key} {before[key]}, now {now[key]}" for key in shared if before[key] != now[key]]
-
-
-def check_model(run: Run) -> None:
-    """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
-    pre_trains = run.task.kind is TaskKind.denoising
-    if pre_trains and run.then_eval:
-        raise UsageError(f"Task {run.task.name!r} pre-trains and has no answers to evaluate: set then_eval=false.")
-    if run.model.source is None:
-        if not run.model.geometry or (run.source_train is None and not pre_trains):
-            raise UsageError(
-                f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
-                "trains its own."
-            )
-        geometry_config(run, PreGating.of_config(run.pregate), vocab_size=128)
-        return
-    source = open_model(run.model.source, run.model.revision)
-    config = config_of(source.config)
-    if family_of(source.config).is_pregated(source.config):
-        config.pregating.refuse_other(
-            PreGating.of_config(run.pregate),
-            settings_chosen(run) | {"lookahead"},
-            run.model.source,
-            "set pregate.{name}={has}, or start from the conventional source",
-        )
-    elif run.pregate.lookahead:
-        check_convertible(run.model.source, source.config, run.pregate)
-    if config.pad_token_id is None:
-        raise UsageError(
-            f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
-            "tokenizer pads with."
-        )
-
-
-def check_teachers(run: Run, tokenizer: Any) -> None:
-    """Refuse, before any work, a teacher that cannot teach the model of this run. Raises `UsageError`."""
-    for train in (run.train, run.source_train):
-        if train is not None and train.teacher is not None:
-            if run.model.source is None:
-                student = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
-            else:
-                student = config_of(read_config(run.model.source, run.model.revision))
-            check_teacher(train.teacher, student)
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The number of embeddings of a model trained from scratch."""
-    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
-    """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
-    family = family_named(run.model.family)
-    settings = family.from_scratch(run.model.geometry, vocab_size)
-    try:
-        # alone first, so that the message names the one of the two that is wrong
-        plain = family.config_class(**settings)
-        return family.config_class(**settings, pregate=gating.within(family.num_blocks(plain)).to_dict())
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
-
-
-def trained_config(run: Run) -> tuple[Any, torch.dtype]:
-    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
-    `UsageError` for a source that cannot be read."""
-    source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
-    if source is None:
-        return geometry_config(run, gating, vocab_size=128), torch.float32
-    opened = open_model(source, revision)
-    config, family = config_of(opened.config), family_of(opened.config)
-    if not family.is_pregated(opened.config) and gating.lookahead:
-        config = family.config(family.pregated_json(opened.config, gating))
-    if run.train.steps:
-        return config, torch.float32  # in which weights are trained and saved
-    return config, serving_dtype(config, opened, experts_of(config).as_found_in(opened.tensors))
+from pregate.training.run_dir import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
@@ -346,16 +187,7 @@ def keep_untrained(converted: str, revision: str | None, run_dir: Path, tokenize
             tokenizer.save_pretrained(fresh)
 
     main_only(copy, "copying the checkpoint")
-    return TrainSummary(
-        steps=0,
-        best_score=None,
-        best_step=None,
-        metrics={},
-        seconds=0.0,
-        target_tokens=0,
-        checkpoint=str(directory),
-        checkpoint_step=0,
-    )
+    return TrainSummary(steps=0, checkpoint=str(directory), checkpoint_step=0)
 
 
 def _copy_model(source: str, revision: str | None, directory: Path) -> None:

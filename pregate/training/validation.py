@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.models.family import family_of_model
 from pregate.models.finite import finite_logits
+from pregate.models.objectives import Objective
 
 
 @torch.no_grad()
@@ -50,32 +52,21 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
-        batch = {k: v.to(accelerator.device) for k, v in collate([examples[i] for i in chosen]).items()}
+        rows = [examples[i] for i in chosen]
+        batch = _on(accelerator.device, collate(rows))
         with autocast():
             loss = model(**batch, loss_only=True, use_cache=False).loss.item()
             sums += torch.tensor([loss, objective.count(batch).target], dtype=torch.float64)
             if not abs(loss) < float("inf"):
                 broken += chosen
-            if not predicts:
-                continue
-            with finite_logits(model) as finite:
-                inputs = {
-                    k: v.to(accelerator.device) for k, v in collate.prompts([examples[i] for i in chosen]).items()
-                }
-                tokens_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-                broken += [chosen[row] for row in finite.rows_not_finite()]
-        new_BT = objective.new_tokens(tokens_BT, inputs["input_ids"])
-        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
-        predictions += zip(chosen, (text.strip() for text in texts), strict=True)
+            if predicts:
+                prompts = _on(accelerator.device, collate.prompts(rows))
+                tokens_BT, not_finite = _generate(model, objective, prompts, max_new_tokens)
+                broken += [chosen[row] for row in not_finite]
+                texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+                predictions += zip(chosen, (text.strip() for text in texts), strict=True)
     model.train(was_training)
-    everywhere = gather_object(broken)
-    if everywhere:
-        first = examples[min(everywhere)]
-        raise UsageError(
-            f"Logits or loss of {len(set(everywhere))} of {len(examples)} validation examples are NaN or infinite, "
-            f"first of {getattr(first, 'id', min(everywhere))!r}: lower the learning_rate, set clip_norm or use "
-            "precision=fp32 (what was saved so far is kept)."
-        )
+    _refuse_broken(gather_object(broken), examples)
     totals = torch.tensor(gather_object([sums.tolist()])).sum(0)
     loss = float(totals[0] / totals[1])
     if not predicts:
@@ -83,3 +74,27 @@ def validate(
     everyone = dict(gather_object(predictions))
     scores = task.score([everyone[i] for i in range(len(examples))], [example.references for example in examples])
     return {**scores.overall, "loss": loss}
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _generate(
+    model: Any, objective: Objective, prompts: dict[str, Tensor], max_new_tokens: int
+) -> tuple[Tensor, list[int]]:
+    """The new tokens (B, T) of greedy generation, and the rows in which logits were not finite."""
+    with finite_logits(model) as finite:
+        tokens_BT = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        return objective.new_tokens(tokens_BT, prompts["input_ids"]), finite.rows_not_finite()
+
+
+def _refuse_broken(broken: Sequence[int], examples: Sequence[Any]) -> None:
+    """Raises `UsageError` if there are `broken` examples."""
+    if broken:
+        first = examples[min(broken)]
+        raise UsageError(
+            f"Logits or loss of {len(set(broken))} of {len(examples)} validation examples are NaN or infinite, "
+            f"first of {getattr(first, 'id', min(broken))!r}: lower the learning_rate, set clip_norm or use "
+            "precision=fp32 (what was saved so far is kept)."
+        )

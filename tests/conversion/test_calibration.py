@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pregate.config import CalibrationConfig, Entry, Init, PreGateConfig, Run, UsageError
-from pregate.conversion import calibration
 from pregate.conversion import write as conversion
-from pregate.conversion.calibration import Calibration, calibrate
-from pregate.conversion.gate_states import Batches, gate_seats, router_logits, states_read
+from pregate.conversion.calibrate import flow
+from pregate.conversion.calibrate.account import Calibration
+from pregate.conversion.calibrate.examples import Batches
+from pregate.conversion.calibrate.flow import calibrate
+from pregate.conversion.calibrate.states import gates_to_fit, router_logits, states_read
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.loading import load_resident
@@ -118,15 +120,12 @@ def test_states_are_those_that_the_gates_see(lookahead: int, entry: str) -> None
     batches = batches_of(settings())
     with torch.no_grad():
         logits = router_logits(model, batches.fit)
-        for batch in batches.fit:
-            inputs = batch.inputs
-            batch.encoded_BSD = model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
-        seats = gate_seats(model)
-        assert sorted((seat.stack, seat.block) for seat in seats) == [(s, b) for s in BOTH[::-1] for b in range(4)]
+        gates = gates_to_fit(model)
+        assert sorted((gate.stack, gate.block) for gate in gates) == [(s, b) for s in BOTH[::-1] for b in range(4)]
         for stack in BOTH:
-            wave = [seat for seat in seats if seat.stack == stack]
-            for seat, states_TD in zip(wave, states_read(model, stack, wave, batches.fit), strict=True):
-                torch.testing.assert_close(seat.gate.classifier(states_TD), logits[stack][seat.block])
+            wave = [gate for gate in gates if gate.stack == stack]
+            for gate, states_TD in zip(wave, states_read(model, stack, wave, batches.fit), strict=True):
+                torch.testing.assert_close(gate.gate.classifier(states_TD), logits[stack][gate.block])
     counted = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches.fit)
     assert len(logits["encoder"][0]) == counted == batches.num_tokens("encoder")[0]
 
@@ -190,8 +189,8 @@ def test_gates_that_do_worse_together_are_not_kept(
     def bad_fit(weight_ED: Tensor, bias_E: Tensor | None, *rest: Any) -> Any:
         return replace(fit_gate(weight_ED, bias_E, *rest), weight_ED=torch.zeros_like(weight_ED))
 
-    fit_gate = calibration.fit_gate
-    monkeypatch.setattr(calibration, "fit_gate", bad_fit)
+    fit_gate = flow.fit_gate
+    monkeypatch.setattr(flow, "fit_gate", bad_fit)
     found = calibrated(settings(), source, tmp_path / "out")
     assert found.after == found.before and {gate.fit.chosen for gate in found.gates} == {"copy"}
     convert(str(source), tmp_path / "copied", PreGateConfig())
@@ -204,7 +203,7 @@ def test_whole_or_not_at_all(where: str, source: Path, tmp_path: Path, monkeypat
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, where, interrupted)
+    monkeypatch.setattr(flow, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrated(settings(), source, tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
@@ -228,7 +227,7 @@ def test_refusals_come_before_any_example_is_read(source: Path, tmp_path: Path) 
     ):
         with pytest.raises(UsageError, match=said):
             calibrate(run, str(source), output, Unread(), word_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"call pregate\.conversion\.calibration\.calibrate"):
+    with pytest.raises(UsageError, match=r"call pregate\.conversion\.calibrate\.flow\.calibrate"):
         convert(str(source), tmp_path / "out", PreGateConfig(init=Init.calibrated))
     assert not (tmp_path / "out").exists()
 

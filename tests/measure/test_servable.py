@@ -15,7 +15,7 @@ from pregate.config import Run, UsageError
 from pregate.measure import servable
 from pregate.measure.servable import check_engine
 from pregate.tasks.registry import splits_read
-from pregate.training.stages import trained_config
+from pregate.training.checks import trained_config
 from tests.tiny import upstream_model
 
 FP32, BF16 = 8192, 4096

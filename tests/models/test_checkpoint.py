@@ -230,7 +230,7 @@ def test_unknown_hub_ids_end_in_one_sentence(monkeypatch, raised, words):
     def snapshot_download(*args, **kwargs):
         raise raised
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pregate.models.checkpoint.snapshot_download", snapshot_download)
     for call in (read_config, open_checkpoint, side_files):
         with pytest.raises(UsageError) as error:
             call("nobody/nothing")
@@ -254,7 +254,7 @@ def test_hub_downloads_only_what_is_read(monkeypatch, tmp_path, form, files):
                 shutil.copyfile(hub / name, cache / name)
         return str(cache)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pregate.models.checkpoint.snapshot_download", snapshot_download)
     assert read_config("google/switch-base-8", "abc")["d_model"] == TINY["d_model"]
     assert [file.name for file in cache.iterdir()] == ["config.json"]
     opened = open_checkpoint("google/switch-base-8", "abc")

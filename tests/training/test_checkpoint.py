@@ -22,30 +22,23 @@ from safetensors.torch import load_file
 from pregate.config import Optimizer, TrainConfig, UsageError
 from pregate.system import durable
 from pregate.training import checkpoint as module
+from pregate.training import directories, space
 from pregate.training.checkpoint import (
     CHECKSUMS_FILE,
     DAMAGED,
     OPTIMIZER_FILE,
     PREVIOUS,
     STATE_FILE,
-    TrainState,
-    check_space,
     damage,
     load_last,
-    load_optimizer_state,
-    make_room,
-    model_bytes,
-    optimizer_state,
-    random_state,
-    recover,
-    replaced,
     save_last,
-    save_model,
-    set_random_state,
     settle,
     steps_done,
 )
+from pregate.training.directories import recover, replaced, save_model
 from pregate.training.optim import build_optimizer, optimizer_bytes
+from pregate.training.space import check_space, make_room, model_bytes
+from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, random_state, set_random_state
 from tests.system.power import Tree, lay, tree_of
 from tests.tiny import batch, pregated_model
 from tests.training.copying import SHALLOW, word_tokenizer
@@ -252,7 +245,7 @@ def test_the_size_of_a_state_is_known_before_the_first_step(kind: Optimizer, tmp
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    for place in (durable, module):
+    for place in (durable, space):
         monkeypatch.setattr(place, "free_bytes", lambda _: num_bytes)
 
 
@@ -282,7 +275,7 @@ def test_the_previous_state_gives_way_on_a_disk_that_is_nearly_full(
 ) -> None:
     for name in ("last", PREVIOUS, DAMAGED):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(module, "free_bytes", lambda _: 103 - len(list(tmp_path.iterdir())))
+    monkeypatch.setattr(space, "free_bytes", lambda _: 103 - len(list(tmp_path.iterdir())))
     for needed, left in ((100, {"last", PREVIOUS, DAMAGED}), (101, {"last", PREVIOUS}), (102, {"last"})):
         make_room(tmp_path / "last", needed)
         assert {path.name for path in tmp_path.iterdir()} == left
@@ -311,7 +304,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_state(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file in turn is the one that finds no room."""
-    monkeypatch.setattr(module, "free_bytes", lambda _: 10**12)  # as a quota: nobody knows beforehand
+    monkeypatch.setattr(space, "free_bytes", lambda _: 10**12)  # as a quota: nobody knows beforehand
     model = pregated_model(**SHALLOW)
     optimizer = build_optimizer(model, TrainConfig())
     model(**batch()).loss.backward()
@@ -365,7 +358,7 @@ def test_whatever_finds_no_room_is_told(
         "model": (model, "save_pretrained"),
         "tokenizer": (tokenizer, "save_pretrained"),
         "optimizer": (module, "save_file"),
-        "flush": (module, "flush_tree"),
+        "flush": (directories, "flush_tree"),
     }[what]
     monkeypatch.setattr(place, name, full)
     with pytest.raises(UsageError, match=r"last cannot be written \(.*\), and what lay there is kept: make room"):

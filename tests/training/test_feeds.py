@@ -16,9 +16,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformer
 from pregate.cli import entry_point
 from pregate.tasks import span_corruption
 from pregate.training.batching import derive_batching
-from pregate.training.checkpoint import TrainState
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
+from pregate.training.state import TrainState
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
 from tests.tiny import SEQ2SEQ, pregated_model
 from tests.training.copying import SHALLOW, Recorder, recipe, short_run

@@ -31,7 +31,7 @@ Trained routers, with their balance loss, do not."""
 
 
 class SwitchFamily(Family):
-    source_type, model_type = SwitchTransformersConfig.model_type, PreGatedSwitchTransformersConfig.model_type
+    source_type = SwitchTransformersConfig.model_type
     source_class = "SwitchTransformersForConditionalGeneration"
     stacks, objective = STACKS, Seq2Seq(*STACKS)
     config_class = PreGatedSwitchTransformersConfig

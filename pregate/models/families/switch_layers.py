@@ -141,10 +141,10 @@ class PreGatedSparseMLP(BlockGates):
 
     def __init__(self, config: PreGatedSwitchTransformersConfig, stack: str, index: int, num_blocks: int) -> None:
         gating = config.pregating
-        here = gating.gates_at(stack, index, num_blocks)
-        super().__init__(stack, index, here)
-        self.router = SwitchGate(config, in_place=gating.lookahead_of(stack) == 0) if here.own else None
-        self.pre_gate = SwitchGate(config) if here.target is not None else None
+        placed = gating.gates_at(stack, index, num_blocks)
+        super().__init__(stack, index, placed)
+        self.router = SwitchGate(config, in_place=gating.lookahead_of(stack) == 0) if placed.own else None
+        self.pre_gate = SwitchGate(config) if placed.target is not None else None
         # thousands of modules would be made to be dropped
         self.experts = nn.Module() if experts_elsewhere() else SwitchExperts(config)
 

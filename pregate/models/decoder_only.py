@@ -10,19 +10,38 @@ Letters: B batch, T tokens of a sequence, D model width, E experts, K experts pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from pregate.models.family import MoEBlock
+from pregate.models.family import Count, Family, GateNames, MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
+from pregate.models.objectives import Causal
 from pregate.models.pregated import Gate, PreGatedModel, ServedModel, experts_elsewhere
 from pregate.models.routes import BlockGates, RouteListener, Routes
 from pregate.models.routing import Routing, balance_loss
+
+STACK = "decoder"
+"""The only stack of these models."""
+
+
+class _LayerCall(NamedTuple):
+    """What upstream's code does not hand from a layer to its router: the routes of the call of the stack, and the
+    shape (B, T, D) of the states."""
+
+    routes: Routes
+    shape: torch.Size
+
+
+# of the layer that runs in this thread; no state of a module, which another thread may be calling
+_layer_call: ContextVar[_LayerCall | None] = ContextVar("layer_call", default=None)
 
 
 class TopKGate(Gate):
@@ -44,22 +63,23 @@ class TopKGate(Gate):
 
 
 class _OwnGate(Gate):
-    """The gate that stays where upstream has it. Its parameters are those of the module that it sits in, so that they
-    keep upstream's names."""
+    """The gate that stays where upstream has it. Its parameters are those of the `TopKGates` that it sits in, so that
+    they keep upstream's names."""
 
-    def __init__(self, seat: TopKGates, decide: Callable[[Tensor], Any]) -> None:
+    def __init__(self, block_gates: TopKGates) -> None:
         super().__init__()
-        self._seat, self._decide = (seat,), decide  # a tuple, or the seat would be a part of its own part
+        # a tuple, because a module would become a part of its own part
+        self._block_gates = (block_gates,)
 
     @property
     def linear(self) -> Any:
-        return self._seat[0]
+        return self._block_gates[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self._seat[0].named_parameters(recurse=False)
+        return self.linear.named_parameters(recurse=False)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
-        return _routing(self._decide, hidden_BTD)
+        return _routing(self.linear.forward_of_router, hidden_BTD)
 
 
 def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
@@ -69,36 +89,31 @@ def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
 
 
 class TopKGates(BlockGates):
-    """Takes the place of the router of an upstream block. The layer sets `routes` for the length of its call."""
+    """Mixin of an upstream router class, in whose place the result sits: its parameters keep their names."""
 
-    routes: Routes | None = None
-    shape: torch.Size | None = None
+    router_class: ClassVar[type[nn.Module]]
+    """The upstream class."""
 
-    @classmethod
-    def in_place_of(cls, router_class: type[nn.Module]) -> type[TopKGates]:
-        """The class that takes the place of routers of `router_class`, whose parameters keep their names."""
+    def __init__(self, config: Any, stack: str, index: int, num_blocks: int) -> None:
+        placed = config.pregating.gates_at(stack, index, num_blocks)
+        super().__init__(stack, index, placed, config)
+        # no part of this module, whose parameters it has
+        object.__setattr__(self, "router", _OwnGate(self) if placed.own else None)
+        if not placed.own:
+            self._parameters.update(dict.fromkeys(self._parameters))
+            self._buffers.update(dict.fromkeys(self._buffers))
+        self.pre_gate = None if placed.target is None else TopKGate(self.router_class(config))
 
-        class Gates(cls, router_class):  # type: ignore[misc, valid-type]
-            def __init__(self, config: Any, stack: str, index: int, num_blocks: int) -> None:
-                here = config.pregating.gates_at(stack, index, num_blocks)
-                super().__init__(stack, index, here, config)
-                own = _OwnGate(self, lambda hidden_ND: router_class.forward(self, hidden_ND)) if here.own else None
-                object.__setattr__(self, "_own", own)
-                for name in list(self._parameters) if own is None else ():
-                    self.register_parameter(name, None)
-                self.pre_gate = TopKGate(router_class(config)) if here.target is not None else None
+    def forward_of_router(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Upstream's `forward` with the parameters of this module."""
+        return self.router_class.forward(self, hidden_ND)
 
-        return Gates
-
-    @property
-    def router(self) -> Gate | None:
-        return vars(self)["_own"]
-
-    def forward(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As upstream's router, for all tokens of the batch one after the other: logits (N, E), combine weights and
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As upstream's router, for all N tokens of the batch one after the other: logits (N, E), combine weights and
         ids (N, K) of the route of this block."""
-        assert self.routes is not None and self.shape is not None, "a block was called outside of its layer"
-        routing = self.route(hidden_ND.view(self.shape), self.routes)
+        call = _layer_call.get()
+        assert call is not None, "a block was called outside of its layer"
+        routing = self.route(hidden.view(call.shape), call.routes)
         logits, weights, ids = routing.logits_BTE, routing.weights_BTK, routing.expert_ids_BTK
         return logits.flatten(0, 1), weights.flatten(0, 1), ids.flatten(0, 1)
 
@@ -108,55 +123,67 @@ class PreGatedPreTrained(PreGatedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # a place without a gate of its own has no weights
+        # a block without a gate of its own has no weights there
         if not (isinstance(module, TopKGates) and module.router is None):
             super()._init_weights(module)  # type: ignore[misc]
 
 
 class PreGatedLayer:
-    """Mixin of an upstream decoder layer with an MoE block at `mlp`, whose router is `mlp.gate`."""
+    """Mixin of an upstream decoder layer, whose feed-forward part `mlp` is an MoE block or dense."""
 
     mlp: Any
 
-    def take_gates(self, config: Any, stack: str, index: int, num_blocks: int) -> None:
-        """Put `TopKGates` in the place of the block's router."""
-        self.mlp.gate = TopKGates.in_place_of(type(self.mlp.gate))(config, stack, index, num_blocks)  # type: ignore
+    @property
+    def block_gates(self) -> TopKGates | None:
+        """The gates of the MoE block; None in a dense layer."""
+        return next((part for part in self.mlp.children() if isinstance(part, TopKGates)), None)
+
+    def take_gates(self, gates: TopKGates) -> None:
+        """Put `gates` in the place of the block's router."""
+        parts = self.mlp.named_children()
+        router = next(name for name, part in parts if isinstance(part, gates.router_class))
+        setattr(self.mlp, router, gates)
         if experts_elsewhere():
             self.mlp.experts = nn.Module()
         self.mlp.holds_experts = True
 
     def forward(self, hidden_states: Tensor, *args: Any, routes: Routes, **kwargs: Any) -> Any:
         """As upstream's; `routes`: of this call of the stack."""
-        gates = self.mlp.gate
-        before = gates.routes, gates.shape
-        gates.routes, gates.shape = routes, hidden_states.shape
+        before = _layer_call.set(_LayerCall(routes, hidden_states.shape))
         try:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         finally:
-            gates.routes, gates.shape = before
-
-
-def entry_gates(
-    config: Any, blocks: Iterable[int], router_class: type[nn.Module], norm: Callable[[], nn.Module]
-) -> nn.ModuleDict:
-    """The entry gates of `blocks`, each behind a norm of its own."""
-    return nn.ModuleDict({str(block): TopKGate(router_class(config), norm()) for block in blocks})
+            _layer_call.reset(before)
 
 
 class PreGatedStack:
-    """Mixin of an upstream decoder-only model with `embed_tokens` and `layers`."""
+    """Mixin of an upstream decoder-only model with `embed_tokens`, `layers` and `norm`."""
 
+    config: Any
     embed_tokens: Any
+    layers: Any
+    norm: Any
     entry_gates: nn.ModuleDict
-    stack_name: str
     listener: RouteListener | None = None
+
+    def take_layers(self, layer_class: type[Any], gates_class: type[TopKGates], moe_layers: Sequence[int]) -> None:
+        """Layers of `layer_class`, a `PreGatedLayer`, in place of upstream's, with gates in those of `moe_layers`, and
+        the entry gates, each behind a norm of its own."""
+        self.layers = nn.ModuleList(layer_class(self.config, number) for number in range(len(self.layers)))
+        for index, number in enumerate(moe_layers):
+            self.layers[number].take_gates(gates_class(self.config, STACK, index, len(moe_layers)))
+        entries = self.config.pregating.embedding_entries(STACK, len(moe_layers))
+        router = gates_class.router_class
+        self.entry_gates = nn.ModuleDict(
+            {str(block): TopKGate(router(self.config), copy.deepcopy(self.norm)) for block in entries}
+        )
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As upstream's, with routes of its own for each call."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        routes = Routes(self.stack_name, self.listener)
+        routes = Routes(STACK, self.listener)
         for block, gate in self.entry_gates.items():
             routes.commit(int(block), gate(inputs_embeds))
         outputs = super().forward(inputs_embeds=inputs_embeds, routes=routes, **kwargs)  # type: ignore[misc]
@@ -172,17 +199,16 @@ class PreGatedCausalLM(ServedModel):
     config: Any
 
     def stack_module(self, stack: str) -> Any:
-        assert stack == self.model.stack_name
+        assert stack == STACK
         return self.model
 
     def moe_blocks(self) -> Iterator[MoEBlock]:
         for number, layer in enumerate(self.model.layers):
-            if isinstance(layer, PreGatedLayer):
-                gates = layer.mlp.gate
-                yield MoEBlock(gates.stack, gates.index, number, module=layer.mlp, gates=gates, layer_module=layer)
+            if gates := layer.block_gates:
+                yield MoEBlock(STACK, gates.index, number, module=layer.mlp, gates=gates, layer_module=layer)
 
     def gates(self, stack: str | None = None) -> Iterator[Gate]:
-        assert stack in (None, self.model.stack_name)
+        assert stack in (None, STACK)
         for block in self.moe_blocks():
             yield from (gate for gate in (block.gates.router, block.gates.pre_gate) if gate is not None)
         yield from self.model.entry_gates.values()
@@ -244,3 +270,27 @@ class PreGatedCausalLM(ServedModel):
     @staticmethod
     def _by_block(logits: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
         return tuple(block.view(*shape[:-1], -1) for block in logits)
+
+
+class DecoderOnlyFamily(Family):
+    """What families of such models have in common: the names that upstream gives to their parts."""
+
+    stacks, objective = (STACK,), Causal(STACK)
+    input_tables = ("model.embed_tokens.weight",)
+    router: ClassVar[str] = "mlp.gate"
+    """Where the router is in a layer."""
+    norm: ClassVar[str] = "post_attention_layernorm"
+    """The norm before an MoE block."""
+
+    def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
+        within, entry = f"model.layers.{layer}", f"model.entry_gates.{block}"
+        own = f"{within}.{self.router}"
+        return GateNames(
+            own, f"{own}.pre_gate.router", f"{entry}.router", f"{within}.{self.norm}.weight", f"{entry}.norm.weight"
+        )
+
+    def gate_std(self, config: Any) -> float:
+        return config.initializer_range
+
+    def counts(self, config: Any) -> list[Count]:
+        return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.conversion.gate_fit import Tokens, fit_gate, refine, ridge_fit
+from pregate.conversion.calibrate.fit import Tokens, fit_gate, refine, ridge_fit
 
 D, E = 12, 5
 

@@ -1,8 +1,8 @@
 """Gates fitted so that a pre-gated model routes as its conventional source does, with nothing else trained.
 
-Knows in which order gates can be fitted: each on the states that the pre-gated model itself will hand it, towards what
-the source decides for the same tokens with the targets as input. How states are caught is `gate_states`'s, how one
-gate is fitted `gate_fit`'s, how the result is written `conversion`'s. Holds the whole model in memory, once.
+Each gate is fitted on the states that the pre-gated model itself will hand it, towards what the source decides for the
+same tokens with the targets as input. The steps: draw `examples`, catch the `states` that gates read, `fit` one gate
+after the other, give an `account`; `conversion.write` writes the result. Holds the whole model in memory, once.
 
 Letters: T tokens, D model width, E experts.
 """
@@ -10,20 +10,22 @@ Letters: T tokens, D model width, E experts.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pregate.config import CalibrationConfig, Init, Run, UsageError
-from pregate.conversion.gate_fit import GateFit, Tokens, fit_gate
-from pregate.conversion.gate_states import (
-    Agreement,
-    Batches,
+from pregate.config import Init, Run, UsageError
+from pregate.conversion.calibrate.account import Calibration, FittedGate
+from pregate.conversion.calibrate.examples import Batches
+from pregate.conversion.calibrate.fit import Tokens, fit_gate
+from pregate.conversion.calibrate.states import (
+    GateToFit,
     agreement_of,
-    gate_seats,
+    gates_to_fit,
     mean_agreement,
     router_logits,
     states_read,
@@ -38,58 +40,6 @@ from pregate.system.machine import pick_device
 from pregate.tasks.base import Task
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
-
-
-@dataclass(frozen=True)
-class FittedGate:
-    """One gate: where it decides, and its agreement on held-out tokens as a copy, after ridge, and refined."""
-
-    stack: str
-    block: int
-    fit: GateFit
-
-    def account(self) -> dict[str, Any]:
-        fit = self.fit
-        return {
-            "stack": self.stack,
-            "block": self.block,
-            "chosen": fit.chosen,
-            "agreement": {"copy": fit.copy, "ridge": fit.ridge, "refined": fit.refined},
-        }
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration did. `before` and `after`: agreement of the model with copied and with fitted gates, each on
-    its own states, over held-out tokens. `tokens`: stack -> how many were fitted on and held out."""
-
-    gates: tuple[FittedGate, ...]
-    before: Agreement
-    after: Agreement
-    tokens: dict[str, tuple[int, int]]
-    num_examples: int
-    seconds: float
-
-    def account(self, settings: CalibrationConfig, task: str) -> dict[str, Any]:
-        """For the manifest of the converted directory."""
-        return {
-            "task": task,
-            "settings": asdict(settings),
-            "num_examples": self.num_examples,
-            "num_tokens": {stack: {"fit": fit, "held_out": held} for stack, (fit, held) in self.tokens.items()},
-            "agreement": {"before": self.before, "after": self.after},
-            "gates": [gate.account() for gate in self.gates],
-            "seconds": round(self.seconds, 2),
-        }
-
-    def table(self) -> str:
-        """Agreement before and after, a line a stack."""
-        lines = [f"calibrated on {self.num_examples:,} examples in {self.seconds:.1f} s; routing agreement, held out:"]
-        for stack, before in self.before.items():
-            pairs = zip(before, self.after[stack], strict=True)
-            shown = "  ".join(f"{block}: {b:.1%} -> {a:.1%}" for block, (b, a) in enumerate(pairs))
-            lines.append(f"  {stack} block {shown}")
-        return "\n".join(lines)
 
 
 def calibrate(
@@ -143,50 +93,54 @@ def fit_gates(
     source: Any, config: Any, plan: TensorPlan, batches: Batches, steps: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the fitted gates, and all of a `Calibration` but what its caller knows."""
-    model = _twin(source, config, plan)
+    model = _copied(source, config, plan)
     wanted_fit, wanted_held = router_logits(source, batches.fit), router_logits(source, batches.held_out)
+    gates = gates_to_fit(model)
+    copies = [(gate, gate.weights()) for gate in gates]
     before = agreement_of(router_logits(model, batches.held_out), wanted_held)
     fitted: list[FittedGate] = []
-    originals = {seat: _weights(seat.gate) for seat in gate_seats(model)}
     family = family_of_model(model)
     for stack in family.stacks:
-        waiting = [seat for seat in originals if seat.stack == stack and not seat.exact]
-        while waiting:
-            settled = min(seat.block for seat in waiting)
-            wave = [seat for seat in waiting if seat.after <= settled]
-            waiting = [seat for seat in waiting if seat not in wave]
+        for wave in _waves([gate for gate in gates if gate.stack == stack and not gate.exact]):
             fit_states = states_read(model, stack, wave, batches.fit)
             held_states = states_read(model, stack, wave, batches.held_out)
-            for seat, fit_TD, held_TD in zip(wave, fit_states, held_states, strict=True):
-                fit = Tokens(fit_TD, wanted_fit[stack][seat.block])
-                held = Tokens(held_TD, wanted_held[stack][seat.block])
+            for gate, fit_TD, held_TD in zip(wave, fit_states, held_states, strict=True):
+                fit = Tokens(fit_TD, wanted_fit[stack][gate.block])
+                held = Tokens(held_TD, wanted_held[stack][gate.block])
                 with torch.enable_grad():
-                    result = fit_gate(*_weights(seat.gate), fit, held, steps)
-                _set_weights(seat.gate, (result.weight_ED, result.bias_E))
-                fitted.append(FittedGate(stack, seat.block, result))
+                    found = fit_gate(*gate.weights(), fit, held, steps)
+                gate.set_weights(found.weight_ED, found.bias_E)
+                fitted.append(FittedGate(stack, gate.block, found))
         for batch in (*batches.fit, *batches.held_out):
             batch.settled |= family.objective.settled(model, stack, batch.inputs)
     after = agreement_of(router_logits(model, batches.held_out), wanted_held)
     if mean_agreement(after) < mean_agreement(before):
         # each gate is no worse than a copy on the states that it met; this holds for the model as a whole
-        for seat, weights in originals.items():
-            _set_weights(seat.gate, weights)
+        for gate, weights in copies:
+            gate.set_weights(*weights)
         after = before
         fitted = [replace(gate, fit=replace(gate.fit, chosen="copy")) for gate in fitted]
-    fitted_gates = {
-        id(parameter) for seat in originals if not seat.exact for parameter in seat.gate.linear.parameters()
-    }
-    tensors = {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if id(parameter) in fitted_gates
-    }
     fitted.sort(key=lambda gate: (family.stacks.index(gate.stack), gate.block))
     tokens = {stack: batches.num_tokens(stack) for stack in family.stacks}
-    return tensors, {"gates": tuple(fitted), "before": before, "after": after, "tokens": tokens}
+    found = {"gates": tuple(fitted), "before": before, "after": after, "tokens": tokens}
+    return _tensors_of(model, [gate for gate in gates if not gate.exact]), found
 
 
-def _twin(source: Any, config: Any, plan: TensorPlan) -> Any:
+def _waves(waiting: list[GateToFit]) -> Iterator[list[GateToFit]]:
+    """Gates of one stack that can be fitted together, because the blocks before what they read are settled."""
+    while waiting:
+        settled = min(gate.block for gate in waiting)
+        yield [gate for gate in waiting if gate.after <= settled]
+        waiting = [gate for gate in waiting if gate.after > settled]
+
+
+def _tensors_of(model: Any, gates: list[GateToFit]) -> dict[str, Tensor]:
+    """The weights and biases of `gates` by their names in `model`."""
+    wanted = {id(parameter) for gate in gates for parameter in gate.gate.linear.parameters()}
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if id(tensor) in wanted}
+
+
+def _copied(source: Any, config: Any, plan: TensorPlan) -> Any:
     """The pre-gated model with copied gates. It shares all weights of `source` but those of the gates."""
     with torch.device("meta"):
         model = family_named(config.model_type).model_class(config)
@@ -200,14 +154,3 @@ def _twin(source: Any, config: Any, plan: TensorPlan) -> Any:
     model.load_state_dict(state, assign=True)
     compute_buffers(model, source.device)
     return model.eval()
-
-
-def _weights(gate: Any) -> tuple[Tensor, Tensor | None]:
-    bias_E = getattr(gate.linear, "bias", None)
-    return gate.linear.weight.detach().clone(), None if bias_E is None else bias_E.detach().clone()
-
-
-def _set_weights(gate: Any, weights: tuple[Tensor, Tensor | None]) -> None:
-    gate.linear.weight.copy_(weights[0])
-    if weights[1] is not None:
-        gate.linear.bias.copy_(weights[1])

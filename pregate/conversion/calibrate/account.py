@@ -1,0 +1,64 @@
+"""What a calibration did, for the manifest of a converted directory and for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pregate.config import CalibrationConfig
+from pregate.conversion.calibrate.fit import GateFit
+from pregate.conversion.calibrate.states import (
+    Agreement,
+)
+
+
+@dataclass(frozen=True)
+class FittedGate:
+    """One gate: where it decides, and its agreement on held-out tokens as a copy, after ridge, and refined."""
+
+    stack: str
+    block: int
+    fit: GateFit
+
+    def account(self) -> dict[str, Any]:
+        fit = self.fit
+        return {
+            "stack": self.stack,
+            "block": self.block,
+            "chosen": fit.chosen,
+            "agreement": {"copy": fit.copy, "ridge": fit.ridge, "refined": fit.refined},
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did. `before` and `after`: agreement of the model with copied and with fitted gates, each on
+    its own states, over held-out tokens. `tokens`: stack -> how many were fitted on and held out."""
+
+    gates: tuple[FittedGate, ...]
+    before: Agreement
+    after: Agreement
+    tokens: dict[str, tuple[int, int]]
+    num_examples: int
+    seconds: float
+
+    def account(self, settings: CalibrationConfig, task: str) -> dict[str, Any]:
+        """For the manifest of the converted directory."""
+        return {
+            "task": task,
+            "settings": asdict(settings),
+            "num_examples": self.num_examples,
+            "num_tokens": {stack: {"fit": fit, "held_out": held} for stack, (fit, held) in self.tokens.items()},
+            "agreement": {"before": self.before, "after": self.after},
+            "gates": [gate.account() for gate in self.gates],
+            "seconds": round(self.seconds, 2),
+        }
+
+    def table(self) -> str:
+        """Agreement before and after, a line a stack."""
+        lines = [f"calibrated on {self.num_examples:,} examples in {self.seconds:.1f} s; routing agreement, held out:"]
+        for stack, before in self.before.items():
+            pairs = zip(before, self.after[stack], strict=True)
+            shown = "  ".join(f"{block}: {b:.1%} -> {a:.1%}" for block, (b, a) in enumerate(pairs))
+            lines.append(f"  {stack} block {shown}")
+        return "\n".join(lines)

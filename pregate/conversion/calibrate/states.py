@@ -1,0 +1,126 @@
+"""What the gates of a model read and decide for the tokens of given batches.
+
+Knows forward passes and which gates wait for which; knows nothing about how a gate is fitted.
+
+Letters: B batch, T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pregate.conversion.calibrate.examples import Batch
+from pregate.models.family import family_of_model
+from pregate.models.pregated import Gate
+
+Agreement = dict[str, list[float]]
+"""stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""
+
+
+@dataclass(frozen=True)
+class GateToFit:
+    """A gate of the pre-gated model that may decide otherwise than the source does.
+
+    block: the one that it decides for. reads: the module whose input it reads. after: how many blocks of the stack must
+    be settled before that input is. exact: a copy reads, and decides, what it did in the source.
+    """
+
+    stack: str
+    block: int
+    after: int
+    exact: bool
+    gate: Gate = field(repr=False)
+    reads: nn.Module = field(repr=False)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of the weight (E, D) and the bias (E)."""
+        bias_E = getattr(self.gate.linear, "bias", None)
+        return self.gate.linear.weight.detach().clone(), None if bias_E is None else bias_E.detach().clone()
+
+    def set_weights(self, weight_ED: Tensor, bias_E: Tensor | None) -> None:
+        self.gate.linear.weight.copy_(weight_ED)
+        if bias_E is not None:
+            self.gate.linear.bias.copy_(bias_E)
+
+
+def gates_to_fit(model: Any) -> list[GateToFit]:
+    """The gates that decide in another place than in the source or, as entry gates, possibly on other states."""
+    gating, found = model.config.pregating, []
+    undisturbed = True
+    for stack in family_of_model(model).stacks:
+        if not gating.lookahead_of(stack):
+            continue
+        for number, gate in model.stack_module(stack).entry_gates.items():
+            found.append(GateToFit(stack, int(number), 0, False, gate, gate))
+        for gates in (block.gates for block in model.moe_blocks() if block.stack == stack):
+            if gates.router is not None:
+                found.append(GateToFit(stack, gates.index, gates.index, undisturbed, gates.router, gates))
+            if gates.pre_gate is not None:
+                found.append(GateToFit(stack, gates.target, gates.index, False, gates.pre_gate, gates))
+        undisturbed = False  # what later stacks read is no longer what it was in the source
+    return found
+
+
+def router_logits(model: Any, batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
+    """stack -> the logits_TE of each MoE block for all counted tokens."""
+    found: dict[str, list[list[Tensor]]] = {}
+    for batch in batches:
+        output = model(**batch.inputs, output_router_logits=True, use_cache=False)
+        for stack, blocks in family_of_model(model).objective.router_logits(output).items():
+            rows = found.setdefault(stack, [[] for _ in blocks])
+            for row, logits_BTE in zip(rows, blocks, strict=True):
+                row.append(logits_BTE[batch.counted[stack]].float())
+    return {stack: [torch.cat(row) for row in rows] for stack, rows in found.items()}
+
+
+class _EnoughError(Exception):
+    """Raised within a forward pass when all states that were asked for have been seen."""
+
+
+def states_read(model: Any, stack: str, wave: Sequence[GateToFit], batches: Sequence[Batch]) -> list[Tensor]:
+    """The states_TD that each gate of `wave` reads in `model`, of all counted tokens. Runs no deeper than needed."""
+    caught: list[list[Tensor]] = [[] for _ in wave]
+    objective = family_of_model(model).objective
+    mask_BT = torch.empty(0)
+    left = 0
+
+    def catcher(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def catch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            states = module.read(arguments[0]) if isinstance(module, Gate) else arguments[0]
+            rows.append(states.flatten(0, -2)[mask_BT.flatten()].float())
+            left -= 1
+            if not left:
+                raise _EnoughError
+
+        return catch
+
+    handles = [gate.reads.register_forward_pre_hook(catcher(rows)) for gate, rows in zip(wave, caught, strict=True)]
+    try:
+        for batch in batches:
+            mask_BT, left = batch.counted[stack], len(wave)
+            try:
+                objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
+            except _EnoughError:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(rows) for rows in caught]
+
+
+def agreement_of(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> Agreement:
+    return {
+        stack: [a.argmax(-1).eq(b.argmax(-1)).double().mean().item() for a, b in zip(blocks, other[stack], strict=True)]
+        for stack, blocks in one.items()
+    }
+
+
+def mean_agreement(agreement: Agreement) -> float:
+    values = [value for blocks in agreement.values() for value in blocks]
+    return sum(values) / len(values)

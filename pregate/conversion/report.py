@@ -1,0 +1,52 @@
+"""What a conversion did, and how the command line says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pregate.config import Init
+from pregate.conversion.plan import GateMove
+from pregate.models.pregating import PreGating
+from pregate.system.sizes import human_bytes
+
+STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did. `dropped` are source tensors that repeat another or that the architecture never reads."""
+
+    output: Path
+    gating: PreGating
+    num_blocks: dict[str, int]
+    moves: tuple[GateMove, ...]
+    dropped: tuple[str, ...]
+    shards: tuple[str, ...]
+    source_bytes: int
+    output_bytes: int
+    has_tokenizer: bool
+    seconds: float
+
+    def told(self, source: str) -> str:
+        """What moved, sizes, time, where, and the next command; one line each."""
+        gating = self.gating
+        lines = [f"{source} -> {self.output}"]
+        for stack, blocks in self.num_blocks.items():
+            ahead = gating.lookahead_of(stack)
+            moved = sum(move.stack == stack and not move.copied for move in self.moves)
+            entries = "read the input embeddings" if gating.entry == "embedding" else "stay where they are"
+            what = (
+                f"{moved} gates moved {ahead} ahead, {ahead} entry gates {entries}" if ahead else "gates stay in place"
+            )
+            lines.append(f"  {stack}: {blocks} MoE blocks, {what}")
+        if gating.lookahead:
+            lines.append("  moved gates start " + STARTS[Init(gating.init)])
+        lines.append(
+            f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
+            f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"
+        )
+        if not self.has_tokenizer:
+            lines.append("  no tokenizer in the source: add model.tokenizer=DIRECTORY_OR_HUB_ID to include one")
+        lines.append(f"next: python -m pregate.eval checkpoint={self.output} reference={source}")
+        return "\n".join(lines)

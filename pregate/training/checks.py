@@ -1,0 +1,110 @@
+"""What is refused before any work: a model, a teacher or a precision that cannot become what was asked for.
+
+Knows configs and headers of checkpoints; reads no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pregate.config import Run, TaskKind, UsageError
+from pregate.conversion.target import target_of
+from pregate.engine.opening import serving_dtype
+from pregate.models.checkpoint import read_config
+from pregate.models.family import config_of, experts_of, family_named, family_of
+from pregate.models.loading import open_model
+from pregate.models.pregating import PreGating, settings_chosen
+from pregate.system.launch import check_mixed_precision
+from pregate.system.processes import join
+from pregate.training.distill import check_teacher
+from pregate.training.optim import autocast_dtype
+
+VOCABULARY_MULTIPLE = 64
+
+
+def check_precision(run: Run) -> None:
+    """Refuse a mixed precision that a launcher was asked for and training does not use. Raises `UsageError`."""
+    device = join().device
+    assert device is not None
+    for train in (run.train, run.source_train):
+        if train is not None:
+            check_mixed_precision("no" if autocast_dtype(train.precision, device) is None else "bf16")
+
+
+def check_model(run: Run) -> None:
+    """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
+    pre_trains = run.task.kind is TaskKind.denoising
+    if pre_trains and run.then_eval:
+        raise UsageError(f"Task {run.task.name!r} pre-trains and has no answers to evaluate: set then_eval=false.")
+    if run.model.source is None:
+        if not run.model.geometry or (run.source_train is None and not pre_trains):
+            raise UsageError(
+                f"model {run.model.name!r} names no source: set model.source=DIR_OR_ID, or choose an experiment that "
+                "trains its own."
+            )
+        geometry_config(run, PreGating.of_config(run.pregate), vocab_size=128)
+        return
+    source = open_model(run.model.source, run.model.revision)
+    config = config_of(source.config)
+    if family_of(source.config).is_pregated(source.config):
+        config.pregating.refuse_other(
+            PreGating.of_config(run.pregate),
+            settings_chosen(run) | {"lookahead"},
+            run.model.source,
+            "set pregate.{name}={has}, or start from the conventional source",
+        )
+    elif run.pregate.lookahead:
+        target_of(run.model.source, source.config, run.pregate)
+    if config.pad_token_id is None:
+        raise UsageError(
+            f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
+            "tokenizer pads with."
+        )
+
+
+def check_teachers(run: Run, tokenizer: Any) -> None:
+    """Refuse, before any work, a teacher that cannot teach the model of this run. Raises `UsageError`."""
+    for train in (run.train, run.source_train):
+        if train is not None and train.teacher is not None:
+            if run.model.source is None:
+                student = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+            else:
+                student = config_of(read_config(run.model.source, run.model.revision))
+            check_teacher(train.teacher, student)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The number of embeddings of a model trained from scratch."""
+    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
+    """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
+    family = family_named(run.model.family)
+    settings = family.from_scratch(run.model.geometry, vocab_size)
+    try:
+        # alone first, so that the message names the one of the two that is wrong
+        plain = family.config_class(**settings)
+        return family.config_class(**settings, pregate=gating.within(family.num_blocks(plain)).to_dict())
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
+
+
+def trained_config(run: Run) -> tuple[Any, torch.dtype]:
+    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
+    `UsageError` for a source that cannot be read."""
+    source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
+    if source is None:
+        return geometry_config(run, gating, vocab_size=128), torch.float32
+    opened = open_model(source, revision)
+    config, family = config_of(opened.config), family_of(opened.config)
+    if not family.is_pregated(opened.config) and gating.lookahead:
+        config = family.config(family.pregated_json(opened.config, gating))
+    if run.train.steps:
+        return config, torch.float32  # in which weights are trained and saved
+    return config, serving_dtype(config, opened, experts_of(config).as_found_in(opened.tensors))

@@ -1,0 +1,79 @@
+"""Model directories that appear whole or not at all, also where the power fails.
+
+Knows files and how a directory takes the place of another; knows nothing about the state of a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pregate.config import UsageError
+from pregate.system.console import silent_bars
+from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
+
+
+@contextmanager
+def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Give an empty directory to fill; on success it takes the place of `directory`, on failure nothing changes.
+
+    The old directory stays until the new one is on the disk, and becomes `previous` if that is given. A process killed
+    between the two renames leaves the old one beside, where `recover` or `settle` finds it. Raises `UsageError` if the
+    disk takes no more.
+    """
+    fresh, old = _beside(directory, "new"), previous or _beside(directory, "old")
+    recover(directory)
+    try:
+        make_directory(directory.parent)
+        fresh.mkdir()
+        yield fresh
+        flush_tree(fresh)
+    except BaseException as error:
+        remove(fresh)
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise UsageError(
+            f"{directory} cannot be written ({reason}), and what lay there is kept: make room or mend the disk, and "
+            "go on with the same command and resume=true."
+        ) from error
+    if directory.exists():
+        remove(old)
+        directory.rename(old)
+    fresh.rename(directory)
+    flush_file(directory.parent)
+    if previous is None:
+        remove(old)
+
+
+def recover(directory: Path) -> None:
+    """Undo a replacement of `directory` that was killed half-way."""
+    remove(_beside(directory, "new"))
+    previous = _beside(directory, "old")
+    if previous.exists():
+        if directory.exists():
+            remove(previous)
+        else:
+            previous.rename(directory)
+            flush_file(directory.parent)
+
+
+def _beside(directory: Path, what: str) -> Path:
+    return directory.with_name(f".{directory.name}.{what}")
+
+
+def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
+    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
+    with replaced(directory) as fresh:
+        write_model(fresh, model, tokenizer, carry)
+
+
+def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
+    with silent_bars():
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for path in carry:
+        shutil.copy2(path, directory / path.name)

@@ -1,0 +1,59 @@
+"""Whether the disk has room for what a run writes, before it writes.
+
+Knows sizes and free bytes; a damaged state and the one before the newest may give way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pregate.config import UsageError
+from pregate.system.console import say
+from pregate.system.durable import free_bytes, num_bytes, remove
+from pregate.system.sizes import human_bytes
+from pregate.training.checkpoint import DAMAGED, PREVIOUS
+from pregate.training.optim import optimizer_bytes
+from pregate.training.run_dir import CHECKPOINT, LAST
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The size of the weights of `model` in a file, tied ones once."""
+    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+
+
+def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saves: int) -> None:
+    """Refuse, before its first step, a run that will save `saves` times more and finds no room for that.
+
+    It needs room for a checkpoint and two states, as the newest stays while another is written. Raises `UsageError`.
+    """
+    weights, last = model_bytes(model), out_dir / LAST
+    state = weights + optimizer_bytes(optimizer)
+    held = sum(num_bytes(out_dir / name) for name in (LAST, PREVIOUS, DAMAGED, CHECKPOINT))
+    needed = weights + state * (2 if saves > 1 or last.exists() else 1) - held
+    free = free_bytes(out_dir)
+    if saves > 0 and needed > free:
+        raise UsageError(
+            f"Training writes {human_bytes(needed)} to {out_dir} (states of {human_bytes(state)} to resume from and a "
+            f"checkpoint of {human_bytes(weights)}), which has {human_bytes(free)} free: make room, or choose a "
+            "run_dir=DIR on another disk."
+        )
+
+
+def make_room(directory: Path, needed: int) -> None:
+    """Let a damaged state and the one before that in `directory` go if the disk has no room for `needed` bytes.
+
+    Raises `UsageError` if there is too little even so.
+    """
+    for spare in (directory.with_name(DAMAGED), directory.with_name(PREVIOUS)):
+        if free_bytes(directory) < needed and directory.exists() and spare.exists():
+            say(f"the disk is nearly full: {spare} is removed to make room, {directory} stays.")
+            remove(spare)
+    free = free_bytes(directory)
+    if free < needed:
+        raise UsageError(
+            f"Saving to {directory.parent} needs {human_bytes(needed)} and {human_bytes(free)} are free: make room, "
+            "and go on from the last saved state with the same command and resume=true."
+        )
