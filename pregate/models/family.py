@@ -181,6 +181,10 @@ class Family(ABC):
     model_class: ClassVar[Any]
     step: ClassVar[str | None] = None
     """The static decoding step among `pregate.engine.device.steps`; None where the family has none."""
+    depth_settings: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
+    """The settings of a config that count layers."""
+    experts_setting: ClassVar[str] = "num_experts"
+    """The one that counts the experts of a block."""
     gate_parts: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """The tensors of a gate, all of which move with it; a model may have fewer."""
     input_tables: ClassVar[tuple[str, ...]]
@@ -266,6 +270,12 @@ class Family(ABC):
     def counts(self, config: Any) -> list[Count]:
         """Numbers that are compared before names are: one number says more than a thousand missing tensors."""
         return []
+
+    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
+        """A `config.json` like `config`, with the share `depth` of its layers and `num_experts` experts in a block. It
+        describes a model whose layers can be timed where the whole model is too large."""
+        depths = {key: max(1, round(depth * config[key])) for key in self.depth_settings if config.get(key)}
+        return {**config, self.experts_setting: num_experts, **depths}
 
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """The standard deviation of a random tensor that keeps activations near unit variance; None for ones."""

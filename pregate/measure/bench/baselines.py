@@ -10,7 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import OffloadedWeightsLoader, offload_weight, save_offload_index
 from torch import Tensor
 
 from pregate.engine.storage.memory import aligned_bytes
@@ -72,8 +76,6 @@ def _matrix_of(experts: dict[tuple[str, int], Any], key: ExpertKey, name: str) -
 
 def cpu_offloaded(model: BenchModel, device: torch.device) -> Any:
     """The model in host memory, its weights copied to `device` layer by layer by Accelerate's `cpu_offload`."""
-    from accelerate import cpu_offload
-
     whole = resident_model(model, torch.device("cpu"))
     weights = {name: tensor.detach() for name, tensor in whole.state_dict().items()}
     offloaded = cpu_offload(whole, execution_device=device, state_dict=weights)
@@ -82,17 +84,12 @@ def cpu_offloaded(model: BenchModel, device: torch.device) -> Any:
 
 def disk_offloaded(model: BenchModel, folder: Path, device: torch.device) -> Any:
     """The model with its weights in `folder` (see `write_offload_folder`), read by Accelerate's `disk_offload`."""
-    from accelerate import disk_offload
-    from accelerate.utils import OffloadedWeightsLoader
-
     offloaded = disk_offload(_empty_model(model), folder, execution_device=device)
     return _with_gates(offloaded, OffloadedWeightsLoader(save_folder=folder), device)
 
 
 def write_offload_folder(model: BenchModel, folder: Path) -> None:
     """Write the weights as `disk_offload` wants them, one tensor in memory at a time, and have them on the disk."""
-    from accelerate.utils import offload_weight, save_offload_index
-
     folder.mkdir(parents=True, exist_ok=True)
     empty = _empty_model(model)
     index: dict[str, Any] = {}
@@ -113,8 +110,6 @@ def write_offload_folder(model: BenchModel, folder: Path) -> None:
 def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
     """Keep the gates, a thousandth of the model, on `device`: Accelerate fetches a module's weights when its forward
     runs, and a gate's are used without it."""
-    from accelerate.hooks import remove_hook_from_module
-
     for prefix, gate in offloaded.named_modules():
         if isinstance(gate, Gate):
             remove_hook_from_module(gate, recurse=True)
@@ -127,8 +122,6 @@ def free_bytes(device: torch.device) -> int:
     """Memory that `device` has left: the GPU's, or the machine's within the limit of its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
     free = int(psutil.virtual_memory().available)
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

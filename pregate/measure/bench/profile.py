@@ -6,7 +6,6 @@ times of a whole step are put together from those. Knows engines and stores; kno
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
 import time
@@ -41,28 +40,25 @@ TURNS = 2
 """Times that computing and moving are compared with and without each other."""
 ENOUGH_SECONDS = 5
 """After so long, as on a machine that is busy with other things, no further turn begins."""
-DEPTH = re.compile(r"num_(\w+_)?layers")
-"""Keys of a `config.json` that count layers."""
 
 
 def few_experts(model: BenchModel) -> BenchModel:
     """A random-weight model of the same geometry with few experts in each block."""
-    return _smaller(model, {})
+    return _smaller(model, 1.0)
 
 
 def shallow(model: BenchModel) -> BenchModel:
     """`few_experts` with few layers: as many as hold `FEW_BLOCKS` MoE blocks, or more for a longer lookahead."""
     num_blocks = max(len(layers) for layers in model.family.layers.values())
-    share = max(FEW_BLOCKS, model.gating.lookahead + 1) / num_blocks
-    depths = {key: depth for key, depth in model.source.config.items() if DEPTH.fullmatch(key) and depth}
-    return _smaller(model, {key: round(share * depth) for key, depth in depths.items()} if share < 1 else {})
+    return _smaller(model, min(1.0, max(FEW_BLOCKS, model.gating.lookahead + 1) / num_blocks))
 
 
-def _smaller(model: BenchModel, depths: dict[str, int]) -> BenchModel:
+def _smaller(model: BenchModel, depth: float) -> BenchModel:
     # the time of a step does not depend on how many experts a block could choose from
     num_experts = min(max(FEW_EXPERTS, model.family.top_k), model.family.num_experts)
-    geometry = {**model.source.config, "num_experts": num_experts, **depths}
-    source = synthetic_checkpoint(family_of(geometry), geometry, model.gating, model.dtype)
+    family = family_of(model.source.config)
+    geometry = family.smaller(model.source.config, depth, num_experts)
+    source = synthetic_checkpoint(family, geometry, model.gating, model.dtype)
     return bench_model(model.name, None, source)
 
 

@@ -37,6 +37,10 @@ class SwitchFamily(Family):
     config_class = PreGatedSwitchTransformersConfig
     model_class = PreGatedSwitchTransformersForConditionalGeneration
     step = "t5"
+    depth_settings = (
+        *("num_layers", "num_decoder_layers"),
+        *("num_sparse_encoder_layers", "num_sparse_decoder_layers"),
+    )
     input_tables = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     prefixes = ("model.", "switch_transformers.")
     # written by early T5-style exporters; the architecture has no such parameter and never reads it
