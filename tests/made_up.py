@@ -19,9 +19,9 @@ from transformers.utils.output_capturing import OutputRecorder
 from pregate import register_family
 from pregate.models import decoder_only
 from pregate.models.decoder_only import STACK
-from pregate.models.experts import Factor, project
+from pregate.models.expert_math import Factor, project
 from pregate.models.family import ExpertSpec, TensorSlice
-from pregate.models.pregated import PreGatedConfig
+from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
 
 

@@ -1,8 +1,8 @@
 """Re-attaching gates: a conventional checkpoint in, a pre-gated one out, without training and shard by shard.
 
 Knows how a converted directory is written, whole or not at all, and what it says about its origin. `plan` decides which
-tensor goes where, `target` what the model becomes. Every tensor that is not a moved gate keeps its name and its bits.
-Knows nothing about tasks, training or engines.
+tensor goes where, `pregated_config` what the model becomes, `gate_starts` what moved gates hold. Every other tensor
+keeps its name and its bits. Knows nothing about tasks, training or engines.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -29,11 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pregate import __version__
-from pregate.config import Init, PreGateConfig, Run, UsageError
-from pregate.conversion.plan import TensorPlan, plan_shards, plan_tensors
+from pregate.config import PreGateConfig, Run, UsageError
+from pregate.conversion.gate_starts import GateFitter, GateStart, gate_starts
+from pregate.conversion.plan import plan_shards, plan_tensors
+from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
-from pregate.conversion.target import Target, target_of
-from pregate.engine.storage.pack import refuse_output
+from pregate.conversion.space import refuse_full_disk, refuse_occupied
 from pregate.models.checkpoint import (
     CONFIG,
     TOKENIZER_FILES,
@@ -42,29 +40,13 @@ from pregate.models.checkpoint import (
     side_files,
 )
 from pregate.models.loading import open_model
-from pregate.system.durable import clear_abandoned, free_bytes, partial_beside, put
-from pregate.system.sizes import human_bytes
+from pregate.system.durable import partial_beside, put
 
 MANIFEST = "pregate_manifest.json"
 MAX_SHARD_BYTES = 10**9
 """Default size of an output shard; the pages of one shard are what a conversion holds in memory."""
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
 """Settings of a config that opening a checkpoint completes."""
-
-
-@dataclass(frozen=True)
-class FittedGates:
-    """Gates found otherwise than by copying: output tensors by name, and the account of it for the manifest."""
-
-    tensors: dict[str, Tensor]
-    account: dict[str, Any]
-
-
-GateFitter = Callable[[TensorPlan, Any], FittedGates]
-"""Given where tensors move and the config of the pre-gated model; called once nothing else can be refused."""
-
-GateStart = Callable[[Tensor], Tensor]
-"""Given the stored tensor of a gate, what the tensor of the gate ahead starts as, in the same shape and dtype."""
 
 
 def convert(
@@ -91,7 +73,7 @@ def convert(
     """
     began = time.perf_counter()
     output = Path(output).expanduser()
-    _refuse_occupied(output)
+    refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
     plan = plan_tensors(checkpoint, target.config)
@@ -99,8 +81,8 @@ def convert(
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
-    _refuse_full_disk(output, output_bytes)
-    starts, account = _gate_starts(plan, target, seed, fit)
+    refuse_full_disk(output, output_bytes)
+    starts, account = gate_starts(plan, target, seed, fit)
     with _appearing(output) as unfinished, _progress(source_bytes + output_bytes) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
         for file, names in shards.items():
@@ -140,24 +122,6 @@ def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = No
     )
 
 
-def _refuse_occupied(output: Path) -> None:
-    refuse_output("output", output)
-    clear_abandoned(output)
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"{output} exists already: name a new output directory, or remove it first.")
-
-
-def _refuse_full_disk(output: Path, needed: int) -> None:
-    free = free_bytes(output.parent)
-    if needed > free:
-        raise UsageError(
-            f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "
-            "make room, or choose another disk."
-        )
-
-
 def _side_files(source: str, revision: str | None, tokenizer: str | None) -> list[Path]:
     """The files to copy unchanged: generation config and tokenizer, the latter from `tokenizer` if that is given."""
     own = side_files(source, revision)
@@ -167,41 +131,6 @@ def _side_files(source: str, revision: str | None, tokenizer: str | None) -> lis
     if not chosen:
         raise UsageError(f"{tokenizer} holds no tokenizer: give a directory or hub id with tokenizer.json in it.")
     return [file for file in own if file.name not in TOKENIZER_FILES] + chosen
-
-
-def _gate_starts(
-    plan: TensorPlan, target: Target, seed: int, fit: GateFitter | None
-) -> tuple[dict[str, GateStart], dict[str, Any]]:
-    """How each output tensor of a gate starts that is no copy, and what the manifest says of it."""
-    init = Init(target.config.pregating.init)
-    if init is Init.random:
-        std = target.family.gate_std(target.config)
-        moved = {name: origin for move in plan.moves for name, origin in move.renamed.items()}
-        return {name: partial(_drawn, name=origin, std=std, seed=seed) for name, origin in moved.items()}, {}
-    if init is not Init.calibrated or not target.config.pregating.lookahead:
-        return {}, {}
-    if fit is None:
-        raise UsageError(
-            "Gates are calibrated on examples of a task: run python -m pregate.convert pregate.init=calibrated "
-            "task=NAME, or call pregate.conversion.calibrate.flow.calibrate."
-        )
-    fitted = fit(plan, target.config)
-    starts = {name: partial(_as_stored, found) for name, found in fitted.tensors.items()}
-    return starts, {"calibration": fitted.account}
-
-
-def _drawn(like: Tensor, name: str, std: float, seed: int) -> Tensor:
-    """A random gate of the shape and dtype of `like`. Depends on `seed` and `name` alone, not on the order of calls."""
-    if like.ndim < 2:  # a bias of any kind
-        return torch.zeros_like(like)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
-
-
-def _as_stored(found: Tensor, like: Tensor) -> Tensor:
-    assert found.shape == like.shape, (found.shape, like.shape)
-    return found.detach().to("cpu", like.dtype).clone()
 
 
 @contextmanager

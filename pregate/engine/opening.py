@@ -21,7 +21,7 @@ from pregate.engine.storage.store import DiskStore, DramStore, Store
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
-from pregate.models.pregated import compute_buffers, without_experts
+from pregate.models.pregated_models import compute_buffers, without_experts
 from pregate.system.console import first_of
 from pregate.system.machine import compute_device
 

@@ -13,7 +13,7 @@ import numpy as np
 from pregate.config import UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.logits import watched
+from pregate.measure.equality import watched
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator

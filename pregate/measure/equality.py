@@ -1,47 +1,74 @@
-"""Whether measured rows gave the whole model's tokens and logits: as a cell, and as a sentence.
+"""Whether what is served has finite logits, and the resident model's: equal tokens alone tell neither.
 
-Knows rows of `bench.jsonl` and records of `eval.json` as plain dicts. Compares nothing itself.
+Tokens stay equal for a while with wrong experts, and a NaN is chosen as a token like any number. So the tokens that
+were generated are given as input, and the logits for them compared. Knows logits and engines; knows nothing about rows
+or reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from pregate.measure.tables import Row
+import torch
+from torch import Tensor
 
-EQUAL = "yes"
+from pregate.config import Policy
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.engine import OffloadEngine
+from pregate.models.finite import finite_logits
 
-
-def equality(row: Row) -> str | None:
-    """`yes`, or in bold what differs; None where nothing was compared."""
-    if row.get("logits_finite") is False:
-        return "**NaN**"
-    same, until = row.get("tokens_equal_resident"), row.get("tokens_equal_until")
-    if same is None:
-        return None
-    if same:
-        return "**logits NO**" if row.get("logits_equal_resident") is False else EQUAL
-    return "**NO**" if until is None else f"**NO**, first {until:,}"
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Norm of the difference as a share of the norm. Sums in another order, in bfloat16 with a token or two that a near tie
+sends to another expert, stay below a fourth of it; an expert with another one's weights does not."""
 
 
-def equality_statement(rows: Sequence[Row], noun: str = "rows") -> str:
-    """Whether all rows decoded the whole model's tokens with its logits, as a sentence, in bold if not; empty if
-    nothing was compared."""
-    broken = [row for row in rows if row.get("logits_finite") is False]
-    if broken:
-        return f"**Logits are NaN or infinite in {len(broken)} of {len(rows)} {noun}: {_policies(broken)}.**"
-    found = []
-    for what in ("Tokens", "Logits"):
-        key = f"{what.lower()}_equal_resident"
-        compared = [row for row in rows if row.get(key) is not None]
-        if wrong := [row for row in compared if not row[key]]:
-            where = f"{len(wrong)} of {len(compared)} {noun}: {_policies(wrong)}"
-            found.append(f"**{what} differ from the whole model's in {where}.**")
-    if found:
-        return " ".join(found)
-    compared = sum(row.get("tokens_equal_resident") is not None for row in rows)
-    return f"Tokens equal the whole model's in {compared} of {compared} {noun} compared." if compared else ""
+def tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """Of a model that computes in `dtypes`: that of the coarsest."""
+    return max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
-def _policies(rows: Sequence[Row]) -> str:
-    return ", ".join(str(row.get("policy")) for row in rows)
+def logit_difference(logits: Tensor, source: Tensor | None) -> dict[str, float]:
+    """Largest absolute difference, and the norm of the difference as a share of the norm of `source`. Empty where there
+    is no number to give: without a source, and where something is not finite."""
+    if source is None:
+        return {}
+    difference = logits.float() - source.float()
+    largest = float(difference.abs().max())
+    share = float(difference.norm()) / max(float(source.float().norm()), torch.finfo(torch.float32).tiny)
+    finite = abs(largest) < float("inf") and share < float("inf")
+    return {"logits_max_abs_diff": largest, "logits_rel_diff": share} if finite else {}
+
+
+def compare_logits(
+    logits: Sequence[Tensor], expected: Sequence[Tensor] | None, most: float | None = None
+) -> dict[str, Any]:
+    """`logits_finite`; against what the resident model gave for the same tokens also `logits_max_diff`, the largest
+    absolute difference, and, if `most` is given (see `TOLERANCE`), `logits_equal_resident`."""
+    found: dict[str, Any] = {"logits_finite": all(bool(one.isfinite().all()) for one in logits)}
+    if expected is None:
+        return found
+    mine, theirs = (torch.cat([one.flatten().float() for one in side]) for side in (logits, expected))
+    differs = logit_difference(mine, theirs)
+    if differs:
+        found["logits_max_diff"] = differs["logits_max_abs_diff"]
+    if most is not None:
+        found["logits_equal_resident"] = bool(differs) and differs["logits_rel_diff"] <= most
+    return found
+
+
+@contextmanager
+def watched(engine: OffloadEngine | DeviceEngine) -> Iterator[Callable[[], list[int]]]:
+    """A function that says which rows of the last requests had logits that were not finite."""
+    if isinstance(engine, DeviceEngine):
+        yield engine.rows_not_finite
+        return
+    with finite_logits(engine.model) as found:
+        yield found.rows_not_finite
+
+
+def check_moved(policy: Policy | str, bytes_moved: float) -> None:
+    """Raises `RuntimeError` where experts should have moved and none has: then equal tokens tell nothing."""
+    if policy != Policy.gpu_only and not bytes_moved:
+        raise RuntimeError(f"No expert has moved with policy {policy}: this is a fault of the engine.")

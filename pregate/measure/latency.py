@@ -17,7 +17,7 @@ from torch import Tensor
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span
-from pregate.measure.logits import check_moved, compare_logits, tolerance
+from pregate.measure.equality import check_moved, compare_logits, tolerance
 from pregate.measure.servers import Inputs, engine_server, forced_logits
 from pregate.measure.timing import medians
 from pregate.system.memory import PeakMemory

@@ -17,7 +17,7 @@ from torch import Tensor
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.device_steps import stepped_logits, time_steps
-from pregate.measure.logits import check_moved
+from pregate.measure.equality import check_moved
 from pregate.measure.timing import Timed, TokenClock, time_request
 from pregate.models.finite import finite_logits
 

@@ -24,9 +24,10 @@ from transformers.utils.generic import can_return_tuple
 from pregate.models.family import Count, Family, GateNames, MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.objectives import Causal
-from pregate.models.pregated import Gate, PreGatedModel, ServedModel, experts_elsewhere
+from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
+from pregate.models.router_losses import balance_loss
 from pregate.models.routes import BlockGates, RouteListener, Routes
-from pregate.models.routing import Routing, balance_loss
+from pregate.models.routing import Routing
 
 STACK = "decoder"
 """The only stack of these models."""

@@ -26,7 +26,7 @@ from transformers.conversion_mapping import (
 )
 
 from pregate.config import UsageError
-from pregate.models.experts import Factor
+from pregate.models.expert_math import Factor
 from pregate.models.objectives import Objective
 from pregate.models.pregating import PreGating
 

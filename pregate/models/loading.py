@@ -29,7 +29,7 @@ from pregate.models.checkpoint import (
     read_generation_settings,
 )
 from pregate.models.family import ExpertKey, ExpertSpec, Family, family_of
-from pregate.models.pregated import without_experts
+from pregate.models.pregated_models import without_experts
 from pregate.system.console import first_of, say, silent_bars
 from pregate.system.durable import write_text
 

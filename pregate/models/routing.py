@@ -1,4 +1,4 @@
-"""Routing as pure functions: from router logits to expert ids and combine weights, and the losses on them.
+"""Routing as pure functions: from router logits to expert ids and combine weights.
 
 Training, evaluation and the offloading engine all call these; that is what makes their routes identical.
 Knows nothing about modules, devices or where an expert's weights live.
@@ -72,32 +72,3 @@ def route(logits_BTE: Tensor, *, top_k: int, capacity: int | None, dtype: torch.
     if capacity is not None:
         expert_ids_BTK = apply_capacity(expert_ids_BTK, logits_BTE.shape[-1], capacity)
     return Routing(expert_ids_BTK, weights_BTK, logits_BTE)
-
-
-def _masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    logits_TE = logits.reshape(-1, logits.shape[-1]).float()
-    if mask is None:
-        return logits_TE, logits_TE.new_ones(logits_TE.shape[0])
-    return logits_TE, mask.reshape(-1).to(logits_TE.dtype)
-
-
-def balance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Load-balancing loss of one block: E * sum_e f_e P_e over the tokens where `mask` is true.
-
-    f_e is the share of tokens whose first choice is e, P_e the mean router probability of e (Switch
-    Transformers, equation 4). It is 1 when both are uniform. `logits` (..., E), `mask` (...): padding never counts.
-    """
-    logits_TE, mask_T = _masked(logits, mask)
-    num_experts = logits_TE.shape[-1]
-    count = mask_T.sum().clamp_min(1.0)
-    probabilities_TE = logits_TE.softmax(-1)
-    first_TE = torch.nn.functional.one_hot(logits_TE.argmax(-1), num_experts).to(logits_TE.dtype)
-    share_E = (first_TE * mask_T[:, None]).sum(0) / count
-    mean_E = (probabilities_TE * mask_T[:, None]).sum(0) / count
-    return num_experts * (share_E * mean_E).sum()
-
-
-def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Router z-loss of one block: mean over unmasked tokens of logsumexp(logits)^2 (ST-MoE, equation 5)."""
-    logits_TE, mask_T = _masked(logits, mask)
-    return (logits_TE.logsumexp(-1).square() * mask_T).sum() / mask_T.sum().clamp_min(1.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
 from pregate.models.family import Family, dtype_name, family_of
 from pregate.models.loading import parameter_shapes
-from pregate.models.pregated import without_experts
+from pregate.models.pregated_models import without_experts
 from pregate.models.pregating import PreGating
 
 DEFAULT_VOCABULARY = 32128

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from pregate.config import TaskConfig, UsageError
 from pregate.system.console import first_of
 from pregate.tasks.cells import CellError, of_type
+from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
 from pregate.tasks.sources import TABLES, check_source, files_of, key_of
-from pregate.tasks.text_files import Record, header_advice, json_rows, table_rows, undecodable
 
 Meaning = TypeVar("Meaning")
 Shard = TypeVar("Shard")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pregate.config import Run, TaskKind, UsageError
-from pregate.conversion.target import target_of
+from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import read_config
 from pregate.models.family import config_of, experts_of, family_named, family_of

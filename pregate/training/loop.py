@@ -26,12 +26,13 @@ from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.checkpoint import save_last
-from pregate.training.directories import save_model
+from pregate.training.durable_directories import save_model
+from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
-from pregate.training.progress import Interrupts, Progress
+from pregate.training.progress import Progress
 from pregate.training.run_dir import CHECKPOINT, LAST
+from pregate.training.saved_state import save_last
 from pregate.training.session import Session, prepare
 from pregate.training.space import make_room, model_bytes
 from pregate.training.state import random_state

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pregate.models.head import IGNORED
 from pregate.models.objectives import Objective, TokenCounts
-from pregate.models.routing import balance_loss, z_loss
+from pregate.models.router_losses import balance_loss, z_loss
 
 
 @dataclass(frozen=True)

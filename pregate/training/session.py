@@ -27,12 +27,12 @@ from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
 from pregate.training.batching import Batching, derive_batching
-from pregate.training.checkpoint import load_last, settle
-from pregate.training.directories import recover
 from pregate.training.distill import Distillation, load_distillation
+from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.run_dir import CHECKPOINT, LAST
+from pregate.training.saved_state import load_last, settle
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
 

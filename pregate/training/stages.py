@@ -28,11 +28,11 @@ from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.checkpoint import steps_done
 from pregate.training.checks import geometry_config, vocabulary_size
-from pregate.training.directories import replaced, write_model
+from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.run_dir import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
+from pregate.training.saved_state import steps_done
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:

@@ -16,14 +16,14 @@ from torch.nn.functional import silu
 
 from pregate.config import CacheRule, Policy, SlabDtype
 from pregate.engine.cache import SlotTable
-from pregate.engine.experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.threads import ThreadMover
+from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Counters, Trace
-from pregate.models.experts import Factor, grouped_experts, project
+from pregate.models.expert_math import Factor, grouped_experts, project
 from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
 from pregate.models.routing import DROPPED, Routing
 from tests.engine.hostile import POISON, HostileStore, MemoryStore

@@ -16,7 +16,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.models.families.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig
 from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
-from pregate.models.pregated import without_experts
+from pregate.models.pregated_models import without_experts
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.engine.serving import Served, assert_same, generated, request

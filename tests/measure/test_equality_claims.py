@@ -20,9 +20,9 @@ from pregate.measure import evaluation, servers
 from pregate.measure.bench import engines, link
 from pregate.measure.bench import run as bench
 from pregate.measure.bench.table import bench_tables
-from pregate.measure.equality import equality, equality_statement
+from pregate.measure.equality import check_moved, compare_logits, tolerance
+from pregate.measure.equality_words import equality, equality_statement
 from pregate.measure.latency import BenchRequest, resident_answers
-from pregate.measure.logits import check_moved, compare_logits, tolerance
 from pregate.measure.report.summary import engine_statement
 from pregate.models.finite import FiniteLogits
 from pregate.models.loading import load_resident

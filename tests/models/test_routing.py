@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from pregate.models.experts import group_by_expert, grouped_experts, reference_experts
-from pregate.models.routing import DROPPED, apply_capacity, balance_loss, choose_experts, route, z_loss
+from pregate.models.expert_math import group_by_expert, grouped_experts, reference_experts
+from pregate.models.router_losses import balance_loss, z_loss
+from pregate.models.routing import DROPPED, apply_capacity, choose_experts, route
 
 
 def test_equal_probabilities_choose_the_first_expert() -> None:

@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 
 from pregate.config import Optimizer, TrainConfig, UsageError
 from pregate.system import durable
-from pregate.training import checkpoint as module
-from pregate.training import directories, space
-from pregate.training.checkpoint import (
+from pregate.training import durable_directories as directories
+from pregate.training import saved_state as module
+from pregate.training import space
+from pregate.training.durable_directories import recover, replaced, save_model
+from pregate.training.optim import build_optimizer, optimizer_bytes
+from pregate.training.saved_state import (
     CHECKSUMS_FILE,
     DAMAGED,
     OPTIMIZER_FILE,
@@ -35,8 +38,6 @@ from pregate.training.checkpoint import (
     settle,
     steps_done,
 )
-from pregate.training.directories import recover, replaced, save_model
-from pregate.training.optim import build_optimizer, optimizer_bytes
 from pregate.training.space import check_space, make_room, model_bytes
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, random_state, set_random_state
 from tests.system.power import Tree, lay, tree_of

@@ -9,7 +9,8 @@ import pytest
 
 from pregate.system.stopping import Terminated, stoppable
 from pregate.training import progress as progress_module
-from pregate.training.progress import Interrupts, Progress
+from pregate.training.interrupts import Interrupts
+from pregate.training.progress import Progress
 
 
 def test_lines_are_few_and_end_with_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:

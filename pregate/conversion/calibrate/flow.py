@@ -30,12 +30,13 @@ from pregate.conversion.calibrate.states import (
     router_logits,
     states_read,
 )
+from pregate.conversion.gate_starts import FittedGates
 from pregate.conversion.plan import TensorPlan
-from pregate.conversion.write import ConversionReport, FittedGates, convert_for
+from pregate.conversion.write import ConversionReport, convert_for
 from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of_model
 from pregate.models.loading import load_resident
-from pregate.models.pregated import compute_buffers
+from pregate.models.pregated_models import compute_buffers
 from pregate.system.machine import pick_device
 from pregate.tasks.base import Task
 from pregate.tasks.registry import build_task

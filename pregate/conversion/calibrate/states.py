@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pregate.conversion.calibrate.examples import Batch
 from pregate.models.family import family_of_model
-from pregate.models.pregated import Gate
+from pregate.models.pregated_models import Gate
 
 Agreement = dict[str, list[float]]
 """stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampler_state import StepKind
 
 STEPS_AT_ONCE = 8
 """Steps of the longer graph of a kind, see `StepGraphs`."""

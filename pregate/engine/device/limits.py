@@ -6,7 +6,7 @@ from typing import Any
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.budget import slots_within
-from pregate.engine.device.policies import slots_needed
+from pregate.engine.device.fetching import slots_needed
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
 from pregate.models.family import experts_of

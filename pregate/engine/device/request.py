@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from pregate.config import UsageError
-from pregate.engine.device.sampling import Sampling
+from pregate.engine.device.sampler_state import Sampling
 
 UNDERSTOOD = {
     "bos_token_id",

@@ -20,7 +20,7 @@ from torch import Tensor
 from pregate.config import SlabDtype
 from pregate.engine.storage.memory import PAGE, round_up
 from pregate.engine.storage.quantisation import STORED, dequantise, quantise, widen
-from pregate.models.experts import Factor, RowScaled
+from pregate.models.expert_math import Factor, RowScaled
 from pregate.models.family import ExpertSpec
 
 LINE = 64

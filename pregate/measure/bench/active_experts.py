@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pregate.models.family import family_of_model
-from pregate.models.pregated import Gate
+from pregate.models.pregated_models import Gate
 from pregate.models.routing import DROPPED, Routing
 
 

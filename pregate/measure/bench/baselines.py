@@ -22,7 +22,7 @@ from pregate.engine.storage.store import Store
 from pregate.measure.bench.models import BenchModel
 from pregate.models.family import ExpertKey, family_of
 from pregate.models.loading import generation_config, load_resident
-from pregate.models.pregated import Gate
+from pregate.models.pregated_models import Gate
 
 
 def resident_model(model: BenchModel, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from pregate.config import Run
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Reading
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.planner import advice, is_predictable, predicted_row
+from pregate.measure.bench.prediction import advice, is_predictable, predicted_row
 from pregate.measure.bench.profile import Profile, profile
 from pregate.measure.bench.table import command
 from pregate.measure.tables import Row, Table, facts_line, number, text, three_digits

@@ -23,7 +23,7 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.probes import Decoding, Probes, floors
 from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import WARM_UP, Effort, Requests, greedy
-from pregate.measure.logits import check_moved, compare_logits, logit_difference, tolerance
+from pregate.measure.equality import check_moved, compare_logits, logit_difference, tolerance
 from pregate.measure.servers import Server, forced_logits
 from pregate.measure.timing import Timed, medians
 from pregate.system.memory import PeakMemory

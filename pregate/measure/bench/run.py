@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pregate.config import Baseline, Run, SlabDtype, Tier, UsageError, save_run
+from pregate.measure.bench.baseline_rows import Accelerated, Whole
 from pregate.measure.bench.engines import EngineRows
 from pregate.measure.bench.grid import ACCELERATE_WARM, BASELINES, RowSpec, grid
 from pregate.measure.bench.link import Reading
@@ -27,7 +28,6 @@ from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite
 from pregate.measure.bench.table import command, print_bench, write_bench
-from pregate.measure.bench.whole import Accelerated, Whole
 from pregate.system.console import console
 from pregate.system.durable import flush_folders
 from pregate.system.machine import environment, pick_device, set_seed

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pregate.config import Run
-from pregate.measure.equality import EQUAL, equality, equality_statement
+from pregate.measure.equality_words import EQUAL, equality, equality_statement
 from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, short, text, tone
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text

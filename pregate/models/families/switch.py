@@ -11,7 +11,7 @@ from transformers import SwitchTransformersConfig
 from transformers.activations import ACT2FN
 
 from pregate.config import UsageError
-from pregate.models.experts import Factor, project
+from pregate.models.expert_math import Factor, project
 from pregate.models.families.switch_layers import (
     OLD_MARKER,
     STACKS,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
-from pregate.models.experts import grouped_experts, reference_experts
+from pregate.models.expert_math import grouped_experts, reference_experts
 from pregate.models.linear import linear_in
-from pregate.models.pregated import Gate, PreGatedConfig, experts_elsewhere
+from pregate.models.pregated_models import Gate, PreGatedConfig, experts_elsewhere
 from pregate.models.pregating import PreGating
 from pregate.models.routes import BlockGates, Routes
 from pregate.models.routing import Routing, jitter, route

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pregate.config import SlabDtype
 from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.experts import grouped_experts
+from pregate.models.expert_math import grouped_experts
 from pregate.models.family import ExpertSpec, TensorSlice
 
 NOT_A_NUMBER = 255

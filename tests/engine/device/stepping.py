@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.device.sampling import Sampling
+from pregate.engine.device.sampler_state import Sampling
 from pregate.engine.device.steps.t5 import StaticDecoder
 
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.device import policies
+from pregate.engine.device import fetching as policies
 from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine
 from pregate.engine.device.limits import slots_for
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampler_state import StepKind
 from pregate.engine.opening import open_store
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pregate.engine.device.graph import STEPS_AT_ONCE, WARM_UPS, InOrder, StepGraphs, side_stream
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampler_state import StepKind
 
 CPU = torch.device("cpu")
 GREEDY, SAMPLED = StepKind(), StepKind(sample=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.engine.device.engine import DeviceEngine
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampler_state import StepKind
 from pregate.measure.bench.active_experts import forced_experts
 from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
 from pregate.models.routing import Routing

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from pregate.config import Policy
 from pregate.engine import device
-from pregate.engine.device import policies
+from pregate.engine.device import fetching as policies
+from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.graph import InOrder
 from pregate.engine.device.ops import (
     add_norm,
@@ -34,8 +35,7 @@ from pregate.engine.device.ops import (
     want_slabs,
 )
 from pregate.engine.device.ops.registry import OPERATIONS
-from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts
-from pregate.engine.device.sampling import StepKind
+from pregate.engine.device.sampler_state import StepKind
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.device.steps.t5 import StaticDecoder
 from pregate.engine.storage.slabs import SlabLayout
@@ -44,7 +44,7 @@ from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
-SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampling.py", "policies.py", "slots.py", "steps/gates.py"]
+SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampler_state.py", "fetching.py", "slots.py", "steps/gates.py"]
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),

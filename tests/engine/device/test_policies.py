@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pregate.config import Policy
-from pregate.engine.device import policies
-from pregate.engine.device.policies import BlockShape, SlabMemory, make_experts, slots_needed
+from pregate.engine.device import fetching as policies
+from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts, slots_needed
 from pregate.engine.device.slots import DeviceSlots
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of

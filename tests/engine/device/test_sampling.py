@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from pregate.engine.storage.quantisation import STRIP, dequantise, quantise, wid
 from pregate.engine.storage.slabs import LINE, SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
-from pregate.models.experts import RowScaled, project
+from pregate.models.expert_math import RowScaled, project
 from pregate.models.family import ExpertSpec, TensorSlice, experts_of
 from tests.engine.serving import Served
 

@@ -13,7 +13,7 @@ import torch
 from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.engine.device.policies import Resident
+from pregate.engine.device.fetching import Resident
 from pregate.measure.bench import link
 from pregate.measure.bench.engines import computing_row
 from pregate.measure.bench.grid import RowSpec, grid

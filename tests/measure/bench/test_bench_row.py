@@ -15,7 +15,7 @@ from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import Effort, Requests, greedy
 from pregate.measure.bench.row import figures
-from pregate.measure.logits import logit_difference
+from pregate.measure.equality import logit_difference
 from pregate.measure.timing import Timed, TokenClock, time_request
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)

@@ -15,9 +15,9 @@ import torch
 from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import ModelConfig, Run, UsageError
+from pregate.measure.bench import baseline_rows as bench_whole
 from pregate.measure.bench import engines, link
 from pregate.measure.bench import run as bench
-from pregate.measure.bench import whole as bench_whole
 from pregate.measure.bench.grid import ACCELERATE, ACCELERATE_WARM, RESIDENT, RowSpec, grid
 from pregate.measure.bench.models import bench_models
 from tests.tiny import GEOMETRY, pregated_model

@@ -11,7 +11,7 @@ from pregate.cli import compose_run
 from pregate.config import CacheRule, Policy
 from pregate.engine.trace import Counters, Span
 from pregate.measure.bench.models import bench_models
-from pregate.measure.bench.planner import advice
+from pregate.measure.bench.prediction import advice
 from pregate.measure.bench.profile import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
 from pregate.measure.timing import Timed

@@ -18,7 +18,7 @@ from pregate.measure.bench.table import (
     short_figures,
     write_bench,
 )
-from pregate.measure.equality import equality_statement
+from pregate.measure.equality_words import equality_statement
 
 COMMON = {"model": "switch-base-64", "dtype": "bfloat16", "lookahead": 1, "entry": "own", "batch": 1, "prompt_len": 64}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pregate.config import Policy
+from pregate.measure.bench.baseline_rows import Accelerated
 from pregate.measure.bench.grid import ACCELERATE_WARM, RowSpec
 from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
-from pregate.measure.bench.whole import Accelerated
 from pregate.models.checkpoint import open_checkpoint
 from tests.tiny import pregated_model
 
@@ -35,7 +35,7 @@ def test_what_a_killed_run_left_is_not_measured(tmp_path: Path, monkeypatch: pyt
     folder.mkdir()
     (folder / "index.json").write_text("{}")
     written: list[Path] = []
-    module = "pregate.measure.bench.whole"
+    module = "pregate.measure.bench.baseline_rows"
     monkeypatch.setattr(f"{module}.write_offload_folder", lambda _, place: (place.mkdir(), written.append(place)))
     monkeypatch.setattr(f"{module}.Accelerated._row", lambda *_: {})
     for name in ("drop_page_cache", "fill_page_cache"):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 
 Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
 """Calls a model, or a part of it, with these arguments, while the host fetches its experts."""

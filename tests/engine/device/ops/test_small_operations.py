@@ -28,7 +28,7 @@ from pregate.engine.device.ops.choose_tokens import (
 from pregate.engine.device.ops.first_choice import first_choice, launch_first_choice
 from pregate.engine.device.ops.gate_logits import gate_logits, launch_gate_logits
 from pregate.engine.device.ops.want_slabs import launch_want_slabs, want_slabs
-from pregate.engine.device.sampling import Sampler, Sampling, StepKind
+from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from pregate.engine.device.sampling import Sampling
+from pregate.engine.device.sampler_state import Sampling
 from pregate.engine.device.steps.t5 import StaticDecoder
 from pregate.models.family import config_of
 from tests.engine.device.stepping import ResidentExperts, assert_equal_while_live, decode

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from pregate.config import UsageError
 from pregate.system.console import say, silent_bars
 from pregate.system.durable import flush_file, remove
-from pregate.training.directories import recover, replaced, write_model
+from pregate.training.durable_directories import recover, replaced, write_model
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state
 
 STATE_FILE = "train_state.json"

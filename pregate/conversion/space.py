@@ -1,0 +1,30 @@
+"""Whether a conversion may write where it was asked to: nothing else is there, and the disk has room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pregate.config import UsageError
+from pregate.engine.storage.pack import refuse_output
+from pregate.system.durable import clear_abandoned, free_bytes
+from pregate.system.sizes import human_bytes
+
+
+def refuse_occupied(output: Path) -> None:
+    """Raises `UsageError` for an output in use. What an earlier conversion has left unfinished is removed."""
+    refuse_output("output", output)
+    clear_abandoned(output)
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise UsageError(f"{output} exists already: name a new output directory, or remove it first.")
+
+
+def refuse_full_disk(output: Path, needed: int) -> None:
+    """Raises `UsageError` for a disk with less than `needed` bytes free."""
+    free = free_bytes(output.parent)
+    if needed > free:
+        raise UsageError(
+            f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "
+            "make room, or choose another disk."
+        )
