@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from pregate.measure.report.summary import ENGINE_FIGURES, engine_table, percent, score_table
-from pregate.measure.tables import CellWriter, Table, facts_line, number
+from pregate.measure.table_format import CellWriter, Table, facts_line, number
 
 FILES = ("config.yaml", "metrics.jsonl", "eval.json", "summary.json", "conversion.json")
 CONVERSION: dict[str, CellWriter] = {

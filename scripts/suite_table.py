@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pregate.measure.bench.paper import beside_the_paper, share_of_gpu_only
-from pregate.measure.tables import CellWriter, Row, Table, short, text
+from pregate.measure.table_format import CellWriter, Row, Table, short, text
 
 
 def read_rows(folder: Path) -> list[Row]:

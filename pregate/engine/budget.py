@@ -11,7 +11,7 @@ from torch import Tensor
 from pregate.config import Policy, Tier, UsageError
 from pregate.config.limits import share_of
 from pregate.engine.policy import default_slots
-from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import ExpertSpec
 from pregate.system.memory import is_out_of_memory

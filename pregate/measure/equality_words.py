@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pregate.measure.tables import Row
+from pregate.measure.table_format import Row
 
 EQUAL = "yes"
 

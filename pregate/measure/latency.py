@@ -49,7 +49,7 @@ class Expected:
     """What the whole model in memory gives, prompt by prompt: tokens (1, T), and logits (1, T - 1, V) with those as
     input.
 
-    `most`: how far logits of the same weights may be off, see `logits.TOLERANCE`; None where other weights are served.
+    `most`: how far logits of the same weights may be off (`equality.TOLERANCE`); None where other weights are served.
     """
 
     tokens: Sequence[Tensor]

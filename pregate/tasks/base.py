@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import identity, prompt_text
 from pregate.tasks.metrics import TextMetric
-from pregate.tasks.prompts import prompt_fields
+from pregate.tasks.prompt_fields import prompt_fields
 from pregate.tasks.records import Chunk, read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 

@@ -19,7 +19,7 @@ from pregate.models.objectives import Objective
 from pregate.tasks.base import Example, Task
 from pregate.tasks.span_corruption import PackedRow, Position, SpanCorruption
 from pregate.tasks.tokens import Collator
-from pregate.training.batching import Batching, MicroBatchSampler
+from pregate.training.batch_order import Batching, MicroBatchSampler
 from pregate.training.state import TrainState
 
 Batch = dict[str, Tensor]

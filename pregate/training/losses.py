@@ -1,6 +1,6 @@
 """The training loss of one micro batch, normalised so that micro batches and processes add up to one big batch.
 
-Knows logits, labels, masks and the router losses of `pregate.models.routing`; knows nothing about optimizers,
+Knows logits, labels, masks and the router losses of `pregate.models.router_losses`; knows nothing about optimizers,
 devices or where batches come from.
 
 Letters: B batch, S source length, T target length, V vocabulary, E experts, N target tokens that are not padding.

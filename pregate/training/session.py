@@ -26,7 +26,7 @@ from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tracking import Tracker
-from pregate.training.batching import Batching, derive_batching
+from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed

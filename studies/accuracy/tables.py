@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.measure.report.summary import METRIC_LABELS, metric_label
-from pregate.measure.tables import ABSENT, signed
+from pregate.measure.table_format import ABSENT, signed
 from pregate.system.console import first_of
 from studies.accuracy.cells import (
     ABLATIONS,

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from pregate.config import Device, UsageError
-from pregate.engine.device.host_memory import device_addresses, host_allocated
+from pregate.engine.device.device_addresses import device_addresses, host_allocated
 from pregate.engine.device.ops.gather_slabs import gather_slabs
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.slots import Fetch
-from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.system.machine import environment, pick_device
 from pregate.system.sizes import human_bytes
 

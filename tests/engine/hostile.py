@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.storage.memory import PAGE, aligned_bytes, copy_bytes
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, copy_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
 from pregate.models.family import ExpertKey

@@ -17,7 +17,7 @@ from torch import Tensor
 from pregate.config import Policy
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io.ring import Ring, RingUnavailableError
-from pregate.engine.storage.memory import PAGE, aligned_bytes
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
 from tests.tiny import batch, pregated_model

@@ -19,7 +19,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.engine.io.ring import Ring
 from pregate.engine.opening import open_store
 from pregate.engine.storage import store
-from pregate.engine.storage.memory import PAGE
+from pregate.engine.storage.aligned_memory import PAGE
 from pregate.engine.storage.pack import read_index
 from pregate.engine.storage.store import DamagedPackError, DiskStore, SlabReadError
 from pregate.models.family import ExpertKey

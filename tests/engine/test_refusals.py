@@ -20,13 +20,14 @@ from pregate.config import PreGateConfig, Tier, UsageError
 from pregate.conversion.write import convert
 from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
-from pregate.engine.device import host_memory
+from pregate.engine.device import device_addresses
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import host_buffers
 from pregate.engine.opening import open_store
-from pregate.engine.storage import memory, pack, store
-from pregate.engine.storage.memory import aligned_bytes, page_lock
+from pregate.engine.storage import aligned_memory as memory
+from pregate.engine.storage import pack, store
+from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock
 from pregate.system.machine import compute_device
 from pregate.system.memory import is_out_of_memory
 from tests.engine.serving import SLAB, Served
@@ -217,13 +218,13 @@ def test_a_drivers_fault_is_not_memory_that_is_not_page_locked(monkeypatch: pyte
         def cuMemHostAlloc(self, *_: Any) -> int:
             return status
 
-    monkeypatch.setattr(host_memory, "_driver", Driver)
+    monkeypatch.setattr(device_addresses, "_driver", Driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     with pytest.raises(RuntimeError, match=f"CUDA error {status}") as seen:
-        host_memory._seen_by_device(1 << 40)
+        device_addresses._seen_by_device(1 << 40)
     with (
         pytest.raises(RuntimeError, match=f"CUDA error {status}") as asked,
-        host_memory.host_allocated(4096, write_combined=False),
+        device_addresses.host_allocated(4096, write_combined=False),
     ):
         pass
     assert not isinstance(seen.value, UsageError) and not isinstance(asked.value, UsageError)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pregate.engine.storage.memory import PAGE
+from pregate.engine.storage.aligned_memory import PAGE
 from studies.profiles import gather_probe
 from studies.profiles.gather_probe import MEMORIES, ROWS, TABLE, ProbeSettings, main, probe, table
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformer
 
 from pregate.cli import entry_point
 from pregate.tasks import span_corruption
-from pregate.training.batching import derive_batching
+from pregate.training.batch_order import derive_batching
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.state import TrainState

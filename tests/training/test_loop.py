@@ -25,7 +25,7 @@ from pregate.config import UsageError
 from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
-from pregate.training.batching import derive_batching
+from pregate.training.batch_order import derive_batching
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
 from pregate.training.saved_state import steps_done

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.base import Engine
+from pregate.engine.device.device_addresses import device_addresses
 from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
-from pregate.engine.device.host_memory import device_addresses
 from pregate.engine.device.limits import refuse_settings, slots_for
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import Request, read_request

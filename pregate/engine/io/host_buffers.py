@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.engine.storage.memory import aligned_bytes, page_lock, page_unlock
+from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock, page_unlock
 from pregate.models.family import ExpertKey
 from pregate.system.sizes import human_bytes
 

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from pregate.engine.io.base import CLOSED, MoverClosedError
-from pregate.engine.storage.memory import PAGE, round_up
+from pregate.engine.storage.aligned_memory import PAGE, round_up
 
 PART_BYTES = 4 << 20
 """About as much of a slab as one read asks for: one slab alone then keeps several reads in flight."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from pregate.engine.io.base import Transfer
 from pregate.engine.io.host_buffers import HostBuffer, HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
-from pregate.engine.storage.memory import copy_bytes
+from pregate.engine.storage.aligned_memory import copy_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey

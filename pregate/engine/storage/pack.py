@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
-from pregate.engine.storage.memory import aligned_bytes, as_buffer
+from pregate.engine.storage.aligned_memory import aligned_bytes, as_buffer
 from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import SlabDtype
-from pregate.engine.storage.memory import PAGE, round_up
+from pregate.engine.storage.aligned_memory import PAGE, round_up
 from pregate.engine.storage.quantisation import STORED, dequantise, quantise, widen
 from pregate.models.expert_math import Factor, RowScaled
 from pregate.models.family import ExpertSpec

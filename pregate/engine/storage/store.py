@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.engine.storage.memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
 from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import SlabLayout

@@ -19,7 +19,7 @@ import torch
 from pregate.config import SlabDtype, Tier, UsageError
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.active_experts import forced_experts
-from pregate.measure.bench.baselines import (
+from pregate.measure.bench.baseline_models import (
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,
@@ -27,10 +27,10 @@ from pregate.measure.bench.baselines import (
     resident_model,
     write_offload_folder,
 )
+from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import ACCELERATE, BASELINES, RESIDENT, RowSpec
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
-from pregate.measure.bench.probes import Probes
 from pregate.measure.bench.references import Reference, References, resident_of
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.row import Beside, measure_row

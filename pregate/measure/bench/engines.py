@@ -21,18 +21,18 @@ from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.active_experts import forced_experts
+from pregate.measure.bench.baseline_models import free_bytes, use_generation_config
 from pregate.measure.bench.baseline_rows import HEADROOM, forget
-from pregate.measure.bench.baselines import free_bytes, use_generation_config
+from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.prediction import is_predictable, predicted_row
-from pregate.measure.bench.probes import Probes
-from pregate.measure.bench.profile import Profile, profile, step_timer
 from pregate.measure.bench.references import References, resident_of
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import Results
 from pregate.measure.bench.row import Beside, measure_row
+from pregate.measure.bench.step_times import Profile, profile, step_timer
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.servers import engine_server
 from pregate.system.console import say

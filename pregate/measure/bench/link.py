@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pregate.engine.io.base import Mover, Transfer
 from pregate.engine.io.choose import make_mover
-from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pregate.measure.tables import Row, Table, short_number
+from pregate.measure.table_format import Row, Table, short_number
 
 POLICIES = ("gpu_only", "pre_gated", "on_demand", "prefetch_all")
 LARGE = "switch-large-128"

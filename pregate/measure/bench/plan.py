@@ -17,9 +17,9 @@ from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Reading
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.prediction import advice, is_predictable, predicted_row
-from pregate.measure.bench.profile import Profile, profile
+from pregate.measure.bench.step_times import Profile, profile
 from pregate.measure.bench.table import command
-from pregate.measure.tables import Row, Table, facts_line, number, text, three_digits
+from pregate.measure.table_format import Row, Table, facts_line, number, text, three_digits
 from pregate.system.console import console, say
 from pregate.system.durable import write_json, write_text
 from pregate.system.machine import environment

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pregate.measure.bench.table import in_order
-from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, write_figure
-from pregate.measure.tables import Row, policy_label, three_digits
+from pregate.measure.figure_style import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, write_figure
+from pregate.measure.table_format import Row, policy_label, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

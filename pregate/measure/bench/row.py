@@ -18,9 +18,9 @@ from pregate.config import Policy
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.bench.active_experts import counted_experts
+from pregate.measure.bench.floors import Decoding, Probes, floors
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.probes import Decoding, Probes, floors
 from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import WARM_UP, Effort, Requests, greedy
 from pregate.measure.equality import check_moved, compare_logits, logit_difference, tolerance

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pregate.config import Run
 from pregate.measure.equality_words import EQUAL, equality, equality_statement
-from pregate.measure.tables import CellWriter, Row, Table, facts_line, number, short, text, tone
+from pregate.measure.table_format import CellWriter, Row, Table, facts_line, number, short, text, tone
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
 from pregate.system.sizes import human_bytes

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pregate.measure.plots import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, percent_axis, write_figure
-from pregate.measure.tables import ABSENT, OURS, policy_label, three_digits
+from pregate.measure.figure_style import COMPUTE, INK, QUIET, TRANSFER, WAIT, lines_across, percent_axis, write_figure
+from pregate.measure.table_format import ABSENT, OURS, policy_label, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

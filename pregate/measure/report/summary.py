@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pregate.measure.equality_words import equality, equality_statement
-from pregate.measure.tables import ABSENT, Table, in_one_unit, policy_label, signed, three_digits, tone
+from pregate.measure.table_format import ABSENT, Table, in_one_unit, policy_label, signed, three_digits, tone
 from pregate.system.sizes import human_bytes
 
 Evaluation = Mapping[str, Any]

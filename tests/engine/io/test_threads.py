@@ -23,7 +23,7 @@ from pregate.engine.io.base import MoverClosedError
 from pregate.engine.io.host_buffers import HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.io.threads import ThreadMover
-from pregate.engine.storage.memory import PAGE, aligned_bytes
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
 from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from pregate.config import SlabDtype
-from pregate.engine.storage.memory import PAGE, aligned_bytes
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
 from pregate.engine.storage.pack import pack
 from pregate.engine.storage.quantisation import STRIP, dequantise, quantise, widen
 from pregate.engine.storage.slabs import LINE, SlabLayout

@@ -15,7 +15,7 @@ import xxhash
 
 from pregate.config import UsageError
 from pregate.engine.storage import pack as pack_module
-from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.pack import FORMAT, check_experts, pack, read_index
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore

@@ -11,8 +11,8 @@ import torch
 from pregate.config import SlabDtype, Tier
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
-from pregate.engine.storage.memory import aligned_bytes
-from pregate.measure.bench.baselines import (
+from pregate.engine.storage.aligned_memory import aligned_bytes
+from pregate.measure.bench.baseline_models import (
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,

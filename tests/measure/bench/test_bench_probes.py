@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pregate.measure.bench.probes import Decoding, Probes, floors
+from pregate.measure.bench.floors import Decoding, Probes, floors
 from pregate.system.memory import PeakMemory
 
 

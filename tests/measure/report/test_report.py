@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pregate.measure.plots import WAIT
+from pregate.measure.figure_style import WAIT
 from pregate.measure.report import page, plots, summary
 
 VOID = {"meta", "img", "br", "link"}

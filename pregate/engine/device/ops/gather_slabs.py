@@ -38,8 +38,8 @@ def gather_slabs(
 ) -> None:
     """Copy the slabs that a `Fetch` lists into their slots; nothing where it lists none.
 
-    addresses_G: int64, where the device sees each slab (`pregate.engine.device.host_memory`), on the device. slots_SB:
-    uint8, whole 4 KiB pages a slot. `num_programs`: thread blocks that share the work; `unroll`: loads in flight.
+    addresses_G: int64, where the device sees each slab (`device_addresses.py`), on the device. slots_SB: uint8,
+    whole 4 KiB pages a slot. `num_programs`: thread blocks that share the work; `unroll`: loads in flight.
     """
     addresses = addresses_G.numpy()
     for slab, slot in zip(copy_slab_N.numpy(), copy_slot_N.numpy(), strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.engine.device.host_memory import device_addresses, host_allocated
+from pregate.engine.device.device_addresses import device_addresses, host_allocated
 from pregate.engine.device.ops.assign_slots import assign_slots
 from pregate.engine.device.ops.gather_slabs import (
     gather_kernel,
@@ -18,7 +18,7 @@ from pregate.engine.device.ops.gather_slabs import (
     launch_gather_slabs,
 )
 from pregate.engine.device.slots import DeviceSlots, Fetch
-from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock
 
 NUM_SLABS, NUM_SLOTS = 9, 6
 LISTS = {

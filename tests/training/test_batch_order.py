@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from pregate.config import TrainConfig, UsageError
-from pregate.training.batching import Batching, MicroBatchSampler, derive_batching, shuffled_stream, step_plan
+from pregate.training.batch_order import Batching, MicroBatchSampler, derive_batching, shuffled_stream, step_plan
 
 
 @pytest.mark.parametrize(

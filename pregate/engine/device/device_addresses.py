@@ -29,8 +29,8 @@ INVALID_VALUE, OUT_OF_MEMORY = 1, 2
 def device_addresses(slabs: Iterable[Tensor], device: torch.device | str) -> Tensor:
     """Where `device` sees the first byte of each CPU tensor: int64, one a slab, on the device.
 
-    For a GPU the memory must be page-locked and mapped, as `slabs.page_lock` does. Raises `UsageError` where it is
-    not.
+    For a GPU the memory must be page-locked and mapped, as `aligned_memory.page_lock` does. Raises `UsageError` if it
+    is not.
     """
     device = torch.device(device)
     hosts = [slab.data_ptr() for slab in slabs]

@@ -17,7 +17,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, offload_weight, save_offload_index
 from torch import Tensor
 
-from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.models import BenchModel
 from pregate.models.family import ExpertKey, family_of

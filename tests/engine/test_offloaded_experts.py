@@ -20,7 +20,7 @@ from pregate.engine.fetching import Fetcher
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.scheduler import Scheduler
-from pregate.engine.storage.memory import aligned_bytes
+from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.expert_math import Factor, grouped_experts, project

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pregate.config import UsageError
-from pregate.engine.device import host_memory
-from pregate.engine.device.host_memory import device_addresses, host_allocated
-from pregate.engine.storage.memory import PAGE, aligned_bytes, page_lock, page_unlock
+from pregate.engine.device import device_addresses
+from pregate.engine.device.device_addresses import device_addresses, host_allocated
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock
 
 
 class FakeDriver:
@@ -39,7 +39,7 @@ class FakeDriver:
 
 
 def use(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.setattr(host_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(device_addresses, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return driver
 
@@ -53,10 +53,10 @@ def test_a_cpu_sees_memory_where_it_is() -> None:
 
 def test_a_gpu_sees_memory_where_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeDriver(), monkeypatch)
-    assert host_memory._seen_by_device(1 << 40) == (1 << 40) + 4096
+    assert device_addresses._seen_by_device(1 << 40) == (1 << 40) + 4096
     use(FakeDriver(status=1), monkeypatch)
     with pytest.raises(UsageError, match=r"cannot read .* \(CUDA error 1\): they must be page-locked"):
-        host_memory._seen_by_device(1 << 40)
+        device_addresses._seen_by_device(1 << 40)
 
 
 @pytest.mark.parametrize(("write_combined", "flags"), [(False, 1 | 2), (True, 1 | 2 | 4)])
@@ -85,10 +85,10 @@ def test_a_machine_without_the_driver_is_told_so(monkeypatch: pytest.MonkeyPatch
     def missing(name: str) -> None:
         raise OSError(name)
 
-    host_memory._driver.cache_clear()
+    device_addresses._driver.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(UsageError, match=r"libcuda\.so\.1"):
-        host_memory._driver()
+        device_addresses._driver()
 
 
 def test_the_engines_own_memory_is_registered_as_mapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,16 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pregate.measure.tables import Table, facts_line, in_one_unit, number, short_number, signed, text, three_digits
+from pregate.measure.table_format import (
+    Table,
+    facts_line,
+    in_one_unit,
+    number,
+    short_number,
+    signed,
+    text,
+    three_digits,
+)
 
 
 @pytest.mark.parametrize(
