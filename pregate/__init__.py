@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier
     from pregate.engine.device.engine import DeviceEngine
     from pregate.engine.engine import OffloadEngine
-    from pregate.models.families.switch_layers import PreGatedSwitchTransformersConfig
+    from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
     from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
     from pregate.models.family import register_family
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "PreGatedSwitchTransformersConfig": "pregate.models.families.switch_layers",
+    "PreGatedSwitchTransformersConfig": "pregate.models.families.switch_config",
     "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch_model",
     "register_family": "pregate.models.family",
     "OffloadEngine": "pregate.engine.engine",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from pregate.config import PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.engine.engine import OffloadEngine
-from pregate.models.families.switch_layers import OLD_MARKER, PreGatedSwitchTransformersConfig
+from pregate.models.families.switch_config import OLD_MARKER, PreGatedSwitchTransformersConfig
 from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.pregated_models import without_experts

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers import SwitchTransformersConfig
-from transformers.activations import ACT2FN
 
 from pregate.config import UsageError
-from pregate.models.expert_math import Factor, project
-from pregate.models.families.switch_layers import (
+from pregate.models.families.switch_config import (
     OLD_MARKER,
     STACKS,
     PreGatedSwitchTransformersConfig,
     gate_std,
     moe_layers,
 )
+from pregate.models.families.switch_experts import expert_spec, feed_forward
 from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.family import Count, ExpertSpec, Family, GateNames, TensorSlice, register_family
+from pregate.models.family import Count, ExpertSpec, Family, GateNames, register_family
 from pregate.models.objectives import Seq2Seq
 from pregate.models.pregating import PreGating
 
@@ -77,29 +75,10 @@ class SwitchFamily(Family):
         return completed if parsed.pad_token_id is not None else {**completed, "pad_token_id": pad}
 
     def experts(self, config: Any) -> ExpertSpec:
-        activation = ACT2FN[config.dense_act_fn]
-
-        def layout(stack: str, layer: int, expert: int) -> list[TensorSlice]:
-            prefix = f"{_feed_forward(stack, layer)}.mlp.experts.expert_{expert}"
-            return [TensorSlice(f"{prefix}.wi.weight"), TensorSlice(f"{prefix}.wo.weight")]
-
-        def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
-            wi_FD, wo_DF = matrices
-            return project(activation(project(hidden_ND, wi_FD)), wo_DF)
-
-        return ExpertSpec(
-            num_experts=config.num_experts,
-            top_k=1,
-            lookahead=config.pregating.lookahead,
-            matrices={"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)},
-            layers={stack: moe_layers(config, stack) for stack in STACKS},
-            layouts=(layout,),
-            apply=apply,
-            activation=config.dense_act_fn,
-        )
+        return expert_spec(config)
 
     def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
-        part = _feed_forward(stack, layer)
+        part = feed_forward(stack, layer)
         return GateNames(
             own=f"{part}.mlp.router.classifier",
             ahead=f"{part}.mlp.pre_gate.classifier",
@@ -135,10 +114,6 @@ class SwitchFamily(Family):
         if ".wo." in name:
             return BRANCH * float(config["d_ff"] ** -0.5)
         return float(config["d_model"] ** -0.5)
-
-
-def _feed_forward(stack: str, layer: int) -> str:
-    return f"{stack}.block.{layer}.layer.{1 if stack == STACKS[0] else 2}"
 
 
 register_family(SwitchFamily())

@@ -1,4 +1,4 @@
-"""The layers of a Switch model: config, gates, experts, blocks.
+"""The layers of a Switch model: gates, MoE blocks, whole layers.
 
 A layer gets the `Routes` of the call as an argument. Attention, norms and dense layers are upstream's. Knows nothing
 about stacks, generation or where experts are stored.
@@ -8,57 +8,19 @@ Letters: B batch, T tokens of a sequence, D model width, E experts, K experts pe
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
-from pregate.models.expert_math import grouped_experts, reference_experts
+from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
+from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
-from pregate.models.pregated_models import Gate, PreGatedConfig, experts_elsewhere
-from pregate.models.pregating import PreGating
+from pregate.models.pregated_models import Gate, experts_elsewhere
 from pregate.models.routes import BlockGates, Routes
 from pregate.models.routing import Routing, jitter, route
-
-STACKS = ("encoder", "decoder")
-OLD_MARKER = "_pregate_without_experts"
-"""What an earlier version put into configs for `without_experts`. A file may still hold it; it means nothing."""
-
-
-def moe_layers(config: SwitchTransformersConfig, stack: str) -> list[int]:
-    """The layer numbers of the MoE blocks of `stack`, in order, by upstream's rule."""
-    depth = config.num_layers if stack == STACKS[0] else (config.num_decoder_layers or config.num_layers)
-    step = config.encoder_sparse_step if stack == STACKS[0] else config.decoder_sparse_step
-    return [layer for layer in range(depth) if step > 0 and (step == 1 or layer % step == 1)]
-
-
-def gate_std(config: SwitchTransformersConfig) -> float:
-    """The standard deviation of a gate's weights at initialisation: unit-variance logits of normalised states."""
-    return config.initializer_factor * config.d_model**-0.5
-
-
-@strict
-class PreGatedSwitchTransformersConfig(PreGatedConfig, SwitchTransformersConfig):
-    """`SwitchTransformersConfig` and a `pregate` section: lookahead, stacks, entry, init (see `PreGating`)."""
-
-    model_type = "pregated_switch_transformers"
-    pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop(OLD_MARKER, None)
-        super().__post_init__(**kwargs)
-        self.settle()
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """Upstream's, with the decoder's own depth, so that `generate` sizes its cache for a deeper decoder."""
-        config = super().get_text_config(decoder=decoder, encoder=encoder)
-        if decoder and config is not self:
-            config.num_layers = self.num_decoder_layers or self.num_layers
-        return config
 
 
 class SwitchGate(Gate):
@@ -117,21 +79,6 @@ class EmbeddingGate(SwitchGate):
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return super().forward(self.read(hidden_BTD))
-
-
-class SwitchExperts(nn.ModuleDict):
-    """The resident experts of one block. `path` chooses the reference order of operations or the grouped one."""
-
-    def __init__(self, config: SwitchTransformersConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.path = "grouped"
-        for expert in range(config.num_experts):
-            self[f"expert_{expert}"] = upstream.SwitchTransformersDenseActDense(config)
-
-    def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        run = reference_experts if self.path == "reference" else grouped_experts
-        return run(hidden_TD, expert_ids_TK, weights_TK, self.num_experts, lambda e, x: self[f"expert_{e}"](x))
 
 
 class PreGatedSparseMLP(BlockGates):
