@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pregate.config import UsageError
-from pregate.engine.device import device_addresses
+from pregate.engine.device import device_addresses as module
 from pregate.engine.device.device_addresses import device_addresses, host_allocated
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock
 
@@ -39,7 +39,7 @@ class FakeDriver:
 
 
 def use(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.setattr(device_addresses, "_driver", lambda: driver)
+    monkeypatch.setattr(module, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return driver
 
@@ -53,10 +53,10 @@ def test_a_cpu_sees_memory_where_it_is() -> None:
 
 def test_a_gpu_sees_memory_where_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeDriver(), monkeypatch)
-    assert device_addresses._seen_by_device(1 << 40) == (1 << 40) + 4096
+    assert module._seen_by_device(1 << 40) == (1 << 40) + 4096
     use(FakeDriver(status=1), monkeypatch)
     with pytest.raises(UsageError, match=r"cannot read .* \(CUDA error 1\): they must be page-locked"):
-        device_addresses._seen_by_device(1 << 40)
+        module._seen_by_device(1 << 40)
 
 
 @pytest.mark.parametrize(("write_combined", "flags"), [(False, 1 | 2), (True, 1 | 2 | 4)])
@@ -85,10 +85,10 @@ def test_a_machine_without_the_driver_is_told_so(monkeypatch: pytest.MonkeyPatch
     def missing(name: str) -> None:
         raise OSError(name)
 
-    device_addresses._driver.cache_clear()
+    module._driver.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(UsageError, match=r"libcuda\.so\.1"):
-        device_addresses._driver()
+        module._driver()
 
 
 def test_the_engines_own_memory_is_registered_as_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
