@@ -56,8 +56,8 @@ def curve(run_dir: Path, metric: str) -> dict[int, float]:
 
 
 def documented(launcher: str) -> list[str]:
-    """The command of the README, with two processes and without its experiment."""
-    text = (ROOT / "README.md").read_text()
+    """The command of the settings page, with two processes and without its experiment."""
+    text = (ROOT / "docs" / "settings.md").read_text()
     (line,) = re.findall(rf"^({launcher} .* -m pregate\.train) \+experiment=.*$", text, re.MULTILINE)
     return shlex.split(re.sub(r"(--num_processes|--nproc_per_node) \d+", r"\1 2", line))
 

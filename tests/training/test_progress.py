@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from pregate.system.stopping import Terminated, stoppable
-from pregate.training import progress as progress_module
+from pregate.training import interrupts as interrupts_module
 from pregate.training.interrupts import Interrupts
 from pregate.training.progress import Progress
 
@@ -123,11 +123,11 @@ def test_a_launchers_echo_of_ctrl_c_is_no_second_one(
     for rank, said in (("0", "\nStopping after this step; press Ctrl-C again to stop at once.\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with Interrupts() as interrupts:
-            monkeypatch.setattr(progress_module, "ECHO_S", 600.0)
+            monkeypatch.setattr(interrupts_module, "ECHO_S", 600.0)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             assert interrupts.pending
-            monkeypatch.setattr(progress_module, "ECHO_S", 0.0)
+            monkeypatch.setattr(interrupts_module, "ECHO_S", 0.0)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert capsys.readouterr().err == said
