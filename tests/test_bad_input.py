@@ -205,6 +205,11 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ],
         "has stacks [decoder], but pregate.stacks=[encoder] was asked for: set pregate.stacks=[decoder], or",
     ),
+    "source that is pre-gated in one stack, all stacks asked for by a group": (
+        "train",
+        ["model.source={root}/ahead_in_the_decoder", "QA:good.jsonl", "pregate=lookahead_2"],
+        "has stacks [decoder], but pregate.stacks=[encoder,decoder] was asked for: set pregate.stacks=[decoder], or",
+    ),
     "source whose gates began otherwise": (
         "train",
         ["model.source={root}/pregated", "QA:good.jsonl", "pregate.lookahead=2", "pregate.init=source"],

@@ -133,9 +133,9 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
 
 def check_gates(run: Run, checkpoint: str) -> None:
     """Refuse a checkpoint whose gates contradict what the user asked for on the command line."""
-    stored = config_of(read_config(checkpoint)).pregating
-    stored.refuse_other(
-        PreGating.of_config(run.pregate),
+    config = read_config(checkpoint)
+    config_of(config).pregating.refuse_other(
+        PreGating.of_config(run.pregate).naming(family_of(config).stacks),
         settings_asked_for(run) - {"init"},  # how gates began says nothing of a checkpoint that has been trained
         checkpoint,
         "leave the setting out, or convert and train a checkpoint with it",

@@ -75,6 +75,10 @@ class PreGating:
                 )
         return replace(self, stacks=named)
 
+    def naming(self, stacks: Sequence[str]) -> PreGating:
+        """The same, where "all stacks" becomes the names of the model's `stacks`."""
+        return self if self.stacks else replace(self, stacks=tuple(stacks))
+
     def lookahead_of(self, stack: str) -> int:
         return self.lookahead if not self.stacks or stack in self.stacks else 0
 

@@ -50,7 +50,7 @@ def check_model(run: Run) -> None:
     config = config_of(source.config)
     if family_of(source.config).is_pregated(source.config):
         config.pregating.refuse_other(
-            PreGating.of_config(run.pregate),
+            PreGating.of_config(run.pregate).naming(family_of(source.config).stacks),
             settings_chosen(run) | {"lookahead"},
             run.model.source,
             "set pregate.{name}={has}, or start from the conventional source",

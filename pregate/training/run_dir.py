@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pregate.config import Run, UsageError, save_run, to_dict
+from pregate.models.family import family_named
 from pregate.system.console import first_of, say
 from pregate.system.durable import FULL, make_directory
 from pregate.system.processes import main_only
@@ -83,5 +84,8 @@ def _changes(config: Path, run: Run) -> list[str]:
     except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
         return []
     now = flatten(to_dict(run), separator=".")
+    stacks = "pregate.stacks"
+    if now.get(stacks) is None and before.get(stacks) == list(family_named(run.model.family).stacks):
+        before[stacks] = None  # all stacks by name are the same as all stacks
     shared = [key for key in now if key in before and key not in ("resume", "overrides", "run_dir")]
     return [f"{key} {before[key]}, now {now[key]}" for key in shared if before[key] != now[key]]

@@ -103,8 +103,9 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
 
 def _refuse_other_gating(run: Run, converted: Path) -> None:
     """Raises `UsageError` if an interrupted run converted its source with other settings than the resumed one has."""
-    stored = PreGating.from_dict(read_config(str(converted))["pregate"])
-    if stored.differences(PreGating.of_config(run.pregate)):
+    config = read_config(str(converted))
+    stored = PreGating.from_dict(config["pregate"])
+    if stored.differences(PreGating.of_config(run.pregate).naming(family_of(config).stacks)):
         raise UsageError(
             f"{converted} was converted with other pregate settings (lookahead {stored.lookahead}, entry "
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."

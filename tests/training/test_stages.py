@@ -38,6 +38,14 @@ def test_a_conversion_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> N
             get_converted(Run(pregate=other), tmp_path, source, nothing, nothing)
 
 
+def test_a_conversion_of_one_stack_is_not_gone_on_with_for_all_stacks(tmp_path: Path) -> None:
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / CONVERTED, PreGateConfig(lookahead=1, stacks=["decoder"]))
+    nothing: Any = None
+    with pytest.raises(UsageError, match="was converted with other pregate settings"):
+        get_converted(Run(), tmp_path, str(tmp_path / "source"), nothing, nothing)
+
+
 def test_the_steps_of_an_interrupted_run_are_known(tmp_path: Path) -> None:
     assert steps_done(tmp_path / "last") == 0
     train_tiny(tmp_path, steps=3)
@@ -62,6 +70,12 @@ def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> Non
         f"pregate: {tmp_path / 'run' / 'config.yaml'} was written with other settings: seed 0, now 7; "
         "train.learning_rate 0.0001, now 0.5\n"
     )
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "stacks: null" in saved
+    named = saved.replace("stacks: null", "stacks: [encoder, decoder]")  # as earlier versions wrote all stacks
+    (tmp_path / "run" / "config.yaml").write_text(named)
+    claim_run_dir(run)
+    assert capsys.readouterr().err == ""
     for torn in (b"", b"train: {steps: 4", b"seed: ${oops", b"name: \xff", b"[1, 2]"):
         (tmp_path / "run" / "config.yaml").write_bytes(torn)
         claim_run_dir(run)
