@@ -28,11 +28,11 @@ def time_steps(
     engine.prefill(input_ids, attention_mask, request.sampling)
     engine.decode_one_token()
     first = _now(device) - begun
-    moved_first = engine.counters().bytes_moved
+    moved_first = engine.counters.bytes_moved
     begun = _now(device)
     engine.decode(new_tokens - 1)
     rest = _now(device) - begun
-    counted, prompt = engine.counters(), engine.host.counters.to_dict()
+    counted, prompt = engine.counters, engine.host.counters.to_dict()
     num_blocks = len(list(engine.family.layers.values())[-1])
     return Timed(
         tokens=engine.tokens()[: len(input_ids), : new_tokens + 1].clone().cpu(),

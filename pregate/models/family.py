@@ -320,7 +320,9 @@ def family_named(model_type: str) -> Family:
             importlib.import_module(module)
     if model_type not in _registered:
         known = sorted({name for family in families() for name in (family.source_type, family.model_type)})
-        raise UsageError(f"This is a {model_type!r} model: give a checkpoint of type {' or '.join(known)}.")
+        raise UsageError(
+            f"This is a {model_type!r} model: give a checkpoint, or model.family, of type {' or '.join(known)}."
+        )
     return _registered[model_type]
 
 

@@ -142,7 +142,7 @@ def test_one_opening_serves_either_drive(served: Served, drive: Drive) -> None:
     with OffloadEngine.open(served.directory, drive=drive, batch=2, max_new_tokens=5, **names) as engine:
         assert isinstance(engine, DeviceEngine)
         assert_same(generated(engine.generate, request(2)), expected, rtol=1e-4, atol=1e-5)
-        assert engine.counters().bytes_moved > 0
+        assert engine.counters.bytes_moved > 0
     with OffloadEngine.open(served.directory, drive="host") as engine:
         assert isinstance(engine, OffloadEngine)
     with pytest.raises(ValueError, match="nobody"):

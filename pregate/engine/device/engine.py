@@ -232,6 +232,7 @@ class DeviceEngine(Engine):
         """Rows of the last request with a NaN or an infinity among the logits of a step. Waits for the device."""
         return (~self.decoder.sampler.finite_B).nonzero().flatten().tolist()
 
+    @property
     def counters(self) -> Counters:
         """Of the decoding steps since `prefill`. Waits for the device. Raises `RuntimeError` as `generate` does."""
         counted = self._check_errors()

@@ -214,7 +214,7 @@ def test_counters_are_of_what_moved(served: Served) -> None:
     for policy, each in ((Policy.gpu_only, 0), (Policy.on_demand, 1), (Policy.pre_gated, 1), (Policy.prefetch_all, 5)):
         with DeviceEngine.open(served.directory, policy=policy) as engine:
             served_by(engine, inputs, STEPS, None)
-            counted = engine.counters()
+            counted = engine.counters
             assert counted.misses == STEPS * 3 * each, policy
             assert counted.bytes_moved == counted.misses * SLAB
             assert counted.hits == 0
@@ -223,7 +223,7 @@ def test_counters_are_of_what_moved(served: Served) -> None:
 def test_a_cache_moves_each_expert_once(served: Served) -> None:
     with DeviceEngine.open(served.directory, batch=2, cache="lru", device_budget="100%") as engine:
         served_by(engine, inputs_of(0, 2), 20, None)
-        counted = engine.counters()
+        counted = engine.counters
     assert 0 < counted.misses <= 15
     assert counted.hits > counted.misses
     assert counted.evictions == 0
@@ -235,7 +235,7 @@ def test_rows_that_have_ended_move_nothing(served: Served) -> None:
     first = int(reference(served.model, inputs, 1, None)[0][0, 1])
     with DeviceEngine.open(served.directory) as engine:
         assert engine.generate(**inputs, eos_token_id=first, repetition_penalty=1e6).shape == (1, 2)
-        assert engine.counters().misses == 3
+        assert engine.counters.misses == 3
 
 
 def test_the_host_may_serve_in_between(served: Served) -> None:
@@ -394,7 +394,7 @@ def test_captured_equals_eager(served: Served, policy: Policy, sample: bool) -> 
             torch.manual_seed(0)
             again = engine.generate(**inputs, **options)
             assert torch.equal(first.sequences, again.sequences)
-            found.append((first.sequences, torch.stack(first.logits), engine.counters()))
+            found.append((first.sequences, torch.stack(first.logits), engine.counters))
         if not sample:
             assert torch.equal(found[0][0], found[1][0])
             assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)

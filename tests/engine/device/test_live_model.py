@@ -166,7 +166,7 @@ def test_what_is_changed_counts_from_the_next_request(
     for _ in range(2):
         assert_close(served_by(engine.generate), after)
     assert Replay.captured == 4, "what was captured before the change was replayed"
-    assert engine.counters().bytes_moved > 0
+    assert engine.counters.bytes_moved > 0
 
 
 def test_a_wrapped_classifier_is_asked(saved: tuple[str, Any], engine: DeviceEngine) -> None:
