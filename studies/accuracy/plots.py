@@ -1,6 +1,6 @@
 """The figures of a study: score against lookahead, routing agreement by block, and validation during training.
 
-Knows records and what `statistics` says of them, and the house style of `measure.plots`; knows nothing about how
+Knows records and what `statistics` says of them, and the house style of `measure.figure_style`; knows nothing about how
 cells were run.
 """
 
