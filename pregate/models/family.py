@@ -220,7 +220,7 @@ class Family(ABC):
 
     def is_pregated(self, config: Mapping[str, Any]) -> bool:
         """Whether a `config.json` is that of a pre-gated checkpoint, which may have lookahead 0."""
-        return config.get("model_type", self.model_type) == self.model_type
+        return config.get("model_type") == self.model_type
 
     def pregated_json(self, config: Mapping[str, Any], gating: PreGating) -> dict[str, Any]:
         """The `config.json` of a conventional checkpoint as that of the pre-gated one."""

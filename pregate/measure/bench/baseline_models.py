@@ -118,7 +118,7 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
     return offloaded
 
 
-def free_bytes(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Memory that `device` has left: the GPU's, or the machine's within the limit of its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -23,7 +23,7 @@ from pregate.measure.bench.baseline_models import (
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,
-    free_bytes,
+    free_memory,
     resident_model,
     write_offload_folder,
 )
@@ -69,10 +69,10 @@ class Whole:
             return
         forget()
         needed = self.model.num_bytes() * HEADROOM
-        if needed > free_bytes(self.device):
+        if needed > free_memory(self.device):
             say(
                 f"{self.model.name}: the whole model needs {human_bytes(needed)}, {self.device} has "
-                f"{human_bytes(free_bytes(self.device))} free: no resident row, and tokens are not compared with it."
+                f"{human_bytes(free_memory(self.device))} free: no resident row, and tokens are not compared with it."
             )
             return
         try:
@@ -145,7 +145,7 @@ class Accelerated:
 
     def _from_host_memory(self, spec: RowSpec, record: Record) -> None:
         needed = self.model.num_bytes() * HEADROOM
-        if needed > free_bytes(torch.device("cpu")):
+        if needed > free_memory(torch.device("cpu")):
             say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)} of host memory.")
             return
         record(self._row(spec, lambda: cpu_offloaded(self.model, self.device)))

@@ -21,7 +21,7 @@ from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.active_experts import forced_experts
-from pregate.measure.bench.baseline_models import free_bytes, use_generation_config
+from pregate.measure.bench.baseline_models import free_memory, use_generation_config
 from pregate.measure.bench.baseline_rows import HEADROOM, forget
 from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
@@ -60,7 +60,7 @@ class EngineRows:
     def measure(self, specs: list[RowSpec]) -> None:
         """All rows that read from one store, which is opened once. What does not fit is left out, with a sentence."""
         size = self.model.experts_bytes(specs[0].slab_dtype or SlabDtype.source)
-        free = free_bytes(torch.device("cpu"))
+        free = free_memory(torch.device("cpu"))
         if specs[0].tier == Tier.dram and size * HEADROOM > free:
             say(
                 f"{self.model.name}: all experts in host memory need {human_bytes(size)}, {human_bytes(free)} are "
@@ -102,7 +102,7 @@ class EngineRows:
         if spec.policy != Policy.gpu_only:
             return True
         forget()
-        needed, free = self.model.experts_bytes(str(spec.slab_dtype)) * HEADROOM, free_bytes(self.device)
+        needed, free = self.model.experts_bytes(str(spec.slab_dtype)) * HEADROOM, free_memory(self.device)
         if needed > free:
             say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)}, {human_bytes(free)} are free.")
         return needed <= free

@@ -29,7 +29,7 @@ from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite
 from pregate.measure.bench.table import command, print_bench, write_bench
 from pregate.system.console import console
-from pregate.system.durable import flush_folders
+from pregate.system.durable import flush_folders, free_bytes
 from pregate.system.machine import environment, pick_device, set_seed
 from pregate.system.sizes import human_bytes
 from pregate.tracking import Tracker
@@ -99,9 +99,7 @@ def _refuse_full_disk(benchmark: Benchmark) -> None:
         size = sum(model.experts_bytes(slab_dtype) for slab_dtype in packs)
         needed.append(size + model.num_bytes() * any(spec.policy == ACCELERATE_WARM for spec in pending))
     most = sum(needed) if benchmark.keeps_packs else max(needed)
-    scratch = benchmark.scratch.absolute()
-    place = next(p for p in (scratch, *scratch.parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(benchmark.scratch)
     if most > free:
         raise UsageError(
             f"The benchmark writes {human_bytes(most)} under {benchmark.scratch}, which has {human_bytes(free)} free: "

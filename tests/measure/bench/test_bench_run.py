@@ -219,8 +219,8 @@ def test_a_checkpoint_is_served_in_the_dtype_asked_for(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_left_out_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engines, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(bench_whole, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(engines, "free_memory", lambda device: 0)
+    monkeypatch.setattr(bench_whole, "free_memory", lambda device: 0)
     command.main(tiny_run(tmp_path, "engine.policies=[gpu_only,on_demand]", "bench.tiers=[disk,dram]"))
     rows = rows_of(tmp_path)
     assert [row["policy"] for row in rows] == ["on_demand"]
