@@ -18,6 +18,7 @@ from pregate import OffloadEngine
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Policy, UsageError
 from pregate.convert import work as convert
+from pregate.measure.servers import forced_logits
 from pregate.models.family import ExpertKey, experts_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.tasks.generated import generated_tokenizer
@@ -220,3 +221,17 @@ def test_what_the_family_does_not_have_is_refused(source: Path, tmp_path: Path) 
     (broken / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(UsageError, match="lacks"):
         OffloadEngine.open(broken)
+
+
+def test_equality_is_claimed_of_the_tokens_that_were_generated() -> None:
+    """Not of the prompt alone: the logits behind every new token are compared, for rows padded on the left too."""
+    whole, objective = model(lookahead=1), made_up.FAMILY.objective
+    tokens = whole.generate(**prompts(), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert len(objective.new_tokens(tokens, prompts()["input_ids"])[0]) == 5
+    logits = forced_logits(whole, objective, prompts(), tokens[:, :-1])
+    assert logits.isfinite().all() and torch.equal(logits[:, -5:].argmax(-1), tokens[:, -5:])
+    changed = tokens.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 640
+    other = forced_logits(whole, objective, prompts(), changed[:, :-1])
+    torch.testing.assert_close(other[:, :8], logits[:, :8], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(other[:, 8:], logits[:, 8:], atol=1e-2)

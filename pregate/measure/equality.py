@@ -42,11 +42,12 @@ def logit_difference(logits: Tensor, source: Tensor | None) -> dict[str, float]:
 
 
 def compare_logits(
-    logits: Sequence[Tensor], expected: Sequence[Tensor] | None, most: float | None = None
+    logits: Sequence[Tensor], expected: Sequence[Tensor] | None, most: float | None = None, broke: bool = False
 ) -> dict[str, Any]:
-    """`logits_finite`; against what the resident model gave for the same tokens also `logits_max_diff`, the largest
-    absolute difference, and, if `most` is given (see `TOLERANCE`), `logits_equal_resident`."""
-    found: dict[str, Any] = {"logits_finite": all(bool(one.isfinite().all()) for one in logits)}
+    """`logits_finite`: of `logits`, and of the steps that were timed, unless one `broke`. Against what the resident
+    model gave for the same tokens also `logits_max_diff`, the largest absolute difference, and, if `most` is given (see
+    `TOLERANCE`), `logits_equal_resident`."""
+    found: dict[str, Any] = {"logits_finite": not broke and all(bool(one.isfinite().all()) for one in logits)}
     if expected is None:
         return found
     mine, theirs = (torch.cat([one.flatten().float() for one in side]) for side in (logits, expected))

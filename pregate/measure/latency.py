@@ -20,6 +20,7 @@ from pregate.engine.trace import Span
 from pregate.measure.equality import check_moved, compare_logits, tolerance
 from pregate.measure.servers import Inputs, engine_server, forced_logits
 from pregate.measure.timing import medians
+from pregate.models.family import family_of_model
 from pregate.system.memory import PeakMemory
 
 TIMELINE_TOKENS = 2
@@ -62,7 +63,8 @@ def resident_answers(model: Any, request: BenchRequest, same_weights: bool = Tru
     prompts = request.inputs(model.device)
     with torch.inference_mode():
         tokens = [model.generate(**prompt, **request.options).cpu() for prompt in prompts]
-    logits = [forced_logits(model, prompt, each[:, :-1]) for prompt, each in zip(prompts, tokens, strict=True)]
+    objective, pairs = family_of_model(model).objective, zip(prompts, tokens, strict=True)
+    logits = [forced_logits(model, objective, prompt, each[:, :-1]) for prompt, each in pairs]
     return Expected(tokens, logits, tolerance({p.dtype for p in model.parameters()}) if same_weights else None)
 
 
@@ -90,7 +92,8 @@ def measure_policy(
         check_moved(engine.policy, sum(one.counted["bytes_moved"] for one in [warm_up, *timed]))
         wanted = expected.tokens if expected is not None else [one.tokens for one in timed]
         logits = [server.logits(prompt, each[:, :-1]) for prompt, each in zip(prompts, wanted, strict=False)]
-        found = judged(logits, expected, bool(server.rows_not_finite()))
+        wanted_logits, most = (expected.logits, expected.most) if expected is not None else (None, None)
+        found = compare_logits(logits, wanted_logits, most, broke=bool(server.rows_not_finite()))
     record: dict[str, Any] = {
         **medians(timed),
         "tokens_per_s": request.new_tokens / statistics.median(one.seconds[-1] for one in timed),
@@ -108,12 +111,6 @@ def measure_policy(
         return record, []
     keep_trace(shown.spans)
     return record, _window(shown.spans, shown.seconds)
-
-
-def judged(logits: Sequence[Tensor], expected: Expected | None, broke: bool) -> dict[str, Any]:
-    """`compare_logits` with what is expected; `broke`: a step that was timed had logits that were not finite."""
-    found = compare_logits(logits, expected.logits if expected else None, expected.most if expected else None)
-    return found | ({"logits_finite": False} if broke else {})
 
 
 def _window(spans: Sequence[Span], seconds: Sequence[float]) -> list[dict[str, Any]]:

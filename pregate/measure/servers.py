@@ -19,7 +19,9 @@ from pregate.engine.engine import OffloadEngine
 from pregate.measure.device_steps import stepped_logits, time_steps
 from pregate.measure.equality import check_moved
 from pregate.measure.timing import Timed, TokenClock, time_request
+from pregate.models.family import family_of_model
 from pregate.models.finite import finite_logits
+from pregate.models.objectives import Objective
 
 Inputs = dict[str, Tensor]
 """`input_ids` and `attention_mask` of one prompt, (B, S) each."""
@@ -30,6 +32,7 @@ class Server(Protocol):
     def engine(self) -> OffloadEngine | DeviceEngine | None: ...
 
     device: torch.device
+    objective: Objective
     captured: bool
     """Whether it decodes by another path than the model's `forward`."""
 
@@ -50,11 +53,11 @@ class Server(Protocol):
         ...
 
 
-def forced_logits(forward: Callable[..., Any], inputs: Inputs, tokens_BT: Tensor) -> Tensor:
-    """Float32 logits (B, T, V) of a forward call with `tokens_BT` as input."""
-    targets = tokens_BT.to(inputs["input_ids"].device)
+def forced_logits(forward: Callable[..., Any], objective: Objective, inputs: Inputs, tokens_BT: Tensor) -> Tensor:
+    """Float32 logits (B, T, V) of a forward call with `tokens_BT`, the first that `generate` gave, as input."""
+    forced = objective.forced(inputs, tokens_BT.to(inputs["input_ids"].device))
     with torch.inference_mode():
-        return forward(**inputs, decoder_input_ids=targets, use_cache=False).logits.float().cpu()
+        return forward(**forced, use_cache=False).logits.float().cpu()
 
 
 @dataclass
@@ -65,6 +68,7 @@ class HostServer:
     forward: Callable[..., Any]
     rows_not_finite: Callable[[], Sequence[int]]
     device: torch.device
+    objective: Objective
     clock: TokenClock
     engine: OffloadEngine | None = None
     captured: bool = False
@@ -78,7 +82,7 @@ class HostServer:
         return replace(timed, counted=self.engine.counters.to_dict())
 
     def logits(self, inputs: Inputs, tokens_BT: Tensor) -> Tensor:
-        return forced_logits(self.forward, inputs, tokens_BT)
+        return forced_logits(self.forward, self.objective, inputs, tokens_BT)
 
 
 @dataclass
@@ -87,6 +91,7 @@ class DeviceServer:
 
     engine: DeviceEngine
     device: torch.device
+    objective: Objective
     captured: bool = True
     _broke: bool = False
 
@@ -102,7 +107,7 @@ class DeviceServer:
 
     def logits(self, inputs: Inputs, tokens_BT: Tensor) -> Tensor:
         if not self.captured:
-            return forced_logits(self.forward, inputs, tokens_BT)
+            return forced_logits(self.forward, self.objective, inputs, tokens_BT)
         return stepped_logits(self.engine, **inputs, tokens_BT=tokens_BT.to(self.device))
 
     def rows_not_finite(self) -> Sequence[int]:
@@ -113,7 +118,8 @@ class DeviceServer:
 def whole_server(model: Any, device: torch.device, between: Callable[[], None] | None = None) -> Iterator[HostServer]:
     """A model served by Hugging Face; `between`: work before every step that is not timed."""
     with finite_logits(model) as finite:
-        yield HostServer(model.generate, model, finite.rows_not_finite, device, TokenClock(device, between=between))
+        clock, objective = TokenClock(device, between=between), family_of_model(model).objective
+        yield HostServer(model.generate, model, finite.rows_not_finite, device, objective, clock)
 
 
 @contextmanager
@@ -121,9 +127,10 @@ def engine_server(
     engine: OffloadEngine | DeviceEngine, device: torch.device, link: str = "bytes_moved"
 ) -> Iterator[HostServer | DeviceServer]:
     """An opened engine. `link`: the counter that is read with every token."""
+    objective = family_of_model(engine.model).objective
     if isinstance(engine, DeviceEngine):
-        yield DeviceServer(engine, device)
+        yield DeviceServer(engine, device, objective)
         return
     with finite_logits(engine.model) as finite:
         clock = TokenClock(device, read=lambda: getattr(engine.counters, link))
-        yield HostServer(engine.generate, engine.forward, finite.rows_not_finite, device, clock, engine)
+        yield HostServer(engine.generate, engine.forward, finite.rows_not_finite, device, objective, clock, engine)

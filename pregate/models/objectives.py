@@ -55,6 +55,11 @@ class Objective(Protocol):
         """What `generate` has added: all but the prompt (or the start token, which decodes to nothing)."""
         ...
 
+    def forced(self, prompts: Mapping[str, Tensor], generated_BT: Tensor) -> dict[str, Tensor]:
+        """Inputs of a forward call that reads what `generate` gave for `prompts`, or the first tokens of it, and so
+        gives the logits behind each of these tokens."""
+        ...
+
     def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
         """Of one batch."""
         ...
@@ -101,6 +106,9 @@ class Seq2Seq:
 
     def new_tokens(self, generated_BT: Tensor, prompts_BS: Tensor) -> Tensor:
         return generated_BT
+
+    def forced(self, prompts: Mapping[str, Tensor], generated_BT: Tensor) -> dict[str, Tensor]:
+        return {**prompts, "decoder_input_ids": generated_BT}
 
     def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
         return TokenCounts(int(batch["attention_mask"].bool().sum()), int((batch["labels"] != IGNORED).sum()))
@@ -162,6 +170,12 @@ class Causal:
 
     def new_tokens(self, generated_BT: Tensor, prompts_BS: Tensor) -> Tensor:
         return generated_BT[:, prompts_BS.shape[1] :]
+
+    def forced(self, prompts: Mapping[str, Tensor], generated_BT: Tensor) -> dict[str, Tensor]:
+        mask_BS = prompts["attention_mask"]
+        seen_BT = mask_BS.new_ones(generated_BT.shape)
+        seen_BT[:, : mask_BS.shape[1]] = mask_BS[:, : generated_BT.shape[1]]
+        return {"input_ids": generated_BT, "attention_mask": seen_BT}
 
     def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
         target = int((batch["labels"] != IGNORED).sum())

@@ -72,7 +72,7 @@ def measure_row(
         row["peak_device_bytes"] = peak_bytes
     tokens_BT = timed[0].tokens if reference is None else reference.tokens[0]
     with peak.left_out():
-        logits = server.logits(requests.prompt(0), compared(tokens_BT, spec))
+        logits = server.logits(requests.prompt(0), compared(server, requests, spec, tokens_BT))
         row |= _beside_the_source(server, requests, spec, beside.source_reference)
     dtypes = [model.dtype] if engine is None else [model.dtype, engine.model.dtype]
     row |= logits_record(logits, reference, bool(server.rows_not_finite()), dtypes)
@@ -82,9 +82,11 @@ def measure_row(
     return Measured(row, timed, logits)
 
 
-def compared(tokens_BT: Tensor, spec: RowSpec) -> Tensor:
-    """The tokens that are given as input to compare logits."""
-    return tokens_BT[:, : min(LOGIT_TOKENS, spec.new_tokens)]
+def compared(server: Server, requests: Requests, spec: RowSpec, tokens_BT: Tensor) -> Tensor:
+    """The tokens that are given as input to compare logits: the first new ones, and the prompt where `generate` repeats
+    it."""
+    num_new = server.objective.new_tokens(tokens_BT, requests.prompt(0)["input_ids"]).shape[1]
+    return tokens_BT[:, : tokens_BT.shape[1] - num_new + min(LOGIT_TOKENS, spec.new_tokens)]
 
 
 def engine_report(
@@ -118,7 +120,8 @@ def _beside_the_source(server: Server, requests: Requests, spec: RowSpec, source
     """How far the logits are from those of the unquantised model."""
     if source is None or source.logits is None:
         return {}
-    logits = forced_logits(server.forward, requests.prompt(0), compared(source.tokens[0], spec))
+    tokens_BT = compared(server, requests, spec, source.tokens[0])
+    logits = forced_logits(server.forward, server.objective, requests.prompt(0), tokens_BT)
     return logit_difference(logits, source.logits[:, : logits.shape[1]])
 
 
@@ -128,10 +131,10 @@ def logits_record(
     """`compare_logits` of request 0 with the whole model's; `broke`: a step of some request had logits that were not
     finite."""
     wanted_BtV = None if reference is None or reference.logits is None else reference.logits[:, : logits.shape[1]]
-    found = compare_logits([logits], None if wanted_BtV is None else [wanted_BtV], tolerance(dtypes))
-    if broke or not found["logits_finite"]:
+    found = compare_logits([logits], None if wanted_BtV is None else [wanted_BtV], tolerance(dtypes), broke)
+    if reference is not None and not found["logits_finite"]:
         # NaN is chosen like any token, so that its tokens are equal is no equality
-        found |= {"logits_finite": False, **({} if reference is None else {"tokens_equal_resident": False})}
+        found["tokens_equal_resident"] = False
     return found
 
 
