@@ -19,7 +19,7 @@ from pregate.engine.storage.pack import check_experts, default_pack_dir, pack
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore, Store
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
+from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.pregated_models import compute_buffers, without_experts
 from pregate.system.console import first_of
@@ -38,7 +38,7 @@ def serving_dtype(config: Any, source: SourceCheckpoint, family: ExpertSpec) -> 
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else source.default_dtype()
     if dtype not in COMPUTED:
         raise UsageError(
-            f"{source.directory} is a model of {str(dtype).removeprefix('torch.')}, in which no model computes: set "
+            f"{source.directory} is a model of {dtype_name(dtype)}, in which no model computes: set "
             "dtype in its config.json to float32, bfloat16 or float16."
         )
     return dtype

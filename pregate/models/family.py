@@ -29,6 +29,7 @@ from pregate.config import UsageError
 from pregate.models.expert_math import Factor
 from pregate.models.objectives import Objective
 from pregate.models.pregating import PreGating
+from pregate.system.console import reason_of
 
 # --- experts --------------------------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class Family(ABC):
         try:
             return self.config_class(**settings)
         except Exception as error:  # strict validation brings exception types of its own
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = reason_of(error)
             raise UsageError(f"The config.json describes no model that can be built: {reason}.") from error
 
     def is_pregated(self, config: Mapping[str, Any]) -> bool:

@@ -28,9 +28,9 @@ from pregate.models.checkpoint import (
     read_config,
     read_generation_settings,
 )
-from pregate.models.family import ExpertKey, ExpertSpec, Family, family_of
+from pregate.models.family import ExpertKey, ExpertSpec, Family, dtype_name, family_of
 from pregate.models.pregated_models import without_experts
-from pregate.system.console import first_of, say, silent_bars
+from pregate.system.console import first_of, reason_of, say, silent_bars
 from pregate.system.durable import write_text
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -65,7 +65,7 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     try:
         wanted = parameter_shapes(family, config, family.experts(config).as_found_in(found))
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error)
         raise UsageError(
             f"The config.json of {checkpoint.directory} describes no model that can be built: {reason}."
         ) from error
@@ -78,7 +78,7 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
             raise UsageError(f"{checkpoint.directory} holds {name} of shape {shape}, not {wanted[name]}: {COMPLETE}.")
         if dtype not in FLOATS:
             raise UsageError(
-                f"{checkpoint.directory} holds {name} in {str(dtype).removeprefix('torch.')}, as quantised models do: "
+                f"{checkpoint.directory} holds {name} in {dtype_name(dtype)}, as quantised models do: "
                 "use the weights in float32, bfloat16 or float16."
             )
     tables = _tables(replace(checkpoint, tensors=found), family, bool(config.tie_word_embeddings))
@@ -259,7 +259,7 @@ def generation_config(checkpoint: SourceCheckpoint) -> GenerationConfig:
         else:
             found = GenerationConfig.from_dict(settings, _from_model_config=True)
     except Exception as error:  # its validation brings exception types of its own
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error)
         raise UsageError(f"The generation settings of {checkpoint.directory} cannot be used: {reason}.") from error
     # as from_pretrained does: what was published, such as a temperature without do_sample, may be saved as it was
     found._original_object_hash = hash(found)

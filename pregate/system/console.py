@@ -42,3 +42,8 @@ def silent_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, on one line and without its full stop, for a sentence of ours."""
+    return " ".join(str(error).split()).rstrip(".")

@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from pregate.config import UsageError
 from pregate.system import peers
+from pregate.system.console import reason_of
 from pregate.system.launch import ONE, SEVERAL, asked, asked_for, check_launch
 from pregate.system.peers import Group, PeerFailedError
 
@@ -54,7 +55,7 @@ def _meet(size: int) -> PartialState:
     try:
         state = PartialState(cpu=asked_for("ACCELERATE_USE_CPU") or (size > 1 and not torch.accelerator.is_available()))
     except (torch.distributed.DistError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error)
         raise UsageError(f"The {size} processes cannot meet ({reason}): start {SEVERAL}.") from error
     allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if state.distributed_type not in allowed:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pregate.config import TaskConfig, UsageError
-from pregate.system.console import first_of
+from pregate.system.console import first_of, reason_of
 from pregate.tasks.cells import CellError, of_type
 from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
@@ -179,7 +179,7 @@ def _hub_chunks(columns: Columns, split: str, chunk_rows: int, shuffle: Sequence
     try:
         data: Any = datasets.load_dataset(str(task.hub), task.hub_config, split=split, revision=task.hub_revision)
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error)
         if isinstance(error, ValueError) and "split" in reason.lower():
             raise UsageError(
                 f"{task.hub} has no split {split!r} ({reason}): choose one with task.train_split or task.eval_split."
@@ -224,7 +224,7 @@ def _python_values(values: Any) -> list[Any]:
         try:
             return scalar.as_py()
         except (ValueError, OverflowError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = reason_of(error)
             return CellError(f"a value of type {values.type} that cannot be read ({reason})", "a cell is readable")
 
     try:

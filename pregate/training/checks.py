@@ -16,6 +16,7 @@ from pregate.models.checkpoint import read_config
 from pregate.models.family import config_of, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
+from pregate.system.console import reason_of
 from pregate.system.launch import check_mixed_precision
 from pregate.system.processes import join
 from pregate.training.distill import check_teacher
@@ -91,7 +92,7 @@ def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error)
         raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
 
 

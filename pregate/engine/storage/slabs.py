@@ -21,7 +21,7 @@ from pregate.config import SlabDtype
 from pregate.engine.storage.aligned_memory import PAGE, round_up
 from pregate.engine.storage.quantisation import STORED, dequantise, quantise, widen
 from pregate.models.expert_math import Factor, RowScaled
-from pregate.models.family import ExpertSpec
+from pregate.models.family import ExpertSpec, dtype_name
 
 LINE = 64
 """Matrices start on cache lines, where BLAS reads fastest."""
@@ -134,7 +134,7 @@ class SlabLayout:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "stored": str(self.stored),
             "slab_bytes": self.slab_bytes,
             "matrices": [

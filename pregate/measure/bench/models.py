@@ -24,7 +24,7 @@ from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertSpec, config_of, experts_of, family_named
+from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
@@ -46,7 +46,7 @@ class BenchModel:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     @property
     def gating(self) -> PreGating:
@@ -119,7 +119,7 @@ def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
     source = open_model(checkpoint)
     if run.bench.dtype in DTYPES:
         stored = {key: value for key, value in source.config.items() if key != "torch_dtype"}  # the older name
-        dtype = str(DTYPES[run.bench.dtype]).removeprefix("torch.")
+        dtype = dtype_name(DTYPES[run.bench.dtype])
         source = replace(source, config={**stored, "dtype": dtype})
     place = Path(checkpoint).resolve()
     # a training run calls every checkpoint by that name, and its directory by the run's
