@@ -18,7 +18,7 @@ def main(run: Run) -> None:
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import checks, stages
-    from pregate.training.run_dir import CHECKPOINT, claim_run_dir
+    from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
 
     state = join()
     checks.check_precision(run)

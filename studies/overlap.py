@@ -21,7 +21,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,13 +31,15 @@ from pregate.config import Entry, Policy, Tier
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
 from pregate.engine.trace import Span
+from pregate.measure.figure_style import COMPUTE, INK, TRANSFER, WAIT, write_figure
 from pregate.models.family import family_named
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from pregate.system.machine import environment
 
 POLICIES = {"on_demand": "Fetched on demand", "pre_gated": "Pre-gated: the block before decides"}
-LIGHT, COMPUTE, TRANSFER, WAIT = "#bcd6f5", "#2a78d6", "#1baf7a", "#e34948"
+LIGHT = "#c3d5e4"
+"""Computation outside of MoE blocks."""
 STEPS = 2
 REQUESTS, PROMPT_LEN, NEW_TOKENS = 5, 64, 16
 FILE = "spans.json"
@@ -138,8 +139,11 @@ def draw(folder: Path, path: Path) -> None:
     """One panel a policy, over the same milliseconds: computation with its waits, and transfers."""
     policies = json.loads((folder / FILE).read_text())["policies"]
     end_ms = max(steps["tokens_ms"][-1] for steps in policies.values())
-    matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "pregate"})
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_figure(path, lambda figure: _panels(figure, policies, end_ms), height_inches=3.9)
+
+
+def _panels(figure: Figure, policies: Mapping[str, Any], end_ms: float) -> None:
     panels = figure.subplots(len(POLICIES), 1, sharex=True)
     for axes, (policy, title) in zip(panels, POLICIES.items(), strict=True):
         _panel(axes, title, policies[policy], end_ms)
@@ -162,19 +166,17 @@ def draw(folder: Path, path: Path) -> None:
         handlelength=1.0,
         columnspacing=1.2,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
 
 
 def _panel(axes: Axes, title: str, steps: Mapping[str, Any], end_ms: float) -> None:
     last = steps["tokens_ms"][-1]
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(title)
     axes.broken_barh([(0, last)], (-0.4, 0.8), facecolors=LIGHT)
     for lane, color, y in (("layer", COMPUTE, 0), ("wait", WAIT, 0), ("transfer", TRANSFER, 1)):
         spans = [span for span in steps["spans"] if span["lane"] == lane]
         _bars(axes, spans, y, color, end_ms, numbered=lane != "wait")
     for token, at in enumerate(steps["tokens_ms"], start=1):
-        axes.axvline(at, color="black", linewidth=0.8)
+        axes.axvline(at, color=INK, linewidth=0.8)
         axes.annotate(
             f"token {token}",
             (at, -0.45),
@@ -189,7 +191,7 @@ def _panel(axes: Axes, title: str, steps: Mapping[str, Any], end_ms: float) -> N
     axes.set_yticks([0, 1], ["compute", "transfer"])
     axes.set_xlim(0, end_ms * 1.002)
     axes.set_ylim(1.5, -0.85)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 

@@ -19,7 +19,6 @@ from pregate.config.choices import (
     Trainable,
     WandbMode,
 )
-from pregate.config.limits import UsageError
 from pregate.config.schema import (
     CalibrationConfig,
     GeneratedConfig,
@@ -32,6 +31,7 @@ from pregate.config.schema import (
     save_run,
     to_dict,
 )
+from pregate.config.validators import UsageError
 
 __all__ = [
     "Baseline",

@@ -14,8 +14,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from pregate.config.limits import UsageError
 from pregate.config.schema import Run
+from pregate.config.validators import UsageError
 
 
 def config_dir() -> Path:

@@ -34,7 +34,7 @@ from pregate.config.choices import (
     Trainable,
     WandbMode,
 )
-from pregate.config.limits import (
+from pregate.config.validators import (
     TEMPERATURE,
     WEIGHT,
     Limit,
@@ -46,7 +46,7 @@ from pregate.config.limits import (
     setting,
     share_of,
 )
-from pregate.config.limits import (
+from pregate.config.validators import (
     UsageError as UsageError,
 )
 from pregate.system.durable import write_text

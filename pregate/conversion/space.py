@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pregate.config import UsageError
@@ -20,9 +21,9 @@ def refuse_occupied(output: Path) -> None:
         raise UsageError(f"{output} exists already: name a new output directory, or remove it first.")
 
 
-def refuse_full_disk(output: Path, needed: int) -> None:
-    """Raises `UsageError` for a disk with less than `needed` bytes free."""
-    free = free_bytes(output.parent)
+def refuse_full_disk(output: Path, shard_bytes: Iterable[int]) -> None:
+    """Raises `UsageError` for a disk without room for shards of so many bytes."""
+    free, needed = free_bytes(output.parent), sum(shard_bytes)
     if needed > free:
         raise UsageError(
             f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "

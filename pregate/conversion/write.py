@@ -81,7 +81,7 @@ def convert(
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
-    refuse_full_disk(output, output_bytes)
+    refuse_full_disk(output, sizes.values())
     starts, account = gate_starts(plan, target, seed, fit)
     with _appearing(output) as unfinished, _progress(source_bytes + output_bytes) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}

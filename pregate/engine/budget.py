@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy, Tier, UsageError
-from pregate.config.limits import share_of
+from pregate.config.validators import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout

@@ -20,12 +20,13 @@ from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.accuracy import bootstrap_interval, predict
+from pregate.measure.intervals import bootstrap_interval
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.perfetto import write_perfetto
+from pregate.measure.predictions import predict
+from pregate.measure.report.key_figures import print_summary
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
-from pregate.measure.report.summary import print_summary
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config

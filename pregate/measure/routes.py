@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.accuracy import length_sorted_batches, refuse_not_finite
+from pregate.measure.predictions import length_sorted_batches, refuse_not_finite
 from pregate.models.family import family_of_model
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from pregate.models.family import Count, Family, GateNames, MoEBlock
+from pregate.models import gated_experts
+from pregate.models.family import Count, ExpertSpec, Family, GateNames, MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.objectives import Causal
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
@@ -31,6 +32,9 @@ from pregate.models.routing import Routing
 
 STACK = "decoder"
 """The only stack of these models."""
+BRANCH = 0.1
+"""Share of the usual scale for random weights that write to the residual stream: with all of it the parts that every
+token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts."""
 
 
 class _LayerCall(NamedTuple):
@@ -282,6 +286,28 @@ class DecoderOnlyFamily(Family):
     """Where the router is in a layer."""
     norm: ClassVar[str] = "post_attention_layernorm"
     """The norm before an MoE block."""
+    width_setting: ClassVar[str] = "intermediate_size"
+    """The setting that gives the hidden width of an expert."""
+    expert_names: ClassVar[tuple[str, ...]] = gated_experts.MATRICES
+    """The matrices of an expert in checkpoints that hold a tensor for each."""
+
+    def moe_layers(self, config: Any, stack: str) -> list[int]:
+        """Every layer."""
+        return list(range(config.num_hidden_layers))
+
+    def experts(self, config: Any) -> ExpertSpec:
+        E, D = getattr(config, self.experts_setting), config.hidden_size
+        F, prefix = getattr(config, self.width_setting), "model.layers.{layer}.mlp.experts"
+        return ExpertSpec(
+            num_experts=E,
+            top_k=config.num_experts_per_tok,
+            lookahead=config.pregating.lookahead,
+            matrices=gated_experts.shapes(D, F),
+            layers={STACK: self.moe_layers(config, STACK)},
+            layouts=(gated_experts.fused(prefix, E, D, F), gated_experts.apart(prefix, self.expert_names)),
+            apply=gated_experts.gated_unit(config.hidden_act),
+            activation=f"gated_{config.hidden_act}",
+        )
 
     def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
         within, entry = f"model.layers.{layer}", f"model.entry_gates.{block}"
@@ -295,3 +321,17 @@ class DecoderOnlyFamily(Family):
 
     def counts(self, config: Any) -> list[Count]:
         return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
+
+    def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
+        """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        if "norm" in part:
+            return None
+        if part == "embed_tokens":
+            return 1.0
+        D, heads = config["hidden_size"], config["num_attention_heads"]
+        if part == "o_proj":
+            return BRANCH * float((heads * (config.get("head_dim") or D // heads)) ** -0.5)
+        if part == "down_proj":
+            return BRANCH * float(config[self.width_setting] ** -0.5)
+        return float(D**-0.5)

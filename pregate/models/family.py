@@ -283,7 +283,10 @@ class Family(ABC):
         raise UsageError(f"Models of type {self.source_type} have no random weights to measure: set checkpoint=DIR.")
 
 
-BUILT_IN = {"switch_transformers": "pregate.models.families.switch"}
+BUILT_IN = {
+    "olmoe": "pregate.models.families.olmoe",
+    "switch_transformers": "pregate.models.families.switch",
+}
 """`source_type` -> the module that registers its family."""
 PRE_GATED = "pregated_"
 """What `model_type` has before `source_type`."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pregate.config import Run, UsageError
-from pregate.tasks.cells import identity, prompt_text
+from pregate.tasks.cells import identity
 from pregate.tasks.metrics import TextMetric
-from pregate.tasks.prompt_fields import prompt_fields
-from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.prompts import prompt_fields, prompt_of
+from pregate.tasks.records import read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 
 CHUNK_ROWS = 4096
@@ -84,7 +84,10 @@ class Task:
                 grouped = bool(found) and key is not None and key == previous
                 if not grouped and len(found) == limit:
                     return self._checked(found, split)
-                source, right = self._source(chunk, row, split), chunk.read(row, self.target_field, self.references)
+                source, right = (
+                    prompt_of(self.config, self.prompt_fields, chunk, row, split),
+                    chunk.read(row, self.target_field, self.references),
+                )
                 if grouped:
                     merged = tuple(dict.fromkeys(found[-1].references + right))
                     found[-1] = replace(found[-1], references=merged, target=merged[0] if merged else "")
@@ -125,18 +128,6 @@ class Task:
         needed = [*self.prompt_fields, self.target_field, *(["id"] if "id" in named else [])]
         needed += [self.config.group_by] if self.config.group_by else []
         return {field: named.get(field, field) for field in needed}
-
-    def _source(self, chunk: Chunk, row: int, split: str) -> str:
-        shown = {}
-        for field in self.prompt_fields:
-            shown[field] = chunk.read(row, field, prompt_text)
-            if shown[field] is None:
-                raise UsageError(
-                    f"Split {split!r} of task {self.name!r} has rows without {field!r}, which task.prompt shows "
-                    f"(the first is {chunk.place(row)}): fill or remove them, or name another column with "
-                    f"{key_of(self.config, 'columns', field)}=COLUMN."
-                )
-        return self.config.prompt.format(**shown)
 
     def _checked(self, examples: list[Example], split: str) -> list[Example]:
         if not examples:

@@ -31,8 +31,8 @@ from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
-from pregate.training.run_dir import CHECKPOINT, LAST
-from pregate.training.saved_state import save_last
+from pregate.training.resumable_state import save_last
+from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.session import Session, prepare
 from pregate.training.space import make_room, model_bytes
 from pregate.training.state import random_state

@@ -31,8 +31,8 @@ from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-from pregate.training.run_dir import CHECKPOINT, LAST
-from pregate.training.saved_state import load_last, settle
+from pregate.training.resumable_state import load_last, settle
+from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
 

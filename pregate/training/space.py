@@ -15,8 +15,8 @@ from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
 from pregate.training.optim import optimizer_bytes
-from pregate.training.run_dir import CHECKPOINT, LAST
-from pregate.training.saved_state import DAMAGED, PREVIOUS
+from pregate.training.resumable_state import DAMAGED, PREVIOUS
+from pregate.training.run_dir_lock import CHECKPOINT, LAST
 
 
 def model_bytes(model: nn.Module) -> int:

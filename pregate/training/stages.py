@@ -31,8 +31,8 @@ from pregate.tracking import Tracker
 from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
-from pregate.training.run_dir import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
-from pregate.training.saved_state import steps_done
+from pregate.training.resumable_state import steps_done
+from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 
 
 def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:

@@ -12,7 +12,7 @@ from pregate import eval as command
 from pregate import tracking
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Run, UsageError
-from pregate.measure.report.summary import routing_table, score_table
+from pregate.measure.report.key_figures import routing_table, score_table
 from pregate.tasks.generated import generated_tokenizer
 from tests.tiny import pregated_model, upstream_model
 

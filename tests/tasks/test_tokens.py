@@ -8,7 +8,7 @@ from pregate.config import GeneratedConfig, UsageError
 from pregate.tasks import tokens
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
-from pregate.tasks.prompt_fields import prompt_fields
+from pregate.tasks.prompts import prompt_fields
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 from tests.tiny import SEQ2SEQ
 

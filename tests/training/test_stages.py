@@ -19,8 +19,8 @@ from pregate.config import CalibrationConfig, Entry, Init, ModelConfig, PreGateC
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.training.checks import check_model, check_teachers
-from pregate.training.run_dir import CHECKPOINT, CONVERTED, claim_run_dir
-from pregate.training.saved_state import steps_done
+from pregate.training.resumable_state import steps_done
+from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, claim_run_dir
 from pregate.training.stages import get_converted, get_source, train_converted
 from tests.tiny import geometry, pregated_model, upstream_model
 from tests.training.copying import FirstWords, Recorder, short_run, train_tiny, word_tokenizer

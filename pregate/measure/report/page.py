@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.report.plots import Spans, plot_agreement, plot_engine, plot_timeline
-from pregate.measure.report.summary import (
+from pregate.measure.report.key_figures import (
     ON_PAGE,
     Evaluation,
     engine_settings,
@@ -25,6 +24,7 @@ from pregate.measure.report.summary import (
     routing_table,
     score_table,
 )
+from pregate.measure.report.plots import Spans, plot_agreement, plot_engine, plot_timeline
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
 

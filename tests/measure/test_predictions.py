@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pregate.measure.accuracy import bootstrap_interval, length_sorted_batches
+from pregate.measure.intervals import bootstrap_interval
+from pregate.measure.predictions import length_sorted_batches
 from pregate.tasks.base import Example
 
 

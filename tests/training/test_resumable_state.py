@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from pregate.config import Optimizer, TrainConfig, UsageError
 from pregate.system import durable
 from pregate.training import durable_directories as directories
-from pregate.training import saved_state as module
+from pregate.training import resumable_state as module
 from pregate.training import space
 from pregate.training.durable_directories import recover, replaced, save_model
 from pregate.training.optim import build_optimizer, optimizer_bytes
-from pregate.training.saved_state import (
+from pregate.training.resumable_state import (
     CHECKSUMS_FILE,
     DAMAGED,
     OPTIMIZER_FILE,

@@ -1,13 +1,17 @@
-"""Prompts: which fields of a record one shows.
+"""Prompts: which fields of a record one shows, and the text that it becomes with them.
 
-Knows format strings; knows nothing about records, tokens or tasks.
+Knows format strings and rows; knows nothing about tokens or kinds of tasks.
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
-from pregate.config import UsageError
+from pregate.config import TaskConfig, UsageError
+from pregate.tasks.cells import prompt_text
+from pregate.tasks.records import Chunk
+from pregate.tasks.sources import key_of
 
 
 def prompt_fields(prompt: str) -> tuple[str, ...]:
@@ -31,3 +35,17 @@ def prompt_fields(prompt: str) -> tuple[str, ...]:
         what = f"holds {{{wrong[0]}}}" if wrong else "shows no field"
         raise UsageError(f"task.prompt={prompt!r} {what}: write fields as plain names, such as {{question}}.")
     return tuple(dict.fromkeys(named))
+
+
+def prompt_of(task: TaskConfig, fields: Sequence[str], chunk: Chunk, row: int, split: str) -> str:
+    """The prompt of one row. Raises `UsageError` where a field that it shows is empty or no text."""
+    shown = {}
+    for field in fields:
+        shown[field] = chunk.read(row, field, prompt_text)
+        if shown[field] is None:
+            raise UsageError(
+                f"Split {split!r} of task {task.name!r} has rows without {field!r}, which task.prompt shows "
+                f"(the first is {chunk.place(row)}): fill or remove them, or name another column with "
+                f"{key_of(task, 'columns', field)}=COLUMN."
+            )
+    return task.prompt.format(**shown)
