@@ -322,6 +322,10 @@ class DecoderOnlyFamily(Family):
     def counts(self, config: Any) -> list[Count]:
         return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
 
+    def extras(self, config: Any) -> list[str]:
+        """The modules that predict tokens further ahead ("multi-token prediction")."""
+        return [r"(model\.)?mtp\..*"]
+
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""
         part = name.removesuffix(".weight").rpartition(".")[2]

@@ -88,9 +88,9 @@ class PreGatedModel:
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model, info = loaded
-        leftovers = family_named(cls.config_class.model_type).leftovers
+        family = family_named(cls.config_class.model_type)
         for what, keys in (("lack", info["missing_keys"]), ("hold unknown tensors, namely", info["unexpected_keys"])):
-            names = sorted(set(keys) - leftovers)
+            names = sorted(key for key in set(keys) - family.leftovers if not family.is_extra(key, model.config))
             if names:
                 raise UsageError(
                     f"The weights of {pretrained_model_name_or_path or 'the model'} {what} {first_of(names, 3)}: use "
