@@ -284,6 +284,7 @@ class Family(ABC):
 
 
 BUILT_IN = {
+    "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
     "switch_transformers": "pregate.models.families.switch",
 }
