@@ -297,6 +297,7 @@ BUILT_IN = {
     "deepseek_v3": "pregate.models.families.deepseek_v3",
     "glm4_moe": "pregate.models.families.glm4_moe",
     "gpt_oss": "pregate.models.families.gpt_oss",
+    "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
     "switch_transformers": "pregate.models.families.switch",
 }
