@@ -334,7 +334,7 @@ class DecoderOnlyFamily(Family):
 
     def extras(self, config: Any) -> list[str]:
         """The modules that predict tokens further ahead ("multi-token prediction")."""
-        return [r"(model\.)?mtp\..*"]
+        return [r"^(model\.)?mtp\."]
 
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""

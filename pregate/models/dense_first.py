@@ -23,7 +23,7 @@ class DenseFirstFamily(DecoderOnlyFamily):
     def extras(self, config: Any) -> list[str]:
         """Also the layers that predict tokens further ahead, which are numbered on from those of the model."""
         first, number = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0)
-        return [*super().extras(config), *(rf"model\.layers\.{layer}\..*" for layer in range(first, first + number))]
+        return [*super().extras(config), *(rf"^model\.layers\.{layer}\." for layer in range(first, first + number))]
 
     def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
         """With all of its dense layers, and one group of experts, which any number of experts makes."""

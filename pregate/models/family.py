@@ -273,13 +273,13 @@ class Family(ABC):
         return []
 
     def extras(self, config: Any) -> list[str]:
-        """Patterns of the whole names of tensors that other programs read and this model does not, such as those of
+        """Patterns found in the names of tensors that other programs read and this model does not, such as those of
         layers that guess further tokens. A conversion carries them along."""
         return []
 
     def is_extra(self, name: str, config: Any) -> bool:
         """Whether the tensor `name` is one of `extras`."""
-        return any(re.fullmatch(pattern, name) for pattern in self.extras(config))
+        return any(re.search(pattern, name) for pattern in self.extras(config))
 
     def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
         """A `config.json` like `config`, with the share `depth` of its layers and `num_experts` experts in a block. It

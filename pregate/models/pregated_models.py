@@ -74,6 +74,12 @@ class PreGatedModel:
     config: Any
     config_class: Any
 
+    def post_init(self) -> None:
+        """As upstream's, and names the tensors that may be in a checkpoint though the model does not read them."""
+        super().post_init()  # type: ignore[misc]
+        extras = family_named(self.config.model_type).extras(self.config)
+        self._keys_to_ignore_on_load_unexpected = self._keys_to_ignore_on_load_unexpected.union(extras)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # upstream skips composite modules of "custom code" at initialisation, which leaves attention and experts
@@ -88,9 +94,9 @@ class PreGatedModel:
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model, info = loaded
-        family = family_named(cls.config_class.model_type)
+        leftovers = family_named(cls.config_class.model_type).leftovers
         for what, keys in (("lack", info["missing_keys"]), ("hold unknown tensors, namely", info["unexpected_keys"])):
-            names = sorted(key for key in set(keys) - family.leftovers if not family.is_extra(key, model.config))
+            names = sorted(set(keys) - leftovers)
             if names:
                 raise UsageError(
                     f"The weights of {pretrained_model_name_or_path or 'the model'} {what} {first_of(names, 3)}: use "
