@@ -51,7 +51,9 @@ class PreGatedMixtralModel(decoder_only.PreGatedStack, PreGatedMixtralPreTrained
         self.post_init()
 
 
-class PreGatedMixtralForCausalLM(decoder_only.PreGatedCausalLM, PreGatedMixtralPreTrainedModel, upstream.MixtralForCausalLM):
+class PreGatedMixtralForCausalLM(
+    decoder_only.PreGatedCausalLM, PreGatedMixtralPreTrainedModel, upstream.MixtralForCausalLM
+):
     def __init__(self, config: PreGatedMixtralConfig) -> None:
         super().__init__(config)
         self.model = PreGatedMixtralModel(config)
