@@ -169,6 +169,8 @@ class PreGatedStack:
     layers: Any
     norm: Any
     entry_gates: nn.ModuleDict
+    embedding_multiplier: float = 1.0
+    """What upstream multiplies the embeddings by before the first layer."""
     listener: RouteListener | None = None
 
     def take_layers(self, layer_class: type[Any], gates_class: type[TopKGates], moe_layers: Sequence[int]) -> None:
@@ -190,7 +192,7 @@ class PreGatedStack:
         assert inputs_embeds is not None
         routes = Routes(STACK, self.listener)
         for block, gate in self.entry_gates.items():
-            routes.commit(int(block), gate(inputs_embeds))
+            routes.commit(int(block), gate(inputs_embeds * self.embedding_multiplier))
         outputs = super().forward(inputs_embeds=inputs_embeds, routes=routes, **kwargs)  # type: ignore[misc]
         routes.end()
         return outputs
@@ -230,8 +232,9 @@ class PreGatedCausalLM(ServedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        output_router_logits: bool | None = False,
+        output_router_logits: bool | None = None,
         loss_only: bool = False,
         logits_at: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -244,9 +247,11 @@ class PreGatedCausalLM(ServedModel):
         there are no logits, and the loss is the cross-entropy alone, summed over target tokens. `logits_at` (B, T), a
         mask, asks for the logits of those N positions alone, (N, V) in row-major order.
         """
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=output_router_logits, **kwargs
-        )
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        # upstream's `generate` makes position ids only for a signature that names them
+        kwargs |= {"position_ids": position_ids, "output_router_logits": output_router_logits}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states_BTD = outputs.last_hidden_state
         routed = self._by_block(outputs.router_logits, states_BTD.shape) if output_router_logits else None
         logits = loss = balance = None
@@ -347,5 +352,23 @@ class DecoderOnlyFamily(Family):
         if part == "o_proj":
             return BRANCH * float((heads * (config.get("head_dim") or D // heads)) ** -0.5)
         if part == "down_proj":
-            return BRANCH * float(config[self.width_setting] ** -0.5)
+            return BRANCH * float(config[self.hidden_width_setting(name)] ** -0.5)
         return float(D**-0.5)
+
+    def hidden_width_setting(self, name: str) -> str:
+        """The setting that gives the hidden width of the feed-forward part that the tensor `name` belongs to."""
+        return self.width_setting if f".{self.experts_module}." in name else "intermediate_size"
+
+    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
+        fewer = super().smaller(config, depth, num_experts)
+        if fewer.get("layer_types"):
+            fewer["layer_types"] = fewer["layer_types"][: fewer["num_hidden_layers"]]
+        return {**fewer, "num_experts_per_tok": min(fewer["num_experts_per_tok"], num_experts)}
+
+
+def sparse_layers(config: Any) -> list[int]:
+    """The layers with experts of a model whose config counts from one to the next, and lists those that are dense."""
+    if not config.num_experts:
+        return []
+    numbers = range(config.decoder_sparse_step - 1, config.num_hidden_layers, config.decoder_sparse_step)
+    return [number for number in numbers if number not in (config.mlp_only_layers or ())]

@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    Qwen2MoeForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 from pregate import OffloadEngine
 from pregate.config import Policy, PreGateConfig
@@ -53,7 +61,7 @@ def geometry(draw: random.Random) -> dict[str, Any]:
         "num_hidden_layers": draw.choice([4, 5]),
         "num_attention_heads": heads,
         "num_key_value_heads": draw.choice([1, heads]),
-        "num_experts_per_tok": draw.choice([1, 2, 3]),
+        "num_experts_per_tok": draw.choice([2, 3]),
         "tie_word_embeddings": draw.random() < 0.5,
         "initializer_range": 0.3,
         "pad_token_id": 0,
@@ -80,9 +88,69 @@ def mixtral(draw: random.Random) -> dict[str, Any]:
     }
 
 
+def granitemoe(draw: random.Random) -> dict[str, Any]:
+    return {
+        "num_local_experts": draw.choice([4, 7]),
+        "attention_bias": draw.random() < 0.5,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": draw.choice([1.0, 1.7]),
+    }
+
+
+def with_dense_layers(draw: random.Random) -> dict[str, Any]:
+    """For lookahead 3 four layers with experts remain."""
+    dense = draw.choice([{}, {"mlp_only_layers": [1, 4]}, {"decoder_sparse_step": 2, "num_hidden_layers": 8}])
+    return {"num_hidden_layers": 6, "num_experts": draw.choice([4, 7]), "moe_intermediate_size": 10, **dense}
+
+
+def qwen2_moe(draw: random.Random) -> dict[str, Any]:
+    return {
+        "shared_expert_intermediate_size": 14,
+        "norm_topk_prob": draw.random() < 0.5,
+        "qkv_bias": draw.random() < 0.5,
+        "use_sliding_window": draw.random() < 0.5,
+        "sliding_window": 4,
+        "max_window_layers": 3,
+        **with_dense_layers(draw),
+    }
+
+
+def qwen3_moe(draw: random.Random) -> dict[str, Any]:
+    return {
+        "head_dim": 12,
+        "norm_topk_prob": draw.random() < 0.5,
+        "attention_bias": draw.random() < 0.5,
+        "use_sliding_window": draw.random() < 0.5,
+        "sliding_window": 4,
+        **with_dense_layers(draw),
+    }
+
+
+def qwen3_5_moe(draw: random.Random) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": 4,
+        "full_attention_interval": draw.choice([2, 3]),
+        "head_dim": 8,
+        "linear_conv_kernel_dim": draw.choice([2, 4]),
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": draw.choice([2, 4]),
+        "num_experts": draw.choice([4, 7]),
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 14,
+    }
+
+
 FAMILIES = {
     "olmoe": Row(OlmoeForCausalLM, olmoe),
     "mixtral": Row(MixtralForCausalLM, mixtral),
+    "granitemoe": Row(GraniteMoeForCausalLM, granitemoe),
+    "qwen2_moe": Row(Qwen2MoeForCausalLM, qwen2_moe),
+    "qwen3_moe": Row(Qwen3MoeForCausalLM, qwen3_moe),
+    "qwen3_5_moe": Row(Qwen3_5MoeForCausalLM, qwen3_5_moe),
 }
 every_family = pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 
@@ -94,7 +162,7 @@ def upstream_model(row: Row, seed: int) -> Any:
     """Upstream's model with random settings and weights, its biases and norms included."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    model = row.upstream(row.upstream.config_class(**geometry(draw), **row.settings(draw)))
+    model = row.upstream(row.upstream.config_class(**{**geometry(draw), **row.settings(draw)}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -227,9 +295,8 @@ def test_gates_decide_ahead(row: Row, lookahead: int, padding: str, recompute: b
 
 
 @every_family
-@pytest.mark.parametrize("entry", ["own", "embedding"])
 @pytest.mark.parametrize("padding", [LEFT, RIGHT])
-@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
+@pytest.mark.parametrize(("lookahead", "entry"), [(0, "own"), (1, "own"), (2, "embedding"), (3, "own")])
 def test_generation(row: Row, lookahead: int, padding: str, entry: str) -> None:
     upstream, ahead = upstream_model(row, 10 + lookahead), gating(lookahead, entry)
     ours, naive = pregated(row, upstream, ahead), look_ahead(row, upstream, ahead)
