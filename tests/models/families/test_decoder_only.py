@@ -16,6 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2ForCausalLM,
+    DeepseekV3ForCausalLM,
+    Glm4MoeForCausalLM,
+    GptOssForCausalLM,
     GraniteMoeForCausalLM,
     MixtralForCausalLM,
     OlmoeForCausalLM,
@@ -144,9 +148,52 @@ def qwen3_5_moe(draw: random.Random) -> dict[str, Any]:
     }
 
 
+def dense_first(draw: random.Random) -> dict[str, Any]:
+    dense = draw.choice([1, 2])
+    return {
+        "first_k_dense_replace": dense,
+        "num_hidden_layers": dense + 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": draw.choice([1, 2]),
+        "moe_intermediate_size": 12,
+        "routed_scaling_factor": 1.3,
+        "n_group": draw.choice([2, 4]),
+        "topk_group": 2,
+        "attention_bias": draw.random() < 0.5,
+    }
+
+
+def latent_attention(draw: random.Random) -> dict[str, Any]:
+    ranks = {"q_lora_rank": draw.choice([None, 12]), "kv_lora_rank": 10, "num_key_value_heads": None}
+    return {**dense_first(draw), **ranks, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+
+
+def deepseek_v2(draw: random.Random) -> dict[str, Any]:
+    return {**latent_attention(draw), "topk_method": draw.choice(["greedy", "group_limited_greedy"])}
+
+
+def deepseek_v3(draw: random.Random) -> dict[str, Any]:
+    choices = {"norm_topk_prob": draw.random() < 0.5, "rope_interleave": draw.random() < 0.5}
+    return {**latent_attention(draw), **choices}
+
+
+def glm4_moe(draw: random.Random) -> dict[str, Any]:
+    choices = {"norm_topk_prob": draw.random() < 0.5, "use_qk_norm": draw.random() < 0.5}
+    return {**dense_first(draw), **choices, "head_dim": 12}
+
+
+def gpt_oss(draw: random.Random) -> dict[str, Any]:
+    clamp = {"swiglu_alpha": draw.choice([1.0, 1.702]), "swiglu_limit": draw.choice([0.3, 7.0])}
+    return {**clamp, "num_local_experts": draw.choice([4, 7]), "head_dim": 12, "sliding_window": 4}
+
+
 FAMILIES = {
     "olmoe": Row(OlmoeForCausalLM, olmoe),
     "mixtral": Row(MixtralForCausalLM, mixtral),
+    "deepseek_v2": Row(DeepseekV2ForCausalLM, deepseek_v2),
+    "deepseek_v3": Row(DeepseekV3ForCausalLM, deepseek_v3),
+    "glm4_moe": Row(Glm4MoeForCausalLM, glm4_moe),
+    "gpt_oss": Row(GptOssForCausalLM, gpt_oss),
     "granitemoe": Row(GraniteMoeForCausalLM, granitemoe),
     "qwen2_moe": Row(Qwen2MoeForCausalLM, qwen2_moe),
     "qwen3_moe": Row(Qwen3MoeForCausalLM, qwen3_moe),
@@ -164,9 +211,9 @@ def upstream_model(row: Row, seed: int) -> Any:
     torch.manual_seed(seed)
     model = row.upstream(row.upstream.config_class(**{**geometry(draw), **row.settings(draw)}))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += torch.empty_like(parameter).uniform_(-0.4, 0.4)
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 or name.endswith("bias"):
+                tensor += torch.empty_like(tensor).uniform_(-0.4, 0.4)
     model.set_experts_implementation("eager")
     return model.eval()
 
