@@ -6,7 +6,8 @@ A family is one row of `FAMILIES`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,15 @@ from transformers import (
 )
 
 from pregate import OffloadEngine
-from pregate.config import Policy, PreGateConfig
+from pregate.config import Policy, PreGateConfig, Tier
 from pregate.conversion.plan import plan_moves
 from pregate.conversion.write import convert
+from pregate.engine.opening import open_store
 from pregate.models.family import Family, family_named
 from pregate.models.loading import load_resident
+from pregate.models.objectives import predicting
 from pregate.models.pregating import PreGating
+from pregate.models.synthetic import synthetic_checkpoint
 
 VOCABULARY, STACK = 61, "decoder"
 LEFT, RIGHT = "left", "right"
@@ -106,7 +110,7 @@ def granitemoe(draw: random.Random) -> dict[str, Any]:
 def with_dense_layers(draw: random.Random) -> dict[str, Any]:
     """For lookahead 3 four layers with experts remain."""
     dense = draw.choice([{}, {"mlp_only_layers": [1, 4]}, {"decoder_sparse_step": 2, "num_hidden_layers": 8}])
-    return {"num_hidden_layers": 6, "num_experts": draw.choice([4, 7]), "moe_intermediate_size": 10, **dense}
+    return {"num_hidden_layers": 6, "num_experts": draw.choice([4, 7]), "moe_intermediate_size": 12, **dense}
 
 
 def qwen2_moe(draw: random.Random) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def qwen3_5_moe(draw: random.Random) -> dict[str, Any]:
         "linear_num_key_heads": 2,
         "linear_num_value_heads": draw.choice([2, 4]),
         "num_experts": draw.choice([4, 7]),
-        "moe_intermediate_size": 10,
+        "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 14,
     }
 
@@ -349,3 +353,99 @@ def test_generation(row: Row, lookahead: int, padding: str, entry: str) -> None:
     ours, naive = pregated(row, upstream, ahead), look_ahead(row, upstream, ahead)
     for ask in ASKS:
         assert_same(generated(ours, padding, ask), generated(naive, padding, ask))
+
+
+@every_family
+def test_every_way_to_the_loss_agrees(row: Row) -> None:
+    """With upstream's loss, and with each other: all logits, those of some positions, and none at all."""
+    upstream = upstream_model(row, 20)
+    ours, inputs = pregated(row, upstream, gating(0)), batch(RIGHT)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    at, count = predicting(labels), int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole, expected = ours(**inputs, labels=labels), upstream(**inputs, labels=labels)
+        torch.testing.assert_close(whole.loss, expected.loss)
+        torch.testing.assert_close(ours(**inputs, labels=labels, loss_only=True).loss / count, expected.loss)
+        torch.testing.assert_close(ours(**inputs, logits_at=at).logits, expected.logits[at])
+        assert torch.equal(ours(**inputs, logits_to_keep=2).logits, upstream(**inputs, logits_to_keep=2).logits)
+        seen = {"output_hidden_states": True, "output_router_logits": True}
+        mine, theirs = ours(**inputs, **seen), upstream(**inputs, **seen)
+    assert all(map(torch.equal, mine.hidden_states, theirs.hidden_states))
+    assert len(mine.router_logits) == len(theirs.router_logits) == len(row.family.moe_layers(ours.config, STACK))
+    for one, other in zip(mine.router_logits, theirs.router_logits, strict=True):
+        assert torch.equal(one.flatten(0, 1), other)
+
+
+# --- how they are stored --------------------------------------------------------------------------------------------
+
+
+def stored_names(directory: Path) -> set[str]:
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return names
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@every_family
+@pytest.mark.parametrize(("layout", "shards"), [("hub", True), ("fused", False)])
+def test_every_layout_is_converted_bit_by_bit(row: Row, layout: str, shards: bool, tmp_path: Path) -> None:
+    """`hub`: as upstream saves, which is as the files of the hub are named. `fused`: as models in memory are."""
+    upstream, size = upstream_model(row, 30 + shards).to(torch.bfloat16), 20_000 if shards else 10**9
+    source, converted, again = (tmp_path / name for name in ("source", "converted", "again"))
+    upstream.save_pretrained(source, save_original_format=layout == "hub", max_shard_size=size)
+    convert(str(source), converted, PreGateConfig(lookahead=2), max_shard_bytes=size)
+    assert all((len(list(place.glob("*.safetensors"))) > 1) == shards for place in (source, converted))
+    expected = pregated(row, upstream, gating(2))
+    assert_equal_states(load_resident(converted), expected)
+    opened = AutoModelForCausalLM.from_pretrained(converted)
+    assert type(opened) is row.family.model_class and opened.dtype is torch.bfloat16
+    assert_equal_states(opened, expected)
+    opened.save_pretrained(again)
+    assert_equal_states(AutoModelForCausalLM.from_pretrained(again), expected)
+    # named as upstream names them, but for the gates that are in other blocks
+    before, after = stored_names(source), stored_names(converted)
+    assert len(before - after) == len(after - before) == len(row.family.moe_layers(upstream.config, STACK)) - 2
+    assert all("pre_gate" in name for name in after - before)
+    assert stored_names(again) == after
+    expected.save_pretrained(again)  # a model that was never on disk is saved as the hub has it
+    assert (stored_names(again) == after) == (layout == "hub")
+
+
+@every_family
+def test_every_policy_gives_the_tokens_of_the_whole_model(row: Row, tmp_path: Path) -> None:
+    upstream_model(row, 50).save_pretrained(tmp_path / "source")
+    directory = tmp_path / "converted"
+    convert(str(tmp_path / "source"), directory, PreGateConfig(lookahead=2))
+    whole = load_resident(directory)
+    requests = [{**batch(LEFT, rows), "max_new_tokens": 5, "do_sample": False} for rows in (1, 4)]
+    expected = [
+        (whole.generate(**request), whole(**batch(LEFT, len(request["input_ids"]))).logits) for request in requests
+    ]
+    for tier, policies in ((Tier.disk, list(Policy)), (Tier.dram, [Policy.pre_gated])):
+        with closing(open_store(directory, tier=tier, pack_dir=tmp_path / "pack")) as store:
+            for policy in policies:
+                with OffloadEngine.open(directory, policy=policy, store=store) as engine:
+                    for request, (tokens, logits) in zip(requests, expected, strict=True):
+                        assert torch.equal(engine.generate(**request), tokens)
+                        found = engine.forward(**batch(LEFT, len(tokens))).logits
+                        assert found.isfinite().all()
+                        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+                    assert (engine.counters.bytes_moved > 0) == (policy is not Policy.gpu_only)
+
+
+@every_family
+def test_random_weights_keep_activations_sane(row: Row) -> None:
+    """Those of benchmarks: every layer adds something, and no layer drowns the rest."""
+    config = upstream_model(row, 60).config.to_dict() | {"hidden_size": 64, "tie_word_embeddings": False}
+    source = synthetic_checkpoint(row.family, config, gating(1), torch.float32)
+    with OffloadEngine.open(source, policy=Policy.gpu_only) as engine:
+        output = engine.forward(**batch(RIGHT), output_hidden_states=True)
+    states = [layer.std().item() for layer in output.hidden_states]
+    assert all(0.3 < deviation < 3 for deviation in states), states
+    assert 0.1 < output.logits.std() < 10
