@@ -31,8 +31,8 @@ class GateMove:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """origins: output tensor -> source tensor, in model order. moves: the gates that change places. dropped: source
-    tensors that nothing needs."""
+    """origins: output tensor -> source tensor, in model order, behind them the extra ones. moves: the gates that change
+    places. dropped: source tensors that nothing needs."""
 
     origins: dict[str, str]
     moves: tuple[GateMove, ...]
@@ -71,7 +71,7 @@ def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
         origins |= move.copied
     order = parameter_shapes(family, target, experts)
     assert set(origins) | {*family.input_tables, family.output_table} == set(order), set(origins) ^ set(order)
-    origins = {name: origins[name] for name in order if name in origins}
+    origins = {name: origins[name] for name in order if name in origins} | {name: name for name in checkpoint.extras}
     return TensorPlan(origins, tuple(moves), checkpoint.ignored)
 
 

@@ -76,7 +76,7 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan = plan_tensors(checkpoint, target.config)
+    plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}

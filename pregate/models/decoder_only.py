@@ -202,6 +202,8 @@ class PreGatedCausalLM(ServedModel):
     model: Any
     lm_head: Any
     config: Any
+    logits_scaling: float = 1.0
+    """What the head's output is divided by."""
 
     def stack_module(self, stack: str) -> Any:
         assert stack == STACK
@@ -250,12 +252,13 @@ class PreGatedCausalLM(ServedModel):
         logits = loss = balance = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
-            loss = head_cross_entropy(self.lm_head, states_BTD[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            states_ND = states_BTD[:, :-1].flatten(0, 1) / self.logits_scaling
+            loss = head_cross_entropy(self.lm_head, states_ND, labels[:, 1:].flatten())
         elif logits_at is not None:
-            logits = self.lm_head(states_BTD[logits_at])
+            logits = self._logits(states_BTD[logits_at])
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(states_BTD[:, kept])
+            logits = self._logits(states_BTD[:, kept])
         if labels is not None and logits is not None:
             shifted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = nn.functional.cross_entropy(*shifted, ignore_index=IGNORED)
@@ -272,6 +275,11 @@ class PreGatedCausalLM(ServedModel):
             router_logits=routed,  # type: ignore[arg-type]
         )
 
+    def _logits(self, states: Tensor) -> Tensor:
+        logits = self.lm_head(states)
+        # a division by one would hold all logits twice
+        return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
+
     @staticmethod
     def _by_block(logits: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
         return tuple(block.view(*shape[:-1], -1) for block in logits)
@@ -284,6 +292,8 @@ class DecoderOnlyFamily(Family):
     input_tables = ("model.embed_tokens.weight",)
     router: ClassVar[str] = "mlp.gate"
     """Where the router is in a layer."""
+    experts_module: ClassVar[str] = "mlp.experts"
+    """Where the experts are in a layer."""
     norm: ClassVar[str] = "post_attention_layernorm"
     """The norm before an MoE block."""
     width_setting: ClassVar[str] = "intermediate_size"
@@ -297,7 +307,7 @@ class DecoderOnlyFamily(Family):
 
     def experts(self, config: Any) -> ExpertSpec:
         E, D = getattr(config, self.experts_setting), config.hidden_size
-        F, prefix = getattr(config, self.width_setting), "model.layers.{layer}.mlp.experts"
+        F, prefix = getattr(config, self.width_setting), "model.layers.{layer}." + self.experts_module
         return ExpertSpec(
             num_experts=E,
             top_k=config.num_experts_per_tok,
@@ -321,6 +331,10 @@ class DecoderOnlyFamily(Family):
 
     def counts(self, config: Any) -> list[Count]:
         return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
+
+    def extras(self, config: Any) -> list[str]:
+        """The modules that predict tokens further ahead ("multi-token prediction")."""
+        return [r"^(model\.)?mtp\."]
 
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""

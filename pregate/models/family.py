@@ -208,7 +208,7 @@ class Family(ABC):
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of names in checkpoints and what they are in the model, as upstream renames them when it loads."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
-    """Tensors that some checkpoints hold and no model reads."""
+    """Tensors that some checkpoints hold and no model reads; a conversion leaves them out."""
 
     @property
     def model_type(self) -> str:
@@ -285,6 +285,15 @@ class Family(ABC):
         """Numbers that are compared before names are: one number says more than a thousand missing tensors."""
         return []
 
+    def extras(self, config: Any) -> list[str]:
+        """Patterns found in the names of tensors that other programs read and this model does not, such as those of
+        layers that guess further tokens. A conversion carries them along."""
+        return []
+
+    def is_extra(self, name: str, config: Any) -> bool:
+        """Whether the tensor `name` is one of `extras`."""
+        return any(re.search(pattern, name) for pattern in self.extras(config))
+
     def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
         """A `config.json` like `config`, with the share `depth` of its layers and `num_experts` experts in a block. It
         describes a model whose layers can be timed where the whole model is too large."""
@@ -297,6 +306,11 @@ class Family(ABC):
 
 
 BUILT_IN = {
+    "deepseek_v2": "pregate.models.families.deepseek_v2",
+    "deepseek_v3": "pregate.models.families.deepseek_v3",
+    "glm4_moe": "pregate.models.families.glm4_moe",
+    "gpt_oss": "pregate.models.families.gpt_oss",
+    "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
     "switch_transformers": "pregate.models.families.switch",
 }

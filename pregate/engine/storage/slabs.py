@@ -1,7 +1,8 @@
 """What a slab is: all matrices of one expert as one contiguous run of bytes, a multiple of 4 KiB.
 
 A slab holds the matrices as they are, or weight-only quantised to int8 or fp8 with a scale for each row, a power of
-two, stored beside them as float32. Knows tensors and bytes; knows nothing about files, slots or models' arithmetic.
+two, stored beside them as float32. Biases stay as they are. Knows tensors and bytes; knows nothing about files, slots
+or models' arithmetic.
 
 Letters: R rows and C columns of a matrix, B bytes of a slab.
 """
@@ -52,12 +53,14 @@ class SlabLayout:
     @classmethod
     def of(cls, family: ExpertSpec, dtype: torch.dtype, stored: SlabDtype = SlabDtype.source) -> SlabLayout:
         offset, matrices = 0, []
-        itemsize = STORED.get(stored, dtype).itemsize
         for name, shape in family.matrices.items():
-            place, offset = offset, round_up(offset + torch.Size(shape).numel() * itemsize, LINE)
+            size = torch.Size(shape)
+            quantised = stored in STORED and len(size) > 1
+            itemsize = STORED.get(stored, dtype).itemsize if quantised else dtype.itemsize
+            place, offset = offset, round_up(offset + size.numel() * itemsize, LINE)
             scales = None
-            if stored is not SlabDtype.source:
-                scales, offset = offset, round_up(offset + shape[0] * torch.float32.itemsize, LINE)
+            if quantised:
+                scales, offset = offset, round_up(offset + size[0] * torch.float32.itemsize, LINE)
             matrices.append(MatrixPlace(name, tuple(shape), place, scales))
         return cls(dtype, stored, tuple(matrices), round_up(offset, PAGE))
 
@@ -72,26 +75,32 @@ class SlabLayout:
 
     def views(self, slab_B: Tensor) -> list[Tensor]:
         """The stored matrices of a slab (uint8) as tensors that share its memory."""
-        dtype = STORED.get(self.stored, self.dtype)
-        return [_view(slab_B, place.offset, place.shape, dtype) for place in self.matrices]
+        dtypes = (self.dtype if place.scale_offset is None else STORED[self.stored] for place in self.matrices)
+        return [
+            _view(slab_B, place.offset, place.shape, dtype) for place, dtype in zip(self.matrices, dtypes, strict=True)
+        ]
 
     def scales(self, slab_B: Tensor) -> list[Tensor]:
         """The scales (R, 1) of each quantised matrix, sharing the slab's memory."""
+        return [scale for scale in self._scales(slab_B) if scale is not None]
+
+    def _scales(self, slab_B: Tensor) -> list[Tensor | None]:
+        """Those of every matrix; None for one that is stored as it is."""
         return [
-            _view(slab_B, place.scale_offset, (place.shape[0], 1), torch.float32)
+            None
+            if place.scale_offset is None
+            else _view(slab_B, place.scale_offset, (place.shape[0], 1), torch.float32)
             for place in self.matrices
-            if place.scale_offset is not None
         ]
 
     def encode(self, matrices: Sequence[Tensor], slab_B: Tensor) -> None:
         """Write `matrices` into a CPU slab, quantised if that is what it stores; padding is zeroed."""
         slab_B.zero_()
-        if not self.is_quantised:
-            for view, matrix in zip(self.views(slab_B), matrices, strict=True):
+        for view, scale, matrix in zip(self.views(slab_B), self._scales(slab_B), matrices, strict=True):
+            if scale is None:
                 view.copy_(matrix)
-            return
-        for view, scale, matrix in zip(self.views(slab_B), self.scales(slab_B), matrices, strict=True):
-            quantise(matrix, view, scale)
+            else:
+                quantise(matrix, view, scale)
 
     def decode(self, slab_B: Tensor) -> list[Tensor]:
         """The matrices in the compute dtype: views of the slab, or new tensors with the dequantised numbers."""
@@ -99,12 +108,15 @@ class SlabLayout:
         if not self.is_quantised:
             return stored
         into = self.scratch(slab_B.device)
-        for matrix, scale, out in zip(stored, self.scales(slab_B), into, strict=True):
-            dequantise(matrix, scale, out)
+        for matrix, scale, out in zip(stored, self._scales(slab_B), into, strict=True):
+            if scale is None:
+                out.copy_(matrix)
+            else:
+                dequantise(matrix, scale, out)
         return into
 
     def scratch(self, device: torch.device) -> list[Tensor]:
-        """Room for one expert's matrices in the compute dtype; none where slabs hold them as they are."""
+        """Room for one expert's matrices in the compute dtype; none where slabs hold all of them as they are."""
         places = self.matrices if self.is_quantised else ()
         return [torch.empty(place.shape, dtype=self.dtype, device=device) for place in places]
 
@@ -118,8 +130,10 @@ class SlabLayout:
         if not self.is_quantised:
             return list(stored)
         factors: list[Factor] = []
-        for matrix, scale_R1, wide in zip(stored, self.scales(slab_B), scratch, strict=True):
-            if self.dtype is torch.float16:
+        for matrix, scale_R1, wide in zip(stored, self._scales(slab_B), scratch, strict=True):
+            if scale_R1 is None:
+                factors.append(matrix)
+            elif self.dtype is torch.float16:
                 dequantise(matrix, scale_R1, wide)
                 factors.append(wide)
             else:
