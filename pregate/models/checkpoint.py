@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from pregate.config import UsageError
 from pregate.system.console import first_of
 
 CONFIG = "config.json"
+QUANTISATION = "quantization_config"
+"""The section of a config.json that says how the weights are quantised. `pregate.models.encodings` reads it."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,16 +55,27 @@ SAMPLES, SAMPLE_BYTES = 32, 4096
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is, without its data. `key`: its name in the file, where that is another."""
+    """Where one tensor lies and what it is, without its data. `key`: its name in the file, where that is another.
+    `encoding`: how it is stored where it is quantised; `shape` and `dtype` are those of the decoded tensor."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     key: str | None = None
+    encoding: Encoding | None = None
 
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """parts: the stored tensors, each with its key, that a tensor of the model is made from. decode: from these to
+    it."""
+
+    parts: tuple[TensorInfo, ...]
+    decode: Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,26 +142,30 @@ class SourceCheckpoint:
         return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), dtypes[0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, contiguous, on the CPU and mapped from their files; no two of them share memory.
+        """The named tensors, contiguous, on the CPU and mapped from their files; no two of them share memory. Those
+        that are quantised are decoded.
 
         Pages that are touched count as resident memory until the last tensor of the returned dictionary is
         dropped, so read a part of the model, use it, and drop it before reading the next. Treat them as read-only.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+        wanted = {name: self.tensors[name] for name in names}
+        keys: dict[Path, set[str]] = {}
+        for name, info in wanted.items():
+            for part in info.encoding.parts if info.encoding else (info,):
+                keys.setdefault(part.file, set()).add(part.key or name)
+        mapped = {file: _mapped(file, inside) for file, inside in keys.items()}
         read: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for file, wanted in by_file.items():
-            keys = {name: self.tensors[name].key or name for name in wanted}
-            mapped = _mapped(file, set(keys.values()))
-            for name, key in keys.items():
-                tensor = mapped[key]
-                # a view into a larger storage would keep, and let writers save, the whole of that storage
-                if not _fills_storage(tensor) or tensor.data_ptr() in seen:
-                    tensor = tensor.clone().contiguous()
-                seen.add(tensor.data_ptr())
-                read[name] = tensor
+        for name, info in wanted.items():
+            if info.encoding:
+                tensor = info.encoding.decode([mapped[part.file][part.key or name] for part in info.encoding.parts])
+            else:
+                tensor = mapped[info.file][info.key or name]
+            # a view into a larger storage would keep, and let writers save, the whole of that storage
+            if not _fills_storage(tensor) or tensor.data_ptr() in seen:
+                tensor = tensor.clone().contiguous()
+            seen.add(tensor.data_ptr())
+            read[name] = tensor
         return read
 
     def same_bits(self, one: str, other: str) -> bool:
@@ -303,6 +320,9 @@ SAFETENSORS_DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 

@@ -26,6 +26,7 @@ from transformers.conversion_mapping import (
 )
 
 from pregate.config import UsageError
+from pregate.models.checkpoint import QUANTISATION
 from pregate.models.expert_math import Factor
 from pregate.models.objectives import Objective
 from pregate.models.pregating import PreGating
@@ -117,12 +118,23 @@ class ExpertSpec:
         }
 
     def as_found_in(self, names: Mapping[str, Any]) -> ExpertSpec:
-        """The same with the layout first whose tensors are among `names`; unchanged where no layout is."""
-        for layout in self.layouts if self._keys else ():
-            found = replace(self, layouts=(layout, *(other for other in self.layouts if other is not layout)))
-            if all(name in names for name in found.tensor_names(self._keys[0])):
-                return found
-        return self
+        """The same with a layout first that gives each block the layout whose tensors are among `names`, or where there
+        is none, the model's own; unchanged where all have that."""
+        own = self.layouts[0]
+        chosen = {
+            (stack, layer): next(
+                (at for at in self.layouts if all(part.tensor in names for part in at(stack, layer, 0))), own
+            )
+            for stack, layers in (self.layers.items() if self.num_experts else ())
+            for layer in layers
+        }
+        if all(layout is own for layout in chosen.values()):
+            return self
+
+        def found(stack: str, layer: int, expert: int) -> Sequence[TensorSlice]:
+            return chosen[stack, layer](stack, layer, expert)
+
+        return replace(self, layouts=(found, *self.layouts))
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,8 @@ class Family(ABC):
 
         Raises `UsageError` for one that describes no model.
         """
-        settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
+        other = ("model_type", "architectures", "auto_map", QUANTISATION)  # no model is built quantised
+        settings = {name: value for name, value in config.items() if name not in other}
         if config.get("model_type") == self.source_type:
             settings["pregate"] = PreGating().to_dict()
         try:
@@ -225,8 +238,8 @@ class Family(ABC):
 
     def pregated_json(self, config: Mapping[str, Any], gating: PreGating) -> dict[str, Any]:
         """The `config.json` of a conventional checkpoint as that of the pre-gated one."""
-        # the code that auto_map points to is not part of what is written
-        kept = {name: value for name, value in config.items() if name != "auto_map"}
+        # the code that auto_map points to is not part of what is written, and weights are written decoded
+        kept = {name: value for name, value in config.items() if name not in ("auto_map", QUANTISATION)}
         names = {"model_type": self.model_type, "architectures": [self.model_class.__name__]}
         return {**kept, **names, "pregate": gating.to_dict()}
 

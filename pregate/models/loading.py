@@ -28,6 +28,7 @@ from pregate.models.checkpoint import (
     read_config,
     read_generation_settings,
 )
+from pregate.models.encodings import decoded
 from pregate.models.family import ExpertKey, ExpertSpec, Family, dtype_name, family_of
 from pregate.models.pregated_models import without_experts
 from pregate.system.console import first_of, reason_of, say, silent_bars
@@ -60,6 +61,7 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     """`checkpoint` under the names of the model that its config describes. Raises `UsageError` as `open_model` does."""
     family = family_of(checkpoint.config)
     config = family.config(checkpoint.config)
+    checkpoint = _decoded(checkpoint)
     found = _stripped(checkpoint, family)
     extras = {name: found.pop(name) for name in list(found) if family.is_extra(name, config)}
     if extras:
@@ -97,6 +99,18 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     return replace(checkpoint, tensors=tensors, ignored=tuple(ignored) or checkpoint.ignored, extras=extras)
 
 
+def _decoded(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
+    """See `decoded`. What it does is told once."""
+    opened = decoded(checkpoint)
+    dtypes = {info.dtype for info in opened.tensors.values() if info.encoding}
+    if dtypes and opened is not checkpoint:
+        _say_once(
+            f"{opened.directory} is quantised: its weights are decoded to {dtype_name(*dtypes)} as they are read, and "
+            "a checkpoint that is made from it holds them so."
+        )
+    return opened
+
+
 def load_resident(directory: str | Path, revision: str | None = None, **options: Any) -> Any:
     """The whole model in memory, from a pre-gated or a conventional directory or hub id, in evaluation mode.
 
@@ -117,19 +131,19 @@ def load_resident(directory: str | Path, revision: str | None = None, **options:
 def _state_of(source: SourceCheckpoint, own: ExpertSpec) -> dict[str, Tensor]:
     """All tensors of a checked checkpoint, the experts in the model's own layout."""
     found = own.as_found_in(source.tensors)
-    if found.layouts[0] is own.layouts[0]:
-        return source.read(source.names())
-    elsewhere = {name for key in own.keys() for name in found.tensor_names(key)}  # noqa: SIM118 - not a mapping
+    blocks = [(stack, block) for stack, layers in own.layers.items() for block in range(len(layers))]
+    moved = [block for block in blocks if not own.tensors_of(*block).keys() <= source.tensors.keys()]
+    elsewhere = {name for block in moved for name in found.tensors_of(*block)}
     state = source.read([name for name in source.names() if name not in elsewhere])
-    for stack, layers in own.layers.items():
-        for block in range(len(layers)):
-            stored = source.read(found.tensors_of(stack, block))
-            dtype = next(iter(stored.values())).dtype
-            state |= {name: torch.empty(shape, dtype=dtype) for name, shape in own.tensors_of(stack, block).items()}
-            for expert in range(own.num_experts):
-                key = ExpertKey(stack, block, expert)
-                for target, origin in zip(own.slices(key), found.slices(key), strict=True):
-                    target.of(state[target.tensor]).copy_(origin.of(stored[origin.tensor]))
+    for stack, block in moved:
+        stored, shapes = source.read(found.tensors_of(stack, block)), own.tensors_of(stack, block)
+        for expert in range(own.num_experts):
+            key = ExpertKey(stack, block, expert)
+            for target, origin in zip(own.slices(key), found.slices(key), strict=True):
+                part = origin.of(stored[origin.tensor])
+                if target.tensor not in state:
+                    state[target.tensor] = torch.empty(shapes[target.tensor], dtype=part.dtype)
+                target.of(state[target.tensor]).copy_(part)
     return state
 
 

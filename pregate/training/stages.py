@@ -195,7 +195,7 @@ def _copy_model(source: str, revision: str | None, directory: Path) -> None:
     """The files of a checkpoint, into `directory`; written anew where only this package reads their names right."""
     opened = open_model(source, revision)
     files = set(side_files(source, revision, (CONFIG, *SIDE_FILES, MANIFEST)))
-    renamed = any(info.key != name for name, info in opened.tensors.items())
+    renamed = any(info.key != name or info.encoding for name, info in opened.tensors.items())
     if not renamed:
         # their only file, or the index by which several are found
         weights = next(path for name in WEIGHT_FILES if (path := opened.directory / name).is_file())

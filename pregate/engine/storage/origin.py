@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
 from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.sizes import human_bytes
@@ -38,15 +38,24 @@ _known: dict[tuple[Path, str], dict[str, Any]] = {}
 def read_experts(checkpoint: SourceCheckpoint, family: ExpertSpec) -> Iterator[tuple[ExpertKey, list[Tensor]]]:
     """The matrices of every expert as they are stored, in the order of execution."""
     keys = family.keys()
-    parts = checkpoint.dtype(family.tensor_names(keys[0])[0]).itemsize if keys else 0
-    num_bytes = parts * sum(torch.Size(shape).numel() for shape in family.matrices.values())
+    itemsize = checkpoint.dtype(family.tensor_names(keys[0])[0]).itemsize if keys else 0
+    num_bytes = itemsize * sum(torch.Size(shape).numel() for shape in family.matrices.values())
     at_once = max(1, MAPPED_BYTES // max(1, num_bytes))
+    tensors: dict[str, Tensor] = {}
     for first in range(0, len(keys), at_once):
         run = keys[first : first + at_once]
-        tensors = checkpoint.read([name for key in run for name in family.tensor_names(key)])
+        names = dict.fromkeys(name for key in run for name in family.tensor_names(key))
+        # a mapped tensor is dropped with its pages; a decoded one is kept while more of its experts are wanted
+        tensors = {name: tensors[name] for name in names if name in tensors and checkpoint.tensors[name].encoding}
+        tensors |= checkpoint.read([name for name in names if name not in tensors])
         for key in run:
-            yield key, [part.of(tensors[part.tensor]) for part in family.slices(key)]
-        del tensors
+            yield key, [_part(checkpoint, part, tensors[part.tensor]) for part in family.slices(key)]
+
+
+def _part(checkpoint: SourceCheckpoint, part: TensorSlice, tensor: Tensor) -> Tensor:
+    """A view of a mapped tensor; of a decoded one a copy, since a view would keep the whole of it in memory."""
+    found = part.of(tensor)
+    return found.clone() if part.index and checkpoint.tensors[part.tensor].encoding else found
 
 
 def content(matrices: Sequence[Tensor]) -> int:
