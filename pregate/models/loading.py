@@ -116,14 +116,23 @@ def _state_of(source: SourceCheckpoint, own: ExpertSpec) -> dict[str, Tensor]:
     state = source.read([name for name in source.names() if name not in elsewhere])
     for stack, layers in own.layers.items():
         for block in range(len(layers)):
-            stored = source.read(found.tensors_of(stack, block))
-            dtype = next(iter(stored.values())).dtype
-            state |= {name: torch.empty(shape, dtype=dtype) for name, shape in own.tensors_of(stack, block).items()}
-            for expert in range(own.num_experts):
-                key = ExpertKey(stack, block, expert)
-                for target, origin in zip(own.slices(key), found.slices(key), strict=True):
-                    target.of(state[target.tensor]).copy_(origin.of(stored[origin.tensor]))
+            state |= experts_in_own_layout(source, own, found, stack, block)
     return state
+
+
+def experts_in_own_layout(
+    source: SourceCheckpoint, own: ExpertSpec, found: ExpertSpec, stack: str, block: int
+) -> dict[str, Tensor]:
+    """The tensors that hold the experts of one block in memory. `own`: the model's experts; `found`: the same as the
+    checkpoint holds them."""
+    stored = source.read(found.tensors_of(stack, block))
+    dtype = next(iter(stored.values())).dtype
+    held = {name: torch.empty(shape, dtype=dtype) for name, shape in own.tensors_of(stack, block).items()}
+    for expert in range(own.num_experts):
+        key = ExpertKey(stack, block, expert)
+        for target, origin in zip(own.slices(key), found.slices(key), strict=True):
+            target.of(held[target.tensor]).copy_(origin.of(stored[origin.tensor]))
+    return held
 
 
 def mark_conventional(directory: Path) -> None:
