@@ -38,7 +38,6 @@ class RowSpec:
     prompt_len: int
     new_tokens: int
     seed: int
-    blocks: str | None = None
     forced_experts: int | None = None
     tier: str | None = None
     slab_dtype: str | None = None
@@ -46,6 +45,7 @@ class RowSpec:
     budget: str | None = None
     host_budget: str | None = None
     drive: str | None = None
+    blocks: str | None = None
 
     @property
     def device_driven(self) -> bool:
