@@ -19,8 +19,13 @@ from tests.tiny import batch, pregated_model
 def model_of(family: str) -> Any:
     if family == "switch_transformers":
         return pregated_model(5, 1, entry="embedding").train()
-    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 67}
-    widths = {"hidden_size": 16, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 67,
+    }
+    widths: dict[str, Any] = {"hidden_size": 16, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
     source = Qwen2MoeConfig(**sizes, **widths, num_experts=5, num_experts_per_tok=2, initializer_range=0.3)
     qwen = family_named(family)
     torch.manual_seed(5)
