@@ -360,7 +360,9 @@ class DecoderOnlyFamily(Family):
         return self.width_setting if f".{self.experts_module}." in name else "intermediate_size"
 
     def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
-        fewer = super().smaller(config, depth, num_experts)
+        # upstream knows some settings by two names, and a file may have either
+        names = next((pair for pair in self.config_class.attribute_map.items() if self.experts_setting in pair), ())
+        fewer = super().smaller({k: v for k, v in config.items() if k not in names}, depth, num_experts)
         if fewer.get("layer_types"):
             fewer["layer_types"] = fewer["layer_types"][: fewer["num_hidden_layers"]]
         return {**fewer, "num_experts_per_tok": min(fewer["num_experts_per_tok"], num_experts)}
