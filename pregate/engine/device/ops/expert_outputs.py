@@ -50,9 +50,7 @@ def into_and_out(layout: SlabLayout, activation: str) -> tuple[Sequence[MatrixPl
     if len(shapes) != 2 + gated or len(shapes[0]) != 2 or len({*shapes[:-1], shapes[-1][::-1]}) != 1:
         named = ", ".join(f"{place.name} {place.shape}" for place in layout.matrices)
         wanted = "a gate, an up and a down matrix" if gated else "an up and a down matrix"
-        raise UsageError(
-            f"Experts of {named} cannot be computed on the device, only {wanted}: use the host engine."
-        )
+        raise UsageError(f"Experts of {named} cannot be computed on the device, only {wanted}: use the host engine.")
     return layout.matrices[:-1], layout.matrices[-1]
 
 

@@ -11,6 +11,8 @@ width that is turned, P parts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -263,7 +265,7 @@ def launch_rotary_attention(
     return outputs
 
 
-def attention_constants(cache_2BGTC: Tensor, heads: int, half: int, window: int) -> dict[str, object]:
+def attention_constants(cache_2BGTC: Tensor, heads: int, half: int, window: int) -> dict[str, Any]:
     """What `attend_kernel` is compiled for, by the names of its arguments."""
     _, _, groups, length, width = cache_2BGTC.shape
     return {

@@ -12,7 +12,7 @@ R half of the width that is turned, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from pregate.engine.device.steps.static_rotary_attention import (
     StaticRotaryAttention,
     static_norm,
 )
+from pregate.models.decoder_only import STACK
 from pregate.models.routes import Routes
 from pregate.models.routing import Routing
 
@@ -44,7 +45,7 @@ class RotaryDecoder:
     `step` appends a token a row.
     """
 
-    continues_prompt = True
+    continues_prompt: ClassVar[bool] = True
 
     def __init__(
         self, model: Any, experts: StepExperts, *, batch: int, max_source_len: int, max_new_tokens: int
@@ -74,8 +75,8 @@ class RotaryDecoder:
         kind = rope.get("rope_type", "default")
         if kind not in FIXED_FREQUENCIES:
             raise UsageError(
-                f"engine.drive=device has no rotary embeddings of the type {kind!r}, only {', '.join(FIXED_FREQUENCIES)}: "
-                "use engine.drive=host."
+                f"engine.drive=device has no rotary embeddings of the type {kind!r}, only "
+                f"{', '.join(FIXED_FREQUENCIES)}: use engine.drive=host."
             )
 
     @property
@@ -154,7 +155,7 @@ class RotaryDecoder:
         torch.add(self._before_1, sampler.position_1, out=places.place_1)
         hidden_B1D = stack.embed_tokens(sampler.token_B[:, None])
         self._experts.begin_step()
-        routes = Routes(stack_name(self._model), self._committed)
+        routes = Routes(STACK, self._committed)
         for block, gate in stack.entry_gates.items():
             routes.commit(int(block), gate(hidden_B1D))
         multiplier = getattr(stack, "embedding_multiplier", 1.0)
@@ -189,8 +190,3 @@ class _BlockExperts:
 
     def __call__(self, hidden_BD: Tensor, _: Tensor, weights_BK: Tensor) -> Tensor:
         return self._experts.run(self._block, hidden_BD, weights_BK)
-
-
-def stack_name(model: Any) -> str:
-    """Of the model's only stack."""
-    return next(block.stack for block in model.moe_blocks())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from pregate.engine.device.ops.add_norm import norm
@@ -71,41 +71,42 @@ class StaticRotaryAttention:
 
     def __init__(self, attention: Any, config: Any, layer: int, cache_2BGTC: Tensor, places: Places) -> None:
         self._attention, self._cache_2BGTC, self._places = attention, cache_2BGTC, places
-        dtype = cache_2BGTC.dtype
-        self._norms = [
-            (static_norm(module, dtype), module.weight.numel()) if (module := getattr(attention, name, None)) else None
+        self._query_norm, self._key_norm = (
+            _HeadNorm(module, cache_2BGTC.dtype) if (module := getattr(attention, name, None)) is not None else None
             for name in ("q_norm", "k_norm")
-        ]
+        )
         self._clip = getattr(config, "clip_qkv", None)
         self._window = window_of(attention, config, layer)
-        self._half = 0
 
     def __call__(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> tuple[Tensor, None]:
         """As upstream's module. position_embeddings: the parts (B, R) of cosine and sine that differ."""
         attention = self._attention
-        query_B1Q, key_B1N = attention.q_proj(hidden_states), attention.k_proj(hidden_states)
-        query_B1Q, key_B1N = (
-            self._clipped(_normed(states, own)) for states, own in zip((query_B1Q, key_B1N), self._norms, strict=True)
-        )
         seen_B1Q = rotary_attention(
-            *(query_B1Q, key_B1N, attention.v_proj(hidden_states), *position_embeddings),
+            self._made_ready(attention.q_proj(hidden_states), self._query_norm),
+            self._made_ready(attention.k_proj(hidden_states), self._key_norm),
+            *(attention.v_proj(hidden_states), *position_embeddings),
             *(self._cache_2BGTC, self._places.place_1, self._places.seen_BT),
             *(float(attention.scaling), self._window, getattr(attention, "sinks", None)),
         )
         return attention.o_proj(seen_B1Q), None
 
-    def _clipped(self, states: Tensor) -> Tensor:
-        return states if self._clip is None else states.clamp(-self._clip, self._clip)
+    def _made_ready(self, states_B1Q: Tensor, head_norm: _HeadNorm | None) -> Tensor:
+        """What the model does to queries and keys before they are turned."""
+        if head_norm is not None:
+            states_B1Q = head_norm(states_B1Q)
+        return states_B1Q if self._clip is None else states_B1Q.clamp(-self._clip, self._clip)
 
 
-def _normed(states_B1Q: Tensor, own: tuple[Any, int] | None) -> Tensor:
-    """Normed over as many channels as the norm has weights: the whole width, or each head for itself."""
-    if own is None:
-        return states_B1Q
-    normalise, width = own
-    return normalise(states_B1Q.unflatten(-1, (-1, width))).flatten(-2)
+class _HeadNorm:
+    """A norm over as many channels as it has weights: the whole width, or each head for itself."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._norm, self._width = static_norm(module, dtype), module.weight.numel()
+
+    def __call__(self, states_B1Q: Tensor) -> Tensor:
+        return self._norm(states_B1Q.unflatten(-1, (-1, self._width))).flatten(-2)
 
 
 def window_of(attention: Any, config: Any, layer: int) -> int:
@@ -125,7 +126,7 @@ class PromptLayer(DynamicLayer):
         self._cache_2BGTC = cache_2BGTC
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows, _, places, _ = key_states.shape
+        rows, places = key_states.shape[0], key_states.shape[2]
         for cache_BGTC, states_BGTC in zip(self._cache_2BGTC, (key_states, value_states), strict=True):
             cache_BGTC[:rows, :, :places].copy_(states_BGTC)
         return key_states, value_states

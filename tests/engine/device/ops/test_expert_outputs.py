@@ -106,9 +106,7 @@ def hold_to_reference(case: ExpertsCase, device: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("slab_dtype", list(SlabDtype))
-def test_one_choice_and_several(
-    kernel_device: str, activation: str, dtype: torch.dtype, slab_dtype: SlabDtype
-) -> None:
+def test_one_choice_and_several(kernel_device: str, activation: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
     for slots in ([1], [2, 0, 2, -1, 1]):
         sizes = {"width": 32, "hidden": 40, "dtype": dtype, "stored": slab_dtype}
         hold_to_reference(ExpertsCase.random(len(slots), slots, activation=activation, **sizes), kernel_device)
