@@ -284,7 +284,12 @@ class Family(ABC):
 
 
 BUILT_IN = {
+    "granitemoe": "pregate.models.families.granitemoe",
+    "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
+    "qwen2_moe": "pregate.models.families.qwen2_moe",
+    "qwen3_moe": "pregate.models.families.qwen3_moe",
+    "qwen3_5_moe_text": "pregate.models.families.qwen3_5_moe",
     "switch_transformers": "pregate.models.families.switch",
 }
 """`source_type` -> the module that registers its family."""
