@@ -341,7 +341,8 @@ def test_gates_decide_ahead(row: Row, lookahead: int, padding: str, recompute: b
     assert torch.equal(logits, expected) and not torch.allclose(logits, conventional, atol=1e-2)
     renamed, _ = moves(row, upstream, ahead)
     for name, slope in slopes.items():
-        torch.testing.assert_close(slope, theirs[renamed.get(name, name)], rtol=1e-4, atol=1e-4, msg=name)
+        other = theirs[renamed.get(name, name)]
+        assert (slope - other).abs().max() <= 1e-4 * other.abs().max(), name  # added up in another order
     assert all(slopes[name].abs().max() > 0 for name in renamed if name in slopes)
 
 
