@@ -411,11 +411,13 @@ def test_every_layout_is_converted_bit_by_bit(row: Row, layout: str, shards: boo
     assert_equal_states(AutoModelForCausalLM.from_pretrained(again), expected)
     # named as upstream names them, but for the gates that are in other blocks
     before, after = stored_names(source), stored_names(converted)
-    assert len(before - after) == len(after - before) == len(row.family.moe_layers(upstream.config, STACK)) - 2
+    moved = [origin for origin in moves(row, upstream, gating(2))[0].values() if origin in upstream.state_dict()]
+    assert len(before - after) == len(after - before) == len(moved) > 0
     assert all("pre_gate" in name for name in after - before)
     assert stored_names(again) == after
     expected.save_pretrained(again)  # a model that was never on disk is saved as the hub has it
-    assert (stored_names(again) == after) == (layout == "hub")
+    one_layout = len(row.family.experts(expected.config).layouts) == 1
+    assert (stored_names(again) == after) == (layout == "hub" or one_layout)
 
 
 @every_family
@@ -441,11 +443,11 @@ def test_every_policy_gives_the_tokens_of_the_whole_model(row: Row, tmp_path: Pa
 
 
 @every_family
-def test_random_weights_keep_activations_sane(row: Row) -> None:
+def test_random_weights_keep_activations_sane(row: Row, tmp_path: Path) -> None:
     """Those of benchmarks: every layer adds something, and no layer drowns the rest."""
     config = upstream_model(row, 60).config.to_dict() | {"hidden_size": 64, "tie_word_embeddings": False}
     source = synthetic_checkpoint(row.family, config, gating(1), torch.float32)
-    with OffloadEngine.open(source, policy=Policy.gpu_only) as engine:
+    with OffloadEngine.open(source, policy=Policy.gpu_only, pack_dir=tmp_path / "pack") as engine:
         output = engine.forward(**batch(RIGHT), output_hidden_states=True)
     states = [layer.std().item() for layer in output.hidden_states]
     assert all(0.3 < deviation < 3 for deviation in states), states
