@@ -76,6 +76,10 @@ class Objective(Protocol):
         """The router logits in a model's outputs: stack -> one (B, S or T, E) a MoE block."""
         ...
 
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        """The chosen experts in a model's outputs, as for `router_logits`: one (B, S or T, K) a MoE block."""
+        ...
+
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         """Run a model as far as `stack` and, if it must, further. `inputs`: a batch and what `settled` gave."""
         ...
@@ -121,6 +125,11 @@ class Seq2Seq:
 
     def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
         return {stack: getattr(outputs, f"{stack}_router_logits") or () for stack in (self._source, self._target)}
+
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        # such models choose one expert, and what capacity drops is a choice all the same
+        found = self.router_logits(outputs)
+        return {stack: tuple(logits.argmax(-1, keepdim=True) for logits in blocks) for stack, blocks in found.items()}
 
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         if stack == self._source:
@@ -189,6 +198,9 @@ class Causal:
 
     def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
         return {self._stack: outputs.router_logits or ()}
+
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {self._stack: outputs.expert_ids or ()}
 
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         model(**inputs, use_cache=False)
