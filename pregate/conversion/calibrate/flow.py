@@ -59,7 +59,7 @@ def calibrate(
         began = time.perf_counter()
         examples = task.examples(run.task.train_split, run.data.max_train_examples)
         objective = family_named(config.model_type).objective
-        collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, objective)
+        collate = Collator.for_task(run.task, tokenizer, objective)
         batches = Batches.of(examples, collate, run.calibration, run.seed)
         model = load_resident(source, run.model.revision, dtype=torch.float32)
         if device is not None:
