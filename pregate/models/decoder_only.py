@@ -14,6 +14,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +36,13 @@ STACK = "decoder"
 BRANCH = 0.1
 """Share of the usual scale for random weights that write to the residual stream: with all of it the parts that every
 token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts."""
+
+
+@dataclass
+class RoutedOutput(MoeCausalLMOutputWithPast):
+    """`expert_ids`: beside the router logits of each MoE block, the experts (B, T, K) that it used."""
+
+    expert_ids: tuple[Tensor, ...] | None = None
 
 
 class _LayerCall(NamedTuple):
@@ -194,7 +202,9 @@ class PreGatedStack:
         for block, gate in self.entry_gates.items():
             routes.commit(int(block), gate(inputs_embeds * self.embedding_multiplier))
         outputs = super().forward(inputs_embeds=inputs_embeds, routes=routes, **kwargs)  # type: ignore[misc]
-        routes.end()
+        expert_ids = routes.end()
+        if not isinstance(outputs, tuple):
+            outputs.expert_ids = expert_ids
         return outputs
 
 
@@ -239,7 +249,7 @@ class PreGatedCausalLM(ServedModel):
         logits_at: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> RoutedOutput:
         """As upstream's, except that the router loss is per block and never counts padding.
 
         With `labels` (B, T; those of the inputs; -100 is ignored) the loss is the mean cross-entropy over target
@@ -268,9 +278,10 @@ class PreGatedCausalLM(ServedModel):
             shifted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = nn.functional.cross_entropy(*shifted, ignore_index=IGNORED)
             if routed:
-                balance = torch.stack([balance_loss(block, attention_mask) for block in routed]).mean()
+                pairs = zip(routed, outputs.expert_ids, strict=True)
+                balance = torch.stack([balance_loss(block, attention_mask, ids) for block, ids in pairs]).mean()
                 loss = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * balance
-        return MoeCausalLMOutputWithPast(
+        return RoutedOutput(
             loss=loss,
             aux_loss=balance,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
@@ -278,6 +289,7 @@ class PreGatedCausalLM(ServedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=routed,  # type: ignore[arg-type]
+            expert_ids=outputs.expert_ids if routed else None,
         )
 
     def _logits(self, states: Tensor) -> Tensor:
