@@ -95,8 +95,11 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
-        targets = self._token_ids([example.target for example in examples], self.max_target_tokens)
-        return self.objective.batch(self._sources(examples), targets, self.tokenizer.pad_token_id)
+        return self.objective.batch(self._sources(examples), self._targets(examples), self.tokenizer.pad_token_id)
+
+    def rows(self, examples: Sequence[Example]) -> list[tuple[array[int], array[int]]]:
+        """Source and target of each example, cut and closed as in a batch."""
+        return list(zip(self._sources(examples), self._targets(examples), strict=True))
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
@@ -109,6 +112,9 @@ class Collator:
     def _sources(self, examples: Sequence[Example]) -> list[array[int]]:
         texts = [example.source for example in examples]
         return self._token_ids(texts, self.max_source_tokens, self.objective.closes_sources)
+
+    def _targets(self, examples: Sequence[Example]) -> list[array[int]]:
+        return self._token_ids([example.target for example in examples], self.max_target_tokens)
 
     def _token_ids(self, texts: list[str], max_tokens: int, closed: bool = True) -> list[array[int]]:
         rows = {text: self._kept.get((max_tokens, closed, text)) for text in texts}

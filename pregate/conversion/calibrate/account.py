@@ -67,9 +67,10 @@ class Calibration:
     num_examples: int
     seconds: float
     bytes_read: int | None = None
-    """Of experts, where these were streamed."""
+    peak_bytes: int | None = None
+    """Of experts, and the most memory that the process, or torch on a GPU, had; where experts were streamed."""
 
-    def account(self, settings: CalibrationConfig, task: str) -> dict[str, Any]:
+    def account(self, settings: CalibrationConfig, task: str | None) -> dict[str, Any]:
         """For the manifest of the converted directory."""
         return {
             "task": task,
@@ -79,12 +80,17 @@ class Calibration:
             "agreement": {"before": self.before, "after": self.after},
             "gates": [gate.account() for gate in self.gates],
             "seconds": round(self.seconds, 2),
-            **({} if self.bytes_read is None else {"bytes_read": self.bytes_read}),
+            **{name: size for name, size in self._streamed().items() if size is not None},
         }
+
+    def _streamed(self) -> dict[str, int | None]:
+        return {"bytes_read": self.bytes_read, "peak_bytes": self.peak_bytes}
 
     def table(self) -> str:
         """Agreement before and after, a line a stack."""
-        read = "" if self.bytes_read is None else f", {human_bytes(self.bytes_read)} of experts read"
+        words = {"bytes_read": "of experts read", "peak_bytes": "of memory at most"}
+        sizes = {words[name]: size for name, size in self._streamed().items() if size is not None}
+        read = "".join(f", {human_bytes(size)} {what}" for what, size in sizes.items())
         lines = [
             f"calibrated on {self.num_examples:,} examples in {self.seconds:.1f} s{read}; routing agreement, held out:"
         ]

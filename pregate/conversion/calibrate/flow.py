@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.config import Init, Run, Through, UsageError
+from pregate.config import CalibrationData, Init, Run, Through, UsageError
 from pregate.conversion.calibrate.account import Calibration, FittedGate, outcome
-from pregate.conversion.calibrate.examples import Batches
+from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
 from pregate.conversion.calibrate.fit import Tokens, fit_gate
 from pregate.conversion.calibrate.states import (
     GateToFit,
@@ -47,7 +47,7 @@ from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 
 
 def calibrate(
-    run: Run, source: str, output: Path, task: Task, tokenizer: Any, device: torch.device | None = None
+    run: Run, source: str, output: Path, task: Task | None, tokenizer: Any, device: torch.device | None = None
 ) -> tuple[ConversionReport, Calibration]:
     """Convert `source` into the new directory `output` as `convert` does, with gates fitted on training examples.
 
@@ -58,6 +58,7 @@ def calibrate(
     """
     assert run.pregate.init is Init.calibrated and run.pregate.lookahead, run.pregate
     done: list[Calibration] = []
+    device = device or torch.device("cpu")
 
     def fit(plan: TensorPlan, config: Any) -> FittedGates:
         objective = family_named(config.model_type).objective
@@ -68,7 +69,7 @@ def calibrate(
         else:
             tensors, found = _fit_in_memory(run, source, config, plan, task, collate, device)
         done.append(Calibration(**found))
-        return FittedGates(tensors, done[-1].account(run.calibration, run.task.name))
+        return FittedGates(tensors, done[-1].account(run.calibration, run.task.name if task else None))
 
     report = convert_for(run, source, output, fit)
     remove(work_of(output))
@@ -76,28 +77,31 @@ def calibrate(
 
 
 def _fit_in_memory(
-    run: Run, source: str, config: Any, plan: TensorPlan, task: Task, collate: Collator, device: torch.device | None
+    run: Run, source: str, config: Any, plan: TensorPlan, task: Task | None, collate: Collator, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the fitted gates, and what makes a `Calibration`."""
     began = time.perf_counter()
-    examples = task.examples(run.task.train_split, run.data.max_train_examples)
-    batches = Batches.of(examples, collate, run.calibration, run.seed)
-    model = load_resident(source, run.model.revision, dtype=torch.float32)
-    if device is not None:
-        model.to(device)  # pyright: ignore[reportArgumentType]
-    batches.to(model.device)
+    rows, settings = rows_of(run, task, collate), run.calibration
+    model = load_resident(source, run.model.revision, dtype=torch.float32).to(device)
+    if settings.data is CalibrationData.generations:
+        answers = answered_rows(rows, model, model.generate, collate, settings)
+        rows = within_budget(answers, collate, settings)
+    batches = Batches.of_rows(rows, collate, settings)
+    batches.to(device)
     tensors, found = fit_gates(model, config, plan, batches, run.calibration.steps)
     return tensors, {**found, "seconds": time.perf_counter() - began}
 
 
 def calibrate_source(run: Run, source: str, output: Path) -> tuple[ConversionReport, Calibration]:
-    """`calibrate` with the task of `run`, in the tokens of `model.tokenizer` or else of the source.
+    """`calibrate` with the task of `run`, or the text that it names, in the tokens of `model.tokenizer` or else of the
+    source.
 
     Raises `UsageError` also where there is no tokenizer, or not one that the source could have been trained with.
     """
-    task, chosen = build_task(run), run.model.tokenizer
+    chosen = run.model.tokenizer
+    task = None if run.calibration.text is not None else build_task(run)
     held = side_files(source, run.model.revision, TOKENIZER_FILES)
-    if not held and chosen is None and run.task.generated is None:
+    if not held and chosen is None and (run.task.generated is None or task is None):
         # transformers would make up a tokenizer that knows no words
         raise UsageError(f"{source} holds no tokenizer to calibrate with: set model.tokenizer=DIRECTORY_OR_HUB_ID.")
     own = source if held and chosen is None and Path(source).is_dir() else None

@@ -34,11 +34,11 @@ STEP = re.compile(r"step-(\d+)")
 class WorkDir:
     """The work directory `folder`; taken up again if what is there was begun for the same `made_from`.
 
-    num_done: how many steps are finished. progress: what the last of them left. Raises `UsageError` where another
-    process works in it.
+    num_done: how many steps are finished. progress: what the last of them left. batch_size: that of the first step, or
+    what is given now: files are by batch. Raises `UsageError` where another process works in it.
     """
 
-    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, made_from: dict[str, Any], batch_size: int) -> None:
         self._folder = folder
         make_directory(folder)
         self._lock = (folder / LOCK).open("w")
@@ -61,7 +61,9 @@ class WorkDir:
                 remove(path)
         if self.num_done:
             self.progress = torch.load(self._step(self.num_done) / PROGRESS)
+            batch_size = self.progress["batch_size"]
             say(f"the calibration in {folder} goes on after step {self.num_done}.")
+        self.batch_size = batch_size
         self._begin()
 
     def load(self, name: str, device: torch.device) -> Any:
@@ -78,14 +80,22 @@ class WorkDir:
                 raise
             raise UsageError(f"{self._next} cannot be written ({error}): make room on its disk.") from error
 
-    def load_saved(self, name: str, device: torch.device) -> Any:
-        """What this step has saved under `name`."""
-        return torch.load(self._next / f"{name}.pt", map_location=device)
+    def kept(self, name: str, default: Any) -> Any:
+        """What `keep` was last told under `name`; it belongs to no step."""
+        path = self._folder / f"{name}.pt"
+        return torch.load(path) if path.is_file() else default
+
+    def keep(self, name: str, value: Any) -> None:
+        scratch = self._folder / f"{name}.tmp"
+        torch.save(value, scratch)
+        flush_file(scratch)
+        scratch.replace(self._folder / f"{name}.pt")
+        flush_file(self._folder)
 
     def finish_step(self, progress: dict[str, Any]) -> None:
         """What was saved is what the next step loads; from here on a killed calibration is taken up."""
-        self.progress = progress
-        torch.save(progress, self._next / PROGRESS)
+        self.progress = {**progress, "batch_size": self.batch_size}
+        torch.save(self.progress, self._next / PROGRESS)
         flush_tree(self._next)
         before = self._step(self.num_done)
         self._next.rename(self._step(self.num_done + 1))
@@ -95,13 +105,10 @@ class WorkDir:
         self._begin()
 
     def close(self) -> None:
-        """Leave it as it is, for another attempt."""
+        """Leave it as it is, for another attempt; remove it if there is nothing to go on from."""
+        if not self.num_done and not any(self._folder.glob("*.pt")):
+            remove(self._folder)
         self._lock.close()
-
-    def remove(self) -> None:
-        """When all is done."""
-        remove(self._folder)
-        self.close()
 
     def _begin(self) -> None:
         self._next = self._folder / f"step-{self.num_done + 1}.part"
