@@ -21,6 +21,10 @@ Keep = StrEnum("Keep", ["best", "last"])
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])
 Policy = StrEnum("Policy", ["gpu_only", "on_demand", "prefetch_all", "pre_gated"])
 Tier = StrEnum("Tier", ["auto", "dram", "disk"])
+Through = StrEnum("Through", ["memory", "engine"])
+"""How calibration runs the source: with all of it in memory, or with its experts streamed, a layer at a time."""
+CalibrationData = StrEnum("CalibrationData", ["task", "text", "generations"])
+"""What gates are fitted on: the task's examples, a text file, or what the source itself answers to the task."""
 Drive = StrEnum("Drive", ["host", "device"])
 """Who decides what moves while decoding: the host, step by step, or the device inside one captured step."""
 CacheRule = StrEnum("CacheRule", ["none", "lru", "lfu", "lifo"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pregate.config.calibration import CalibrationConfig as CalibrationConfig
 from pregate.config.choices import (
     PRE_TRAINING,
     Baseline,
@@ -41,7 +42,6 @@ from pregate.config.validators import (
     Limit,
     above,
     at_least,
-    between,
     check_section,
     need,
     setting,
@@ -161,22 +161,6 @@ class TrainConfig:
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
             f"above 0, or {prefix}teacher=null.",
         )
-
-
-@dataclass
-class CalibrationConfig:
-    """How `pregate.init: calibrated` fits gates, without training anything else (see `pregate.conversion.calibrate`).
-
-    Examples of the training split are drawn until there are `examples` of them or `tokens` in their sources and targets
-    together, and pass through the models `batch_size` at a time. The share `held_out` of them chooses between fits.
-    `steps`: most iterations that refine a fit at each temperature; 0 leaves the closed form.
-    """
-
-    examples: int = setting(1024, at_least(2, ", one to fit on, one to judge by"))
-    tokens: int = setting(24576, at_least(1))
-    held_out: float = setting(0.2, between(0, 1, ", such as 0.2"))
-    batch_size: int = setting(32, at_least(1))
-    steps: int = setting(20, at_least(0, ", which is the closed form alone"))
 
 
 SOME_POLICY = {"empty": "name at least one of " + ", ".join(Policy)}

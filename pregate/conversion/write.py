@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +39,7 @@ from pregate.models.checkpoint import (
 )
 from pregate.models.family import family_named
 from pregate.models.loading import open_model
+from pregate.system.console import progress
 from pregate.system.durable import partial_beside, put
 
 MANIFEST = "pregate_manifest.json"
@@ -85,7 +84,8 @@ def convert(
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
     refuse_full_disk(output, sizes.values())
     starts, account = gate_starts(plan, target, seed, fit)
-    with _appearing(output) as unfinished, _progress(source_bytes + output_bytes) as advance:
+    bar = "converting", source_bytes + output_bytes, DownloadColumn()
+    with _appearing(output) as unfinished, progress(*bar) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
         for file, names in shards.items():
             origins = {name: plan.origins[name] for name in names}
@@ -152,16 +152,6 @@ def _appearing(output: Path) -> Iterator[Path]:
         if isinstance(error, OSError | SafetensorError):
             raise UsageError(f"Writing {output} failed ({error}): check the disk and run the command again.") from error
         raise
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` bytes on a terminal, nothing elsewhere. Yields a function that advances it."""
-    bar = Progress("converting", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True))
-    bar.disable = not sys.stderr.isatty()
-    with bar:
-        task = bar.add_task("converting", total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def _write_shard(

@@ -221,6 +221,9 @@ class PreGatedCausalLM(ServedModel):
         assert stack == STACK
         return self.model
 
+    def stack_layers(self, stack: str) -> nn.ModuleList:
+        return self.stack_module(stack).layers
+
     def moe_blocks(self) -> Iterator[MoEBlock]:
         for number, layer in enumerate(self.model.layers):
             if gates := layer.block_gates:

@@ -164,6 +164,10 @@ class ServedModel:
         """The module of a stack. It has `listener`, `entry_gates` and the layers of the stack."""
         raise NotImplementedError
 
+    def stack_layers(self, stack: str) -> nn.ModuleList:
+        """The layers of a stack, with experts or dense, in the order of execution."""
+        raise NotImplementedError
+
     def gates(self, stack: str | None = None) -> Iterator[Gate]:
         """All gates, wherever they sit, or those of one stack."""
         within = self if stack is None else self.stack_module(stack)

@@ -6,10 +6,11 @@ Knows the terminal; knows nothing about what the notices say.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from pregate.system.launch import rank
@@ -47,3 +48,14 @@ def silent_bars() -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
     """What an error of another library says, on one line and without its full stop, for a sentence of ours."""
     return " ".join(str(error).split()).rstrip(".")
+
+
+@contextmanager
+def progress(what: str, total: int, counted: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left on a terminal, nothing elsewhere. Yields a function that advances it.
+    `counted`: the column that shows how much is done."""
+    bar = Progress(what, BarColumn(), counted, TimeRemainingColumn(), console=Console(stderr=True))
+    bar.disable = not sys.stderr.isatty()
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

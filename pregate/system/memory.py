@@ -35,6 +35,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error) and "memory" in str(error)
 
 
+def bytes_in_use(device: torch.device) -> int:
+    """By this process now: of a GPU, what torch has allocated; else its resident set, 0 where that is not told."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS") or 0
+
+
 class PeakMemory:
     """`with PeakMemory(device) as peak: …`, then `peak.num_bytes`: the most memory in use above that at the start."""
 
@@ -50,11 +55,10 @@ class PeakMemory:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._baseline = torch.cuda.memory_allocated(self._device)
         else:
             _return_free_memory()
             self._reset = _reset_high_water_mark()
-            self._baseline = _status_bytes("VmRSS") or 0
+        self._baseline = bytes_in_use(self._device)
         return self
 
     def __exit__(self, *_: object) -> None:

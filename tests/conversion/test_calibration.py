@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def test_what_the_directory_says(source: Path, tmp_path: Path) -> None:
     config, manifest = read_config(str(tmp_path / "out")), json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert config["pregate"]["init"] == manifest["init"] == "calibrated"
     told = manifest["calibration"]
-    assert told["settings"] == {"examples": 1024, "tokens": 24576, "held_out": 0.2, "batch_size": 6, "steps": 5}
+    assert told["settings"] == asdict(run.calibration) and told["settings"]["steps"] == 5
     assert (told["num_examples"], told["task"], manifest["seed"]) == (40, "squad", 3)
     assert told["agreement"] == {"before": found.before, "after": found.after}
     assert told["seconds"] > 0 and told["num_tokens"]["encoder"]["held_out"] > 8

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pregate.config import CalibrationConfig
+from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.fit import GateFit
 from pregate.conversion.calibrate.states import (
     Agreement,
 )
+from pregate.system.sizes import human_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,28 @@ class FittedGate:
         }
 
 
+def outcome(
+    stacks: Sequence[str],
+    fitted: Sequence[FittedGate],
+    batches: Batches,
+    before: Agreement,
+    after: Agreement,
+    kept: bool,
+) -> dict[str, Any]:
+    """What makes a `Calibration`, but the seconds. Without `kept` the copies stay: each fitted gate is no worse than
+    a copy on the states that it met, but the model as a whole was."""
+    if not kept:
+        after = before
+        fitted = [replace(gate, fit=replace(gate.fit, chosen="copy")) for gate in fitted]
+    return {
+        "gates": tuple(sorted(fitted, key=lambda gate: (stacks.index(gate.stack), gate.block))),
+        "before": before,
+        "after": after,
+        "tokens": {stack: batches.num_tokens(stack) for stack in stacks},
+        "num_examples": batches.num_examples,
+    }
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a calibration did. `before` and `after`: agreement of the model with copied and with fitted gates, each on
@@ -41,8 +66,11 @@ class Calibration:
     tokens: dict[str, tuple[int, int]]
     num_examples: int
     seconds: float
+    bytes_read: int | None = None
+    peak_bytes: int | None = None
+    """Of experts, and the most memory that the process, or torch on a GPU, had; where experts were streamed."""
 
-    def account(self, settings: CalibrationConfig, task: str) -> dict[str, Any]:
+    def account(self, settings: CalibrationConfig, task: str | None) -> dict[str, Any]:
         """For the manifest of the converted directory."""
         return {
             "task": task,
@@ -52,11 +80,20 @@ class Calibration:
             "agreement": {"before": self.before, "after": self.after},
             "gates": [gate.account() for gate in self.gates],
             "seconds": round(self.seconds, 2),
+            **{name: size for name, size in self._streamed().items() if size is not None},
         }
+
+    def _streamed(self) -> dict[str, int | None]:
+        return {"bytes_read": self.bytes_read, "peak_bytes": self.peak_bytes}
 
     def table(self) -> str:
         """Agreement before and after, a line a stack."""
-        lines = [f"calibrated on {self.num_examples:,} examples in {self.seconds:.1f} s; routing agreement, held out:"]
+        words = {"bytes_read": "of experts read", "peak_bytes": "of memory at most"}
+        sizes = {words[name]: size for name, size in self._streamed().items() if size is not None}
+        read = "".join(f", {human_bytes(size)} {what}" for what, size in sizes.items())
+        lines = [
+            f"calibrated on {self.num_examples:,} examples in {self.seconds:.1f} s{read}; routing agreement, held out:"
+        ]
         for stack, before in self.before.items():
             pairs = zip(before, self.after[stack], strict=True)
             shown = "  ".join(f"{block}: {b:.1%} -> {a:.1%}" for block, (b, a) in enumerate(pairs))

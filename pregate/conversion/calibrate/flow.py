@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.config import Init, Run, UsageError
-from pregate.conversion.calibrate.account import Calibration, FittedGate
-from pregate.conversion.calibrate.examples import Batches
+from pregate.config import CalibrationData, Init, Run, Through, UsageError
+from pregate.conversion.calibrate.account import Calibration, FittedGate, outcome
+from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
 from pregate.conversion.calibrate.fit import Tokens, fit_gate
 from pregate.conversion.calibrate.states import (
     GateToFit,
@@ -29,14 +29,17 @@ from pregate.conversion.calibrate.states import (
     mean_agreement,
     router_logits,
     states_read,
+    tensors_of,
 )
+from pregate.conversion.calibrate.through_engine import fit_through_engine, work_of
 from pregate.conversion.gate_starts import FittedGates
 from pregate.conversion.plan import TensorPlan
 from pregate.conversion.write import ConversionReport, convert_for
 from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of_model
-from pregate.models.loading import load_resident
+from pregate.models.loading import load_resident, open_model
 from pregate.models.pregated_models import compute_buffers
+from pregate.system.durable import remove
 from pregate.system.machine import pick_device
 from pregate.tasks.base import Task
 from pregate.tasks.registry import build_task
@@ -44,43 +47,61 @@ from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 
 
 def calibrate(
-    run: Run, source: str, output: Path, task: Task, tokenizer: Any, device: torch.device | None = None
+    run: Run, source: str, output: Path, task: Task | None, tokenizer: Any, device: torch.device | None = None
 ) -> tuple[ConversionReport, Calibration]:
     """Convert `source` into the new directory `output` as `convert` does, with gates fitted on training examples.
 
     `run` says how: `pregate` (whose `init` must be calibrated and whose lookahead not 0), `calibration`, `seed`, which
     draws the examples, and the task's lengths. Raises `UsageError` as `convert` does, before any example is read, and
-    for fewer than two examples. Whatever fails leaves nothing behind.
+    for fewer than two examples. Whatever fails leaves nothing behind, except that a calibration through the engine
+    leaves its work directory beside `output`, from which the same call goes on.
     """
     assert run.pregate.init is Init.calibrated and run.pregate.lookahead, run.pregate
     done: list[Calibration] = []
+    device = device or torch.device("cpu")
 
     def fit(plan: TensorPlan, config: Any) -> FittedGates:
-        began = time.perf_counter()
-        examples = task.examples(run.task.train_split, run.data.max_train_examples)
         objective = family_named(config.model_type).objective
         collate = Collator.for_task(run.task, tokenizer, objective)
-        batches = Batches.of(examples, collate, run.calibration, run.seed)
-        model = load_resident(source, run.model.revision, dtype=torch.float32)
-        if device is not None:
-            model.to(device)  # pyright: ignore[reportArgumentType]
-        batches.to(model.device)
-        tensors, found = fit_gates(model, config, plan, batches, run.calibration.steps)
-        done.append(Calibration(**found, num_examples=batches.num_examples, seconds=time.perf_counter() - began))
-        return FittedGates(tensors, done[-1].account(run.calibration, run.task.name))
+        if run.calibration.through is Through.engine:
+            opened = open_model(source, run.model.revision)
+            tensors, found = fit_through_engine(run, opened, config, plan, task, collate, work_of(output), device)
+        else:
+            tensors, found = _fit_in_memory(run, source, config, plan, task, collate, device)
+        done.append(Calibration(**found))
+        return FittedGates(tensors, done[-1].account(run.calibration, run.task.name if task else None))
 
     report = convert_for(run, source, output, fit)
+    remove(work_of(output))
     return report, done[-1]
 
 
+def _fit_in_memory(
+    run: Run, source: str, config: Any, plan: TensorPlan, task: Task | None, collate: Collator, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the fitted gates, and what makes a `Calibration`."""
+    began = time.perf_counter()
+    rows, settings = rows_of(run, task, collate), run.calibration
+    model = load_resident(source, run.model.revision, dtype=torch.float32).to(device)
+    if settings.data is CalibrationData.generations:
+        answers = answered_rows(rows, model, model.generate, collate, settings)
+        rows = within_budget(answers, collate, settings)
+    batches = Batches.of_rows(rows, collate, settings)
+    batches.to(device)
+    tensors, found = fit_gates(model, config, plan, batches, run.calibration.steps)
+    return tensors, {**found, "seconds": time.perf_counter() - began}
+
+
 def calibrate_source(run: Run, source: str, output: Path) -> tuple[ConversionReport, Calibration]:
-    """`calibrate` with the task of `run`, in the tokens of `model.tokenizer` or else of the source.
+    """`calibrate` with the task of `run`, or the text that it names, in the tokens of `model.tokenizer` or else of the
+    source.
 
     Raises `UsageError` also where there is no tokenizer, or not one that the source could have been trained with.
     """
-    task, chosen = build_task(run), run.model.tokenizer
+    chosen = run.model.tokenizer
+    task = None if run.calibration.text is not None else build_task(run)
     held = side_files(source, run.model.revision, TOKENIZER_FILES)
-    if not held and chosen is None and run.task.generated is None:
+    if not held and chosen is None and (run.task.generated is None or task is None):
         # transformers would make up a tokenizer that knows no words
         raise UsageError(f"{source} holds no tokenizer to calibrate with: set model.tokenizer=DIRECTORY_OR_HUB_ID.")
     own = source if held and chosen is None and Path(source).is_dir() else None
@@ -116,16 +137,11 @@ def fit_gates(
         for batch in (*batches.fit, *batches.held_out):
             batch.settled |= family.objective.settled(model, stack, batch.inputs)
     after = agreement_of(router_logits(model, batches.held_out), wanted_held, top_k)
-    if mean_agreement(after) < mean_agreement(before):
-        # each gate is no worse than a copy on the states that it met; this holds for the model as a whole
-        for gate, weights in copies:
-            gate.set_weights(*weights)
-        after = before
-        fitted = [replace(gate, fit=replace(gate.fit, chosen="copy")) for gate in fitted]
-    fitted.sort(key=lambda gate: (family.stacks.index(gate.stack), gate.block))
-    tokens = {stack: batches.num_tokens(stack) for stack in family.stacks}
-    found = {"gates": tuple(fitted), "before": before, "after": after, "tokens": tokens}
-    return _tensors_of(model, [gate for gate in gates if not gate.exact]), found
+    kept = mean_agreement(after) >= mean_agreement(before)
+    for gate, weights in () if kept else copies:
+        gate.set_weights(*weights)
+    tensors = tensors_of(model, [gate for gate in gates if not gate.exact])
+    return tensors, outcome(family.stacks, fitted, batches, before, after, kept)
 
 
 def _waves(waiting: list[GateToFit]) -> Iterator[list[GateToFit]]:
@@ -134,12 +150,6 @@ def _waves(waiting: list[GateToFit]) -> Iterator[list[GateToFit]]:
         settled = min(gate.block for gate in waiting)
         yield [gate for gate in waiting if gate.after <= settled]
         waiting = [gate for gate in waiting if gate.after > settled]
-
-
-def _tensors_of(model: Any, gates: list[GateToFit]) -> dict[str, Tensor]:
-    """The weights and biases of `gates` by their names in `model`."""
-    wanted = {id(parameter) for gate in gates for parameter in gate.gate.linear.parameters()}
-    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if id(tensor) in wanted}
 
 
 def _copied(source: Any, config: Any, plan: TensorPlan) -> Any:

@@ -38,6 +38,11 @@ class GateToFit:
     gate: Gate = field(repr=False)
     reads: nn.Module = field(repr=False)
 
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether it is an entry gate that reads the stack's input embeddings."""
+        return self.reads is self.gate
+
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """Copies of the weight (E, D) and the bias (E)."""
         bias_E = getattr(self.gate.linear, "bias", None)
@@ -65,6 +70,12 @@ def gates_to_fit(model: Any) -> list[GateToFit]:
                 found.append(GateToFit(stack, gates.target, gates.index, False, gates.pre_gate, gates))
         undisturbed = False  # what later stacks read is no longer what it was in the source
     return found
+
+
+def tensors_of(model: Any, gates: Sequence[GateToFit]) -> dict[str, Tensor]:
+    """The weights and biases of `gates` by their names in `model`."""
+    wanted = {id(parameter) for gate in gates for parameter in gate.gate.linear.parameters()}
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if id(tensor) in wanted}
 
 
 def router_logits(model: Any, batches: Sequence[Batch]) -> dict[str, list[Tensor]]:

@@ -192,6 +192,9 @@ class PreGatedSwitchTransformersForConditionalGeneration(
     def stack_module(self, stack: str) -> PreGatedSwitchStack:
         return getattr(self, stack)
 
+    def stack_layers(self, stack: str) -> nn.ModuleList:
+        return self.stack_module(stack).block
+
     def set_expert_path(self, path: str) -> None:
         """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""
         for block in self.moe_blocks():

@@ -1,0 +1,326 @@
+"""Calibration through the engine: the gates of a calibration in memory, experts read once, and no step done twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from pregate.config import (
+    CalibrationConfig,
+    CalibrationData,
+    Entry,
+    Init,
+    PreGateConfig,
+    Run,
+    SlabDtype,
+    Through,
+    Tier,
+    UsageError,
+)
+from pregate.conversion.calibrate import streamed
+from pregate.conversion.calibrate.account import Calibration
+from pregate.conversion.calibrate.examples import Batches, answered_rows, text_rows
+from pregate.conversion.calibrate.flow import calibrate, calibrate_source
+from pregate.conversion.calibrate.through_engine import work_of
+from pregate.conversion.calibrate.work_dir import WorkDir
+from pregate.conversion.write import MANIFEST
+from pregate.engine.opening import Opened
+from pregate.models.checkpoint import open_checkpoint
+from pregate.models.families.olmoe import FAMILY
+from pregate.models.loading import load_resident, mark_conventional, open_model
+from pregate.tasks.base import Example
+from pregate.tasks.tokens import Collator
+from tests import test_made_up_family as made_up
+from tests.tiny import SEQ2SEQ, upstream_model
+from tests.training.copying import WORDS, FirstWords, short_run, word_tokenizer
+
+DEPTH = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 4}
+CASES = {
+    "paper": {},
+    "two ahead": {"lookahead": 2, "entry": Entry.embedding},
+    "embedding": {"entry": Entry.embedding},
+}
+
+
+def switch(directory: Path) -> None:
+    upstream_model(0, router_bias=True, **DEPTH).save_pretrained(directory)
+
+
+def olmoe(directory: Path) -> None:
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=67,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=7,
+        num_experts_per_tok=3,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    OlmoeForCausalLM(config).save_pretrained(directory)
+
+
+def with_dense_layers(directory: Path) -> None:
+    made_up.model().save_pretrained(directory)
+    made_up.take_apart(directory)
+    mark_conventional(directory)
+
+
+MAKERS = {"switch": switch, "olmoe": olmoe, "dense layers between": with_dense_layers}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    for name, make in MAKERS.items():
+        make(root / name)
+    return {name: root / name for name in MAKERS}
+
+
+def settings(pregate: dict[str, Any] | None = None, **changes: Any) -> Run:
+    run = short_run()
+    run.pregate = PreGateConfig(**{"init": Init.calibrated, **(pregate or {})})
+    run.calibration = CalibrationConfig(**{"steps": 4, "batch_size": 6, "through": Through.engine, **changes})
+    return run
+
+
+def calibrated(run: Run, source: Path, output: Path) -> Calibration:
+    return calibrate(run, str(source), output, FirstWords(), word_tokenizer())[1]  # type: ignore[arg-type]
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    opened = open_checkpoint(str(directory))
+    return {name: tensor.clone() for name, tensor in opened.read(opened.names()).items()}
+
+
+def expert_bytes(source: Path) -> int:
+    opened = Opened(open_model(str(source)))
+    return len(opened.family.keys()) * opened.layout(SlabDtype.source).slab_bytes
+
+
+def in_memory(run: Run) -> Run:
+    return replace(run, calibration=replace(run.calibration, through=Through.memory, memory=None))
+
+
+def assert_same_gates(one: Path, other: Path, exactly: bool = False) -> None:
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.isfinite().all()
+        torch.testing.assert_close(second[name], tensor, **({"rtol": 0, "atol": 0} if exactly else {}), msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MAKERS)
+def test_the_gates_are_those_of_a_calibration_in_memory(
+    model: str, case: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Examples are of many lengths, so that batches have padding. Each expert is read once for all of them."""
+    run, source = settings(CASES[case]), sources[model]
+    resident = calibrated(in_memory(run), source, tmp_path / "resident")
+    found = calibrated(run, source, tmp_path / "streamed")
+    assert_same_gates(tmp_path / "resident", tmp_path / "streamed")
+    for told, expected in ((found.before, resident.before), (found.after, resident.after)):
+        assert told.keys() == expected.keys()
+        for stack, shares in expected.items():
+            assert told[stack] == pytest.approx(shares, abs=1e-9)
+    assert [(g.stack, g.block, g.fit.chosen) for g in found.gates] == [
+        (g.stack, g.block, g.fit.chosen) for g in resident.gates
+    ]
+    assert any(gate.fit.chosen != "copy" for gate in found.gates)
+    assert found.tokens == resident.tokens and found.num_examples == 40
+    assert found.bytes_read == expert_bytes(source) > 0 and resident.bytes_read is None
+    assert not work_of(tmp_path / "streamed").exists()
+    account = json.loads((tmp_path / "streamed" / MANIFEST).read_text())["calibration"]
+    assert account["bytes_read"] == found.bytes_read and account["settings"]["through"] == "engine"
+    assert "of experts read" in found.table()
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have the pass end abruptly in the middle of its `number`-th layer; returns the layers that were begun."""
+
+    def prepare(number: int) -> list[Any]:
+        begun: list[Any] = []
+        run_one, run_layer = streamed.StreamedFit._run, streamed.run_layer
+
+        def run(self: Any, place: Any) -> None:
+            begun.append(place)
+            run_one(self, place)
+
+        def one(*arguments: Any) -> Any:
+            result = run_layer(*arguments)
+            if len(begun) == number:
+                raise KilledError
+            return result
+
+        monkeypatch.setattr(streamed.StreamedFit, "_run", run)
+        monkeypatch.setattr(streamed, "run_layer", one)
+        return begun
+
+    return prepare
+
+
+@pytest.mark.parametrize(("model", "at"), [("switch", 3), ("switch", 8), ("olmoe", 3)])
+def test_a_killed_calibration_goes_on_and_finds_the_same_gates(
+    model: str, at: int, sources: dict[str, Path], tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, source = settings({"lookahead": 2}), sources[model]
+    whole = calibrated(run, source, tmp_path / "whole")
+    begun = killed_at(at)
+    with pytest.raises(KilledError):
+        calibrated(run, source, tmp_path / "again")
+    assert not (tmp_path / "again").exists() and work_of(tmp_path / "again").is_dir() and len(begun) == at
+    monkeypatch.undo()
+    rest = killed_at(0)
+    found = calibrated(run, source, tmp_path / "again")
+    assert rest[0] == begun[-1] and not set(rest[1:]) & set(begun)
+    assert_same_gates(tmp_path / "whole", tmp_path / "again", exactly=True)
+    assert (found.before, found.after) == (whole.before, whole.after) and found.seconds > 0
+    # what was read for the layer that was cut short is read again
+    assert whole.bytes_read is not None and found.bytes_read is not None and whole.bytes_read <= found.bytes_read
+    assert not work_of(tmp_path / "again").exists()
+
+
+def test_other_settings_begin_anew(sources: dict[str, Path], tmp_path: Path, killed_at: Any) -> None:
+    begun = killed_at(3)
+    with pytest.raises(KilledError):
+        calibrated(settings(), sources["olmoe"], tmp_path / "out")
+    run, first = settings(steps=0), begun[0]
+    begun.clear()
+    killed_at(0)
+    calibrated(run, sources["olmoe"], tmp_path / "out")
+    assert begun[0] == first
+    calibrated(in_memory(run), sources["olmoe"], tmp_path / "resident")
+    assert_same_gates(tmp_path / "resident", tmp_path / "out")
+
+
+def test_a_work_directory_belongs_to_one_process(sources: dict[str, Path], tmp_path: Path) -> None:
+    work = WorkDir(work_of(tmp_path / "out"), {"made": "from"}, batch_size=2)
+    with pytest.raises(UsageError, match="Another process calibrates in"):
+        calibrated(settings(), sources["olmoe"], tmp_path / "out")
+    work.close()
+    assert not work_of(tmp_path / "out").exists()
+
+
+def test_memory_buys_slots_and_larger_batches(sources: dict[str, Path], tmp_path: Path) -> None:
+    """With fewer slots than a block has experts these are read several times, and the gates stay the same."""
+    run, source = settings(), sources["olmoe"]
+    with pytest.raises(UsageError, match=r"calibration.memory=1MB is too little: .* give at least") as error:
+        calibrated(settings(memory="1MB"), source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    calibrated(in_memory(run), source, tmp_path / "resident")
+    least = str(error.value).split("at least ")[1].split(",")[0].replace(" ", "")
+    plenty = calibrated(settings(memory="64GB"), source, tmp_path / "plenty")
+    assert plenty.bytes_read == expert_bytes(source)
+    assert plenty.peak_bytes is None or plenty.peak_bytes > 0
+    small = calibrated(settings(memory=least), source, tmp_path / "small")
+    assert small.bytes_read is not None and small.bytes_read >= expert_bytes(source)
+    for name in ("plenty", "small"):
+        assert_same_gates(tmp_path / "resident", tmp_path / name)
+
+
+def test_fewer_slots_than_a_block_has_experts(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pregate.conversion.calibrate import through_engine
+    from pregate.conversion.calibrate.room import Room
+
+    run, source = settings(), sources["olmoe"]
+    run.engine.tier = Tier.dram
+    monkeypatch.setattr(through_engine, "room_for", lambda *_: Room(2, 5))
+    found = calibrated(run, source, tmp_path / "streamed")
+    assert found.bytes_read is not None and found.bytes_read > 2 * expert_bytes(source)
+    calibrated(in_memory(run), source, tmp_path / "resident")
+    assert_same_gates(tmp_path / "resident", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("model", ["switch", "olmoe"])
+def test_the_models_own_answers(model: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    run, source = settings(data=CalibrationData.generations, examples=9), sources[model]
+    resident = calibrated(in_memory(run), source, tmp_path / "resident")
+    found = calibrated(run, source, tmp_path / "streamed")
+    assert_same_gates(tmp_path / "resident", tmp_path / "streamed")
+    assert found.num_examples == resident.num_examples == 9 and found.bytes_read
+
+    whole, objective = load_resident(source), SEQ2SEQ if model == "switch" else FAMILY.objective
+    collate = Collator(word_tokenizer(), 10, 4, objective)
+    prompts = collate.rows([Example(str(i), f"w{i} w3 w{i + 9}", "w1", ("w1",)) for i in range(3)])
+    [rows] = answered_rows(prompts, whole, whole.generate, collate, run.calibration)
+    for source_ids, answer in rows:
+        ids = torch.tensor([list(source_ids)])
+        logits = [whole(**forced(model, ids, list(answer[:n]))).logits[0, -1] for n in range(len(answer))]
+        assert [int(row.argmax()) for row in logits] == list(answer) and 1 <= len(answer) <= 4
+
+
+def forced(model: str, ids: Tensor, answer: list[int]) -> dict[str, Tensor]:
+    if model == "switch":
+        return {"input_ids": ids, "decoder_input_ids": torch.tensor([[0, *answer]])}
+    return {"input_ids": torch.cat([ids, torch.tensor([answer], dtype=torch.long)], dim=1)}
+
+
+def test_a_text_file(sources: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer, objective = word_tokenizer(), FAMILY.objective
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(WORDS[i * i % 60] for i in range(300)))
+    run = settings(data=CalibrationData.text, text=str(file), tokens=140)
+    rows = text_rows(file, Collator(tokenizer, 10, 4, objective), run.calibration, 0)
+    ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+    windows = [ids[start : start + 14] for start in range(0, 294, 14)]
+    assert len(rows) == 10 and all([*source, *target] in windows for source, target in rows)
+    assert len({tuple(source) for source, _ in rows}) > 3
+    closed = text_rows(file, Collator(tokenizer, 10, 4, SEQ2SEQ), run.calibration, 0)
+    assert all(len(source) == 10 and source[-1] == 1 and len(target) == 4 for source, target in closed)
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run.model.tokenizer = str(tmp_path / "tokenizer")
+    _, found = calibrate_source(run, str(sources["olmoe"]), tmp_path / "out")
+    assert found.num_examples == 10 and found.tokens["decoder"] == (112, 28) and found.bytes_read
+    account = json.loads((tmp_path / "out" / MANIFEST).read_text())["calibration"]
+    assert account["task"] is None and account["settings"]["text"] == str(file)
+    with pytest.raises(UsageError, match="cannot be read as UTF-8 text"):
+        calibrate_source(
+            settings(data=CalibrationData.text, text=str(tmp_path)), str(sources["olmoe"]), tmp_path / "other"
+        )
+
+
+def test_half_precision_stays_as_it_is_served(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Through the engine, states are those of the source's own dtype, not of float32."""
+    model = OlmoeForCausalLM.from_pretrained(sources["olmoe"], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    found = calibrated(settings(), tmp_path / "source", tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert found.bytes_read == expert_bytes(tmp_path / "source") > 0
+    run = settings()
+    ahead, source = load_resident(tmp_path / "out"), load_resident(tmp_path / "source")
+    collate = Collator(word_tokenizer(), 10, 4, FAMILY.objective)
+    batches = Batches.of(FirstWords().examples("train"), collate, run.calibration, run.seed)
+    shares = list(_agreement(ahead, source, batches))
+    assert found.after["decoder"] == pytest.approx([sum(s) / len(s) for s in zip(*shares, strict=True)], abs=0.05)
+
+
+@torch.no_grad()
+def _agreement(one: Any, other: Any, batches: Batches) -> Iterator[list[float]]:
+    for batch in batches.held_out:
+        mask = batch.counted["decoder"]
+        pair = [m(**batch.inputs, output_router_logits=True, use_cache=False).router_logits for m in (one, other)]
+        yield from (
+            [float(a.argmax(-1)[row, t] == b.argmax(-1)[row, t]) for a, b in zip(*pair, strict=True)]
+            for row, t in mask.nonzero().tolist()
+        )
