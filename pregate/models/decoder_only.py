@@ -337,6 +337,7 @@ class DecoderOnlyFamily(Family):
             layouts=(gated_experts.fused(prefix, E, D, F), gated_experts.apart(prefix, self.expert_names)),
             apply=gated_experts.gated_unit(config.hidden_act),
             activation=f"gated_{config.hidden_act}",
+            joined=gated_experts.JOINED,
         )
 
     def gate_names(self, stack: str, layer: int, block: int) -> GateNames:

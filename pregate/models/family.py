@@ -76,7 +76,8 @@ class ExpertSpec:
     matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
-    name of that arithmetic among the kernels of the device-driven engine.
+    name of that arithmetic among the kernels of the device-driven engine. joined: names of matrices that `apply` takes
+    as one with the matrix before them, their rows behind its rows.
     """
 
     num_experts: int
@@ -87,6 +88,15 @@ class ExpertSpec:
     layouts: tuple[ExpertLayout, ...]
     apply: Callable[[Sequence[Factor], Tensor], Tensor]
     activation: str
+    joined: tuple[str, ...] = ()
+
+    @cached_property
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the matrices, those that are joined together."""
+        found: list[tuple[str, ...]] = []
+        for name in self.matrices:
+            found.append((*found.pop(), name) if name in self.joined else (name,))
+        return tuple(found)
 
     @cached_property
     def _keys(self) -> tuple[ExpertKey, ...]:
