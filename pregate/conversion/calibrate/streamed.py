@@ -131,8 +131,8 @@ class StreamedFit:
             self._fit(waiting, embedded or self._states_read(waiting, place), wanted)
         for name in (FITTED, COPIED):
             found = self._each(name, place, lambda n: self._counted(stack, n, self._listener.logits))
-            pair = (torch.cat(logits[-self._num_held :]) for logits in (found, wanted))
-            self.agreement[name][stack].append(logits_agreement(*pair, self._top_k))
+            held, wanted_held = (torch.cat(logits[-self._num_held :]) for logits in (found, wanted))
+            self.agreement[name][stack].append(logits_agreement(held, wanted_held, self._top_k))
 
     def _fit(self, gate: GateToFit, states: list[Tensor], wanted: list[Tensor]) -> None:
         """`states` (T, D) and `wanted` (T, E) of each batch."""
