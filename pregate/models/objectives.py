@@ -41,6 +41,8 @@ class Objective(Protocol):
     """transformers' Auto class of such models."""
     closes_sources: bool
     """Whether a source text ends in the end-of-sequence token."""
+    continues_prompts: bool
+    """Whether what is generated continues the prompt, in the same stack and behind it in the same KV cache."""
 
     def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
         """Inputs of a teacher-forced call: `input_ids`, `attention_mask` and `labels`, int64, labels padded with
@@ -93,7 +95,7 @@ class Objective(Protocol):
 class Seq2Seq:
     """A source stack reads the source; a target stack is given the target shifted by one."""
 
-    auto_class, closes_sources = AutoModelForSeq2SeqLM, True
+    auto_class, closes_sources, continues_prompts = AutoModelForSeq2SeqLM, True, False
 
     def __init__(self, source_stack: str, target_stack: str) -> None:
         self._source, self._target = source_stack, target_stack
@@ -147,7 +149,7 @@ class Causal:
     """One stack reads source and target as one sequence, and learns the target. Prompts of several rows are padded on
     the left, so that all rows go on at the same place."""
 
-    auto_class, closes_sources = AutoModelForCausalLM, False
+    auto_class, closes_sources, continues_prompts = AutoModelForCausalLM, False, True
 
     def __init__(self, stack: str) -> None:
         self._stack = stack
