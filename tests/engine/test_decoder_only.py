@@ -173,3 +173,15 @@ def test_who_reads_a_prompt_at_once(small: Served, served: Served, tmp_path: Pat
             generated(engine.generate, asked | {"output_logits": True}),
             generated(served.model.generate, asked | {"output_logits": True}),
         )
+
+
+def test_all_but_the_experts_is_resident(small: Served) -> None:
+    """Attention, norms, gates and tables lie on the device; of the experts only what is in slots."""
+    spec = experts_of(small.model.config)
+    experts = {name for block in range(3) for name in spec.tensors_of("decoder", block)}
+    others = sum(p.nbytes for name, p in small.model.named_parameters() if name not in experts)
+    others += sum(buffer.nbytes for buffer in small.model.buffers())
+    with OffloadEngine.open(small.directory, device_budget="25%") as engine:
+        expected = engine.expected_bytes()
+        assert expected["non_expert"] == others and expected["slots"] == engine.num_slots * engine.slab_bytes
+        assert not experts & dict(engine.model.named_parameters()).keys()
