@@ -174,7 +174,8 @@ class EngineConfig:
     `tier: auto` is page-locked host memory for a GPU, and the disk where the compute device is host memory itself.
     `host_budget`: host memory that caches slabs of the disk tier, in the units of `device_budget`; null is none.
     `cache`: what becomes of used experts in their slots; `none` as in the paper. `io_threads`: slabs in flight from the
-    disk. `io_uring`: on a CPU let the kernel read by itself where it can, not threads.
+    disk, more where they are smaller than 4 MiB. `io_uring`: on a CPU let the kernel read by itself where it can, not
+    threads. `prefill_chunk`: how many tokens of a prompt a decoder-only model reads at a time; null is all of them.
     """
 
     policy: Policy = Policy.pre_gated
@@ -189,6 +190,7 @@ class EngineConfig:
     slab_dtype: SlabDtype = SlabDtype.source
     io_threads: int = setting(2, at_least(1))
     io_uring: bool = True
+    prefill_chunk: int | None = setting(4096, at_least(1, ", or null for whole prompts"))
     bench_prompts: int = setting(4, at_least(1))
     bench_new_tokens: int = setting(16, at_least(1))
     bench_repeats: int = setting(3, at_least(1))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 
 class UsageError(ValueError):
@@ -87,3 +88,12 @@ def need(holds: bool, sentence: str) -> None:
     """Raises `UsageError` with `sentence` where something does not hold."""
     if not holds:
         raise UsageError(sentence)
+
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def chosen(setting: str, kind: type[Choice], word: str) -> Choice:
+    """`word` as one of the choices of `kind`. Raises `UsageError` that lists them."""
+    need(word in list(kind), f"{setting}={word} is not known: write {', '.join(list(kind)[:-1])} or {list(kind)[-1]}.")
+    return kind(word)

@@ -15,17 +15,25 @@ from typing import Any
 from torch import device as Device
 
 from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier, UsageError
+from pregate.config.validators import chosen
 from pregate.engine.base import Engine
 from pregate.engine.budget import host_buffers_within, slots_within
+from pregate.engine.conversation import Conversation
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
+from pregate.models.family import family_of_model
 from pregate.system.machine import compute_device
 
 
 class OffloadEngine(Engine):
     """A served checkpoint. Use `open`; close it, or use it as a context manager."""
+
+    def __init__(self, *served: Any, prefill_chunk: int | None) -> None:
+        super().__init__(*served)
+        self.prefill_chunk = prefill_chunk
+        self._continues_prompts = family_of_model(self.model).objective.continues_prompts
 
     @classmethod
     def open(
@@ -33,16 +41,17 @@ class OffloadEngine(Engine):
         checkpoint: Checkpoint,
         *,
         drive: Drive | str = Drive.host,
-        policy: Policy = Policy.pre_gated,
-        tier: Tier = Tier.auto,
+        policy: Policy | str = Policy.pre_gated,
+        tier: Tier | str = Tier.auto,
         device: Device | str = "cpu",
         device_budget: str | None = None,
         host_budget: str | None = None,
         pack_dir: str | Path | None = None,
         io_threads: int = 2,
         io_uring: bool = True,
-        cache: CacheRule = CacheRule.none,
-        slab_dtype: SlabDtype = SlabDtype.source,
+        prefill_chunk: int | None = 4096,
+        cache: CacheRule | str = CacheRule.none,
+        slab_dtype: SlabDtype | str = SlabDtype.source,
         store: Store | None = None,
         batch: int = 1,
         max_source_len: int = 512,
@@ -55,32 +64,35 @@ class OffloadEngine(Engine):
         nothing there). `device_budget`: bytes of expert slots on the compute device, as "4GB" or "25%" of all experts.
         `cache`: which used slab leaves its slot first, or `none` to keep nothing. `host_budget`: host memory, in the
         same units, that keeps slabs of the disk tier. `io_threads`: slabs in flight from the disk. `io_uring`: let the
-        kernel read by itself where it can (a CPU, no host budget), not threads. `tier`, `pack_dir`, `slab_dtype`: see
-        `open_store`. `store`: an opened one of this checkpoint, used instead of those three; it stays open when the
-        engine closes. Enumerations may be given by name. Raises `UsageError` for a checkpoint or budget that cannot
-        be served.
+        kernel read by itself where it can (a CPU, no host budget), not threads. `prefill_chunk`: see `generate`.
+        `tier`, `pack_dir`, `slab_dtype`: see `open_store`. `store`: an opened one of this checkpoint, used instead of
+        those three; it stays open when the engine closes. Enumerations may be given by name. Raises `UsageError` for a
+        name or number that does not exist, and for a checkpoint or budget that cannot be served.
         """
+        policy, tier = chosen("policy", Policy, policy), chosen("tier", Tier, tier)
+        cache, slab_dtype = chosen("cache", CacheRule, cache), chosen("slab_dtype", SlabDtype, slab_dtype)
         shared: dict[str, Any] = {"policy": policy, "cache": cache, "slab_dtype": slab_dtype, "store": store}
         shared |= {"tier": tier, "device": device, "device_budget": device_budget}
-        if Drive(drive) is Drive.device:
+        if chosen("drive", Drive, drive) is Drive.device:
             sizes = {"batch": batch, "max_source_len": max_source_len, "max_new_tokens": max_new_tokens}
             return DeviceEngine.open(checkpoint, **sizes, **shared)
-        place, policy = compute_device(device), Policy(policy)
-        opened = Opened(checkpoint)
-        layout = opened.layout(SlabDtype(slab_dtype), store)
-        if io_threads < 1:
-            raise UsageError(f"io_threads={io_threads} must be at least 1.")
+        for name, number in {"io_threads": io_threads, "prefill_chunk": prefill_chunk}.items():
+            if number is not None and number < 1:
+                raise UsageError(f"{name}={number} must be at least 1.")
+        place, opened = compute_device(device), Opened(checkpoint)
+        layout = opened.layout(slab_dtype, store)
         return cls._assemble(
             opened,
             layout,
             slots_within(device_budget, policy, opened.family, layout.slab_bytes),
-            store or (lambda: opened.store(layout, Tier(tier), place, pack_dir)),
+            store or (lambda: opened.store(layout, tier, place, pack_dir)),
             policy=policy,
-            cache=CacheRule(cache),
+            cache=cache,
             device=place,
             io_threads=io_threads,
             host_buffers=host_buffers_within(host_budget, opened.family, layout.slab_bytes),
             io_uring=io_uring,
+            prefill_chunk=prefill_chunk,
         )
 
     def forward(self, **inputs: Any) -> Any:
@@ -91,9 +103,30 @@ class OffloadEngine(Engine):
     def generate(self, **inputs: Any) -> Any:
         """Hugging Face `generate` with the engine's policy; takes and returns the same. The engine stays usable
         after an error or an interrupt; calls from several threads are served one after the other. Raises `RuntimeError`
-        for a call from within a request and for a closed engine."""
+        for a call from within a request and for a closed engine.
+
+        A decoder-only model reads a prompt of more than `prefill_chunk` tokens a row in chunks of so many: activations
+        need less memory, and each chunk moves the experts that it uses. `prefill_chunk_size`, upstream's option, comes
+        before it.
+        """
         with self._served():
-            return self.host.run(self.model.generate, inputs)
+            return self.host.run(self.model.generate, self._in_chunks(inputs))
+
+    def conversation(self) -> Conversation:
+        """A new one, each turn of which goes on from the KV cache of the turns before. Raises `UsageError` for a model
+        that reads its prompt in another stack."""
+        if not self._continues_prompts:
+            raise UsageError("A conversation needs a decoder-only model: give this one the whole text with generate.")
+        return Conversation(self.model, self.generate)
+
+    def _in_chunks(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        ids, config = inputs.get("input_ids"), inputs.get("generation_config") or self.model.generation_config
+        is_cached = inputs.get("use_cache", config.use_cache) is not False
+        if not (self._continues_prompts and self.prefill_chunk and is_cached) or config.prefill_chunk_size:
+            return inputs
+        if ids is None or ids.shape[1] <= self.prefill_chunk:
+            return inputs
+        return {"prefill_chunk_size": self.prefill_chunk, **inputs}
 
     @property
     def trace(self) -> Trace:

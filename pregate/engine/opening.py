@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pregate.config import SlabDtype, Tier, UsageError
+from pregate.config.validators import chosen
 from pregate.engine.budget import resolve_tier
 from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import check_experts, default_pack_dir, pack
@@ -113,10 +114,10 @@ class Opened:
 def open_store(
     checkpoint: Checkpoint,
     *,
-    tier: Tier = Tier.auto,
+    tier: Tier | str = Tier.auto,
     device: torch.device | str = "cpu",
     pack_dir: str | Path | None = None,
-    slab_dtype: SlabDtype = SlabDtype.source,
+    slab_dtype: SlabDtype | str = SlabDtype.source,
 ) -> Store:
     """Where the experts of `checkpoint` live, ready to be read; several engines may share it. Close it after them.
 
@@ -124,5 +125,6 @@ def open_store(
     (default: `experts` in the checkpoint). `slab_dtype`: as the weights are, or quantised. Raises `UsageError` for a
     checkpoint that cannot be served, a full disk, or memory that cannot be page-locked.
     """
+    tier, slab_dtype = chosen("tier", Tier, tier), chosen("slab_dtype", SlabDtype, slab_dtype)
     device, opened = compute_device(device), Opened(checkpoint)
-    return opened.store(opened.layout(SlabDtype(slab_dtype)), Tier(tier), device, pack_dir)
+    return opened.store(opened.layout(slab_dtype), tier, device, pack_dir)

@@ -163,6 +163,7 @@ def open_engine(
         pack_dir=pack_dir,
         io_threads=engine.io_threads,
         io_uring=engine.io_uring,
+        prefill_chunk=engine.prefill_chunk,
         cache=engine.cache,
         slab_dtype=engine.slab_dtype,
         host_budget=engine.host_budget,

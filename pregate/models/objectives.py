@@ -51,6 +51,8 @@ class Objective(Protocol):
     """Whether a source text ends in the end-of-sequence token; otherwise the target goes on from it."""
     packs: bool
     """Whether several examples can stand in one row without seeing each other."""
+    continues_prompts: bool
+    """Whether what is generated continues the prompt, in the same stack and behind it in the same KV cache."""
 
     def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (1 where there is no padding) and `labels`, int64, labels padded with -100."""
@@ -115,7 +117,7 @@ class Objective(Protocol):
 class Seq2Seq:
     """A source stack reads the source; a target stack is given the target shifted by one."""
 
-    auto_class, closes_sources, packs = AutoModelForSeq2SeqLM, True, False
+    auto_class, closes_sources, packs, continues_prompts = AutoModelForSeq2SeqLM, True, False, False
 
     def __init__(self, source_stack: str, target_stack: str) -> None:
         self._source, self._target = source_stack, target_stack
@@ -182,7 +184,7 @@ class Causal:
     the left, so that all rows go on at the same place. `packs`: false for a model whose layers carry a state along the
     row, such as linear attention."""
 
-    auto_class, closes_sources = AutoModelForCausalLM, False
+    auto_class, closes_sources, continues_prompts = AutoModelForCausalLM, False, True
 
     def __init__(self, stack: str, packs: bool = True) -> None:
         self._stack, self.packs = stack, packs

@@ -305,3 +305,21 @@ def test_a_conversion_refuses_it_too(model: Path) -> None:
     with pytest.raises(UsageError, match="is where the experts of a model are packed"):
         convert(str(model), model / "experts", PreGateConfig())
     assert not (model / "experts").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"policy": "magic"}, "policy=magic is not known: write gpu_only, on_demand, prefetch_all or pre_gated."),
+        ({"cache": "fifo"}, "cache=fifo is not known: write none, lru, lfu or lifo."),
+        ({"tier": "tape"}, "tier=tape is not known: write auto, dram or disk."),
+        ({"slab_dtype": "int4"}, "slab_dtype=int4 is not known: write source, int8 or fp8."),
+        ({"drive": "self"}, "drive=self is not known: write host or device."),
+        ({"prefill_chunk": 0}, "prefill_chunk=0 must be at least 1."),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_those_there_are(option: dict[str, Any], sentence: str) -> None:
+    """Before anything is looked for."""
+    with pytest.raises(UsageError) as caught:
+        OffloadEngine.open("no such directory", **option)
+    assert str(caught.value) == sentence

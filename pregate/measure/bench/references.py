@@ -40,11 +40,13 @@ class Reference:
         except (OSError, KeyError, SafetensorError):
             return None
 
-    def equal_until(self, number: int, tokens_BT: Tensor) -> int | None:
+    def equal_until(self, number: int, tokens_BT: Tensor, new_tokens: int) -> int | None:
         """How many new tokens of request `number` are equal in all rows before the first that is not; None if all are
-        that were decoded."""
+        that were decoded. `new_tokens`: at the end of `tokens_BT`, behind a start token or the prompt."""
         differs_T = (self.tokens[number, :, : tokens_BT.shape[1]] != tokens_BT).any(0)
-        return max(int(differs_T.int().argmax()) - 1, 0) if differs_T.any() else None
+        if not differs_T.any():
+            return None
+        return max(int(differs_T.int().argmax()) - (tokens_BT.shape[1] - new_tokens), 0)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def figures(timed: Sequence[Timed], spec: RowSpec, reference: Reference | None) 
         found["active_experts"] = spec.forced_experts
     if reference is not None:
         compared = zip(range(reference.tokens.shape[0]), timed, strict=False)
-        equal = [reference.equal_until(number, request.tokens) for number, request in compared]
+        equal = [reference.equal_until(number, request.tokens, spec.new_tokens) for number, request in compared]
         departs = [tokens for tokens in equal if tokens is not None]
         found["tokens_equal_resident"] = not departs
         if departs:

@@ -20,7 +20,7 @@ from pregate.config import CacheRule, Policy
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import choose, ring
 from pregate.engine.io.base import Move, MoverClosedError
-from pregate.engine.io.ring import Ring, RingUnavailableError
+from pregate.engine.io.ring import _ENTER, Ring, RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.io.uring import UringMover
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
@@ -307,6 +307,28 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
         assert under_way == [1, 2, 3, 4]
         ended.extend([(3, SLAB), (4, SLAB)])
         assert reads[2].done() and reads[3].done()
+
+
+@needs_io_uring
+def test_many_small_slabs_are_read_by_one_call_of_the_kernel(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a block that are asked for together, though `io_threads` is 1: they are small."""
+    asked: list[int] = []
+    call = Ring._call
+
+    def counted(ring: Ring, number: int, *arguments: Any) -> int:
+        if number == _ENTER and arguments[1]:
+            asked.append(arguments[1])
+        return call(ring, number, *arguments)
+
+    with OffloadEngine.open(served.directory, device_budget="100%", io_threads=1) as engine:
+        monkeypatch.setattr(Ring, "_call", counted)
+        slots = engine.host.scheduler._slots
+        wanted = [ExpertKey("decoder", 0, expert) for expert in (3, 0, 4, 1)]
+        reads = engine.host.mover.start([Move(key, slots[number]) for number, key in enumerate(wanted)])
+        for read in reads:
+            read.wait()
+        assert asked == [4]
+        assert len({int(slots[number].view(torch.int64).sum()) for number in range(4)}) == 4
 
 
 @needs_io_uring

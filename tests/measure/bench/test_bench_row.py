@@ -74,6 +74,16 @@ def test_where_tokens_depart_is_told() -> None:
     assert "tokens_equal_until" not in figures([timed(0.1, 0.2, tokens=[[0, 1, 2]])], SPEC, reference)
 
 
+@pytest.mark.parametrize("at", [8, 9, 10])
+def test_new_tokens_are_counted_from_behind_a_prompt(at: int) -> None:
+    """A decoder-only model's tokens begin with the prompt, here of eight tokens, not with a start token."""
+    tokens = torch.arange(2, 13)
+    served = tokens.clone()
+    served[at] = 0
+    found = figures([timed(0.1, 0.2, tokens=[served.tolist()])], SPEC, Reference(tokens[None, None]))
+    assert found["tokens_equal_until"] == at - 8
+
+
 def test_a_reference_survives_its_file(tmp_path: Any) -> None:
     path = tmp_path / "kept" / "reference.safetensors"
     assert Reference.load(path) is None

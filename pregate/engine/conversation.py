@@ -1,0 +1,79 @@
+"""A conversation: a text that grows turn by turn, and the KV cache of what the model has read of it.
+
+Knows tokens and caches; knows nothing about experts.
+
+Letters: B rows, S tokens of a turn, N new tokens, T tokens of the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pregate.config import UsageError
+
+
+class Conversation:
+    """Made by `OffloadEngine.conversation`. `tokens` and `mask` (B, T): all that was said so far by both sides, and
+    where it is no padding; None before the first turn."""
+
+    def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
+        """`generate`: of the engine that serves `model`."""
+        self.tokens: Tensor | None = None
+        self.mask: Tensor | None = None
+        self._model, self._generate = model, generate
+        self._cache: DynamicCache | None = None
+
+    def reply(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Append `input_ids` (B, S) to the text and go on from there: the new tokens (B, N). The model reads only what
+        it has not read in an earlier turn.
+
+        `attention_mask` (B, S): 0 for padding, which is on the left. `options`: of `generate`. A row that ends early is
+        padded, and its padding is not part of the text. After an error or an interrupt the text is what it was before
+        the call, and the next turn reads all of it again. Raises `UsageError` for another number of rows than in the
+        turns before, and for options that do not give one text a row.
+        """
+        self._check(input_ids, options)
+        turn_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        tokens_BT, mask_BT = _behind(self.tokens, input_ids), _behind(self.mask, turn_BS)
+        # forgotten until this turn has ended well: what was read of it is not known otherwise
+        cache, self._cache = self._cache or DynamicCache(config=self._model.config), None
+        result = self._generate(input_ids=tokens_BT, attention_mask=mask_BT, past_key_values=cache, **options)
+        whole_BT: Tensor = getattr(result, "sequences", result)
+        new_BN = whole_BT[:, tokens_BT.shape[1] :]
+        self.tokens, self.mask, self._cache = whole_BT, torch.cat([mask_BT, self._said(new_BN, options)], 1), cache
+        return new_BN
+
+    def _check(self, input_ids: Tensor, options: dict[str, Any]) -> None:
+        if self.tokens is not None and len(self.tokens) != len(input_ids):
+            raise UsageError(
+                f"This conversation has {len(self.tokens)} rows, not {len(input_ids)}: give a turn for each of them, "
+                "or begin another conversation."
+            )
+        for name in ("num_beams", "num_return_sequences"):
+            if (self._option(name, options) or 1) > 1:
+                raise UsageError(f"A conversation goes on from one text a row: leave {name} at 1.")
+        for name in ("stop_strings", "stopping_criteria"):
+            if len(input_ids) > 1 and self._option(name, options):
+                raise UsageError(f"Where {name} ends a row among several is not known: have a conversation for each.")
+
+    def _option(self, name: str, options: dict[str, Any]) -> Any:
+        """As `generate` finds it."""
+        given = options.get("generation_config") or self._model.generation_config
+        return options.get(name, getattr(given, name, None))
+
+    def _said(self, new_BN: Tensor, options: dict[str, Any]) -> Tensor:
+        """1 for the new tokens up to the end of a row, 0 for the padding behind it."""
+        ends = self._option("eos_token_id", options)
+        if ends is None:
+            return torch.ones_like(new_BN)
+        is_end_BN = torch.isin(new_BN, torch.as_tensor(ends, device=new_BN.device)).long()
+        return (is_end_BN.cumsum(1) - is_end_BN == 0).long()
+
+
+def _behind(before: Tensor | None, turn_BS: Tensor) -> Tensor:
+    return turn_BS if before is None else torch.cat([before, turn_BS], 1)

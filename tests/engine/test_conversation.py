@@ -1,0 +1,119 @@
+"""A conversation goes on from the KV cache of the turns before, and says what a fresh run on the whole text says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pregate.config import UsageError
+from pregate.engine.engine import OffloadEngine
+from tests.engine.hostile import Streamer
+from tests.engine.olmoe import olmoe, prompts
+from tests.engine.serving import Served
+
+PLAIN: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return olmoe()
+
+
+@pytest.fixture(params=[4096, 3], ids=["whole", "chunks"])
+def engine(model: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    directory = tmp_path_factory.mktemp("olmoe")
+    model.save_pretrained(directory)
+    with OffloadEngine.open(directory, device_budget="20%", prefill_chunk=request.param) as opened:
+        yield opened
+        assert opened.counters.bytes_moved > 0
+
+
+def fresh(model: Any, tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    return model.generate(input_ids=tokens, attention_mask=mask, **PLAIN | options)[:, tokens.shape[1] :]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_turn_equals_a_fresh_run_on_the_whole_text(model: Any, engine: Any, rows: int) -> None:
+    talk, read = engine.conversation(), []
+    engine.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    tokens = mask = torch.empty(rows, 0, dtype=torch.long)
+    for turn in range(3):
+        said = prompts(rows, length=6 + turn, padding=2, seed=turn)
+        tokens, mask = torch.cat([tokens, said["input_ids"]], 1), torch.cat([mask, said["attention_mask"]], 1)
+        read.clear()
+        reply = talk.reply(**said, **PLAIN, eos_token_id=None)
+        assert torch.equal(reply, fresh(model, tokens, mask, eos_token_id=None))
+        # of the text before, the last token alone was not read
+        assert sum(read) == 6 + turn + (turn > 0) + 3
+        tokens, mask = torch.cat([tokens, reply], 1), torch.cat([mask, torch.ones_like(reply)], 1)
+        assert torch.equal(talk.tokens, tokens) and torch.equal(talk.mask, mask)
+
+
+def test_padding_behind_an_early_end_is_no_text(model: Any, engine: Any) -> None:
+    said = prompts(3)
+    first = fresh(model, **said_to(said), eos_token_id=None)
+    end = int(first[0, 1])  # where the first row ends after two tokens
+    talk = engine.conversation()
+    reply = talk.reply(**said, **PLAIN, eos_token_id=[end, 95])
+    assert reply[0].tolist() == [*first[0, :2].tolist(), 0, 0]
+    mask = torch.cat([said["attention_mask"], torch.ones_like(reply)], 1)
+    mask[0, -2:] = 0
+    assert torch.equal(talk.mask[0], mask[0])
+    more = prompts(3, seed=1)
+    tokens = torch.cat([talk.tokens, more["input_ids"]], 1)
+    whole = torch.cat([talk.mask, more["attention_mask"]], 1)
+    expected = fresh(model, tokens, whole, eos_token_id=None)
+    assert torch.equal(talk.reply(**more, **PLAIN, eos_token_id=None), expected)
+
+
+def said_to(said: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"tokens": said["input_ids"], "mask": said["attention_mask"]}
+
+
+def test_a_turn_that_was_cut_short_can_be_repeated(model: Any, engine: Any) -> None:
+    talk, calls = engine.conversation(), []
+
+    def interrupt(_: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    first = talk.reply(**prompts(1), **PLAIN)
+    before = talk.tokens.clone()
+    with pytest.raises(KeyboardInterrupt):
+        talk.reply(**prompts(1, seed=1), **PLAIN, streamer=Streamer(interrupt))
+    assert torch.equal(talk.tokens, before) and first.numel()
+    tokens = torch.cat([before, prompts(1, seed=1)["input_ids"]], 1)
+    assert torch.equal(talk.reply(**prompts(1, seed=1), **PLAIN), fresh(model, tokens, torch.ones_like(tokens)))
+
+
+def test_what_a_conversation_cannot_be_is_refused(engine: Any, served: Served) -> None:
+    talk = engine.conversation()
+    talk.reply(**prompts(2), **PLAIN)
+    with pytest.raises(UsageError, match="has 2 rows, not 1: give a turn for each"):
+        talk.reply(**prompts(1), **PLAIN)
+    with pytest.raises(UsageError, match="leave num_beams at 1"):
+        talk.reply(**prompts(2), num_beams=2)
+    with pytest.raises(UsageError, match="Where stop_strings ends a row among several is not known"):
+        talk.reply(**prompts(2), stop_strings=["x"])
+    with (
+        OffloadEngine.open(served.directory) as other,
+        pytest.raises(UsageError, match="A conversation needs a decoder-only model"),
+    ):
+        other.conversation()
+
+
+def test_a_cache_of_ones_own_works_with_generate(model: Any, engine: Any) -> None:
+    """As with upstream's `generate`: the whole text, and the cache that an earlier call gave."""
+    asked = prompts(1)
+    first = engine.generate(**asked, **PLAIN, eos_token_id=None, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, prompts(1, seed=1)["input_ids"]], 1)
+    mask = torch.ones_like(text)
+    second = engine.generate(
+        input_ids=text, attention_mask=mask, past_key_values=first.past_key_values, **PLAIN, eos_token_id=None
+    )
+    assert torch.equal(second[:, text.shape[1] :], fresh(model, text, mask, eos_token_id=None))
