@@ -20,15 +20,15 @@ from pregate.models.routing import DROPPED, Routing
 
 
 class SlotMatrices:
-    """The matrices of the expert in a slot, in the compute dtype. Those of quantised slabs pass through one scratch
-    place and are valid until the next call."""
+    """What the expert in a slot multiplies with, in the compute dtype. Matrices of quantised slabs pass through one
+    scratch place and are valid until the next call."""
 
     def __init__(self, slots_NB: Tensor, layout: SlabLayout) -> None:
         self._slots_NB, self._layout = slots_NB, layout
         self._views: list[list[Tensor]] | None = None
         self._scratch = layout.scratch(slots_NB.device)
         if not layout.is_quantised:
-            self._views = [layout.views(slab_B) for slab_B in slots_NB]
+            self._views = [layout.views(slab_B, layout.products) for slab_B in slots_NB]
 
     @property
     def scratch_bytes(self) -> int:
@@ -63,32 +63,37 @@ class OffloadedExperts(nn.Module):
         self._stack, self._block = stack, block
 
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if expert_ids_TK.numel() == 1:
-            return self._one_choice(hidden_TD, int(expert_ids_TK), weights_TK)
+        if len(hidden_TD) == 1:
+            return self._one_token(hidden_TD, expert_ids_TK[0].tolist(), weights_TK)
         grouping = group_by_expert(expert_ids_TK)
-        runs = {ExpertKey(self._stack, self._block, e): (first, last) for e, first, last in grouping.groups}
-        by_use = sorted(runs, key=lambda key: runs[key][0] - runs[key][1])
-        self._fetcher.on_enter(self._stack, self._block, by_use)
-        results: dict[ExpertKey, Tensor] = {}
-        if runs:
-            gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
-            for key in self._scheduler.in_order_of_arrival(by_use):
-                first, last = runs[key]
-                results[key] = self._apply(key, gathered_ND[first:last])
-        self._scheduler.finish_block(self._stack, self._block)
-        if not runs:
+        gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
+        by_use = sorted(grouping.groups, key=lambda group: group[1] - group[2])
+        results = self._compute({expert: gathered_ND[first:last] for expert, first, last in by_use})
+        if not results:
             return torch.zeros_like(hidden_TD)
-        return combine(torch.cat([results[key] for key in runs]), grouping, weights_TK, hidden_TD)
+        return combine(torch.cat([results[expert] for expert in grouping.experts()]), grouping, weights_TK, hidden_TD)
 
-    def _one_choice(self, hidden_1D: Tensor, expert: int, weight_11: Tensor) -> Tensor:
-        """One token, one expert: nothing to sort, gather or put back."""
-        key = ExpertKey(self._stack, self._block, expert)
-        self._fetcher.on_enter(self._stack, self._block, [key] if expert != DROPPED else [])
-        output_1D = torch.zeros_like(hidden_1D)
-        if expert != DROPPED:
-            output_1D = (self._apply(key, hidden_1D) * weight_11).to(hidden_1D.dtype)
-        self._scheduler.finish_block(self._stack, self._block)
-        return output_1D
+    def _one_token(self, hidden_1D: Tensor, experts: list[int], weights_1K: Tensor) -> Tensor:
+        """Nothing to sort, gather or put back."""
+        results = self._compute({expert: hidden_1D for expert in experts if expert != DROPPED})
+        if not results:
+            return torch.zeros_like(hidden_1D)
+        if len(experts) == 1:
+            return (results[experts[0]] * weights_1K).to(hidden_1D.dtype)
+        nothing = torch.zeros_like(hidden_1D) if DROPPED in experts else hidden_1D
+        result_KD = torch.cat([results.get(expert, nothing) for expert in experts])
+        return (result_KD * weights_1K.T).sum(0, keepdim=True).to(hidden_1D.dtype)
+
+    def _compute(self, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The output of each expert for its tokens. Experts are asked for in the order of `tokens`."""
+        stack, block = self._stack, self._block
+        wanted = [ExpertKey(stack, block, expert) for expert in tokens]
+        self._fetcher.on_enter(stack, block, wanted)
+        results = {
+            key.expert: self._apply(key, tokens[key.expert]) for key in self._scheduler.in_order_of_arrival(wanted)
+        }
+        self._scheduler.finish_block(stack, block)
+        return results
 
     def _apply(self, key: ExpertKey, hidden_ND: Tensor) -> Tensor:
         slot = self._scheduler.acquire(key)
@@ -100,8 +105,7 @@ class OffloadedExperts(nn.Module):
 
 def routed_experts(routing: Routing) -> Sequence[int]:
     """The ids a route uses, by how many tokens they serve, most first."""
-    if routing.expert_ids_BTK.numel() == 1:
-        only = int(routing.expert_ids_BTK)
-        return [only] if only != DROPPED else []
+    if routing.expert_ids_BTK.shape[:2].numel() == 1:
+        return [expert for expert in routing.expert_ids_BTK.flatten().tolist() if expert != DROPPED]
     ids, counts = routing.expert_ids_BTK[routing.expert_ids_BTK != DROPPED].unique(return_counts=True)
     return ids[counts.argsort(descending=True, stable=True)].tolist()

@@ -7,18 +7,18 @@ or policies.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pregate.engine.cache import Placed, SlotTable
-from pregate.engine.io.base import Mover, Transfer
+from pregate.engine.io.base import Move, Mover, Transfer
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey
 
 
 class Scheduler:
-    """Requests wait in a queue while no slot is free.
+    """Requests wait in a queue while no slot is free; those that find one go to the mover together.
 
     With one slot or more every block can run: what runs now comes first and may take a slot from a later block's
     prefetched slab, which is then fetched again.
@@ -28,7 +28,7 @@ class Scheduler:
         assert len(slots) == table.num_slots
         self._slots, self._table, self._mover = slots, table, mover
         self._trace, self._counters = trace, counters
-        self._queue: deque[ExpertKey] = deque()
+        self._queue: OrderedDict[ExpertKey, None] = OrderedDict()
         self._transfers: dict[int, Transfer] = {}
 
     def request(self, keys: Iterable[ExpertKey], urgent: bool = False) -> None:
@@ -37,17 +37,15 @@ class Scheduler:
         for key in keys:
             if key in self._queue:
                 if urgent:
-                    self._queue.remove(key)
                     waiting.append(key)
             elif self._table.find(key) is None:
                 waiting.append(key)
             elif not self._table.is_reserved(key):
                 self._counters.hits += 1
                 self._table.reserve(key)
-        if urgent:
-            self._queue.extendleft(reversed(waiting))
-        else:
-            self._queue.extend(waiting)
+        self._queue.update(dict.fromkeys(waiting))
+        for key in reversed(waiting) if urgent else ():
+            self._queue.move_to_end(key, last=False)
         self._pump()
 
     def is_ready(self, key: ExpertKey) -> bool:
@@ -79,14 +77,13 @@ class Scheduler:
     def acquire(self, key: ExpertKey) -> int:
         """The slot of an announced slab, there and safe from reuse until `release`; waits if it must."""
         if self._table.find(key) is None:
-            if key in self._queue:
-                self._queue.remove(key)
+            self._queue.pop(key, None)
             placed = self._table.place(key)
             if placed is None:
                 placed = self._table.steal(key)
                 assert placed.evicted is not None
-                self._queue.append(placed.evicted)
-            self._load(placed, key)
+                self._queue[placed.evicted] = None
+            self._load({key: placed})
         slot = self._table.pin(key)
         self._arrive(slot, key)
         return slot
@@ -101,8 +98,8 @@ class Scheduler:
 
     def finish_block(self, stack: str, block: int) -> None:
         """Call off what was announced for a block that has run. What is already moving arrives first."""
-        if self._queue:
-            self._queue = deque(key for key in self._queue if (key.stack, key.block) != (stack, block))
+        for key in [key for key in self._queue if (key.stack, key.block) == (stack, block)]:
+            del self._queue[key]
         for key in self._table.reserved_keys():
             if (key.stack, key.block) == (stack, block):
                 slot = self._table.find(key)
@@ -136,22 +133,28 @@ class Scheduler:
         self._slots = ()
 
     def _pump(self) -> None:
+        """As much of what waits as there are slots for begins to move, together."""
+        placed: dict[ExpertKey, Placed] = {}
         while self._queue:
-            key = self._queue[0]
-            placed = self._table.place(key)
-            if placed is None:
-                return
-            self._queue.popleft()
-            self._load(placed, key)
+            key = next(iter(self._queue))
+            place = self._table.place(key)
+            if place is None:
+                break
+            del self._queue[key]
+            placed[key] = place
+        if placed:
+            self._load(placed)
 
-    def _load(self, placed: Placed, key: ExpertKey) -> None:
-        if placed.evicted is not None:
-            self._counters.evictions += 1
-        earlier = self._transfers.pop(placed.slot, None)
-        if earlier is not None:
-            earlier.wait()
-        self._transfers[placed.slot] = self._mover.start(key, self._slots[placed.slot])
-        self._counters.misses += 1
+    def _load(self, placed: Mapping[ExpertKey, Placed]) -> None:
+        for slot, evicted in placed.values():
+            self._counters.evictions += evicted is not None
+            earlier = self._transfers.pop(slot, None)
+            if earlier is not None:
+                earlier.wait()
+        transfers = self._mover.start([Move(key, self._slots[slot]) for key, (slot, _) in placed.items()])
+        for (slot, _), transfer in zip(placed.values(), transfers, strict=True):
+            self._transfers[slot] = transfer
+        self._counters.misses += len(placed)
 
     def _arrive(self, slot: int, key: ExpertKey) -> None:
         transfer = self._transfers.get(slot)

@@ -10,7 +10,7 @@ import json
 import time
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class SourceCheckpoint:
     """An opened checkpoint: its config, its weight files, and what tensors they hold.
 
     generation: what its `generation_config.json` says. ignored: tensors of the files that the model has no use for.
+    extras: tensors that other programs read and the model does not.
     """
 
     directory: Path
@@ -78,6 +79,11 @@ class SourceCheckpoint:
     tensors: dict[str, TensorInfo]
     generation: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    extras: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def with_extras(self) -> SourceCheckpoint:
+        """The same with the extra tensors among the others."""
+        return replace(self, tensors=self.tensors | self.extras, extras={})
 
     def names(self) -> list[str]:
         return list(self.tensors)

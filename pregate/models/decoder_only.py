@@ -169,6 +169,8 @@ class PreGatedStack:
     layers: Any
     norm: Any
     entry_gates: nn.ModuleDict
+    embedding_multiplier: float = 1.0
+    """What upstream multiplies the embeddings by before the first layer."""
     listener: RouteListener | None = None
 
     def take_layers(self, layer_class: type[Any], gates_class: type[TopKGates], moe_layers: Sequence[int]) -> None:
@@ -190,7 +192,7 @@ class PreGatedStack:
         assert inputs_embeds is not None
         routes = Routes(STACK, self.listener)
         for block, gate in self.entry_gates.items():
-            routes.commit(int(block), gate(inputs_embeds))
+            routes.commit(int(block), gate(inputs_embeds * self.embedding_multiplier))
         outputs = super().forward(inputs_embeds=inputs_embeds, routes=routes, **kwargs)  # type: ignore[misc]
         routes.end()
         return outputs
@@ -202,6 +204,8 @@ class PreGatedCausalLM(ServedModel):
     model: Any
     lm_head: Any
     config: Any
+    logits_scaling: float = 1.0
+    """What the head's output is divided by."""
 
     def stack_module(self, stack: str) -> Any:
         assert stack == STACK
@@ -228,8 +232,9 @@ class PreGatedCausalLM(ServedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        output_router_logits: bool | None = False,
+        output_router_logits: bool | None = None,
         loss_only: bool = False,
         logits_at: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -242,20 +247,23 @@ class PreGatedCausalLM(ServedModel):
         there are no logits, and the loss is the cross-entropy alone, summed over target tokens. `logits_at` (B, T), a
         mask, asks for the logits of those N positions alone, (N, V) in row-major order.
         """
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=output_router_logits, **kwargs
-        )
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        # upstream's `generate` makes position ids only for a signature that names them
+        kwargs |= {"position_ids": position_ids, "output_router_logits": output_router_logits}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states_BTD = outputs.last_hidden_state
         routed = self._by_block(outputs.router_logits, states_BTD.shape) if output_router_logits else None
         logits = loss = balance = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
-            loss = head_cross_entropy(self.lm_head, states_BTD[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            states_ND = states_BTD[:, :-1].flatten(0, 1) / self.logits_scaling
+            loss = head_cross_entropy(self.lm_head, states_ND, labels[:, 1:].flatten())
         elif logits_at is not None:
-            logits = self.lm_head(states_BTD[logits_at])
+            logits = self._logits(states_BTD[logits_at])
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(states_BTD[:, kept])
+            logits = self._logits(states_BTD[:, kept])
         if labels is not None and logits is not None:
             shifted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = nn.functional.cross_entropy(*shifted, ignore_index=IGNORED)
@@ -272,6 +280,11 @@ class PreGatedCausalLM(ServedModel):
             router_logits=routed,  # type: ignore[arg-type]
         )
 
+    def _logits(self, states: Tensor) -> Tensor:
+        logits = self.lm_head(states)
+        # a division by one would hold all logits twice
+        return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
+
     @staticmethod
     def _by_block(logits: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
         return tuple(block.view(*shape[:-1], -1) for block in logits)
@@ -284,6 +297,8 @@ class DecoderOnlyFamily(Family):
     input_tables = ("model.embed_tokens.weight",)
     router: ClassVar[str] = "mlp.gate"
     """Where the router is in a layer."""
+    experts_module: ClassVar[str] = "mlp.experts"
+    """Where the experts are in a layer."""
     norm: ClassVar[str] = "post_attention_layernorm"
     """The norm before an MoE block."""
     width_setting: ClassVar[str] = "intermediate_size"
@@ -297,7 +312,7 @@ class DecoderOnlyFamily(Family):
 
     def experts(self, config: Any) -> ExpertSpec:
         E, D = getattr(config, self.experts_setting), config.hidden_size
-        F, prefix = getattr(config, self.width_setting), "model.layers.{layer}.mlp.experts"
+        F, prefix = getattr(config, self.width_setting), "model.layers.{layer}." + self.experts_module
         return ExpertSpec(
             num_experts=E,
             top_k=config.num_experts_per_tok,
@@ -307,6 +322,7 @@ class DecoderOnlyFamily(Family):
             layouts=(gated_experts.fused(prefix, E, D, F), gated_experts.apart(prefix, self.expert_names)),
             apply=gated_experts.gated_unit(config.hidden_act),
             activation=f"gated_{config.hidden_act}",
+            joined=gated_experts.JOINED,
         )
 
     def gate_names(self, stack: str, layer: int, block: int) -> GateNames:
@@ -322,6 +338,10 @@ class DecoderOnlyFamily(Family):
     def counts(self, config: Any) -> list[Count]:
         return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
 
+    def extras(self, config: Any) -> list[str]:
+        """The modules that predict tokens further ahead ("multi-token prediction")."""
+        return [r"^(model\.)?mtp\."]
+
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""
         part = name.removesuffix(".weight").rpartition(".")[2]
@@ -333,5 +353,23 @@ class DecoderOnlyFamily(Family):
         if part == "o_proj":
             return BRANCH * float((heads * (config.get("head_dim") or D // heads)) ** -0.5)
         if part == "down_proj":
-            return BRANCH * float(config[self.width_setting] ** -0.5)
+            return BRANCH * float(config[self.hidden_width_setting(name)] ** -0.5)
         return float(D**-0.5)
+
+    def hidden_width_setting(self, name: str) -> str:
+        """The setting that gives the hidden width of the feed-forward part that the tensor `name` belongs to."""
+        return self.width_setting if f".{self.experts_module}." in name else "intermediate_size"
+
+    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
+        fewer = super().smaller(config, depth, num_experts)
+        if fewer.get("layer_types"):
+            fewer["layer_types"] = fewer["layer_types"][: fewer["num_hidden_layers"]]
+        return {**fewer, "num_experts_per_tok": min(fewer["num_experts_per_tok"], num_experts)}
+
+
+def sparse_layers(config: Any) -> list[int]:
+    """The layers with experts of a model whose config counts from one to the next, and lists those that are dense."""
+    if not config.num_experts:
+        return []
+    numbers = range(config.decoder_sparse_step - 1, config.num_hidden_layers, config.decoder_sparse_step)
+    return [number for number in numbers if number not in (config.mlp_only_layers or ())]

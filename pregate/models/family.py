@@ -75,7 +75,8 @@ class ExpertSpec:
     matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
-    name of that arithmetic among the kernels of the device-driven engine.
+    name of that arithmetic among the kernels of the device-driven engine. joined: names of matrices that `apply` takes
+    as one with the matrix before them, their rows behind its rows.
     """
 
     num_experts: int
@@ -86,6 +87,15 @@ class ExpertSpec:
     layouts: tuple[ExpertLayout, ...]
     apply: Callable[[Sequence[Factor], Tensor], Tensor]
     activation: str
+    joined: tuple[str, ...] = ()
+
+    @cached_property
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the matrices, those that are joined together."""
+        found: list[tuple[str, ...]] = []
+        for name in self.matrices:
+            found.append((*found.pop(), name) if name in self.joined else (name,))
+        return tuple(found)
 
     @cached_property
     def _keys(self) -> tuple[ExpertKey, ...]:
@@ -196,7 +206,7 @@ class Family(ABC):
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of names in checkpoints and what they are in the model, as upstream renames them when it loads."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
-    """Tensors that some checkpoints hold and no model reads."""
+    """Tensors that some checkpoints hold and no model reads; a conversion leaves them out."""
 
     @property
     def model_type(self) -> str:
@@ -272,6 +282,15 @@ class Family(ABC):
         """Numbers that are compared before names are: one number says more than a thousand missing tensors."""
         return []
 
+    def extras(self, config: Any) -> list[str]:
+        """Patterns found in the names of tensors that other programs read and this model does not, such as those of
+        layers that guess further tokens. A conversion carries them along."""
+        return []
+
+    def is_extra(self, name: str, config: Any) -> bool:
+        """Whether the tensor `name` is one of `extras`."""
+        return any(re.search(pattern, name) for pattern in self.extras(config))
+
     def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
         """A `config.json` like `config`, with the share `depth` of its layers and `num_experts` experts in a block. It
         describes a model whose layers can be timed where the whole model is too large."""
@@ -284,7 +303,16 @@ class Family(ABC):
 
 
 BUILT_IN = {
+    "deepseek_v2": "pregate.models.families.deepseek_v2",
+    "deepseek_v3": "pregate.models.families.deepseek_v3",
+    "glm4_moe": "pregate.models.families.glm4_moe",
+    "gpt_oss": "pregate.models.families.gpt_oss",
+    "granitemoe": "pregate.models.families.granitemoe",
+    "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
+    "qwen2_moe": "pregate.models.families.qwen2_moe",
+    "qwen3_moe": "pregate.models.families.qwen3_moe",
+    "qwen3_5_moe_text": "pregate.models.families.qwen3_5_moe",
     "switch_transformers": "pregate.models.families.switch",
 }
 """`source_type` -> the module that registers its family."""

@@ -23,6 +23,10 @@ def shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:
     return {"gate": (F, D), "up": (F, D), "down": (D, F)}
 
 
+JOINED = ("up",)
+"""One product gives both sides, as in upstream's fused tensor."""
+
+
 def fused(experts: str, E: int, D: int, F: int) -> ExpertLayout:
     """All experts of a block in two tensors, as in memory. `experts`: their prefix, with {layer} in it."""
 
@@ -48,11 +52,14 @@ def apart(experts: str, names: Sequence[str] = MATRICES) -> ExpertLayout:
 
 
 def gated_unit(activation: str) -> Callable[[Sequence[Factor], Tensor], Tensor]:
-    """What one expert computes: down(activation(gate x) * up x). `activation`: as upstream's configs name it."""
+    """What one expert computes: down(activation(gate x) * up x). `activation`: as upstream's configs name it. Gate and
+    up are given as one matrix or as two."""
     act = ACT2FN[activation]
 
     def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
-        gate_FD, up_FD, down_DF = matrices
-        return project(act(project(hidden_ND, gate_FD)) * project(hidden_ND, up_FD), down_DF)
+        *sides, down_DF = matrices
+        both = [project(hidden_ND, side) for side in sides]
+        gate_NF, up_NF = both if len(both) == 2 else both[0].chunk(2, -1)
+        return project(act(gate_NF) * up_NF, down_DF)
 
     return apply

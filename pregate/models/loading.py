@@ -61,6 +61,12 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     family = family_of(checkpoint.config)
     config = family.config(checkpoint.config)
     found = _stripped(checkpoint, family)
+    extras = {name: found.pop(name) for name in list(found) if family.is_extra(name, config)}
+    if extras:
+        _say_once(
+            f"{checkpoint.directory} holds {len(extras)} tensors that this model does not read, namely "
+            f"{first_of(list(extras), 1)}: a conversion carries them along."
+        )
     _refuse_other_counts(checkpoint, found, family, config)
     try:
         wanted = parameter_shapes(family, config, family.experts(config).as_found_in(found))
@@ -87,7 +93,8 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     tensors = {name: info for name, info in kept.items() if name not in all_tables or name in tables} | tables
     used = {(info.file, info.key) for info in tensors.values()}
     ignored = sorted(info.key or name for name, info in found.items() if (info.file, info.key) not in used)
-    return replace(checkpoint, tensors=tensors, ignored=tuple(ignored) or checkpoint.ignored)
+    extras |= checkpoint.extras
+    return replace(checkpoint, tensors=tensors, ignored=tuple(ignored) or checkpoint.ignored, extras=extras)
 
 
 def load_resident(directory: str | Path, revision: str | None = None, **options: Any) -> Any:

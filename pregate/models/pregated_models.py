@@ -74,6 +74,12 @@ class PreGatedModel:
     config: Any
     config_class: Any
 
+    def post_init(self) -> None:
+        """As upstream's, and names the tensors that may be in a checkpoint though the model does not read them."""
+        super().post_init()  # type: ignore[misc]
+        extras = family_named(self.config.model_type).extras(self.config)
+        self._keys_to_ignore_on_load_unexpected = self._keys_to_ignore_on_load_unexpected.union(extras)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # upstream skips composite modules of "custom code" at initialisation, which leaves attention and experts

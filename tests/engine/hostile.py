@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pregate.engine.engine import OffloadEngine
+from pregate.engine.io.base import Move
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, copy_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
@@ -95,6 +96,9 @@ class HostileRing:
         pages = self._draw.randint(1, length // PAGE) if self._draw.random() < 0.5 else length // PAGE
         self._ring.read(number, file, offset, address, pages * PAGE, piece)
 
+    def submit(self) -> None:
+        self._ring.submit()
+
     def completed(self) -> list[tuple[int, int]]:
         self._kept += self._ring.completed()
         self._draw.shuffle(self._kept)
@@ -141,10 +145,11 @@ def poison_slots(engine: OffloadEngine) -> None:
     mover: Any = engine.host.mover
     start = mover.start
 
-    def poisoned_start(key: ExpertKey, slot: Tensor) -> Any:
-        slot.fill_(POISON)
-        mover.used(slot)  # on a GPU the copy must come behind the poison
-        return start(key, slot)
+    def poisoned_start(moves: Sequence[Move]) -> Any:
+        for _, slot in moves:
+            slot.fill_(POISON)
+            mover.used(slot)  # on a GPU the copy must come behind the poison
+        return start(moves)
 
     mover.start = poisoned_start
 

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 from pregate.config import CacheRule, Policy, SlabDtype
 from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
+from pregate.engine.io.base import Move
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, routed_experts
 from pregate.engine.scheduler import Scheduler
@@ -85,10 +86,11 @@ def make_bench(
     mover: Any = ThreadMover(HostileStore(store, seed, before_read=before_read), trace, counters, num_threads)
     start = mover.start
 
-    def poisoned_start(key: ExpertKey, slot: Tensor) -> Any:
-        slot.fill_(POISON)
-        started.append(key.expert)
-        return start(key, slot)
+    def poisoned_start(moves: Sequence[Move]) -> Any:
+        for key, slot in moves:
+            slot.fill_(POISON)
+            started.append(key.expert)
+        return start(moves)
 
     mover.start = poisoned_start
     scheduler = Scheduler(list(slots_NB), SlotTable(num_slots, cache), mover, trace, counters)

@@ -13,6 +13,7 @@ import torch
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
+from pregate.engine.io.base import Move
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey, ExpertSpec
@@ -55,13 +56,19 @@ class FakeMover:
     """Refuses what a mover is never to be asked for."""
 
     transfers: list[FakeTransfer] = field(default_factory=list)
+    batches: list[list[ExpertKey]] = field(default_factory=list)
     fail_next: bool = False
 
     @property
     def started(self) -> list[ExpertKey]:
         return [transfer.key for transfer in self.transfers]
 
-    def start(self, key: ExpertKey, slot: Slot) -> FakeTransfer:
+    def start(self, moves: Sequence[Move]) -> list[FakeTransfer]:
+        assert moves, "nothing to move"
+        self.batches.append([key for key, _ in moves])
+        return [self._start(*move) for move in moves]
+
+    def _start(self, key: ExpertKey, slot: Slot) -> FakeTransfer:
         assert slot.used_by is None, f"{key} is moved into the slot that computes {slot.used_by}"
         assert slot.filling is None, f"{key} is moved into the slot that {slot.filling} is still moving into"
         slot.holds = None
@@ -273,7 +280,7 @@ def test_reset_forgets_even_what_is_half_done() -> None:
     bench.hold(keys(0, 0)[0])
     start: Any = bench.mover.start
 
-    def interrupted(key: ExpertKey, slot: Slot) -> FakeTransfer:
+    def interrupted(moves: Sequence[Move]) -> list[FakeTransfer]:
         raise KeyboardInterrupt
 
     bench.mover.start = interrupted  # type: ignore[method-assign]

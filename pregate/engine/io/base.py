@@ -5,7 +5,8 @@ Knows nothing about which slab should move. A slot handed to `start` must not be
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from pregate.models.family import ExpertKey
 
@@ -14,6 +15,13 @@ CLOSED = "This engine is closed: open it again."
 
 class MoverClosedError(RuntimeError):
     """A read was asked of an engine that is closed, or was called off."""
+
+
+class Move(NamedTuple):
+    """A slab, and the slot that it goes into."""
+
+    key: ExpertKey
+    slot: Any
 
 
 class Transfer(Protocol):
@@ -35,7 +43,9 @@ class Mover(Protocol):
         """Host memory taken for buffers."""
         ...
 
-    def start(self, key: ExpertKey, slot: Any) -> Transfer: ...
+    def start(self, moves: Sequence[Move]) -> list[Transfer]:
+        """Begin `moves`, the first one first. Many in one call cost less than one by one."""
+        ...
 
     def used(self, slot: Any) -> None:
         """The computation submitted so far is the last that reads `slot` as it is now."""

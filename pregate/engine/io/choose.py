@@ -9,11 +9,22 @@ from torch import Tensor
 
 from pregate.engine.io.base import Mover
 from pregate.engine.io.cuda import CudaMover
+from pregate.engine.io.read_pool import PART_BYTES
 from pregate.engine.io.ring import RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.io.uring import UringMover
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.engine.trace import Counters, Trace
+
+MOST_READS = 64
+"""At most so many at a time: a larger ring gains nothing."""
+
+
+def reads_in_flight(io_threads: int, slots_NB: Tensor) -> int:
+    """How many slabs the kernel reads at a time: `io_threads`, and of small ones more, so that as many bytes are under
+    way as with threads. The end of a read is noticed when the engine asks, and the disk must have work until then."""
+    num_slots, slab_bytes = slots_NB.shape
+    return max(io_threads, min(num_slots, io_threads * PART_BYTES // slab_bytes, MOST_READS))
 
 
 def make_mover(
@@ -27,14 +38,15 @@ def make_mover(
 ) -> Mover:
     """The mover from `store` into `slots_NB` (slots, bytes), on the device that they are on.
 
-    `io_threads`: slabs in flight from a disk; `host_buffers`: of slabs that pass through host memory. `io_uring`: let
-    the kernel read by itself; where it refuses, threads read, and a warning says what would help.
+    `io_threads`: slabs in flight from a disk, more where they are small; `host_buffers`: of slabs that pass through
+    host memory. `io_uring`: let the kernel read by itself; where it refuses, threads read, and a warning says what
+    would help.
     """
     if slots_NB.device.type == "cuda":
         return CudaMover(store, trace, counters, io_threads, slots_NB.device, host_buffers)
     if io_uring and isinstance(store, DiskStore) and store.direct and not host_buffers:
         try:
-            return UringMover(store, trace, counters, io_threads, slots_NB)
+            return UringMover(store, trace, counters, reads_in_flight(io_threads, slots_NB), slots_NB)
         except RingUnavailableError as error:
             if error.errno != errno.ENOSYS:  # there is nothing to be done about that
                 warnings.warn(

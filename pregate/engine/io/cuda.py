@@ -5,12 +5,13 @@ Waiting is left to the streams, never to the whole device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pregate.engine.io.base import Transfer
+from pregate.engine.io.base import Move, Transfer
 from pregate.engine.io.host_buffers import HostBuffer, HostBuffers
 from pregate.engine.io.read_pool import ReadJob
 from pregate.engine.io.threads import SlabReader
@@ -48,19 +49,31 @@ class CudaMover:
             self.host_bytes = buffers.num_bytes
             self._reader = SlabReader(store, counters, num_threads, buffers)
 
-    def start(self, key: ExpertKey, slot: Tensor) -> Transfer:
-        self._counters.bytes_moved += self._store.layout.slab_bytes
-        free_again = self._last_use.pop(slot.data_ptr(), None)
+    def start(self, moves: Sequence[Move]) -> list[Transfer]:
+        self._counters.bytes_moved += len(moves) * self._store.layout.slab_bytes
+        if self._reader is None:
+            return [_EventTransfer(self._copy_resident(*move), self._device) for move in moves]
+        jobs = [self._job(self._reader, *move) for move in moves]
+        self._reader.submit(jobs)
+        return [_StagedTransfer(job, self._device) for job in jobs]
+
+    def _copy_resident(self, key: ExpertKey, slot: Tensor) -> Any:
         source = self._store.slab(key)
-        if source is not None:
-            return _EventTransfer(self._copy(key, source, slot, free_again), self._device)
-        assert self._reader is not None
+        assert source is not None, "a store in host memory gives its slabs"
+        return self._copy(key, source, slot, self._free_again(slot))
+
+    def _job(self, reader: SlabReader, key: ExpertKey, slot: Tensor) -> ReadJob:
+        free_again = self._free_again(slot)
 
         def deliver(buffer: HostBuffer) -> Any:
             buffer.copied = self._copy(key, buffer.memory, slot, free_again)
             return buffer.copied
 
-        return _StagedTransfer(self._reader.read(key, slot, lambda: None, deliver), self._device)
+        return reader.job(key, slot, lambda: None, deliver)
+
+    def _free_again(self, slot: Tensor) -> Any:
+        """The event behind the last computation with what `slot` holds; None if there was none."""
+        return self._last_use.pop(slot.data_ptr(), None)
 
     def _copy(self, key: ExpertKey, source: Tensor, slot: Tensor, free_again: Any) -> Any:
         with torch.cuda.stream(self._stream):

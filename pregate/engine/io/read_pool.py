@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -116,12 +116,12 @@ class ReadPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: ReadJob) -> ReadJob:
+    def submit(self, jobs: Sequence[ReadJob]) -> None:
         if self._stopping:
             raise MoverClosedError(CLOSED)
-        self._jobs.append(job)
-        self._wake.put(True)
-        return job
+        self._jobs.extend(jobs)
+        for _ in self._threads[: len(jobs)]:
+            self._wake.put(True)
 
     def drain(self) -> None:
         """Wait until every job submitted so far has ended, well or not."""

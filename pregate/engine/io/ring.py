@@ -1,7 +1,7 @@
 """Reads that the Linux kernel carries out by itself: as much of io_uring as reading into registered memory takes.
 
-A read costs the calling thread one short system call; no thread of this process takes part in it, so neither the
-interpreter lock nor a core is taken from the computation. Memory is registered once: its pages are pinned then, not
+Reads cost the calling thread one short system call together; no thread of this process takes part in them, so neither
+the interpreter lock nor a core is taken from the computation. Memory is registered once: its pages are pinned then, not
 at every read. Knows rings, file descriptors and addresses; knows nothing about slabs.
 
 The interface is the kernel's own (`man io_uring`, `linux/io_uring.h`); the entries of both queues lie in memory shared
@@ -123,9 +123,10 @@ class Ring:
             ) from error
 
     def read(self, number: int, file: int, offset: int, address: int, length: int, piece: int) -> None:
-        """Begin to read `length` bytes at `offset` of `file` to `address`, which lies in registered `piece`.
+        """Prepare to read `length` bytes at `offset` of `file` to `address`, which lies in registered `piece`; `submit`
+        begins it.
 
-        `number` comes back with the completion. At most `num_entries` reads may be under way. Raises `OSError`.
+        `number` comes back with the completion. At most `num_entries` reads may be under way.
         """
         self._refuse_other_processes()
         tail = self._sq[self._sq_tail]
@@ -136,9 +137,12 @@ class Ring:
         )  # fmt: skip
         self._sq[self._array + place] = place
         self._sq[self._sq_tail] = (tail + 1) % _U32
-        while self._sq[self._sq_head] == tail:
+
+    def submit(self) -> None:
+        """Begin what has been prepared, in one system call. Raises `OSError`."""
+        while prepared := (self._sq[self._sq_tail] - self._sq[self._sq_head]) % _U32:
             try:
-                self._call(_ENTER, self._number, 1, 0, 0, None, 0)
+                self._call(_ENTER, self._number, prepared, 0, 0, None, 0)
             except InterruptedError:
                 continue
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from pregate.engine.io.base import Transfer
+from pregate.engine.io.base import Move, Transfer
 from pregate.engine.io.host_buffers import HostBuffer, HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.storage.aligned_memory import copy_bytes
@@ -25,11 +25,11 @@ class SlabReader:
         self._parts = parts_of(store.layout.slab_bytes)
         self._pool = ReadPool(num_threads)
 
-    def read(
+    def job(
         self, key: ExpertKey, slot: Tensor, began: Callable[[], None], deliver: Callable[[HostBuffer], Any]
     ) -> ReadJob:
-        """`deliver` takes the slab on from where it was read to, which without buffers is `slot`, and gives the result.
-        What it leaves in `copied` is waited for before the buffer is filled again."""
+        """A read to `submit`. `deliver` takes the slab on from where it was read to, which without buffers is `slot`,
+        and gives the result. What it leaves in `copied` is waited for before the buffer is filled again."""
         taken: list[tuple[HostBuffer, bool]] = []
 
         def begin() -> list[Callable[[], None]] | None:
@@ -53,7 +53,10 @@ class SlabReader:
             self._give_back(buffer, key)
             return result
 
-        return self._pool.submit(ReadJob(begin, finish, failed=lambda: self._give_back(taken[0][0], None)))
+        return ReadJob(begin, finish, failed=lambda: self._give_back(taken[0][0], None))
+
+    def submit(self, jobs: Sequence[ReadJob]) -> None:
+        self._pool.submit(jobs)
 
     def _give_back(self, buffer: HostBuffer, key: ExpertKey | None) -> None:
         if self._buffers is not None:
@@ -96,8 +99,13 @@ class ThreadMover:
         self.host_bytes = buffers.num_bytes if buffers else 0
         self._reader = SlabReader(store, counters, num_threads, buffers)
 
-    def start(self, key: ExpertKey, slot: Tensor) -> Transfer:
-        self._counters.bytes_moved += self._store.layout.slab_bytes
+    def start(self, moves: Sequence[Move]) -> list[Transfer]:
+        self._counters.bytes_moved += len(moves) * self._store.layout.slab_bytes
+        jobs = [self._job(*move) for move in moves]
+        self._reader.submit(jobs)
+        return [_JobTransfer(job) for job in jobs]
+
+    def _job(self, key: ExpertKey, slot: Tensor) -> ReadJob:
         times: list[Any] = []
 
         def deliver(buffer: HostBuffer) -> None:
@@ -106,7 +114,7 @@ class ThreadMover:
             if self._trace.enabled:
                 self._trace.add("transfer", key.label, times[0], self._trace.mark())
 
-        return _JobTransfer(self._reader.read(key, slot, lambda: times.append(self._trace.mark()), deliver))
+        return self._reader.job(key, slot, lambda: times.append(self._trace.mark()), deliver)
 
     def used(self, slot: Tensor) -> None:
         return None

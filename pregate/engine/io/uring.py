@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from pregate.engine.io.base import CLOSED, MoverClosedError, Transfer
+from pregate.engine.io.base import CLOSED, Move, MoverClosedError, Transfer
 from pregate.engine.io.ring import MOST_REGISTERED, Ring, RingUnavailableError
 from pregate.engine.storage.store import DiskStore
 from pregate.engine.trace import Counters, Trace
@@ -82,14 +83,14 @@ class UringMover:
         self._reading: dict[int, _SlotRead] = {}
         self._number, self._closed = 0, False
 
-    def start(self, key: ExpertKey, slot: Tensor) -> Transfer:
+    def start(self, moves: Sequence[Move]) -> list[Transfer]:
         if self._closed:
             raise MoverClosedError(CLOSED)
-        read = _SlotRead(self, key, slot)
-        self._counters.bytes_moved += self._slab_bytes
-        self._waiting.append(read)
+        reads = [_SlotRead(self, key, slot) for key, slot in moves]
+        self._counters.bytes_moved += len(moves) * self._slab_bytes
+        self._waiting.extend(reads)
         self.advance()
-        return read
+        return [*reads]
 
     def used(self, slot: Tensor) -> None:
         return None
@@ -99,9 +100,15 @@ class UringMover:
         for number, result in self._ring.completed():
             self._ended(self._reading.pop(number), result)
         while self._waiting and len(self._reading) < self._num_reads:
-            if any(_block(read) != _block(self._waiting[0]) for read in self._reading.values()):
-                return
-            self._hand_over(self._waiting.popleft())
+            # all that are under way are of one block
+            if self._reading and _block(next(iter(self._reading.values()))) != _block(self._waiting[0]):
+                break
+            self._prepare(self._waiting.popleft())
+        try:
+            self._ring.submit()
+        except OSError as error:
+            newest = next(reversed(self._reading.values()))
+            raise self.store.failed(newest.key, error) from error
 
     def await_one(self) -> None:
         """Wait until one more of the reads under way has ended."""
@@ -121,29 +128,26 @@ class UringMover:
             self._ring.close()
             self._closed = True
 
-    def _hand_over(self, read: _SlotRead) -> None:
+    def _prepare(self, read: _SlotRead) -> None:
         if read.begun_at is None:
             read.begun_at = self._trace.mark()
             self._counters.bytes_read += self._slab_bytes
         self._number += 1
         self._reading[self._number] = read
         slot = (read.slot_B.data_ptr() - self._address) // self._slab_bytes
-        try:
-            self._ring.read(
-                self._number,
-                self.store.file,
-                self.store.offset(read.key) + read.num_read,
-                read.slot_B.data_ptr() + read.num_read,
-                self._slab_bytes - read.num_read,
-                slot // self._slots_in_piece,
-            )
-        except OSError as error:
-            raise self.store.failed(read.key, error) from error
+        self._ring.read(
+            self._number,
+            self.store.file,
+            self.store.offset(read.key) + read.num_read,
+            read.slot_B.data_ptr() + read.num_read,
+            self._slab_bytes - read.num_read,
+            slot // self._slots_in_piece,
+        )
 
     def _ended(self, read: _SlotRead, result: int) -> None:
         read.num_read += max(0, result)
         if result in AGAIN or (result > 0 and read.num_read < self._slab_bytes):
-            self._hand_over(read)
+            self._prepare(read)
             return
         if result < 0:
             read.error = self.store.failed(read.key, OSError(-result, os.strerror(-result)))

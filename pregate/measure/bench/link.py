@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.io.base import Mover, Transfer
+from pregate.engine.io.base import Move, Mover, Transfer
 from pregate.engine.io.choose import make_mover
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
@@ -112,7 +112,7 @@ class SlabStream:
         self._under_way = deque((slot_B, self._start(slot_B)) for slot_B in slots_NB)
 
     def _start(self, slot_B: Tensor) -> Transfer:
-        return self._mover.start(next(self._keys), slot_B)
+        return self._mover.start([Move(next(self._keys), slot_B)])[0]
 
     def wait_for_one(self) -> None:
         slot_B, transfer = self._under_way.popleft()

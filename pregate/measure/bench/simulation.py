@@ -18,7 +18,7 @@ import torch
 from pregate.config import CacheRule, Policy
 from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
-from pregate.engine.io.base import Transfer
+from pregate.engine.io.base import Move, Transfer
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
 from pregate.models.family import ExpertKey, ExpertSpec
@@ -110,11 +110,12 @@ class VirtualMover:
         self._clock, self._slab_ms = clock, slab_ms
         self._slab_bytes, self._counters = slab_bytes, counters
 
-    def start(self, key: ExpertKey, slot: int) -> Transfer:
-        self._counters.bytes_moved += self._slab_bytes
-        transfer = _VirtualTransfer(self._clock, self._slab_ms)
-        self._clock.enqueue(transfer)
-        return transfer
+    def start(self, moves: Sequence[Move]) -> list[Transfer]:
+        self._counters.bytes_moved += len(moves) * self._slab_bytes
+        transfers = [_VirtualTransfer(self._clock, self._slab_ms) for _ in moves]
+        for transfer in transfers:
+            self._clock.enqueue(transfer)
+        return [*transfers]
 
     def used(self, slot: int) -> None:
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pregate.config import SlabDtype
 from pregate.engine.io import read_pool
-from pregate.engine.io.base import MoverClosedError
+from pregate.engine.io.base import Move, MoverClosedError
 from pregate.engine.io.host_buffers import HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.io.threads import ThreadMover
@@ -34,6 +34,11 @@ pytestmark = pytest.mark.timeout(300)
 
 def key(number: int) -> ExpertKey:
     return ExpertKey("decoder", 0, number)
+
+
+def submitted(pool: ReadPool, job: ReadJob) -> ReadJob:
+    pool.submit([job])
+    return job
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def test_as_many_parts_as_threads_run_side_by_side() -> None:
         meet = threading.Barrier(3)
         with pool_of(3) as pool:
             part = lambda meet=meet: meet.wait(10)  # noqa: E731
-            jobs = [pool.submit(job_of(*[part] * (3 // num_jobs))) for _ in range(num_jobs)]
+            jobs = [submitted(pool, job_of(*[part] * (3 // num_jobs))) for _ in range(num_jobs)]
             for job in jobs:
                 job.result()
 
@@ -79,7 +84,7 @@ def test_the_oldest_job_ends_first() -> None:
     """All parts of one slab are read before the next slab's: it is needed first."""
     seen: list[int] = []
     with pool_of(1) as pool:
-        jobs = [pool.submit(job_of(lambda n=n: seen.append(n), lambda n=n: seen.append(n))) for n in range(50)]
+        jobs = [submitted(pool, job_of(lambda n=n: seen.append(n), lambda n=n: seen.append(n))) for n in range(50)]
         for job in jobs:
             job.result()
     assert seen == [n for n in range(50) for _ in range(2)]
@@ -87,7 +92,7 @@ def test_the_oldest_job_ends_first() -> None:
 
 def test_results_are_given_to_whoever_asks_and_as_often() -> None:
     with pool_of(2) as pool:
-        job = pool.submit(job_of(lambda: None, result="here"))
+        job = submitted(pool, job_of(lambda: None, result="here"))
         assert (job.result(), job.result(), job.done(), job.ended_well()) == ("here", "here", True, True)
 
 
@@ -100,14 +105,14 @@ def test_an_error_is_raised_every_time_it_is_asked_for(where: str) -> None:
 
     begin = fail if where == "begin" else lambda: [fail if where == "part" else after.clear, after.clear]
     with pool_of(2) as pool:
-        job = pool.submit(ReadJob(begin, fail if where == "finish" else lambda: after.append("finished")))
+        job = submitted(pool, ReadJob(begin, fail if where == "finish" else lambda: after.append("finished")))
         for _ in range(2):
             with pytest.raises(OSError, match="no"):
                 job.result()
         assert job.done()
         assert not job.ended_well()
         assert after == []
-        assert pool.submit(job_of(lambda: None, result=1)).result() == 1
+        assert submitted(pool, job_of(lambda: None, result=1)).result() == 1
 
 
 class Dawdling(SimpleQueue):  # type: ignore[type-arg]
@@ -125,7 +130,7 @@ def test_drain_waits_also_for_a_job_just_taken(num_threads: int, monkeypatch: py
     monkeypatch.setattr(read_pool, "SimpleQueue", Dawdling)
     with pool_of(num_threads) as pool:
         for number in range(12):
-            jobs = [pool.submit(job_of(lambda: None, lambda: None)) for _ in range(number % 4)]
+            jobs = [submitted(pool, job_of(lambda: None, lambda: None)) for _ in range(number % 4)]
             pool.drain()
             assert all(job.done() for job in jobs), f"{sum(not job.done() for job in jobs)} of {len(jobs)} still run"
 
@@ -136,7 +141,7 @@ def test_drain_waits_for_jobs_that_fail_and_never_raises() -> None:
         raise OSError("no")
 
     with pool_of(2) as pool:
-        jobs = [pool.submit(job_of(fail, fail)) for _ in range(20)]
+        jobs = [submitted(pool, job_of(fail, fail)) for _ in range(20)]
         pool.drain()
         assert all(job.done() for job in jobs)
 
@@ -145,7 +150,7 @@ def test_closing_ends_the_threads_and_leaves_no_job_undone() -> None:
     """What was waiting is read or abandoned; whoever asks for it does not wait for ever."""
     before = set(threading.enumerate())
     pool = ReadPool(2)
-    jobs = [pool.submit(job_of(lambda: time.sleep(0.002))) for _ in range(20)]
+    jobs = [submitted(pool, job_of(lambda: time.sleep(0.002))) for _ in range(20)]
     assert len(set(threading.enumerate()) - before) == 2
     pool.close()
     pool.close()
@@ -156,7 +161,7 @@ def test_closing_ends_the_threads_and_leaves_no_job_undone() -> None:
             with pytest.raises(MoverClosedError):
                 job.result()
     with pytest.raises(MoverClosedError, match="closed: open it again"):
-        pool.submit(job_of())
+        submitted(pool, job_of())
 
 
 def test_an_interrupted_close_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +207,7 @@ def test_jobs_that_found_no_buffer_begin_once_there_is_one(num_threads: int, num
     with pool_of(num_threads) as pool:
         jobs = []
         for number in range(200):
-            jobs.append(pool.submit(ReadJob(lambda n=number: begin(n % 7 == 3), give_back, give_back)))
+            jobs.append(submitted(pool, ReadJob(lambda n=number: begin(n % 7 == 3), give_back, give_back)))
         for number, job in enumerate(jobs):
             if number % 7 == 3:
                 with pytest.raises(ZeroDivisionError):
@@ -277,7 +282,7 @@ def test_a_mover_fills_slots_through_any_number_of_buffers(
     moved: set[int] = set()
     for _ in range(30):
         wanted = draw.sample(range(8), 6)
-        transfers = [mover.start(key(n), slot) for n, slot in zip(wanted, slots, strict=True)]
+        transfers = mover.start([Move(key(n), slot) for n, slot in zip(wanted, slots, strict=True)])
         for n, slot, transfer in zip(wanted, slots, transfers, strict=True):
             transfer.wait()
             assert transfer.done()
@@ -303,11 +308,11 @@ def test_a_failed_read_leaves_no_trusted_slab_behind(host_buffers: int) -> None:
 
     hostile = HostileStore(store, before_read=fail_first)
     mover = ThreadMover(hostile, Trace(torch.device("cpu")), Counters(), 2, host_buffers)
-    transfer = mover.start(key(1), slot)
+    [transfer] = mover.start([Move(key(1), slot)])
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             transfer.wait()
-    mover.start(key(1), slot).wait()
+    mover.start([Move(key(1), slot)])[0].wait()
     assert torch.equal(slot, store.slabs[key(1)])
     mover.close()
 
@@ -316,8 +321,7 @@ def test_drain_returns_when_no_slot_changes_any_more() -> None:
     store = slab_store(8)
     mover = ThreadMover(HostileStore(store, most_s=0.002), Trace(torch.device("cpu")), Counters(), 3)
     slots: list[Tensor] = list(aligned_bytes(8 * SLAB).view(8, SLAB))
-    for n, slot in enumerate(slots):
-        mover.start(key(n), slot)
+    mover.start([Move(key(n), slot) for n, slot in enumerate(slots)])
     mover.drain()
     for n, slot in enumerate(slots):
         assert torch.equal(slot, store.slabs[key(n)]), n

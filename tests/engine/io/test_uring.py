@@ -19,7 +19,7 @@ from torch import Tensor
 from pregate.config import CacheRule, Policy
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import choose, ring
-from pregate.engine.io.base import MoverClosedError
+from pregate.engine.io.base import Move, MoverClosedError
 from pregate.engine.io.ring import Ring, RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.io.uring import UringMover
@@ -70,6 +70,7 @@ def test_reads_arrive_where_they_were_sent(file: int, memory: Tensor) -> None:
         for page in range(first, first + 4):
             to = PAGES - 1 - page
             ring.read(page, file, page * PAGE, memory.data_ptr() + to * PAGE, PAGE, 0)
+        ring.submit()
         assert all_of(ring, 4) == dict.fromkeys(range(first, first + 4), PAGE)
         assert ring.completed() == []
     ring.close()
@@ -84,6 +85,7 @@ def test_ends_and_errors_come_back_as_numbers(file: int, memory: Tensor) -> None
     ring.read(2, file, PAGES * PAGE, memory.data_ptr(), PAGE, 0)
     ring.read(3, -1, 0, memory.data_ptr(), PAGE, 0)
     ring.read(4, file, 0, memory.data_ptr() + memory.numel(), PAGE, 0)
+    ring.submit()
     assert all_of(ring, 4) == {1: PAGE, 2: 0, 3: -errno.EBADF, 4: -errno.EFAULT}
     ring.close()
 
@@ -93,11 +95,13 @@ def test_settling_forgets_what_has_ended_and_takes_back_what_never_began(file: i
     ring = Ring(4, whole(memory))
     for number in range(3):
         ring.read(number, file, 0, memory.data_ptr(), memory.numel(), 0)
+    ring.submit()
     # as if an interrupt had come between preparing a read and handing it over
     ring._sq[ring._sq_tail] += 1
     ring.settle()
     assert ring.completed() == []
     ring.read(7, file, 0, memory.data_ptr(), PAGE, 0)
+    ring.submit()
     assert all_of(ring, 1) == {7: PAGE}
     ring.close()
     ring.close()
@@ -110,6 +114,7 @@ def test_settling_does_not_miss_a_read_that_ends_meanwhile(file: int, memory: Te
     ring = Ring(4, whole(memory))
     for number in range(3000):
         ring.read(number, file, 0, memory.data_ptr(), PAGE, 0)
+        ring.submit()
         ring.settle()
         assert ring.completed() == []
     ring.close()
@@ -123,10 +128,12 @@ def test_another_process_may_not_use_the_ring(file: int, memory: Tensor, monkeyp
         patch.setattr(os, "getpid", lambda: -1)
         with pytest.raises(RuntimeError, match="before the process forked: open one in each"):
             ring.read(1, file, 0, memory.data_ptr(), PAGE, 0)
+            ring.submit()
         with pytest.raises(RuntimeError, match="before the process forked"):
             ring.completed()
         ring.settle()
     ring.read(1, file, 0, memory.data_ptr(), PAGE, 0)
+    ring.submit()
     assert all_of(ring, 1) == {1: PAGE}
     ring.close()
 
@@ -138,6 +145,7 @@ def test_an_interrupted_close_can_be_repeated(
 ) -> None:
     ring = Ring(4, whole(memory))
     ring.read(1, file, 0, memory.data_ptr(), memory.numel(), 0)
+    ring.submit()
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -156,6 +164,7 @@ def test_a_ring_that_is_dropped_waits_for_its_reads(file: int, memory: Tensor) -
         ring = Ring(4, whole(memory))
         memory.fill_(0xFF)
         ring.read(1, file, 0, memory.data_ptr(), memory.numel(), 0)
+        ring.submit()
         del ring
         seen = memory.clone()
         time.sleep(1e-4)
@@ -288,7 +297,7 @@ def test_reads_of_the_next_block_begin_behind_those_of_the_one_before(
             ExpertKey("decoder", 1, 0),
             ExpertKey("decoder", 1, 1),
         ]
-        reads = [mover.start(key, slots[number]) for number, key in enumerate(wanted)]
+        reads = mover.start([Move(key, slots[number]) for number, key in enumerate(wanted)])
         assert under_way == [1, 2]
         ended.append((1, SLAB))
         assert reads[0].done() and not reads[2].done()
@@ -307,10 +316,11 @@ def test_what_was_called_off_says_so(served: Served, monkeypatch: pytest.MonkeyP
         mover: Any = engine.host.mover
         monkeypatch.setattr(Ring, "completed", lambda ring: [])  # the first might have ended when the second is begun
         slots = engine.host.scheduler._slots
-        begun, waiting = (mover.start(key, slots[number]) for number, key in enumerate(engine.family.keys()[:2]))
+        wanted = ExpertKey("decoder", 0, 0), ExpertKey("decoder", 1, 0)
+        begun, waiting = mover.start([Move(key, slots[number]) for number, key in enumerate(wanted)])
         mover.drain()
         for read in (begun, waiting):
             with pytest.raises(MoverClosedError, match="ask for it again"):
                 read.wait()
     with pytest.raises(MoverClosedError, match="closed"):
-        mover.start(engine.family.keys()[0], torch.empty(0))
+        mover.start([Move(engine.family.keys()[0], torch.empty(0))])

@@ -9,6 +9,7 @@ import torch
 
 from pregate.cli import compose_run
 from pregate.config import CacheRule, Policy
+from pregate.engine.io.base import Move
 from pregate.engine.trace import Counters, Span
 from pregate.measure.bench.models import bench_models
 from pregate.measure.bench.prediction import advice
@@ -82,11 +83,11 @@ def test_prefetch_all_moves_every_expert_of_every_block() -> None:
 def test_computing_beside_a_transfer_is_slower_and_so_is_the_transfer() -> None:
     """A slab of 4 ms takes 8 ms beside computation, in which 4 ms of work are done at half speed."""
     clock = Clock(times(compute_slowdown=2.0, link_slowdown=2.0))
-    transfer: Any = VirtualMover(clock, 4.0, SLAB, Counters()).start(ExpertKey("decoder", 0, 0), 0)
+    [transfer] = VirtualMover(clock, 4.0, SLAB, Counters()).start([Move(ExpertKey("decoder", 0, 0), 0)])
     clock.compute(6.0)
     assert clock.now == pytest.approx(8 + 2)
     assert transfer.done()
-    late: Any = VirtualMover(clock, 4.0, SLAB, Counters()).start(ExpertKey("decoder", 0, 1), 0)
+    [late] = VirtualMover(clock, 4.0, SLAB, Counters()).start([Move(ExpertKey("decoder", 0, 1), 0)])
     clock.compute(1.0)
     assert not late.done()
     late.wait()
@@ -106,7 +107,7 @@ def test_after_a_wait_computing_takes_longer_and_that_is_no_waiting() -> None:
 def test_slabs_travel_in_the_order_they_were_asked_for() -> None:
     clock = Clock(times())
     mover = VirtualMover(clock, 3.0, SLAB, Counters())
-    first, second = (mover.start(ExpertKey("decoder", 0, n), n) for n in range(2))
+    first, second = mover.start([Move(ExpertKey("decoder", 0, n), n) for n in range(2)])
     second.wait()
     assert first.done() and clock.now == 6.0
 

@@ -1,0 +1,71 @@
+"""The GLM-4-MoE family (GLM-4.5, GLM-4.6): dense layers first, sigmoid scores, a correction bias, shared experts."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import Glm4MoeConfig
+from transformers.models.glm4_moe import modeling_glm4_moe as upstream
+from transformers.utils.output_capturing import OutputRecorder
+
+from pregate.models import decoder_only
+from pregate.models.decoder_only import STACK
+from pregate.models.dense_first import DenseFirstFamily
+from pregate.models.family import register_family
+from pregate.models.pregated_models import PreGatedConfig
+from pregate.models.pregating import PreGating
+
+
+@strict
+class PreGatedGlm4MoeConfig(PreGatedConfig, Glm4MoeConfig):
+    model_type = "pregated_glm4_moe"
+    pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.settle()
+
+
+class PreGatedGlm4MoeGates(decoder_only.TopKGates, upstream.Glm4MoeTopkRouter):
+    router_class = upstream.Glm4MoeTopkRouter
+
+
+class PreGatedGlm4MoeLayer(decoder_only.PreGatedLayer, upstream.Glm4MoeDecoderLayer):
+    pass
+
+
+class PreGatedGlm4MoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream.Glm4MoePreTrainedModel):
+    config_class = PreGatedGlm4MoeConfig
+    _no_split_modules = ["PreGatedGlm4MoeLayer"]
+    _can_record_outputs = {
+        **(upstream.Glm4MoePreTrainedModel._can_record_outputs or {}),
+        "router_logits": OutputRecorder(PreGatedGlm4MoeGates, index=0),
+    }
+
+
+class PreGatedGlm4MoeModel(decoder_only.PreGatedStack, PreGatedGlm4MoePreTrainedModel, upstream.Glm4MoeModel):
+    def __init__(self, config: PreGatedGlm4MoeConfig) -> None:
+        super().__init__(config)
+        self.take_layers(PreGatedGlm4MoeLayer, PreGatedGlm4MoeGates, FAMILY.moe_layers(config, STACK))
+        self.post_init()
+
+
+class PreGatedGlm4MoeForCausalLM(
+    decoder_only.PreGatedCausalLM, PreGatedGlm4MoePreTrainedModel, upstream.Glm4MoeForCausalLM
+):
+    def __init__(self, config: PreGatedGlm4MoeConfig) -> None:
+        super().__init__(config)
+        self.model = PreGatedGlm4MoeModel(config)
+        self.post_init()
+
+
+class Glm4MoeFamily(DenseFirstFamily):
+    source_type, source_class = Glm4MoeConfig.model_type, "Glm4MoeForCausalLM"
+    config_class, model_class = PreGatedGlm4MoeConfig, PreGatedGlm4MoeForCausalLM
+    gate_parts = ("weight", "e_score_correction_bias")
+
+
+FAMILY = Glm4MoeFamily()
+register_family(FAMILY)

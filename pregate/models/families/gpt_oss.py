@@ -1,0 +1,120 @@
+"""The gpt-oss family: biases in gates and experts, a clamped gated unit, attention sinks, a sliding window.
+
+Letters: D model width, F expert hidden width, E experts of a block, N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss import modeling_gpt_oss as upstream
+from transformers.utils.output_capturing import OutputRecorder
+
+from pregate.models import decoder_only, gated_experts
+from pregate.models.decoder_only import STACK
+from pregate.models.expert_math import Factor, project
+from pregate.models.family import ExpertSpec, TensorSlice, register_family
+from pregate.models.pregated_models import PreGatedConfig
+from pregate.models.pregating import PreGating
+
+
+@strict
+class PreGatedGptOssConfig(PreGatedConfig, GptOssConfig):
+    model_type = "pregated_gpt_oss"
+    pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.settle()
+
+
+class PreGatedGptOssGates(decoder_only.TopKGates, upstream.GptOssTopKRouter):
+    router_class = upstream.GptOssTopKRouter
+
+
+class PreGatedGptOssLayer(decoder_only.PreGatedLayer, upstream.GptOssDecoderLayer):
+    pass
+
+
+class PreGatedGptOssPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.GptOssPreTrainedModel):
+    config_class = PreGatedGptOssConfig
+    _no_split_modules = ["PreGatedGptOssLayer"]
+    _can_record_outputs = {
+        **(upstream.GptOssPreTrainedModel._can_record_outputs or {}),
+        "router_logits": OutputRecorder(PreGatedGptOssGates, index=0),
+    }
+
+
+class PreGatedGptOssModel(decoder_only.PreGatedStack, PreGatedGptOssPreTrainedModel, upstream.GptOssModel):
+    def __init__(self, config: PreGatedGptOssConfig) -> None:
+        super().__init__(config)
+        self.take_layers(PreGatedGptOssLayer, PreGatedGptOssGates, FAMILY.moe_layers(config, STACK))
+        self.post_init()
+
+
+class PreGatedGptOssForCausalLM(
+    decoder_only.PreGatedCausalLM, PreGatedGptOssPreTrainedModel, upstream.GptOssForCausalLM
+):
+    def __init__(self, config: PreGatedGptOssConfig) -> None:
+        super().__init__(config)
+        self.model = PreGatedGptOssModel(config)
+        self.post_init()
+
+
+class GptOssFamily(decoder_only.DecoderOnlyFamily):
+    source_type, source_class = GptOssConfig.model_type, "GptOssForCausalLM"
+    config_class, model_class = PreGatedGptOssConfig, PreGatedGptOssForCausalLM
+    experts_setting = "num_local_experts"
+    router = "mlp.router"
+
+    def experts(self, config: Any) -> ExpertSpec:
+        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+        gate, up = slice(0, None, 2), slice(1, None, 2)
+
+        def fused(stack: str, layer: int, expert: int) -> list[TensorSlice]:
+            """Columns of the gate and of the up projection in turn, and every matrix as it stands behind the tokens."""
+            within, rows = f"model.layers.{layer}.mlp.experts", slice(None)
+            gate_up, down = f"{within}.gate_up_proj", f"{within}.down_proj"
+            return [
+                *(TensorSlice(gate_up, (expert, rows, part), True, (E, D, 2 * F)) for part in (gate, up)),
+                TensorSlice(down, (expert,), True, (E, F, D)),
+                *(TensorSlice(f"{gate_up}_bias", (expert, part), shape=(E, 2 * F)) for part in (gate, up)),
+                TensorSlice(f"{down}_bias", (expert,), shape=(E, D)),
+            ]
+
+        return ExpertSpec(
+            num_experts=E,
+            top_k=config.num_experts_per_tok,
+            lookahead=config.pregating.lookahead,
+            matrices={**gated_experts.shapes(D, F), "gate_bias": (F,), "up_bias": (F,), "down_bias": (D,)},
+            layers={STACK: self.moe_layers(config, STACK)},
+            layouts=(fused,),
+            apply=clamped_unit(config.swiglu_alpha, config.swiglu_limit),
+            activation="gated_clamped",
+        )
+
+    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
+        small = super().smaller(config, depth, num_experts)
+        types = config.get("layer_types")
+        return {**small, "layer_types": types[: small["num_hidden_layers"]]} if types else small
+
+
+def clamped_unit(alpha: float, limit: float) -> Callable[[Sequence[Factor], Tensor], Tensor]:
+    """What one expert computes: a gated unit of clamped projections, whose activation is x sigmoid(alpha x)."""
+
+    def apply(matrices: Sequence[Any], hidden_ND: Tensor) -> Tensor:
+        gate_FD, up_FD, down_DF, gate_bias_F, up_bias_F, down_bias_D = matrices
+        gate_NF = (project(hidden_ND, gate_FD) + gate_bias_F).clamp(max=limit)
+        up_NF = (project(hidden_ND, up_FD) + up_bias_F).clamp(min=-limit, max=limit)
+        return project((up_NF + 1) * (gate_NF * (gate_NF * alpha).sigmoid()), down_DF) + down_bias_D
+
+    return apply
+
+
+FAMILY = GptOssFamily()
+register_family(FAMILY)
