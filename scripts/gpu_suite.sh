@@ -18,6 +18,8 @@
 #   device_fp8         Base-64 with fp8 slabs                                        ~1 min
 #   device_batches     Base-128, batch 8 and 32                                      ~2 min
 #   host_base_64       the host-driven engine on the same                            ~2 min
+#   decoder_only       OLMoE-1B-7B and Qwen3-30B-A3B in bf16, captured and host-driven,
+#                      beside Accelerate (61 GB of page-locked memory for Qwen3)     ~9 min
 #   fig11 fig10 fig15 fig16_dram fig16_disk fig14 fig12   the paper's settings      ~25 min
 #   quickstart         the whole road end to end                                     ~2 min
 set -uo pipefail
@@ -32,7 +34,7 @@ tiny=()
 share="17%" # of the experts: two whole blocks, which prefetch_all needs
 if [ -n "${DRY:-}" ]; then
   share="100%"
-  tiny=("bench.models=[nano_switch]" bench.prompt_len=8 bench.new_tokens=4 bench.repeats=1)
+  tiny=(bench.prompt_len=8 bench.new_tokens=4 bench.repeats=1)
 fi
 
 part() { # name command...
@@ -62,7 +64,7 @@ bench() { # name experiment override...
   local name="$1" experiment="$2"
   shift 2
   part "$name" "$python" -m pregate.bench "+experiment=$experiment" tracking=jsonl resume=true run_dir="$out/$name" \
-    "$@" ${tiny[@]+"${tiny[@]}"}
+    "$@" ${tiny[@]+"bench.models=[${tiny_model:-nano_switch}]" "${tiny[@]}"}
 }
 
 part environment "$python" -c 'from pregate.system.machine import environment; import json; print(json.dumps(environment(), indent=1))'
@@ -78,6 +80,8 @@ bench device_fp8 device_driven "bench.drives=[device]" "bench.slab_dtypes=[fp8]"
 bench device_batches device_driven "bench.models=[switch_base_128]" "bench.batches=[8,32]" "bench.budgets=[$share]" \
   "bench.baselines=[resident]" "${device[@]}"
 bench host_base_64 device_driven "bench.drives=[host]" "bench.slab_dtypes=[source]" "bench.baselines=[resident]"
+tiny_model=nano_olmoe bench decoder_only device_driven "bench.models=[olmoe_1b_7b,qwen3_30b_a3b]" "bench.slab_dtypes=[source]" \
+  "bench.drives=[device,host]" bench.new_tokens=64
 bench fig11 fig11_throughput
 bench fig10 fig10_block_latency
 bench fig15 fig15_cache ${DRY:+"bench.budgets=[10%,20%]"}

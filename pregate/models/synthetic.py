@@ -60,9 +60,9 @@ class SyntheticCheckpoint(SourceCheckpoint):
         done = 0
         while done < size:
             run = min(size - done, POOL - offset)
-            values[done : done + run] = pool[offset : offset + run]
+            torch.mul(pool[offset : offset + run], scale, out=values[done : done + run])
             done, offset = done + run, 0
-        return values.mul_(scale).view(info.shape)
+        return values.view(info.shape)
 
 
 @lru_cache(maxsize=2)

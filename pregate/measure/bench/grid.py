@@ -16,7 +16,7 @@ import torch
 from pregate.config import Baseline, CacheRule, Drive, Policy, Run, Tier, UsageError
 from pregate.engine.budget import resolve_tier
 from pregate.engine.device.limits import MOST_ROWS
-from pregate.measure.bench.models import BenchModel
+from pregate.measure.bench.models import BenchModel, drives_of
 
 RESIDENT = "resident"
 """The whole model in memory through Hugging Face `generate`."""
@@ -93,15 +93,16 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
         replace(base, batch=batch, forced_experts=forced)
         for batch, forced in product(bench.batches, bench.active_experts or [None])
     ]
+    drives = drives_of(run, model)
     tiers = list(dict.fromkeys(resolve_tier(tier, device) for tier in bench.tiers))
     rows: list[RowSpec] = list(loads) if Baseline.resident in bench.baselines else []
     if Baseline.accelerate in bench.baselines:
         rows += _accelerate_rows(run, loads, tiers, device)
     for tier, slab_dtype, load in product(tiers, bench.slab_dtypes, loads):
-        for drive in bench.drives:
+        for drive in drives:
             served = replace(load, tier=str(tier), slab_dtype=str(slab_dtype), drive=str(drive))
             rows += filter(_can_be_driven, _engine_rows(run, served))
-    if Drive.device in bench.drives and not any(row.device_driven for row in rows):
+    if Drive.device in drives and not any(row.device_driven for row in rows):
         raise UsageError(
             "bench.drives has device, which needs experts in host memory, a cache of none or lru and at most "
             f"{MOST_ROWS} rows: set bench.tiers=[dram], or leave it out."

@@ -200,8 +200,18 @@ def check_models(run: Run, models: Sequence[BenchModel]) -> None:
             for policy, budget in product(run.engine.policies, run.bench.budgets):
                 if policy is not Policy.gpu_only:
                     slots_within(budget, policy, model.family, slab_bytes)
-            if Drive.device in run.bench.drives:
+            if Drive.device in drives_of(run, model):
                 _check_steps(run, model, slab_bytes)
+
+
+def drives_of(run: Run, model: BenchModel) -> list[Drive]:
+    """Those of `bench.drives` that can serve `model`. Raises `UsageError` if none can."""
+    config, drives = config_of(model.source.config), list(dict.fromkeys(run.bench.drives))
+    if family_named(config.model_type).step is None and Drive.device in drives:
+        drives.remove(Drive.device)
+        if not drives:
+            step_of(config)
+    return drives
 
 
 def _check_steps(run: Run, model: BenchModel, slab_bytes: int) -> None:

@@ -95,7 +95,7 @@ def advice(rows: list[dict[str, Any]]) -> str:
             f"The link needs {link / compute:.1f} times as long as the computation, so overlap gives {gain:.2f}× at "
             f"best: a cache, smaller slabs or a larger batch help more{better}."
         )
-    if link < 0.1 * compute:
+    if link < 0.1 * compute or gain < 1.05:
         return f"Fetching takes {100 * link / compute:.0f} % of the computation: there is little to hide ({gain:.2f}×)."
     return f"Pre-gating pays: {gain:.2f}× the tokens/s of fetching on demand{better}."
 

@@ -165,7 +165,7 @@ def simulate(
     load: Load,
     prompt_tokens: int,
     new_tokens: int,
-    requests: int = 4,
+    requests: int = 2,
     seed: int = 0,
 ) -> Predicted:
     """Serve `requests` requests after one warm-up, as a benchmark row does, and time their decoding steps.

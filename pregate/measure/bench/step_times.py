@@ -33,6 +33,8 @@ from pregate.models.family import ExpertKey
 FEW_BLOCKS, FEW_EXPERTS = 2, 4
 STEPS = 8
 """Decoding steps of a timed request."""
+PROMPT_TOKENS = 64
+"""Most tokens of its prompt: reading a long one takes longer than all steps, which hardly depend on it."""
 STEPS_BESIDE = 23
 """Of one that is timed beside a row."""
 TURNS = 2
@@ -98,7 +100,8 @@ def profile(model: BenchModel, spec: RowSpec, device: torch.device, reading: Rea
 
 def _profile(small: BenchModel, model: BenchModel, ground: Ground, spec: RowSpec) -> Profile:
     keys, slab_bytes = small.family.keys(), ground.store.layout.slab_bytes
-    requests = Requests(spec.batch, spec.prompt_len, small.vocab_size, spec.seed, ground.device)
+    prompt_len = min(spec.prompt_len, PROMPT_TOKENS)
+    requests = Requests(spec.batch, prompt_len, small.vocab_size, spec.seed, ground.device)
     link, in_order = ground.gb_per_s(keys), ground.gb_per_s(keys, in_order=True)
     alone: list[Timed] = []
     slowed: list[tuple[float, float]] = []
