@@ -6,21 +6,19 @@ block are two tensors; in memory they are two, as upstream has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe as upstream
 from transformers.utils.output_capturing import OutputRecorder
 
 from pregate import register_family
-from pregate.models import decoder_only
+from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
-from pregate.models.expert_math import Factor, project
-from pregate.models.family import ExpertSpec, TensorSlice
+from pregate.models.family import ExpertSpec
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
 
@@ -80,32 +78,16 @@ class MadeUpFamily(decoder_only.DecoderOnlyFamily):
 
     def experts(self, config: Any) -> ExpertSpec:
         E, F, D = config.num_experts, config.intermediate_size, config.hidden_size
-
-        def fused(stack: str, layer: int, expert: int) -> list[TensorSlice]:
-            up, down = (f"model.layers.{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
-            return [
-                TensorSlice(up, (expert, slice(0, F)), shape=(E, 2 * F, D)),
-                TensorSlice(up, (expert, slice(F, None)), shape=(E, 2 * F, D)),
-                TensorSlice(down, (expert,), shape=(E, D, F)),
-            ]
-
-        def apart(stack: str, layer: int, expert: int) -> list[TensorSlice]:
-            names = ("gate_proj", "up_proj", "down_proj")
-            return [TensorSlice(f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight") for name in names]
-
-        def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
-            gate_FD, up_FD, down_DF = matrices
-            return project(nn.functional.silu(project(hidden_ND, gate_FD)) * project(hidden_ND, up_FD), down_DF)
-
+        prefix = "model.layers.{layer}.mlp.experts"
         return ExpertSpec(
             num_experts=E,
             top_k=config.num_experts_per_tok,
             lookahead=config.pregating.lookahead,
-            matrices={"gate": (F, D), "up": (F, D), "down": (D, F)},
+            matrices=gated_experts.shapes(D, F),
             layers={STACK: self.moe_layers(config, STACK)},
-            layouts=(fused, apart),
-            apply=apply,
-            activation="swiglu",
+            layouts=(gated_experts.fused(prefix, E, D, F), gated_experts.apart(prefix)),
+            apply=gated_experts.gated_unit("silu"),
+            activation="gated_silu",
         )
 
 

@@ -102,7 +102,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("eval.examples=0", "must be at least 1, or null"),
         ("bench.new_tokens=1", "bench.new_tokens=1 must be at least 2"),
         ("bench.caches=[]", "bench.caches is empty"),
-        ("bench.active_experts=[4]", "needs as many tokens a step"),
+        ("bench.num_blocks=0", "must be at least 1, or null for all"),
         ("bench.max_seconds_per_row=0", "must be at least 1"),
         ("engine.bench_repeats=0", "engine.bench_repeats=0 must be at least 1"),
         ("engine.bench_prompts=0", "engine.bench_prompts=0 must be at least 1"),

@@ -66,8 +66,8 @@ REFUSALS = {
         "dense model",
     ),
     "other family": (
-        lambda d: edit_config(d, model_type="mixtral"),
-        "is a mixtral model, which cannot be converted",
+        lambda d: edit_config(d, model_type="llama"),
+        "is a llama model, which cannot be converted",
     ),
     "no family": (lambda d: edit_config(d, ("model_type",)), "names no model_type"),
     "bad config": (

@@ -1,6 +1,7 @@
 """The settings of every command: `schema` names them, `limits` and `choices` say what they may be."""
 
 from pregate.config.choices import (
+    PRE_TRAINING,
     Baseline,
     CacheRule,
     Device,
@@ -8,6 +9,7 @@ from pregate.config.choices import (
     Entry,
     Init,
     Keep,
+    Learn,
     Optimizer,
     Policy,
     Precision,
@@ -21,19 +23,19 @@ from pregate.config.choices import (
 )
 from pregate.config.schema import (
     CalibrationConfig,
-    GeneratedConfig,
     ModelConfig,
     PreGateConfig,
     Run,
-    TaskConfig,
     TrackingConfig,
     TrainConfig,
     save_run,
     to_dict,
 )
+from pregate.config.task import GeneratedConfig, TaskConfig
 from pregate.config.validators import UsageError
 
 __all__ = [
+    "PRE_TRAINING",
     "Baseline",
     "CacheRule",
     "CalibrationConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "GeneratedConfig",
     "Init",
     "Keep",
+    "Learn",
     "ModelConfig",
     "Optimizer",
     "Policy",

@@ -6,7 +6,11 @@ from enum import StrEnum
 
 Entry = StrEnum("Entry", ["own", "embedding"])
 Init = StrEnum("Init", ["source", "random", "calibrated"])
-TaskKind = StrEnum("TaskKind", ["qa", "summarization", "classification", "denoising"])
+TaskKind = StrEnum("TaskKind", ["qa", "summarization", "classification", "chat", "denoising", "language_modelling"])
+PRE_TRAINING = frozenset({TaskKind.denoising, TaskKind.language_modelling})
+"""They learn from text alone and have no answers to score."""
+Learn = StrEnum("Learn", ["answers", "last_answer", "everything"])
+"""Which tokens of a decoder-only model's input are learnt."""
 Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adafactor"])
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])

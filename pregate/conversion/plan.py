@@ -5,6 +5,7 @@ Knows names and how much goes into a file; reads no weights and writes nothing. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,20 @@ def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
     assert set(origins) | {*family.input_tables, family.output_table} == set(order), set(origins) ^ set(order)
     origins = {name: origins[name] for name in order if name in origins} | {name: name for name in checkpoint.extras}
     return TensorPlan(origins, tuple(moves), checkpoint.ignored)
+
+
+def spelling(checkpoint: SourceCheckpoint, family: Family) -> Callable[[str], str]:
+    """From the name of an output tensor to its name in a file: as in the files of the source, where the family has
+    other names for parts of it (`Family.renames`)."""
+    stored = [info.key or name for name, info in checkpoint.tensors.items()]
+    used = [(old, new) for old, new in family.renames if any(old in name for name in stored)]
+
+    def spelt(name: str) -> str:
+        for old, new in used:
+            name = name.replace(new, old)
+        return name
+
+    return spelt
 
 
 def plan_shards(checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> dict[str, list[str]]:

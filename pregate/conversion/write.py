@@ -28,7 +28,7 @@ from torch import Tensor
 from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
 from pregate.conversion.gate_starts import GateFitter, GateStart, gate_starts
-from pregate.conversion.plan import plan_shards, plan_tensors
+from pregate.conversion.plan import plan_shards, plan_tensors, spelling
 from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
 from pregate.conversion.space import refuse_full_disk, refuse_occupied
@@ -39,6 +39,7 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
+from pregate.models.family import family_named
 from pregate.models.loading import open_model
 from pregate.system.durable import partial_beside, put
 
@@ -78,6 +79,7 @@ def convert(
     checkpoint = open_model(source, revision)
     plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
+    spelt = spelling(checkpoint, family_named(target.config.model_type))
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
@@ -86,9 +88,10 @@ def convert(
     with _appearing(output) as unfinished, _progress(source_bytes + output_bytes) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
         for file, names in shards.items():
-            _write_shard(unfinished / file, {name: plan.origins[name] for name in names}, checkpoint, starts)
+            origins = {name: plan.origins[name] for name in names}
+            _write_shard(unfinished / file, origins, checkpoint, starts, spelt)
             advance(sizes[file])
-        _write_index(unfinished, shards, output_bytes)
+        _write_index(unfinished, {file: [*map(spelt, names)] for file, names in shards.items()}, output_bytes)
         for file in sides:
             shutil.copyfile(file, unfinished / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
@@ -162,9 +165,13 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _write_shard(
-    path: Path, origins: dict[str, str], checkpoint: SourceCheckpoint, starts: Mapping[str, GateStart]
+    path: Path,
+    origins: dict[str, str],
+    checkpoint: SourceCheckpoint,
+    starts: Mapping[str, GateStart],
+    spelt: Callable[[str], str],
 ) -> None:
-    """A file of the output tensors in `origins`, each from its source tensor."""
+    """A file of the output tensors in `origins`, each from its source tensor and with its name as `spelt`."""
     mapped = checkpoint.read(set(origins.values()))
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
@@ -175,7 +182,7 @@ def _write_shard(
         elif tensor.data_ptr() in stored:
             tensor = tensor.clone()  # the safetensors writer refuses tensors that share memory
         stored.add(tensor.data_ptr())
-        tensors[name] = tensor
+        tensors[spelt(name)] = tensor
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # the writer's files are private to the user whatever the umask
 

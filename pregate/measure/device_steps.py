@@ -22,7 +22,7 @@ def time_steps(
 ) -> Timed:
     """One request with the generation `options`, of `max_new_tokens` whatever their ends. The device is waited for at
     the ends of what is timed and nowhere between. What is counted includes the reading of the prompt."""
-    request, new_tokens = engine.request(**options), options["max_new_tokens"]
+    request, new_tokens = engine.request(input_ids, **options), options["max_new_tokens"]
     engine.host.reset_counters()
     begun = _now(device)
     engine.prefill(input_ids, attention_mask, request.sampling)
@@ -35,7 +35,7 @@ def time_steps(
     counted, prompt = engine.counters, engine.host.counters.to_dict()
     num_blocks = len(list(engine.family.layers.values())[-1])
     return Timed(
-        tokens=engine.tokens()[: len(input_ids), : new_tokens + 1].clone().cpu(),
+        tokens=engine.decoder.sequences(engine.tokens()[: len(input_ids), : new_tokens + 1], input_ids).clone().cpu(),
         seconds=[first, first + rest],
         readings=[moved_first, counted.bytes_moved],
         spans=None,
@@ -49,9 +49,12 @@ def time_steps(
 @torch.inference_mode()
 def stepped_logits(engine: DeviceEngine, input_ids: Tensor, attention_mask: Tensor, tokens_BT: Tensor) -> Tensor:
     """Float32 logits (B, T, V) of captured steps, each given the token of `tokens_BT` at its place whatever the step
-    before has chosen. As many tokens as the engine was opened for are enough."""
+    before has chosen. Where the tokens continue the prompt, only those from its last token on. As many new tokens as
+    the engine was opened for are enough."""
+    if engine.decoder.continues_prompt:
+        tokens_BT = tokens_BT[:, input_ids.shape[1] - 1 :]
     steps = tokens_BT.shape[1]
-    request = engine.request(do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
+    request = engine.request(input_ids, do_sample=False, num_beams=1, min_new_tokens=steps, max_new_tokens=steps)
     engine.prefill(input_ids, attention_mask, request.sampling)
     sampler, found = engine.decoder.sampler, []
     for place in range(steps):

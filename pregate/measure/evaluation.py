@@ -128,7 +128,7 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     check_vocabulary(tokenizer, checkpoint, read_config(checkpoint))
     examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
     objective = family_of(read_config(checkpoint)).objective
-    collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, objective)
+    collate = Collator.for_task(run.task, tokenizer, objective)
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
 
 

@@ -72,7 +72,7 @@ def check_budget(run: Run, family: ExpertSpec, dtype: torch.dtype) -> int:
 def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationConfig) -> None:
     """Refuse what a device-driven evaluation of a checkpoint with `config` and these generation `settings` could not be
     served with. Raises `UsageError`."""
-    step_of(config)
+    step = step_of(config)
     if pick_device(run.engine.device).type == "cuda":
         require_triton()
     refuse_settings(
@@ -83,7 +83,7 @@ def check_driven(run: Run, config: Any, slab_bytes: int, settings: GenerationCon
             f"eval.num_beams={run.eval.num_beams} needs the host: set eval.num_beams=1, or use engine.drive=host."
         )
     greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": _new_tokens(run)}
-    read_request(settings, greedy, config.vocab_size, _new_tokens(run))
+    read_request(settings, greedy, config.vocab_size, _new_tokens(run), 1 if step.continues_prompt else None)
     for policy in (run.engine.policy, *run.engine.policies):
         if policy is not Policy.gpu_only:
             slots_for(run.engine.device_budget, policy, config, slab_bytes, run.eval.batch_size)

@@ -108,7 +108,12 @@ class DeviceServer:
     def logits(self, inputs: Inputs, tokens_BT: Tensor) -> Tensor:
         if not self.captured:
             return forced_logits(self.forward, self.objective, inputs, tokens_BT)
-        return stepped_logits(self.engine, **inputs, tokens_BT=tokens_BT.to(self.device))
+        stepped_BTV = stepped_logits(self.engine, **inputs, tokens_BT=tokens_BT.to(self.device))
+        read = tokens_BT.shape[1] - stepped_BTV.shape[1]
+        if not read:
+            return stepped_BTV
+        # all of the prompt but its last token is read by the host
+        return torch.cat([forced_logits(self.forward, self.objective, inputs, tokens_BT[:, :read]), stepped_BTV], dim=1)
 
     def rows_not_finite(self) -> Sequence[int]:
         return [0] if self._broke else []

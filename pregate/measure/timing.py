@@ -19,7 +19,7 @@ from pregate.engine.trace import Span, Trace
 
 
 class TokenClock(BaseStreamer):
-    """Notes the moment each token is known. The first call of `generate` brings the decoder's start token.
+    """Notes the moment each token is known. The first call of `generate` brings the prompt, or the start token.
 
     `read`: a count to note at the same moments. `between`: work to do before every step, whose time does not count.
     """

@@ -14,6 +14,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +36,13 @@ STACK = "decoder"
 BRANCH = 0.1
 """Share of the usual scale for random weights that write to the residual stream: with all of it the parts that every
 token has in common outgrow the token's own embedding, and deep routers send all tokens to a few experts."""
+
+
+@dataclass
+class RoutedOutput(MoeCausalLMOutputWithPast):
+    """`expert_ids`: beside the router logits of each MoE block, the experts (B, T, K) that it used."""
+
+    expert_ids: tuple[Tensor, ...] | None = None
 
 
 class _LayerCall(NamedTuple):
@@ -169,6 +177,8 @@ class PreGatedStack:
     layers: Any
     norm: Any
     entry_gates: nn.ModuleDict
+    embedding_multiplier: float = 1.0
+    """What upstream multiplies the embeddings by before the first layer."""
     listener: RouteListener | None = None
 
     def take_layers(self, layer_class: type[Any], gates_class: type[TopKGates], moe_layers: Sequence[int]) -> None:
@@ -190,9 +200,11 @@ class PreGatedStack:
         assert inputs_embeds is not None
         routes = Routes(STACK, self.listener)
         for block, gate in self.entry_gates.items():
-            routes.commit(int(block), gate(inputs_embeds))
+            routes.commit(int(block), gate(inputs_embeds * self.embedding_multiplier))
         outputs = super().forward(inputs_embeds=inputs_embeds, routes=routes, **kwargs)  # type: ignore[misc]
-        routes.end()
+        expert_ids = routes.end()
+        if not isinstance(outputs, tuple):
+            outputs.expert_ids = expert_ids
         return outputs
 
 
@@ -230,13 +242,14 @@ class PreGatedCausalLM(ServedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        output_router_logits: bool | None = False,
+        output_router_logits: bool | None = None,
         loss_only: bool = False,
         logits_at: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> RoutedOutput:
         """As upstream's, except that the router loss is per block and never counts padding.
 
         With `labels` (B, T; those of the inputs; -100 is ignored) the loss is the mean cross-entropy over target
@@ -244,9 +257,11 @@ class PreGatedCausalLM(ServedModel):
         there are no logits, and the loss is the cross-entropy alone, summed over target tokens. `logits_at` (B, T), a
         mask, asks for the logits of those N positions alone, (N, V) in row-major order.
         """
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=output_router_logits, **kwargs
-        )
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        # upstream's `generate` makes position ids only for a signature that names them
+        kwargs |= {"position_ids": position_ids, "output_router_logits": output_router_logits}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states_BTD = outputs.last_hidden_state
         routed = self._by_block(outputs.router_logits, states_BTD.shape) if output_router_logits else None
         logits = loss = balance = None
@@ -263,9 +278,10 @@ class PreGatedCausalLM(ServedModel):
             shifted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = nn.functional.cross_entropy(*shifted, ignore_index=IGNORED)
             if routed:
-                balance = torch.stack([balance_loss(block, attention_mask) for block in routed]).mean()
+                pairs = zip(routed, outputs.expert_ids, strict=True)
+                balance = torch.stack([balance_loss(block, attention_mask, ids) for block, ids in pairs]).mean()
                 loss = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * balance
-        return MoeCausalLMOutputWithPast(
+        return RoutedOutput(
             loss=loss,
             aux_loss=balance,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
@@ -273,6 +289,7 @@ class PreGatedCausalLM(ServedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=routed,  # type: ignore[arg-type]
+            expert_ids=outputs.expert_ids if routed else None,
         )
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -347,5 +364,25 @@ class DecoderOnlyFamily(Family):
         if part == "o_proj":
             return BRANCH * float((heads * (config.get("head_dim") or D // heads)) ** -0.5)
         if part == "down_proj":
-            return BRANCH * float(config[self.width_setting] ** -0.5)
+            return BRANCH * float(config[self.hidden_width_setting(name)] ** -0.5)
         return float(D**-0.5)
+
+    def hidden_width_setting(self, name: str) -> str:
+        """The setting that gives the hidden width of the feed-forward part that the tensor `name` belongs to."""
+        return self.width_setting if f".{self.experts_module}." in name else "intermediate_size"
+
+    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
+        # upstream knows some settings by two names, and a file may have either
+        names = next((pair for pair in self.config_class.attribute_map.items() if self.experts_setting in pair), ())
+        fewer = super().smaller({k: v for k, v in config.items() if k not in names}, depth, num_experts)
+        if fewer.get("layer_types"):
+            fewer["layer_types"] = fewer["layer_types"][: fewer["num_hidden_layers"]]
+        return {**fewer, "num_experts_per_tok": min(fewer["num_experts_per_tok"], num_experts)}
+
+
+def sparse_layers(config: Any) -> list[int]:
+    """The layers with experts of a model whose config counts from one to the next, and lists those that are dense."""
+    if not config.num_experts:
+        return []
+    numbers = range(config.decoder_sparse_step - 1, config.num_hidden_layers, config.decoder_sparse_step)
+    return [number for number in numbers if number not in (config.mlp_only_layers or ())]

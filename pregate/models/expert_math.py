@@ -85,12 +85,12 @@ def group_by_expert(expert_ids_TK: Tensor) -> Grouping:
 
 
 def combine(result_ND: Tensor, grouping: Grouping, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:
-    """Weight each result, put it back in its token's place and add up a token's K choices in their order."""
+    """Weight each result, put it back in its token's place and add up a token's K choices in their order. The sum is
+    rounded once, as in upstream's grouped products: weights may be wider than the hidden states."""
     T, K = weights_TK.shape
-    weighted_ND = (result_ND * weights_TK.reshape(-1)[grouping.order, None]).to(hidden_TD.dtype)
-    spread = torch.zeros(T * K, hidden_TD.shape[1], dtype=hidden_TD.dtype, device=hidden_TD.device)
-    spread = spread.index_copy(0, grouping.order, weighted_ND)
-    return spread if K == 1 else spread.view(T, K, -1).sum(1)
+    weighted_ND = result_ND * weights_TK.reshape(-1)[grouping.order, None]
+    spread = weighted_ND.new_zeros(T * K, hidden_TD.shape[1]).index_copy(0, grouping.order, weighted_ND)
+    return (spread if K == 1 else spread.view(T, K, -1).sum(1)).to(hidden_TD.dtype)
 
 
 def grouped_experts(

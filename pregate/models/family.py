@@ -310,8 +310,12 @@ BUILT_IN = {
     "deepseek_v3": "pregate.models.families.deepseek_v3",
     "glm4_moe": "pregate.models.families.glm4_moe",
     "gpt_oss": "pregate.models.families.gpt_oss",
+    "granitemoe": "pregate.models.families.granitemoe",
     "mixtral": "pregate.models.families.mixtral",
     "olmoe": "pregate.models.families.olmoe",
+    "qwen2_moe": "pregate.models.families.qwen2_moe",
+    "qwen3_moe": "pregate.models.families.qwen3_moe",
+    "qwen3_5_moe_text": "pregate.models.families.qwen3_5_moe",
     "switch_transformers": "pregate.models.families.switch",
 }
 """`source_type` -> the module that registers its family."""

@@ -136,15 +136,25 @@ def _state_of(source: SourceCheckpoint, own: ExpertSpec) -> dict[str, Tensor]:
     elsewhere = {name for block in moved for name in found.tensors_of(*block)}
     state = source.read([name for name in source.names() if name not in elsewhere])
     for stack, block in moved:
-        stored, shapes = source.read(found.tensors_of(stack, block)), own.tensors_of(stack, block)
-        for expert in range(own.num_experts):
-            key = ExpertKey(stack, block, expert)
-            for target, origin in zip(own.slices(key), found.slices(key), strict=True):
-                part = origin.of(stored[origin.tensor])
-                if target.tensor not in state:
-                    state[target.tensor] = torch.empty(shapes[target.tensor], dtype=part.dtype)
-                target.of(state[target.tensor]).copy_(part)
+        state |= experts_in_own_layout(source, own, found, stack, block)
     return state
+
+
+def experts_in_own_layout(
+    source: SourceCheckpoint, own: ExpertSpec, found: ExpertSpec, stack: str, block: int
+) -> dict[str, Tensor]:
+    """The tensors that hold the experts of one block in memory. `own`: the model's experts; `found`: the same as the
+    checkpoint holds them."""
+    stored, shapes = source.read(found.tensors_of(stack, block)), own.tensors_of(stack, block)
+    held: dict[str, Tensor] = {}
+    for expert in range(own.num_experts):
+        key = ExpertKey(stack, block, expert)
+        for target, origin in zip(own.slices(key), found.slices(key), strict=True):
+            part = origin.of(stored[origin.tensor])
+            if target.tensor not in held:
+                held[target.tensor] = torch.empty(shapes[target.tensor], dtype=part.dtype)
+            target.of(held[target.tensor]).copy_(part)
+    return held
 
 
 def mark_conventional(directory: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ from pregate.models.head import IGNORED
 
 Rows = Sequence["array[int]"]
 """Token ids, one array a row."""
+
+
+class Row(NamedTuple):
+    """An example in tokens. learnt: the places of the source that are learnt as the target is."""
+
+    source: array[int]
+    target: array[int]
+    learnt: tuple[range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,21 @@ class Objective(Protocol):
     auto_class: Any
     """transformers' Auto class of such models."""
     closes_sources: bool
-    """Whether a source text ends in the end-of-sequence token."""
+    """Whether a source text ends in the end-of-sequence token; otherwise the target goes on from it."""
+    packs: bool
+    """Whether several examples can stand in one row without seeing each other."""
 
-    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
-        """Inputs of a teacher-forced call: `input_ids`, `attention_mask` and `labels`, int64, labels padded with
-        -100."""
+    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (1 where there is no padding) and `labels`, int64, labels padded with -100."""
+        ...
+
+    def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
+        """As `batch`, with as many rows as fit into `row_tokens` one behind the other, and `position_ids`, which begin
+        again with each of them. Only where `packs`."""
+        ...
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model reads of a batch, without what it is to learn."""
         ...
 
     def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
@@ -76,6 +94,10 @@ class Objective(Protocol):
         """The router logits in a model's outputs: stack -> one (B, S or T, E) a MoE block."""
         ...
 
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        """The chosen experts in a model's outputs, as for `router_logits`: one (B, S or T, K) a MoE block."""
+        ...
+
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         """Run a model as far as `stack` and, if it must, further. `inputs`: a batch and what `settled` gave."""
         ...
@@ -93,13 +115,20 @@ class Objective(Protocol):
 class Seq2Seq:
     """A source stack reads the source; a target stack is given the target shifted by one."""
 
-    auto_class, closes_sources = AutoModelForSeq2SeqLM, True
+    auto_class, closes_sources, packs = AutoModelForSeq2SeqLM, True, False
 
     def __init__(self, source_stack: str, target_stack: str) -> None:
         self._source, self._target = source_stack, target_stack
 
-    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+        sources, targets = [row.source for row in rows], [row.target for row in rows]
         return {**self.prompts(sources, pad_token_id), "labels": padded(targets, IGNORED)}
+
+    def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
+        raise AssertionError("a source and its target are two rows")
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
         return {"input_ids": padded(sources, pad_token_id), "attention_mask": padded(ones(sources), 0)}
@@ -121,6 +150,11 @@ class Seq2Seq:
 
     def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
         return {stack: getattr(outputs, f"{stack}_router_logits") or () for stack in (self._source, self._target)}
+
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        # such models choose one expert, and what capacity drops is a choice all the same
+        found = self.router_logits(outputs)
+        return {stack: tuple(logits.argmax(-1, keepdim=True) for logits in blocks) for stack, blocks in found.items()}
 
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         if stack == self._source:
@@ -145,22 +179,33 @@ class Seq2Seq:
 
 class Causal:
     """One stack reads source and target as one sequence, and learns the target. Prompts of several rows are padded on
-    the left, so that all rows go on at the same place."""
+    the left, so that all rows go on at the same place. `packs`: false for a model whose layers carry a state along the
+    row, such as linear attention."""
 
     auto_class, closes_sources = AutoModelForCausalLM, False
 
-    def __init__(self, stack: str) -> None:
-        self._stack = stack
+    def __init__(self, stack: str, packs: bool = True) -> None:
+        self._stack, self.packs = stack, packs
 
-    def batch(self, sources: Rows, targets: Rows, pad_token_id: int) -> dict[str, Tensor]:
-        whole = [source + target for source, target in zip(sources, targets, strict=True)]
-        silent = [array("i", [IGNORED]) * len(source) for source in sources]
-        labels = [hidden + target for hidden, target in zip(silent, targets, strict=True)]
+    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+        whole = [row.source + row.target for row in rows]
         return {
             "input_ids": padded(whole, pad_token_id),
             "attention_mask": padded(ones(whole), 0),
-            "labels": padded(labels, IGNORED),
+            "labels": padded([_labels(row) for row in rows], IGNORED),
         }
+
+    def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
+        lengths = [len(row.source) + len(row.target) for row in rows]
+        bins = _first_fit(lengths, row_tokens)
+        batch = self.batch([_end_to_end([rows[i] for i in each]) for each in bins], pad_token_id)
+        places = [array("i", (place for i in each for place in range(lengths[i]))) for each in bins]
+        return {**batch, "position_ids": padded(places, 0)}
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # upstream isolates what begins again at position 0, but only in the absence of a mask
+        mask = "position_ids" if "position_ids" in batch else "attention_mask"
+        return {name: batch[name] for name in ("input_ids", mask)}
 
     def prompts(self, sources: Rows, pad_token_id: int) -> dict[str, Tensor]:
         return {
@@ -178,7 +223,7 @@ class Causal:
         return {"input_ids": generated_BT, "attention_mask": seen_BT}
 
     def count(self, batch: Mapping[str, Tensor]) -> TokenCounts:
-        target = int((batch["labels"] != IGNORED).sum())
+        target = int(predicting(batch["labels"]).sum())
         return TokenCounts(int(batch["attention_mask"].bool().sum()) - target, target)
 
     def tokens_by_stack(self, counts: TokenCounts) -> dict[str, int]:
@@ -189,6 +234,9 @@ class Causal:
 
     def router_logits(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
         return {self._stack: outputs.router_logits or ()}
+
+    def expert_ids(self, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {self._stack: outputs.expert_ids or ()}
 
     def run_stack(self, model: Any, stack: str, inputs: Mapping[str, Any]) -> None:
         model(**inputs, use_cache=False)
@@ -205,6 +253,56 @@ def predicting(labels_BT: Tensor) -> Tensor:
     at_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     at_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
     return at_BT
+
+
+def document_batch(tokens_BT: Tensor, starts_BT: Tensor) -> dict[str, Tensor]:
+    """A batch of packed text, of which all is learnt, in rows without padding. `starts_BT`: the first token of each
+    document, and of each row, which nothing comes before and so nobody predicts."""
+    index_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    first_BT = index_BT.masked_fill(~starts_BT, 0).cummax(1).values
+    return {
+        "input_ids": tokens_BT,
+        "attention_mask": torch.ones_like(tokens_BT),
+        "labels": tokens_BT.masked_fill(starts_BT, IGNORED),
+        "position_ids": index_BT - first_BT,
+    }
+
+
+def _learnt(row: Row) -> list[range]:
+    """The places of the whole row that are learnt; its first token, which nothing predicts, is none of them."""
+    places = (*row.learnt, range(len(row.source), len(row.source) + len(row.target)))
+    return [range(max(1, place.start), place.stop) for place in places]
+
+
+def _labels(row: Row) -> array[int]:
+    whole = row.source + row.target
+    labels = array("i", [IGNORED]) * len(whole)
+    for place in _learnt(row):
+        labels[place.start : place.stop] = whole[place.start : place.stop]
+    return labels
+
+
+def _end_to_end(rows: Sequence[Row]) -> Row:
+    """One row of several, each learnt as it was."""
+    whole, learnt = array("i"), []
+    for row in rows:
+        learnt += [range(len(whole) + place.start, len(whole) + place.stop) for place in _learnt(row)]
+        whole += row.source + row.target
+    return Row(whole, array("i"), tuple(learnt))
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in as many bins as the longest first and the first bin with room for each need."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        found = next((number for number, left in enumerate(room) if lengths[index] <= left), len(bins))
+        if found == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[found].append(index)
+        room[found] -= lengths[index]
+    return bins
 
 
 def ones(rows: Rows) -> Rows:

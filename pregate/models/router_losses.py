@@ -16,18 +16,20 @@ def _masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return logits_TE, mask.reshape(-1).to(logits_TE.dtype)
 
 
-def balance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+def balance_loss(logits: Tensor, mask: Tensor | None = None, expert_ids: Tensor | None = None) -> Tensor:
     """Load-balancing loss of one block: E * sum_e f_e P_e over the tokens where `mask` is true.
 
-    f_e is the share of tokens whose first choice is e, P_e the mean router probability of e (Switch
-    Transformers, equation 4). It is 1 when both are uniform. `logits` (..., E), `mask` (...): padding never counts.
+    f_e is the share of the choices that fall on e, P_e the mean router probability of e (Switch Transformers, equation
+    4). It is 1 when both are uniform. `logits` (..., E), `mask` (...): padding never counts. `expert_ids` (..., K): the
+    choices; None where they are the most probable expert of each token.
     """
     logits_TE, mask_T = _masked(logits, mask)
     num_experts = logits_TE.shape[-1]
     count = mask_T.sum().clamp_min(1.0)
     probabilities_TE = logits_TE.softmax(-1)
-    first_TE = torch.nn.functional.one_hot(logits_TE.argmax(-1), num_experts).to(logits_TE.dtype)
-    share_E = (first_TE * mask_T[:, None]).sum(0) / count
+    ids_TK = logits_TE.argmax(-1, keepdim=True) if expert_ids is None else expert_ids.flatten(0, -2)
+    chosen_TE = torch.nn.functional.one_hot(ids_TK, num_experts).to(logits_TE.dtype).mean(1)
+    share_E = (chosen_TE * mask_T[:, None]).sum(0) / count
     mean_E = (probabilities_TE * mask_T[:, None]).sum(0) / count
     return num_experts * (share_E * mean_E).sum()
 

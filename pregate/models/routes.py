@@ -42,9 +42,10 @@ class Routes:
         self._unused.discard(block)
         return self._decided[block]
 
-    def end(self) -> None:
-        """The stack has run. Every route must have been used."""
+    def end(self) -> tuple[Tensor, ...]:
+        """The stack has run. Every route must have been used. Returns the experts (B, T, K) of each block, in order."""
         assert not self._unused, f"routes of blocks {sorted(self._unused)} were never used"
+        return tuple(self._decided[block].expert_ids_BTK for block in sorted(self._decided))
 
 
 def _call(gate: Any, hidden_BTD: Tensor) -> Routing:

@@ -52,6 +52,23 @@ def choose_experts(probabilities_BTE: Tensor, top_k: int) -> tuple[Tensor, Tenso
     return chosen.indices, chosen.values
 
 
+def slots_in_common(expert_ids_TK: Tensor, reference_TK: Tensor) -> Tensor:
+    """For each token the share (T,) of its chosen experts that `reference_TK` has chosen too; with K = 1 it is 1 or
+    0."""
+    same_TKK = expert_ids_TK[:, :, None] == reference_TK[:, None, :]
+    return same_TKK.any(-1).double().mean(-1)
+
+
+def slot_agreement(expert_ids_TK: Tensor, reference_TK: Tensor) -> float:
+    """Mean of `slots_in_common`: with K = 1 the share of tokens that both routers send to the same expert."""
+    return slots_in_common(expert_ids_TK, reference_TK).mean().item()
+
+
+def logits_agreement(logits_TE: Tensor, reference_TE: Tensor, top_k: int) -> float:
+    """The slot agreement of the `top_k` largest logits."""
+    return slot_agreement(choose_experts(logits_TE, top_k)[0], choose_experts(reference_TE, top_k)[0])
+
+
 def apply_capacity(expert_ids_BTK: Tensor, num_experts: int, capacity: int) -> Tensor:
     """Mark with `DROPPED` every choice beyond the first `capacity` that a sequence makes of one expert.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
-from pregate.models.family import Family, dtype_name, family_of
+from pregate.models.family import ExpertSpec, Family, dtype_name, family_of
 from pregate.models.loading import parameter_shapes
 from pregate.models.pregated_models import without_experts
 from pregate.models.pregating import PreGating
@@ -81,8 +81,15 @@ def synthetic_checkpoint(
         "dtype": dtype_name(dtype),
     }
     config = family.config(described)
-    shapes = parameter_shapes(family, config, family.experts(config))
+    own = family.experts(config)
+    # in the layout of the most tensors, as most checkpoints are: to draw one expert must not mean to draw all
+    finest = max((replace(own, layouts=(layout,)) for layout in own.layouts), key=_tensors_of_a_block)
+    shapes = parameter_shapes(family, config, finest)
     with without_experts(), torch.device("meta"):
         tied = family.model_class(config).all_tied_weights_keys if config.tie_word_embeddings else {}
     tensors = {name: TensorInfo(Path(), shape, dtype) for name, shape in shapes.items() if name not in tied}
     return SyntheticCheckpoint(Path(), config.to_dict(), (), tensors, seed=seed)
+
+
+def _tensors_of_a_block(experts: ExpertSpec) -> int:
+    return next((len(experts.tensors_of(stack, 0)) for stack, layers in experts.layers.items() if layers), 0)

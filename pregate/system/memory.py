@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,6 +82,20 @@ class PeakMemory:
         else:
             _return_free_memory()
             self._reset = self._reset and _reset_high_water_mark()
+
+
+def free_memory(device: torch.device) -> int:
+    """Memory that `device` has left: the GPU's, or the machine's within the limit of its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free = min(free, limit - int(stat["anon"]))  # pages of files give way
+    except (OSError, ValueError, KeyError):  # no such control group, or no limit
+        pass
+    return free
 
 
 def _return_free_memory() -> None:

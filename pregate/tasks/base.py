@@ -8,26 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import identity
 from pregate.tasks.metrics import TextMetric
 from pregate.tasks.prompts import prompt_fields, prompt_of
-from pregate.tasks.records import read_columns
+from pregate.tasks.records import Chunk, read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 
 CHUNK_ROWS = 4096
 
 
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One thing to learn or to score: `target` is what training teaches, `references` what counts as right."""
+    """One thing to learn or to score: `target` is what training teaches, `references` what counts as right.
+    `messages`: of a conversation, whose last answer is the target."""
 
     id: str
     source: str
     target: str
     references: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages; of an example that has none, a question and its answer."""
+        return self.messages or (Message(USER, self.source), Message(ASSISTANT, self.target))
 
 
 @dataclass
@@ -36,6 +53,11 @@ class Scores:
 
     overall: dict[str, float]
     per_example: dict[str, list[float]]
+
+
+def own_id(chunk: Chunk, row: int) -> str | None:
+    """The id that the row has of its own. Raises `UsageError`."""
+    return chunk.read(row, "id", identity) if chunk.has("id") else None
 
 
 class Task:
@@ -63,6 +85,12 @@ class Task:
         """The right texts of a cell, first the one that training teaches; () for none. Raises `CellError`."""
         raise NotImplementedError
 
+    def example(self, chunk: Chunk, row: int, split: str) -> Example:
+        """The example of one row, without an id. Raises `UsageError`."""
+        source = prompt_of(self.config, self.prompt_fields, chunk, row, split)
+        right = chunk.read(row, self.target_field, self.references)
+        return Example("", source, right[0] if right else "", right)
+
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of `split` (all of them for None), in the order of the data.
 
@@ -84,17 +112,13 @@ class Task:
                 grouped = bool(found) and key is not None and key == previous
                 if not grouped and len(found) == limit:
                     return self._checked(found, split)
-                source, right = (
-                    prompt_of(self.config, self.prompt_fields, chunk, row, split),
-                    chunk.read(row, self.target_field, self.references),
-                )
+                read = self.example(chunk, row, split)
                 if grouped:
-                    merged = tuple(dict.fromkeys(found[-1].references + right))
+                    merged = tuple(dict.fromkeys(found[-1].references + read.references))
                     found[-1] = replace(found[-1], references=merged, target=merged[0] if merged else "")
                 else:
-                    own = chunk.read(row, "id", identity) if chunk.has("id") else None
-                    name = f"{split}-{rows + row}" if own is None else own
-                    found.append(Example(name, source, right[0] if right else "", right))
+                    own = own_id(chunk, row)
+                    found.append(replace(read, id=f"{split}-{rows + row}" if own is None else own))
                 previous = key
             rows += len(chunk)
         return self._checked(found, split)

@@ -47,6 +47,11 @@ def answers(cell: Any) -> tuple[str, ...]:
     return (text,) if text else ()
 
 
+def whole_text(cell: Any, needs: str) -> str:
+    """A text as it is. Raises `CellError`, which says what the cell `needs`, for anything else."""
+    return _text(cell, needs, numbers=False)
+
+
 def identity(cell: Any) -> str | None:
     """An id as text; whole floats count as integers, because an integer column with gaps holds them."""
     whole = int(cell) if isinstance(cell, float) and cell.is_integer() else cell

@@ -75,6 +75,13 @@ class TextMetric(evaluate.Metric):
         raise NotImplementedError
 
 
+def _exact_match_and_f1(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    return {
+        "em": max(exact_match(prediction, reference) for reference in references),
+        "f1": max(token_f1(prediction, reference) for reference in references),
+    }
+
+
 class ExactMatchF1(TextMetric):
     """`em` and `f1` of SQuAD v1.1."""
 
@@ -82,10 +89,7 @@ class ExactMatchF1(TextMetric):
     about = "Exact match and token F1 as in SQuAD v1.1 (Rajpurkar et al. 2016), best of several answers."
 
     def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
-        return {
-            "em": max(exact_match(prediction, reference) for reference in references),
-            "f1": max(token_f1(prediction, reference) for reference in references),
-        }
+        return _exact_match_and_f1(prediction, references)
 
 
 class Rouge(TextMetric):
@@ -96,11 +100,21 @@ class Rouge(TextMetric):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._scorer = RougeScorer(list(self.names), use_stemmer=True)
+        self._scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
     def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
         scores = self._scorer.score_multi(list(references), prediction)
         return {name: 100.0 * float(score.fmeasure) for name, score in scores.items()}
+
+
+class Overlap(Rouge):
+    """The scores of `Rouge` and of `ExactMatchF1`."""
+
+    names = ("rougeL", "rouge1", "rouge2", "em", "f1")
+    about = "ROUGE f-measures, and exact match and token F1 as in SQuAD v1.1, best of several references."
+
+    def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
+        return super().best(prediction, references) | _exact_match_and_f1(prediction, references)
 
 
 class Accuracy(TextMetric):

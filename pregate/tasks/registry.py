@@ -5,17 +5,25 @@ Add a kind of task here, beside its class. Knows every kind; knows nothing about
 
 from __future__ import annotations
 
-from pregate.config import Run, TaskKind, UsageError
+from pregate.config import PRE_TRAINING, Run, TaskKind, UsageError
 from pregate.tasks.base import Task
+from pregate.tasks.chat import Chat
 from pregate.tasks.classification import Classification
+from pregate.tasks.language_modelling import LanguageModelling
 from pregate.tasks.qa import QuestionAnswering
 from pregate.tasks.span_corruption import SpanCorruption
 from pregate.tasks.summarization import Summarization
+from pregate.tasks.text_stream import TextStream
 
 KINDS: dict[TaskKind, type[Task]] = {
     TaskKind.qa: QuestionAnswering,
     TaskKind.summarization: Summarization,
     TaskKind.classification: Classification,
+    TaskKind.chat: Chat,
+}
+STREAMS: dict[TaskKind, type[TextStream]] = {
+    TaskKind.denoising: SpanCorruption,
+    TaskKind.language_modelling: LanguageModelling,
 }
 
 
@@ -32,15 +40,15 @@ def splits_read(run: Run) -> dict[str, int | None]:
     return counts
 
 
-def build_training_task(run: Run) -> Task | SpanCorruption:
+def build_training_task(run: Run) -> Task | TextStream:
     """What `run` learns from: a task, or text alone. Raises `UsageError` as `build_task` does."""
-    return SpanCorruption(run) if run.task.kind is TaskKind.denoising else build_task(run)
+    return STREAMS[run.task.kind](run) if run.task.kind in PRE_TRAINING else build_task(run)
 
 
 def build_task(run: Run) -> Task:
     """The task of `run`. Reads no data yet, but raises `UsageError` where there is no source of any, and for a task
     that has no predictions to score."""
-    if run.task.kind is TaskKind.denoising:
+    if run.task.kind in PRE_TRAINING:
         raise UsageError(
             f"Task {run.task.name!r} pre-trains and has no predictions to score: choose another task, or pregate.train."
         )

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from pregate.config import Run, UsageError
-from pregate.models.objectives import Objective
+from pregate.config import Learn, Run, TaskConfig, TaskKind, UsageError
+from pregate.config.task import OWN_TEMPLATE
+from pregate.models.objectives import Objective, Row
+from pregate.system.console import say
 from pregate.tasks.base import Example
+from pregate.tasks.chat_templates import ChatTemplate, Written, read_template
 from pregate.tasks.generated import generated_tokenizer
 
 KEPT_TOKENS = 1 << 25
@@ -25,11 +29,19 @@ KEPT_TOKENS = 1 << 25
 
 def load_tokenizer(run: Run) -> Any:
     """The tokenizer of `run`: the one saved in `checkpoint`, else `model.tokenizer`, else the generated set's own, else
-    the one of `checkpoint` or `model.source` on the hub.
+    the one of `checkpoint` or `model.source` on the hub. It takes the chat template of `task.chat_template`, if that is
+    a file, and so every checkpoint that it is saved with has it.
 
-    Raises `UsageError` where there is no tokenizer, its directory is missing, or it has no padding or end-of-sequence
-    token.
+    Raises `UsageError` where there is no tokenizer, its directory is missing, it has no padding or end-of-sequence
+    token, or there is no such template.
     """
+    tokenizer, template = _tokenizer_of(run), run.task.chat_template
+    if template not in (None, OWN_TEMPLATE):
+        tokenizer.chat_template = read_template(template)
+    return tokenizer
+
+
+def _tokenizer_of(run: Run) -> Any:
     if run.checkpoint is not None and (Path(run.checkpoint).expanduser() / "tokenizer_config.json").is_file():
         return _pretrained_tokenizer("checkpoint", run.checkpoint, None)
     if run.model.tokenizer is None and run.task.generated is not None:
@@ -77,60 +89,172 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
     return tokenizer
 
 
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without what the tokenizer puts around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: its beginning-of-sequence token, or nothing."""
+    plain, whole = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return whole[: next(starts, 0)]
+
+
+def _lead(tokenizer: Any) -> str:
+    """What stands before a word that goes on from another text: a space, unless the tokenizer adds it by itself."""
+    return "" if plain_ids(tokenizer, "a a") == 2 * plain_ids(tokenizer, "a") else " "
+
+
+@dataclass(frozen=True)
+class _Side:
+    """How the texts of one side of an example become tokens: what stands before and behind them, and how many tokens
+    there are at most in all. A row without a token becomes `nothing`."""
+
+    name: str
+    max_tokens: int
+    lead: str = ""
+    before: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+    nothing: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """For the tokens of the text."""
+        return self.max_tokens - len(self.before) - len(self.behind)
+
+
 class Collator:
     """Turns examples into the tensors of one batch, as the objective lays them out.
 
     Texts are cut to `max_source_tokens` and `max_target_tokens`, both counted with the end-of-sequence token that
-    closes a row, so that a cut text still ends in one. The objective says whether it closes sources. Token ids are
-    kept, up to `KEPT_TOKENS` of them, so that a text seen again (the next epoch, the next validation, a label) is not
-    tokenized again.
+    closes a row, so that a cut text still ends in one; the first target that is cut is told of. The objective says
+    whether it closes sources. Where the target goes on from the source, the source begins as the tokenizer begins a
+    text and ends in `separator`, or `chat` writes both as a conversation; `learn` says what of it is learnt. Token ids
+    are kept, up to `KEPT_TOKENS` of them, so that a text seen again (the next epoch, the next validation, a label) is
+    not tokenized again. Raises `UsageError` where nothing of a source has room.
     """
 
-    def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int, objective: Objective) -> None:
-        self.tokenizer, self.objective = tokenizer, objective
-        self.max_source_tokens = max_source_tokens
-        self.max_target_tokens = max_target_tokens
-        self._kept: dict[tuple[int, bool, str], array[int]] = {}
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_source_tokens: int,
+        max_target_tokens: int,
+        objective: Objective,
+        *,
+        separator: str = "",
+        learn: Learn = Learn.answers,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        self.tokenizer, self.objective, self.learn, self.chat = tokenizer, objective, learn, chat
+        self.max_source_tokens, self.max_target_tokens = max_source_tokens, max_target_tokens
+        end = (tokenizer.eos_token_id,)
+        if objective.closes_sources:
+            self._source = _Side("source", max_source_tokens, behind=end)
+            self._target = _Side("target", max_target_tokens, behind=end)
+        else:
+            lead, before = _lead(tokenizer), tuple(opening_tokens(tokenizer))
+            behind = tuple(plain_ids(tokenizer, lead + separator)) if separator else ()
+            # a row without a token has nothing to predict the first token of the target from
+            self._source = _Side("source", max_source_tokens, before=before, behind=behind, nothing=end)
+            self._target = _Side("target", max_target_tokens, lead, behind=end)
+        if self._source.room < 1 and chat is None:
+            raise UsageError(
+                f"task.max_source_tokens={max_source_tokens} leaves no room for a prompt: set it to more than "
+                f"{max_source_tokens - self._source.room}, which task.separator={separator!r} takes."
+            )
+        self._kept: dict[Any, Any] = {}
         self._kept_tokens = 0
+        self._told = False
+
+    @classmethod
+    def for_task(cls, task: TaskConfig, tokenizer: Any, objective: Objective) -> Collator:
+        """As `task` says. Raises `UsageError` for a chat template that is missing or cannot be used."""
+        sizes = task.max_source_tokens, task.max_target_tokens
+        chat = None
+        if not objective.closes_sources and task.chat_template is not None and tokenizer.chat_template:
+            chat = ChatTemplate(tokenizer, *sizes)
+        if task.kind is TaskKind.chat and chat is None:
+            raise UsageError(
+                f"Task {task.name!r} needs a chat template and the tokenizer has none: set task.chat_template=FILE."
+            )
+        return cls(tokenizer, *sizes, objective, separator=task.separator, learn=task.learn, chat=chat)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
-        targets = self._token_ids([example.target for example in examples], self.max_target_tokens)
-        return self.objective.batch(self._sources(examples), targets, self.tokenizer.pad_token_id)
+        return self.objective.batch(self.rows(examples), self.tokenizer.pad_token_id)
+
+    def packed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The same with several examples in a row, see `Objective.packed`."""
+        most = self.max_source_tokens + self.max_target_tokens
+        return self.objective.packed(self.rows(examples), self.tokenizer.pad_token_id, most)
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
-        return self.objective.prompts(self._sources(examples), self.tokenizer.pad_token_id)
+        return self.objective.prompts(self._prompts(examples), self.tokenizer.pad_token_id)
 
     def source_lengths(self, examples: Sequence[Example]) -> list[int]:
         """How many source tokens each example has, cut and closed as in a batch."""
-        return [len(row) for row in self._sources(examples)]
+        return [len(row) for row in self._prompts(examples)]
 
-    def _sources(self, examples: Sequence[Example]) -> list[array[int]]:
-        texts = [example.source for example in examples]
-        return self._token_ids(texts, self.max_source_tokens, self.objective.closes_sources)
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """Each example in tokens, with what of its source is learnt."""
+        if self.chat:
+            rows = [written.row for written in self._conversations(examples)]
+        else:
+            targets = self._token_ids([example.target for example in examples], self._target)
+            rows = [*map(Row, self._prompts(examples), targets)]
+        if self.learn is Learn.everything:
+            return [row._replace(learnt=(range(len(row.source)),)) for row in rows]
+        return rows if self.learn is Learn.answers else [row._replace(learnt=()) for row in rows]
 
-    def _token_ids(self, texts: list[str], max_tokens: int, closed: bool = True) -> list[array[int]]:
-        rows = {text: self._kept.get((max_tokens, closed, text)) for text in texts}
+    def _prompts(self, examples: Sequence[Example]) -> list[array[int]]:
+        if self.chat:
+            return [written.prompt for written in self._conversations(examples)]
+        return self._token_ids([example.source for example in examples], self._source)
+
+    def _conversations(self, examples: Sequence[Example]) -> list[Written]:
+        assert self.chat is not None
+        found = []
+        for example in examples:
+            key = example.conversation
+            written = self._kept.get(key) or self.chat.write(example, earlier_answers=self.learn is Learn.answers)
+            self._keep(key, written, len(written.prompt) + len(written.row.source) + len(written.row.target))
+            self._tell_of_cut(written.cuts_target, example.target)
+            found.append(written)
+        return found
+
+    def _token_ids(self, texts: list[str], side: _Side) -> list[array[int]]:
+        rows = {text: self._kept.get((side.name, text)) for text in texts}
         new = [text for text, row in rows.items() if row is None]
-        for text, row in zip(new, self._tokenize(new, max_tokens, closed), strict=True):
+        for text, row in zip(new, self._tokenize(new, side), strict=True):
             rows[text] = row
-            if self._kept_tokens < KEPT_TOKENS:
-                self._kept[max_tokens, closed, text] = row
-                self._kept_tokens += len(row)
+            self._keep((side.name, text), row, len(row))
         return [rows[text] for text in texts]  # type: ignore[misc]
 
-    def _tokenize(self, texts: list[str], max_tokens: int, closed: bool) -> list[array[int]]:
+    def _keep(self, key: Any, tokens: Any, count: int) -> None:
+        if key not in self._kept and self._kept_tokens < KEPT_TOKENS:
+            self._kept[key] = tokens
+            self._kept_tokens += count
+
+    def _tokenize(self, texts: list[str], side: _Side) -> list[array[int]]:
         if not texts:
             return []
-        rows = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max_tokens - closed,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        end = self.tokenizer.eos_token_id
-        # a row without a token has nothing to predict the first token of the target from
-        return [array("i", [*row, end] if closed or not row else row) for row in rows]
+        led = [side.lead + text for text in texts]
+        found = self.tokenizer(led, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        rows = []
+        for text, ids in zip(texts, found, strict=True):
+            if len(ids) > side.room:
+                self._tell_of_cut(side is self._target, text)
+                left = getattr(self.tokenizer, "truncation_side", "right") == "left"
+                ids = ids[-side.room :] if left else ids[: side.room]
+            rows.append(array("i", [*side.before, *ids, *side.behind] or side.nothing))
+        return rows
+
+    def _tell_of_cut(self, cut: bool, target: str) -> None:
+        if cut and not self._told:
+            self._told = True
+            say(
+                f"targets of more than task.max_target_tokens={self.max_target_tokens} tokens are cut, the first is "
+                f"{' '.join(target.split())[:40]!r}."
+            )

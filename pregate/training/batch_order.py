@@ -54,8 +54,9 @@ class Batching:
         return [list(part) for part in (unit[rank :: self.world_size] for unit in units) if part]
 
 
-def derive_batching(train: TrainConfig, max_source_tokens: int, world_size: int) -> Batching:
-    """Fit `train.batch_sequences` into micro batches of about `train.micro_batch_tokens` source tokens.
+def derive_batching(train: TrainConfig, sequence_tokens: int, world_size: int) -> Batching:
+    """Fit `train.batch_sequences` into micro batches of about `train.micro_batch_tokens` tokens, when a sequence has
+    `sequence_tokens`.
 
     Raises `UsageError` if there are more processes than sequences.
     """
@@ -64,7 +65,7 @@ def derive_batching(train: TrainConfig, max_source_tokens: int, world_size: int)
             f"train.batch_sequences={train.batch_sequences} leaves some of the {world_size} processes without work:"
             f" set it to {world_size} or more, or start fewer processes."
         )
-    bucket = min(train.batch_sequences, max(1, train.micro_batch_tokens // max_source_tokens))
+    bucket = min(train.batch_sequences, max(1, train.micro_batch_tokens // sequence_tokens))
     per_process = -(-train.batch_sequences // world_size)
     micro = min(bucket, per_process)
     return Batching(

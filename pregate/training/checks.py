@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from pregate.config import Run, TaskKind, UsageError
+from pregate.config import PRE_TRAINING, Learn, Run, TaskKind, UsageError
+from pregate.config.task import OWN_TEMPLATE
 from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
 from pregate.models.checkpoint import read_config
-from pregate.models.family import config_of, experts_of, family_named, family_of
+from pregate.models.family import Family, config_of, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
 from pregate.system.console import reason_of
@@ -36,7 +37,7 @@ def check_precision(run: Run) -> None:
 
 def check_model(run: Run) -> None:
     """Refuse, before any work, a model that cannot become what was asked for. Raises `UsageError`."""
-    pre_trains = run.task.kind is TaskKind.denoising
+    pre_trains = run.task.kind in PRE_TRAINING
     if pre_trains and run.then_eval:
         raise UsageError(f"Task {run.task.name!r} pre-trains and has no answers to evaluate: set then_eval=false.")
     if run.model.source is None:
@@ -46,9 +47,11 @@ def check_model(run: Run) -> None:
                 "trains its own."
             )
         geometry_config(run, PreGating.of_config(run.pregate), vocab_size=128)
+        check_objective(run, family_named(run.model.family))
         return
     source = open_model(run.model.source, run.model.revision)
     config = config_of(source.config)
+    check_objective(run, family_of(source.config))
     if family_of(source.config).is_pregated(source.config):
         config.pregating.refuse_other(
             PreGating.of_config(run.pregate).naming(family_of(source.config).stacks),
@@ -62,6 +65,35 @@ def check_model(run: Run) -> None:
         raise UsageError(
             f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
             "tokenizer pads with."
+        )
+
+
+def check_objective(run: Run, family: Family) -> None:
+    """Refuse what models of `family` cannot learn. Raises `UsageError`."""
+    kind, objective, task = run.task.kind, family.objective, run.task
+    model = f"a {family.source_type} model"
+    if kind is TaskKind.denoising and not objective.closes_sources:
+        raise UsageError(
+            f"Task {task.name!r} has sources and targets apart, but {model} is decoder-only: "
+            "choose task=language_modelling."
+        )
+    packing = any(train is not None and train.packing for train in (run.train, run.source_train))
+    if objective.closes_sources:
+        asked = {
+            "task.kind=language_modelling": kind is TaskKind.language_modelling,
+            "task.kind=chat": kind is TaskKind.chat,
+            f"task.chat_template={task.chat_template}": task.chat_template not in (None, OWN_TEMPLATE),
+            f"task.learn={task.learn}": task.learn is not Learn.answers,
+            "train.packing=true": packing,
+        }
+        for setting, is_asked in asked.items():
+            if is_asked:
+                raise UsageError(f"{setting} is for decoder-only models, and {model} is none: leave it out.")
+    elif not objective.packs and (packing or kind is TaskKind.language_modelling):
+        what = "train.packing=true" if packing else f"task {task.name!r}"
+        raise UsageError(
+            f"{what} puts several texts in one row, and the layers of {model} would carry a state from one to the "
+            f"next: {'leave it out' if packing else 'choose another task'}."
         )
 
 

@@ -68,8 +68,7 @@ class Distillation:
         if not self.logits_weight:
             asked["logits_at"] = torch.zeros_like(asked["logits_at"])
         return self.teacher(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            **self.objective.inputs(batch),
             **asked,
             output_router_logits=self.routing_weight > 0,
             use_cache=False,

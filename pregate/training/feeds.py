@@ -17,13 +17,14 @@ from torch import Tensor
 from pregate.config import Run, TrainConfig, UsageError
 from pregate.models.objectives import Objective
 from pregate.tasks.base import Example, Task
-from pregate.tasks.span_corruption import PackedRow, Position, SpanCorruption
+from pregate.tasks.text_stream import Position, TextStream
 from pregate.tasks.tokens import Collator
 from pregate.training.batch_order import Batching, MicroBatchSampler
 from pregate.training.state import TrainState
 
 Batch = dict[str, Tensor]
 POSITION = "position"
+MEASURED = 512
 
 
 class Feed(Protocol):
@@ -64,9 +65,9 @@ class Share:
         )
 
 
-def build_feed(task: Task | SpanCorruption, tokenizer: Any, share: Share) -> Feed:
+def build_feed(task: Task | TextStream, tokenizer: Any, share: Share) -> Feed:
     """The feed for `task`. Raises `UsageError` for data that is missing or cannot be used."""
-    kind = StreamFeed if isinstance(task, SpanCorruption) else ExampleFeed
+    kind = StreamFeed if isinstance(task, TextStream) else ExampleFeed
     return kind(task, tokenizer, share)  # type: ignore[arg-type]
 
 
@@ -83,11 +84,12 @@ class ExampleFeed:
         for split, found in ((run.task.train_split, self.examples), (run.task.eval_split, self.eval_examples)):
             if not found:
                 raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
-        self.collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, share.objective)
+        self.collate = Collator.for_task(run.task, tokenizer, share.objective)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
+        packing = self.share.train.packing
         sampler = MicroBatchSampler(
-            _SourceLengths(self.examples, self.collate),
+            _Alike(self.examples) if packing else _SourceLengths(self.examples, self.collate),
             self.share.batching,
             seed=self.share.run.seed,
             first_step=state.step,
@@ -95,7 +97,8 @@ class ExampleFeed:
             rank=self.share.rank,
         )
         workers = self.share.run.data.num_workers
-        return iter(self.share.loader(self.examples, workers, batch_sampler=sampler, collate_fn=self.collate))
+        collate = self.collate.packed if packing else self.collate
+        return iter(self.share.loader(self.examples, workers, batch_sampler=sampler, collate_fn=collate))
 
     def mark(self, state: TrainState) -> None:
         state.epoch = state.sequences / len(self.examples)
@@ -114,12 +117,35 @@ class _SourceLengths:
         return self.collate.source_lengths([self.examples[index] for index in indices])
 
 
+class _Alike:
+    """Lengths of packed examples: no row needs neighbours of like length, so they keep their random order."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        return [0] * len(indices)
+
+
+def sequence_tokens(task: Task | TextStream, tokenizer: Any, run: Run, train: TrainConfig, objective: Objective) -> int:
+    """The tokens by which sequences are counted into micro batches: the longest source, and where examples are packed
+    the mean of source and target together, over the first `MEASURED` examples."""
+    if not train.packing or isinstance(task, TextStream):
+        return run.task.max_source_tokens
+    examples = task.examples(run.task.train_split, min(MEASURED, run.data.max_train_examples or MEASURED))
+    rows = Collator.for_task(run.task, tokenizer, objective).rows(examples)
+    return -(-sum(len(row.source) + len(row.target) for row in rows) // len(rows))
+
+
 class StreamFeed:
-    """Rows of span corruption, packed as they are read; `TrainState.position` says where the reading stands."""
+    """Rows of text, packed as they are read; `TrainState.position` says where the reading stands."""
 
     predicts = False
 
-    def __init__(self, task: SpanCorruption, tokenizer: Any, share: Share) -> None:
+    def __init__(self, task: TextStream, tokenizer: Any, share: Share) -> None:
         run = share.run
         self.task, self.tokenizer, self.share = task, tokenizer, share
         self.collate = task.collator(tokenizer)
@@ -150,9 +176,9 @@ class _StepStream(torch.utils.data.IterableDataset[Batch]):
 
     def __init__(
         self,
-        task: SpanCorruption,
+        task: TextStream,
         tokenizer: Any,
-        collate: Callable[[Sequence[PackedRow]], Batch],
+        collate: Callable[[Sequence[Any]], Batch],
         share: Share,
         start: Position,
         first_step: int,

@@ -24,7 +24,7 @@ from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
-from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
@@ -62,7 +62,7 @@ class TrainSummary:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    task: Task | SpanCorruption,
+    task: Task | TextStream,
     train: TrainConfig,
     *,
     run: Run,
@@ -175,7 +175,7 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
     """
     train, distillation = session.train, session.distillation
     batch = {key: value.to(session.accelerator.device, non_blocking=True) for key, value in batch.items()}
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs: dict[str, Any] = session.objective.inputs(batch)
     if distillation and distillation.logits_weight:
         inputs |= session.objective.target_rows(session.model, batch)
     else:

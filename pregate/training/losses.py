@@ -76,22 +76,26 @@ def loss_share(
     if balance_weight or z_weight:
         blocks = _blocks_with_masks(outputs, batch, step, objective)
         if balance_weight:
-            balance = _mean_over_blocks([balance_loss(logits, mask) * share for logits, mask, share in blocks])
+            balance = _mean_over_blocks(
+                [balance_loss(logits, mask, ids) * share for logits, ids, mask, share in blocks]
+            )
         if z_weight:
-            z = _mean_over_blocks([z_loss(logits, mask) * share for logits, mask, share in blocks])
+            z = _mean_over_blocks([z_loss(logits, mask) * share for logits, _, mask, share in blocks])
     total = cross_entropy + balance_weight * balance + z_weight * z
     return LossShare(total, cross_entropy, balance, z)
 
 
 def _blocks_with_masks(
     outputs: Any, batch: Mapping[str, Tensor], step: TokenCounts, objective: Objective
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each MoE block: its logits, the mask of its real tokens, and the micro batch's share of such tokens."""
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each MoE block: its logits, the chosen experts, the mask of its real tokens, and the micro batch's share of
+    such tokens."""
     masks, counts = objective.real_tokens(batch), objective.tokens_by_stack(step)
+    chosen = objective.expert_ids(outputs)
     blocks = [
-        (logits, masks[stack], masks[stack].sum() / counts[stack])
+        (logits, ids, masks[stack], masks[stack].sum() / counts[stack])
         for stack, found in objective.router_logits(outputs).items()
-        for logits in found
+        for logits, ids in zip(found, chosen[stack], strict=True)
     ]
     assert blocks, "router losses are weighted but the model returned no router logits"
     return blocks

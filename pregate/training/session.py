@@ -24,12 +24,12 @@ from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
 from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
-from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
-from pregate.training.feeds import Feed, Share, build_feed
+from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import load_last, settle
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
@@ -44,7 +44,7 @@ class Session:
     model: Any
     wrapped: Any
     tokenizer: Any
-    task: Task | SpanCorruption
+    task: Task | TextStream
     train: TrainConfig
     run: Run
     tracker: Tracker
@@ -69,7 +69,7 @@ class Session:
 def prepare(
     model: Any,
     tokenizer: Any,
-    task: Task | SpanCorruption,
+    task: Task | TextStream,
     train: TrainConfig,
     *,
     run: Run,
@@ -83,8 +83,9 @@ def prepare(
     # autocast is ours and per run, because Accelerate fixes its precision once per process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-    batching = derive_batching(train, run.task.max_source_tokens, accelerator.num_processes)
     objective = family_of_model(model).objective
+    tokens = sequence_tokens(task, tokenizer, run, train, objective)
+    batching = derive_batching(train, tokens, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"
     share = Share(run, train, objective, batching, accelerator.process_index, pin_memory)
     feed = build_feed(task, tokenizer, share)

@@ -26,7 +26,7 @@ from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
 from pregate.system.processes import join, main_only
 from pregate.tasks.base import Task
-from pregate.tasks.span_corruption import SpanCorruption
+from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.durable_directories import replaced, write_model
@@ -35,7 +35,7 @@ from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 
 
-def get_source(run: Run, run_dir: Path, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker) -> str:
+def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any, tracker: Tracker) -> str:
     """The conventional checkpoint: `model.source`, one trained from scratch in `run_dir/source`, or, where `train`
     itself starts from scratch, a random one in `run_dir/initial`."""
     if run.model.source is not None:
@@ -77,7 +77,7 @@ def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
     return str(directory)
 
 
-def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorruption, tokenizer: Any) -> str:
+def get_converted(run: Run, run_dir: Path, source: str, task: Task | TextStream, tokenizer: Any) -> str:
     """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted.
 
     Gates are calibrated on the run's training examples, by one process.
@@ -91,7 +91,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | SpanCorrupt
         if (directory / MANIFEST).is_file():
             _refuse_other_gating(run, directory)
         elif run.pregate.init is Init.calibrated:
-            assert not isinstance(task, SpanCorruption), "pre-training starts at random"
+            assert not isinstance(task, TextStream), "pre-training starts at random"
             _, calibration = calibrate(run, source, directory, task, tokenizer, join().device)
             print(calibration.table(), flush=True)
         else:
@@ -119,7 +119,7 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
 
 
 def train_converted(
-    run: Run, run_dir: Path, converted: str, task: Task | SpanCorruption, tokenizer: Any, tracker: Tracker
+    run: Run, run_dir: Path, converted: str, task: Task | TextStream, tokenizer: Any, tracker: Tracker
 ) -> TrainSummary:
     """Fine-tune into `run_dir/checkpoint`; a conventional model is saved as an ordinary upstream checkpoint.
 
@@ -144,7 +144,7 @@ def _fine_tune_converted(
     run_dir: Path,
     converted: str,
     revision: str | None,
-    task: Task | SpanCorruption,
+    task: Task | TextStream,
     tokenizer: Any,
     tracker: Tracker,
 ) -> TrainSummary:

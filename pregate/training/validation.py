@@ -55,7 +55,8 @@ def validate(
         rows = [examples[i] for i in chosen]
         batch = _on(accelerator.device, collate(rows))
         with autocast():
-            loss = model(**batch, loss_only=True, use_cache=False).loss.item()
+            inputs = objective.inputs(batch)
+            loss = model(**inputs, labels=batch["labels"], loss_only=True, use_cache=False).loss.item()
             sums += torch.tensor([loss, objective.count(batch).target], dtype=torch.float64)
             if not abs(loss) < float("inf"):
                 broken += chosen

@@ -47,6 +47,21 @@ def test_a_start_that_is_right_already_stays_as_it_is() -> None:
     assert torch.equal(found.weight_ED, weight_ED)
 
 
+def test_agreement_counts_all_chosen_experts() -> None:
+    """The gate exchanges the first two experts of every token: with K = 1 nothing agrees, with K = 2 all does."""
+    states_TD = torch.eye(D)
+    right_ED, exchanged_ED = torch.zeros(E, D), torch.zeros(E, D)
+    for token in range(D):
+        first, second = token % E, (token + 1) % E
+        right_ED[first, token], right_ED[second, token] = 3.0, 2.0
+        exchanged_ED[first, token], exchanged_ED[second, token] = 2.0, 3.0
+    told = Tokens(states_TD, states_TD @ right_ED.T)
+    assert fit_gate(exchanged_ED, None, told, told, 0, top_k=1).copy == 0.0
+    found = fit_gate(exchanged_ED, None, told, told, 0, top_k=2)
+    assert (found.copy, found.chosen) == (1.0, "copy")
+    assert fit_gate(exchanged_ED.roll(1, 0), None, told, told, 0, top_k=2).copy == 0.5
+
+
 @pytest.mark.parametrize("count", [1, 7, 300])
 @pytest.mark.parametrize("seed", range(4))
 def test_never_worse_than_the_start_on_held_out_tokens(seed: int, count: int) -> None:

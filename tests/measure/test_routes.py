@@ -10,50 +10,64 @@ import torch
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.routes import (
     BlockRoutes,
-    agreement,
     compare_routes,
     gate_mass,
     load_balance,
     record_routes,
     switch_rate,
 )
+from pregate.models.routing import slot_agreement
 from pregate.tasks.base import Example
 from tests.tiny import batch, pregated_model
 
 REFERENCE_TE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.3, 0.3, 0.4], [0.0, 0.0, 1.0]])
 
 
-def test_agreement_is_the_share_of_equal_choices() -> None:
-    assert agreement(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 3, 2])) == 0.5
+def chosen(*ids: int | tuple[int, ...]) -> torch.Tensor:
+    """(T, K)"""
+    return torch.tensor([(each,) if isinstance(each, int) else each for each in ids])
+
+
+def reference(top_k: int) -> BlockRoutes:
+    return BlockRoutes(REFERENCE_TE, REFERENCE_TE.topk(top_k).indices, torch.zeros(4))
+
+
+def test_agreement_is_the_share_of_equal_choices_in_any_order() -> None:
+    assert slot_agreement(chosen(0, 1, 2, 3), chosen(0, 1, 3, 2)) == 0.5
+    assert slot_agreement(chosen((0, 1), (2, 3), (4, 5)), chosen((1, 0), (3, 4), (0, 1))) == 0.5
 
 
 def test_gate_mass_counts_a_near_miss_for_what_it_is_worth() -> None:
-    assert gate_mass(torch.tensor([0, 1, 2, 2]), REFERENCE_TE) == 1.0
-    assert gate_mass(torch.tensor([0, 2, 0, 2]), REFERENCE_TE) == pytest.approx((0.7 + 0.4 + 0.3 + 1.0) / 2.6)
-    assert gate_mass(torch.tensor([1, 0, 0, 0]), REFERENCE_TE) == pytest.approx((0.2 + 0.1 + 0.3) / 2.6)
+    assert gate_mass(chosen(0, 1, 2, 2), reference(1)) == 1.0
+    assert gate_mass(chosen(0, 2, 0, 2), reference(1)) == pytest.approx((0.7 + 0.4 + 0.3 + 1.0) / 2.6)
+    assert gate_mass(chosen(1, 0, 0, 0), reference(1)) == pytest.approx((0.2 + 0.1 + 0.3) / 2.6)
+    own = 0.9 + 0.9 + 0.7 + 1.0
+    found = gate_mass(chosen((2, 0), (0, 1), (1, 0), (0, 2)), reference(2))
+    assert found == pytest.approx((0.8 + 0.6 + 0.6 + 1.0) / own)
 
 
 def test_load_balance_is_one_for_equal_loads_and_zero_for_one_expert() -> None:
-    assert load_balance(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(1.0)
-    assert load_balance(torch.tensor([0, 0, 1, 1]), 4) == pytest.approx(0.5)
-    assert load_balance(torch.tensor([2, 2, 2]), 4) == 0.0
-    assert load_balance(torch.tensor([0, 0]), 1) == 1.0
+    assert load_balance(chosen(0, 1, 2, 3), 4) == pytest.approx(1.0)
+    assert load_balance(chosen((0, 1), (0, 1)), 4) == pytest.approx(0.5)
+    assert load_balance(chosen(2, 2, 2), 4) == 0.0
+    assert load_balance(chosen(0, 0), 1) == 1.0
 
 
 def test_switch_rate_looks_at_neighbours_in_one_sequence_only() -> None:
-    choices, sequences = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 2])
+    choices, sequences = chosen(0, 0, 1, 2, 2, 2), torch.tensor([0, 0, 0, 1, 1, 2])
     assert switch_rate(choices, sequences) == pytest.approx(1 / 3)
-    assert switch_rate(torch.tensor([0, 1]), torch.tensor([0, 1])) is None
+    assert switch_rate(chosen((0, 1), (1, 2), (2, 1)), torch.zeros(3)) == pytest.approx(1 / 4)
+    assert switch_rate(chosen(0, 1), torch.tensor([0, 1])) is None
 
 
 def routes(*choices: list[int], num_experts: int = 3) -> dict[str, list[BlockRoutes]]:
     sequences = torch.zeros(len(choices[0]), dtype=torch.long)
 
-    def block(chosen: list[int]) -> BlockRoutes:
-        ids = torch.tensor(chosen)
-        return BlockRoutes(torch.nn.functional.one_hot(ids, num_experts).float(), ids, sequences)
+    def block(numbers: list[int]) -> BlockRoutes:
+        ids = torch.tensor(numbers)
+        return BlockRoutes(torch.nn.functional.one_hot(ids, num_experts).float(), ids[:, None], sequences)
 
-    return {"encoder": [block(chosen) for chosen in choices]}
+    return {"encoder": [block(numbers) for numbers in choices]}
 
 
 def test_the_section_has_one_value_a_block() -> None:
@@ -91,6 +105,6 @@ def test_recorded_routes_are_those_of_real_tokens(tmp_path: Path) -> None:
             found = record_routes(engine, examples, collate, size)  # type: ignore[arg-type]
             for stack, mask in masks.items():
                 for block, logits in zip(found[stack], getattr(output, f"{stack}_router_logits"), strict=True):
-                    assert torch.equal(block.choices_T, logits.argmax(-1)[mask])
+                    assert torch.equal(block.choices_TK[:, 0], logits.argmax(-1)[mask])
                     assert torch.allclose(block.probabilities_TE, logits.softmax(-1)[mask], atol=1e-5)
                     assert torch.equal(block.sequences_T, mask.nonzero()[:, 0])

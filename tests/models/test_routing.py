@@ -77,6 +77,22 @@ def test_losses_ignore_padding_and_equal_a_naive_loop() -> None:
     assert gradient[mask == 1].abs().max() > 0
 
 
+def test_every_choice_of_a_token_counts_in_the_balance_loss() -> None:
+    logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 1], [1, 0, 1, 0, 1]])
+    ids = logits.topk(2).indices
+    tokens = [(b, t) for b in range(2) for t in range(5) if mask[b, t]]
+    share, mean = [0.0] * 4, torch.zeros(4)
+    for place in tokens:
+        mean += logits[place].softmax(0) / len(tokens)
+        for expert in ids[place].tolist():
+            share[expert] += 0.5 / len(tokens)
+    expected = 4 * sum(s * m for s, m in zip(share, mean, strict=True))
+    torch.testing.assert_close(balance_loss(logits, mask, ids), expected)
+    assert balance_loss(logits, mask).item() != pytest.approx(float(expected), rel=1e-3)
+    assert balance_loss(logits, mask, ids[..., :1]).item() == balance_loss(logits, mask).item()
+
+
 def test_losses_of_an_empty_mask_are_zero() -> None:
     logits = torch.randn(2, 3, 4)
     mask = torch.zeros(2, 3)

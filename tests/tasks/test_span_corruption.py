@@ -12,15 +12,16 @@ import pytest
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.tasks import span_corruption
+from pregate.tasks import span_corruption, text_stream
 from pregate.tasks.registry import build_task, build_training_task
-from pregate.tasks.span_corruption import PackedRow, Position, SpanCollator, SpanLengths, noise_masks
+from pregate.tasks.span_corruption import PackedRow, SpanCollator, SpanLengths, noise_masks
+from pregate.tasks.text_stream import Position
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span_corruption, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(text_stream, "BLOCK_DOCUMENTS", 7)
 
 
 @pytest.fixture

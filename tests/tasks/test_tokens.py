@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from pregate.cli import compose_run
-from pregate.config import GeneratedConfig, UsageError
+from pregate.config import GeneratedConfig, Learn, UsageError
+from pregate.models.objectives import Causal
 from pregate.tasks import tokens
 from pregate.tasks.base import Example
 from pregate.tasks.generated import generated_tokenizer
 from pregate.tasks.prompts import prompt_fields
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
 from tests.tiny import SEQ2SEQ
+
+CAUSAL = Causal("decoder")
 
 
 def word_tokenizer(words, **specials):
@@ -145,3 +148,62 @@ def test_tokenizers_that_are_not_there(tmp_path):
     word_tokenizer(WORDS).save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match=r"lacks a padding or end-of-sequence token"):
         load_tokenizer(run_of(f"model.tokenizer={tmp_path}/bare"))
+
+
+def beginning_tokenizer():
+    """Puts <s> (7) before every text."""
+    from tokenizers import processors
+
+    found = word_tokenizer([*WORDS[:7], "<s>"], pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    found._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 7)])
+    return found
+
+
+def test_a_target_goes_on_from_its_source_behind_the_separator(tokenizer):
+    collate = Collator(tokenizer, 4, 3, CAUSAL, separator="three")
+    batch = collate([example("one two one two", "four"), example("", "one")])
+    assert batch["input_ids"].tolist() == [[3, 4, 3, 5, 6, 1], [5, 3, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [6, 1], [-100, 3, 1, -100, -100, -100]]
+    prompts = collate.prompts([example("one two one two", "four"), example("", "one")])
+    assert prompts["input_ids"].tolist() == [[3, 4, 3, 5], [0, 0, 0, 5]]
+    assert collate.source_lengths([example("one", "")]) == [2]
+
+
+def test_sources_begin_as_the_tokenizer_begins_a_text(tokenizer):
+    batch = Collator(beginning_tokenizer(), 3, 3, CAUSAL)([example("one two three", "four"), example("", "one")])
+    assert batch["input_ids"].tolist() == [[7, 3, 4, 6, 1], [7, 3, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 6, 1], [-100, 3, 1, -100, -100]]
+    # without a beginning there must be something that the first token is predicted from
+    batch = Collator(tokenizer, 3, 3, CAUSAL)([example("", "one")])
+    assert batch["input_ids"].tolist() == [[1, 3, 1]] and batch["labels"].tolist() == [[-100, 3, 1]]
+
+
+def test_everything_is_learnt_but_the_first_token(tokenizer):
+    batch = Collator(tokenizer, 9, 9, CAUSAL, learn=Learn.everything)([example("one two", "three")])
+    assert batch["labels"].tolist() == [[-100, 4, 5, 1]]
+
+
+def test_a_word_of_a_byte_level_tokenizer_keeps_its_space():
+    from tests.tasks.test_chat import chat_tokenizer
+
+    tokenizer = chat_tokenizer(None)
+    collate = Collator(tokenizer, 60, 60, CAUSAL, separator="answer:")
+    batch = collate([example("What is it?", "A short book.")])
+    assert tokenizer.decode(batch["input_ids"][0]) == "<s>What is it? answer: A short book.<|im_end|>"
+
+
+def test_a_target_is_never_cut_silently(tokenizer, capsys):
+    collate = Collator(tokenizer, 3, 2, CAUSAL)
+    collate([example("one two three four", "five")])
+    assert not capsys.readouterr().err
+    assert collate([example("one", "five four three"), example("one", "two one")])["labels"].tolist() == [
+        [-100, 7, 1],
+        [-100, 4, 1],
+    ]
+    told = capsys.readouterr().err
+    assert told.count("task.max_target_tokens=2 tokens are cut, the first is 'five four three'") == 1
+
+
+def test_limits_without_room_for_a_prompt_are_refused(tokenizer):
+    with pytest.raises(UsageError, match=r"task.max_source_tokens=2 leaves no room.*more than 2"):
+        Collator(tokenizer, 2, 2, CAUSAL, separator="one two")

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformersForConditionalGeneration
 
 from pregate.cli import entry_point
-from pregate.tasks import span_corruption
+from pregate.tasks import text_stream
 from pregate.training.batch_order import derive_batching
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
@@ -31,7 +31,7 @@ GEOMETRY = (
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span_corruption, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(text_stream, "BLOCK_DOCUMENTS", 7)
 
 
 @pytest.fixture(scope="module")

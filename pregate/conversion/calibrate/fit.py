@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pregate.models.routing import logits_agreement
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties on the distance from the start, in units of the features' mean square."""
 TEMPERATURES = (1.0, 0.5, 0.25)
@@ -31,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class GateFit:
-    """A gate, and the top-1 agreement with the source on held-out tokens: of the start (`copy`), of the best ridge fit
+    """A gate, and its slot agreement with the source on held-out tokens: of the start (`copy`), of the best ridge fit
     and of the best refined one. `chosen` says which of them the gate is."""
 
     weight_ED: Tensor
@@ -42,19 +44,20 @@ class GateFit:
     chosen: str
 
 
-def fit_gate(weight_ED: Tensor, bias_E: Tensor | None, fit: Tokens, held_out: Tokens, steps: int) -> GateFit:
+def fit_gate(
+    weight_ED: Tensor, bias_E: Tensor | None, fit: Tokens, held_out: Tokens, steps: int, top_k: int = 1
+) -> GateFit:
     """The gate that agrees most with the source on `held_out`, of several fitted on `fit` and the given start itself.
 
-    `steps`: most iterations at each temperature; 0 leaves the ridge fits alone. On equal agreement the simpler fit
-    wins, so the result is never worse than the start on the tokens held out.
+    `steps`: most iterations at each temperature; 0 leaves the ridge fits alone. `top_k`: experts of a token. On
+    equal agreement the simpler fit wins, so the result is never worse than the start on the tokens held out.
     """
     start_EF = weight_ED if bias_E is None else torch.cat([weight_ED, bias_E[:, None]], dim=1)
     start_EF = start_EF.double()
     states_TF, judged_TF = (_features(tokens.states_TD, bias_E is not None) for tokens in (fit, held_out))
-    best_T = held_out.logits_TE.argmax(-1)
 
     def agreement(gate_EF: Tensor) -> float:
-        return (judged_TF @ gate_EF.to(judged_TF.dtype).T).argmax(-1).eq(best_T).double().mean().item()
+        return logits_agreement(judged_TF @ gate_EF.to(judged_TF.dtype).T, held_out.logits_TE, top_k)
 
     copy = agreement(start_EF)
     gates: dict[str, Tensor] = {"copy": start_EF}

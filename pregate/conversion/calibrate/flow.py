@@ -59,7 +59,7 @@ def calibrate(
         began = time.perf_counter()
         examples = task.examples(run.task.train_split, run.data.max_train_examples)
         objective = family_named(config.model_type).objective
-        collate = Collator(tokenizer, run.task.max_source_tokens, run.task.max_target_tokens, objective)
+        collate = Collator.for_task(run.task, tokenizer, objective)
         batches = Batches.of(examples, collate, run.calibration, run.seed)
         model = load_resident(source, run.model.revision, dtype=torch.float32)
         if device is not None:
@@ -98,9 +98,10 @@ def fit_gates(
     wanted_fit, wanted_held = router_logits(source, batches.fit), router_logits(source, batches.held_out)
     gates = gates_to_fit(model)
     copies = [(gate, gate.weights()) for gate in gates]
-    before = agreement_of(router_logits(model, batches.held_out), wanted_held)
-    fitted: list[FittedGate] = []
     family = family_of_model(model)
+    top_k = family.experts(config).top_k
+    before = agreement_of(router_logits(model, batches.held_out), wanted_held, top_k)
+    fitted: list[FittedGate] = []
     for stack in family.stacks:
         for wave in _waves([gate for gate in gates if gate.stack == stack and not gate.exact]):
             fit_states = states_read(model, stack, wave, batches.fit)
@@ -109,12 +110,12 @@ def fit_gates(
                 fit = Tokens(fit_TD, wanted_fit[stack][gate.block])
                 held = Tokens(held_TD, wanted_held[stack][gate.block])
                 with torch.enable_grad():
-                    found = fit_gate(*gate.weights(), fit, held, steps)
+                    found = fit_gate(*gate.weights(), fit, held, steps, top_k)
                 gate.set_weights(found.weight_ED, found.bias_E)
                 fitted.append(FittedGate(stack, gate.block, found))
         for batch in (*batches.fit, *batches.held_out):
             batch.settled |= family.objective.settled(model, stack, batch.inputs)
-    after = agreement_of(router_logits(model, batches.held_out), wanted_held)
+    after = agreement_of(router_logits(model, batches.held_out), wanted_held, top_k)
     if mean_agreement(after) < mean_agreement(before):
         # each gate is no worse than a copy on the states that it met; this holds for the model as a whole
         for gate, weights in copies:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pregate.conversion.calibrate.examples import Batch
 from pregate.models.family import family_of_model
 from pregate.models.pregated_models import Gate
+from pregate.models.routing import logits_agreement
 
 Agreement = dict[str, list[float]]
-"""stack -> for each MoE block, the share of tokens for which both models' first choice is the same."""
+"""stack -> for each MoE block, the slot agreement of both models."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,10 @@ def states_read(model: Any, stack: str, wave: Sequence[GateToFit], batches: Sequ
     return [torch.cat(rows) for rows in caught]
 
 
-def agreement_of(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> Agreement:
+def agreement_of(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]], top_k: int = 1) -> Agreement:
+    """Of the `top_k` largest of the logits_TE of each block."""
     return {
-        stack: [a.argmax(-1).eq(b.argmax(-1)).double().mean().item() for a, b in zip(blocks, other[stack], strict=True)]
+        stack: [logits_agreement(a, b, top_k) for a, b in zip(blocks, other[stack], strict=True)]
         for stack, blocks in one.items()
     }
 

@@ -24,6 +24,7 @@ from pregate.engine.device.device_addresses import device_addresses
 from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.limits import refuse_settings, slots_for
+from pregate.engine.device.ops.expert_outputs import into_and_out
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampler_state import Sampling, StepKind
@@ -114,6 +115,7 @@ class DeviceEngine(Engine):
             if opened.dtype is torch.float64:
                 raise UsageError("engine.drive=device has no kernels for float64: use engine.drive=host.")
         layout = opened.layout(SlabDtype(slab_dtype), store)
+        into_and_out(layout, opened.family.activation)
         return cls._assemble(
             opened,
             layout,
@@ -139,7 +141,7 @@ class DeviceEngine(Engine):
         larger requests than the engine was opened for.
         """
         with self._served():
-            request = self.request(**options)
+            request = self.request(input_ids, **options)
             self._prefill(input_ids, attention_mask, request.sampling)
             logits, done = [], 0
             at_once = 1 if request.with_logits else EOS_CHECK_EVERY
@@ -154,9 +156,10 @@ class DeviceEngine(Engine):
                     break
             self._check_errors()
             tokens_BT = self._tokens(len(input_ids), request)
+            sequences = self.decoder.sequences(tokens_BT, input_ids)
             if not request.as_dict:
-                return tokens_BT
-            return self.decoder.output(tokens_BT, logits[: tokens_BT.shape[1] - 1] if request.with_logits else None)
+                return sequences
+            return self.decoder.output(sequences, logits[: tokens_BT.shape[1] - 1] if request.with_logits else None)
 
     def forward(self, **inputs: Any) -> Any:
         """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
@@ -167,10 +170,11 @@ class DeviceEngine(Engine):
             finally:
                 self._take_slots()
 
-    def request(self, **options: Any) -> Request:
+    def request(self, input_ids: Tensor, **options: Any) -> Request:
         """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""
-        config = self.model.config
-        return read_request(self.model.generation_config, options, config.vocab_size, self.max_new_tokens)
+        prompt_len = input_ids.shape[1] if self.decoder.continues_prompt else None
+        vocab_size = self.model.config.vocab_size
+        return read_request(self.model.generation_config, options, vocab_size, self.max_new_tokens, prompt_len)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
@@ -224,8 +228,8 @@ class DeviceEngine(Engine):
         self.decode(1)
 
     def tokens(self) -> Tensor:
-        """The start token and all tokens so far of every row there is room for (batch, max_new_tokens + 1). The next
-        request overwrites them."""
+        """The start token, or the last of the prompt, and all tokens so far of every row there is room for (batch,
+        max_new_tokens + 1). The next request overwrites them."""
         return self.decoder.sampler.tokens_BT
 
     def rows_not_finite(self) -> list[int]:

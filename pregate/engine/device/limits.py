@@ -7,6 +7,7 @@ from typing import Any
 from pregate.config import CacheRule, Policy, Tier, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.device.fetching import slots_needed
+from pregate.engine.device.ops.assign_slots import MAX_CHOICES
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
 from pregate.models.family import experts_of
@@ -17,8 +18,14 @@ MOST_ROWS = 32
 
 
 def slots_for(budget: str | None, policy: Policy, config: Any, slab_bytes: int, batch: int) -> int:
-    """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them."""
+    """How many slots `budget` buys. Raises `UsageError` if a step of `batch` rows could need more of them, or has more
+    choices than one fetch looks at."""
     family = experts_of(config)
+    if batch * family.top_k > MAX_CHOICES:
+        raise UsageError(
+            f"engine.drive=device looks at {MAX_CHOICES} choices of a block together, but {batch} rows choose "
+            f"{family.top_k} experts each: serve {MAX_CHOICES // family.top_k} rows or fewer, or use engine.drive=host."
+        )
     total, lookahead = len(family.keys()), config.pregating.lookahead_of(list(family.layers)[-1])
     fewest = slots_needed(policy, total, batch * family.top_k, family.num_experts, lookahead)
     if budget is None:

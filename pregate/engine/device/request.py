@@ -64,9 +64,16 @@ class Request:
     with_logits: bool
 
 
-def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size: int, max_new_tokens: int) -> Request:
+def read_request(
+    defaults: GenerationConfig,
+    options: dict[str, Any],
+    vocab_size: int,
+    max_new_tokens: int,
+    prompt_len: int | None = None,
+) -> Request:
     """`options` over `defaults`, as Hugging Face `generate` reads them, except that sampling draws from all tokens
-    where nothing is said of `top_k` (there: from the 50 likeliest). Raises `UsageError`."""
+    where nothing is said of `top_k` (there: from the 50 likeliest). `prompt_len`: of the prompt that the new tokens
+    continue; None where they follow a start token. Raises `UsageError`."""
     config = copy.deepcopy(defaults)
     for name, value in options.items():
         # not `update`, which validates in sentences of its own
@@ -82,7 +89,8 @@ def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size
             continue
         if value not in ({}, [], False):
             _refuse({name: value})
-    if config.decoder_start_token_id is None:
+    start = 0 if prompt_len is not None else config.decoder_start_token_id
+    if start is None:
         raise UsageError("The model's generation settings name no decoder_start_token_id: give one.")
     eos = [] if config.eos_token_id is None else config.eos_token_id
     eos = [int(token) for token in (eos if isinstance(eos, list | tuple) else [eos])]
@@ -95,19 +103,20 @@ def read_request(defaults: GenerationConfig, options: dict[str, Any], vocab_size
     ):
         if not holds:
             raise UsageError(f"{name}={getattr(config, name)} {sentence}.")
-    for token in (*eos, pad, config.decoder_start_token_id):
+    for token in (*eos, pad, start):
         if not 0 <= int(token) < vocab_size:
             raise UsageError(
                 f"The token {token} is outside the vocabulary of {vocab_size}: check the generation settings."
             )
+    begun = 1 if prompt_len is None else prompt_len
     return Request(
-        _length(config, max_new_tokens),
+        _length(config, max_new_tokens, begun),
         Sampling(
             sample=sample,
             temperature=temperature,
             repetition_penalty=penalty,
-            min_new_tokens=_minimum(config),
-            start=int(config.decoder_start_token_id),
+            min_new_tokens=_minimum(config, begun),
+            start=int(start),
             pad=int(pad),
             eos=eos,
         ),
@@ -129,11 +138,11 @@ def _refuse(settings: dict[str, Any]) -> None:
         )
 
 
-def _length(config: GenerationConfig, most: int) -> int:
+def _length(config: GenerationConfig, most: int, begun: int) -> int:
     asked = config.max_new_tokens
     if asked is None:
-        # max_length counts the start token
-        asked = most if config.max_length is None else config.max_length - 1
+        # max_length counts the start token, or the prompt
+        asked = most if config.max_length is None else config.max_length - begun
     if not 1 <= asked <= most:
         raise UsageError(
             f"{asked} new tokens are asked for, but this engine was opened for 1 to {most}: open it with "
@@ -142,7 +151,7 @@ def _length(config: GenerationConfig, most: int) -> int:
     return int(asked)
 
 
-def _minimum(config: GenerationConfig) -> int:
+def _minimum(config: GenerationConfig, begun: int) -> int:
     if config.min_new_tokens is not None:
         return int(config.min_new_tokens)
-    return max(0, int(config.min_length or 0) - 1)
+    return max(0, int(config.min_length or 0) - begun)

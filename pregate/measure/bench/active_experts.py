@@ -19,9 +19,11 @@ from pregate.models.routing import DROPPED, Routing
 
 @contextmanager
 def forced_experts(model: Any, num_active: int | None) -> Iterator[None]:
-    """While it lasts, every route sends token t of its call to expert t mod `num_active`; None changes nothing.
+    """While it lasts, every route uses the first `num_active` experts in turn, as far as its choices go; None changes
+    nothing.
 
-    A step of fewer than `num_active` tokens uses as many experts as it has tokens. Combine weights stay the gate's.
+    The K choices of a token are K experts in a row, and the next token goes on behind them. Combine weights stay the
+    gate's.
     """
 
     def spread(routing: Routing) -> Routing:
@@ -36,12 +38,14 @@ def forced_experts(model: Any, num_active: int | None) -> Iterator[None]:
 
 @contextmanager
 def counted_experts(model: Any) -> Iterator[list[int]]:
-    """While it lasts, the distinct experts of each route of the last stack, one number for each block and step."""
+    """While it lasts, the distinct experts of each route of the last stack, one number for each block and decoding
+    step."""
     counts: list[int] = []
 
     def count(routing: Routing) -> Routing:
         ids = routing.expert_ids_BTK
-        counts.append(ids[ids != DROPPED].unique().numel())
+        if ids.shape[1] == 1:  # a prompt may pass through the last stack too
+            counts.append(ids[ids != DROPPED].unique().numel())
         return routing
 
     with _after_decisions(model.gates(family_of_model(model).stacks[-1]), count):

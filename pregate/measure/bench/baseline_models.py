@@ -7,10 +7,10 @@ memory. Knows models, stores and Accelerate; knows nothing about rows or tables.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
@@ -20,9 +20,9 @@ from torch import Tensor
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.models import BenchModel
-from pregate.models.family import ExpertKey, family_of
-from pregate.models.loading import generation_config, load_resident
-from pregate.models.pregated_models import Gate
+from pregate.models.family import config_of, experts_of, family_of
+from pregate.models.loading import experts_in_own_layout, generation_config, load_resident
+from pregate.models.pregated_models import Gate, compute_buffers
 
 
 def resident_model(model: BenchModel, device: torch.device) -> Any:
@@ -32,21 +32,39 @@ def resident_model(model: BenchModel, device: torch.device) -> Any:
         whole.requires_grad_(False)
         return whole
     whole = _empty_model(model)
-    source, names = model.source, model.source.names()
-    weights = {name: source.read([name])[name].to(device=device, dtype=model.dtype) for name in names}
+    dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
+    weights = {name: tensor.to(device, dtypes[name]) for name, tensor in _tensors(model)}
     whole.load_state_dict(weights, assign=True, strict=False)
+    compute_buffers(whole, device)
     whole.tie_weights()
     return whole
 
 
+def _tensors(model: BenchModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model in memory, a tensor or a block of experts at a time."""
+    source, own = model.source, experts_of(config_of(model.source.config))
+    found = own.as_found_in(source.tensors)
+    blocks = [(stack, block) for stack, layers in own.layers.items() for block in range(len(layers))]
+    if found.layouts[0] is own.layouts[0]:
+        blocks = []
+    elsewhere = {name for block in blocks for name in found.tensors_of(*block)}
+    for name in source.names():
+        if name not in elsewhere:
+            yield name, source.read([name])[name]
+    for block in blocks:
+        yield from experts_in_own_layout(source, own, found, *block).items()
+
+
 def _empty_model(model: BenchModel) -> Any:
-    """The architecture without storage, in the dtype it is served in."""
+    """The architecture without storage, its parameters in the dtype they are served in; buffers keep their own."""
     family = family_of(model.source.config)
     with torch.device("meta"):
         empty = family.model_class(family.config(model.source.config))
+    for parameter in empty.parameters():
+        parameter.data = parameter.data.to(model.dtype)
     empty.requires_grad_(False)
     use_generation_config(empty, model)
-    return empty.to(dtype=model.dtype).eval()
+    return empty.eval()
 
 
 def use_generation_config(served: Any, model: BenchModel) -> None:
@@ -59,16 +77,12 @@ def dequantised_resident(whole: Any, model: BenchModel, store: Store) -> Any:
     """Give every expert of `whole`, the resident model, the weights that an engine computes with from `store`; in
     place. Returns `whole`: what a quantised store's tokens must equal."""
     slab = aligned_bytes(store.layout.slab_bytes)
-    experts = {(block.stack, block.index): block.module.experts for block in whole.moe_blocks()}
+    family, parameters = experts_of(whole.config), dict(whole.named_parameters())
     for key in model.family.keys():  # noqa: SIM118 - not a mapping
         store.read_into(key, slab)
-        for name, matrix in zip(model.family.matrices, store.layout.decode(slab), strict=True):
-            _matrix_of(experts, key, name).copy_(matrix)
+        for part, matrix in zip(family.slices(key), store.layout.decode(slab), strict=True):
+            part.of(parameters[part.tensor]).copy_(matrix)
     return whole
-
-
-def _matrix_of(experts: dict[tuple[str, int], Any], key: ExpertKey, name: str) -> Tensor:
-    return getattr(experts[key.stack, key.block][f"expert_{key.expert}"], name).weight
 
 
 # --- Accelerate -----------------------------------------------------------------------------------------------------
@@ -84,17 +98,21 @@ def cpu_offloaded(model: BenchModel, device: torch.device) -> Any:
 
 def disk_offloaded(model: BenchModel, folder: Path, device: torch.device) -> Any:
     """The model with its weights in `folder` (see `write_offload_folder`), read by Accelerate's `disk_offload`."""
-    offloaded = disk_offload(_empty_model(model), folder, execution_device=device)
-    return _with_gates(offloaded, OffloadedWeightsLoader(save_folder=folder), device)
+    empty, weights = _empty_model(model), OffloadedWeightsLoader(save_folder=folder)
+    stored = {name: weights[name].to(device) for name, _ in empty.named_buffers() if name in weights}
+    empty.load_state_dict(stored, assign=True, strict=False)
+    compute_buffers(empty, device)
+    return _with_gates(disk_offload(empty, folder, execution_device=device), weights, device)
 
 
 def write_offload_folder(model: BenchModel, folder: Path) -> None:
-    """Write the weights as `disk_offload` wants them, one tensor in memory at a time, and have them on the disk."""
+    """Write the weights as `disk_offload` wants them, little of them in memory at a time, and have them on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     empty = _empty_model(model)
+    dtypes = {name: tensor.dtype for name, tensor in empty.state_dict().items()}
     index: dict[str, Any] = {}
-    for name in (name for name in empty.state_dict() if name in model.source.tensors):
-        offload_weight(model.source.read([name])[name].to(model.dtype), name, str(folder), index)
+    for name, tensor in _tensors(model):
+        offload_weight(tensor.to(dtypes[name]), name, str(folder), index)
     for alias, name in (getattr(empty, "all_tied_weights_keys", None) or {}).items():
         if alias not in index and name in index:
             # one file for all names of a tied weight, as they are one tensor in memory
@@ -116,17 +134,3 @@ def _with_gates(offloaded: Any, weights: Any, device: torch.device) -> Any:
             owned = {f"{prefix}.{name}": weights[f"{prefix}.{name}"].to(device) for name in gate.state_dict()}
             offloaded.load_state_dict(owned, assign=True, strict=False)
     return offloaded
-
-
-def free_memory(device: torch.device) -> int:
-    """Memory that `device` has left: the GPU's, or the machine's within the limit of its container."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        free = min(free, limit - int(stat["anon"]))  # pages of files give way
-    except (OSError, ValueError, KeyError):  # no such control group, or no limit
-        pass
-    return free

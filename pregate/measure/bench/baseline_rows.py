@@ -23,7 +23,6 @@ from pregate.measure.bench.baseline_models import (
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,
-    free_memory,
     resident_model,
     write_offload_folder,
 )
@@ -37,7 +36,7 @@ from pregate.measure.bench.row import Beside, measure_row
 from pregate.measure.servers import whole_server
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.system.console import say
-from pregate.system.memory import PeakMemory
+from pregate.system.memory import PeakMemory, free_memory
 from pregate.system.sizes import human_bytes
 
 HEADROOM = 1.1

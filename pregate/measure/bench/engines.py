@@ -21,7 +21,7 @@ from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.active_experts import forced_experts
-from pregate.measure.bench.baseline_models import free_memory, use_generation_config
+from pregate.measure.bench.baseline_models import use_generation_config
 from pregate.measure.bench.baseline_rows import HEADROOM, forget
 from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
@@ -36,7 +36,7 @@ from pregate.measure.bench.step_times import Profile, profile, step_timer
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.servers import engine_server
 from pregate.system.console import say
-from pregate.system.memory import PeakMemory
+from pregate.system.memory import PeakMemory, free_memory
 from pregate.system.sizes import human_bytes
 
 PROFILED = "profiled"

@@ -45,6 +45,7 @@ class RowSpec:
     budget: str | None = None
     host_budget: str | None = None
     drive: str | None = None
+    blocks: str | None = None
 
     @property
     def device_driven(self) -> bool:
@@ -61,7 +62,8 @@ class RowSpec:
 
     def sentence(self) -> str:
         """The row in a few words, for the user who watches."""
-        parts = [self.model, self.tier, self.slab_dtype if self.slab_dtype != "source" else None, self.policy]
+        parts = [self.model, f"{self.blocks} blocks" if self.blocks else None, self.tier]
+        parts += [self.slab_dtype if self.slab_dtype != "source" else None, self.policy]
         parts += [self.cache if self.cache != "none" else None, self.budget]
         parts += ["device-driven" if self.device_driven else None]
         parts += [f"batch {self.batch}", f"{self.forced_experts} experts" if self.forced_experts else None]
@@ -85,6 +87,7 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
         prompt_len=bench.prompt_len,
         new_tokens=bench.new_tokens,
         seed=run.seed,
+        blocks=model.blocks,
     )
     loads = [
         replace(base, batch=batch, forced_experts=forced)

@@ -1,4 +1,5 @@
-"""How fast slabs come from a store, by the mover that an engine would use. GB are powers of 1000.
+"""How fast slabs come from a store, by the mover that an engine would use, and how fast cores read host memory. GB are
+powers of 1000.
 
 Knows stores, movers and CUDA copies; knows nothing about models or policies.
 """
@@ -30,6 +31,8 @@ PROBE_SECONDS = 1.0
 COPY_SECONDS = 0.2
 """A link is steadier."""
 COPIES_AT_ONCE = 16
+HOST_BYTES = 256 << 20
+"""More than the caches of a CPU hold."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,18 @@ class SlabStream:
         transfer.wait()
         self.num_arrived += 1
         self._under_way.append((slot_B, self._start(slot_B)))
+
+
+def host_gb_per_s() -> float:
+    """GB/s at which the cores that torch uses read host memory; of several passes the fastest, because a shared machine
+    only ever slows."""
+    numbers = torch.ones(HOST_BYTES // torch.float32.itemsize)
+    passes, begun = [], time.perf_counter()
+    while not passes or time.perf_counter() - begun < COPY_SECONDS:
+        start = time.perf_counter()
+        numbers.sum()
+        passes.append(time.perf_counter() - start)
+    return numbers.nbytes / min(passes) / 1e9
 
 
 def _block_by_block(keys: list[ExpertKey], draw: random.Random) -> Iterator[ExpertKey]:

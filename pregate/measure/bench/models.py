@@ -23,13 +23,15 @@ from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
-from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named
+from pregate.models.checkpoint import WEIGHT_FILES, SourceCheckpoint, read_config
+from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from pregate.system.machine import pick_device
 
+LEFT_OUT = ("torch_dtype", "quantization_config")
+"""Settings of a config.json that a plan decides by itself."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -43,6 +45,8 @@ class BenchModel:
     family: ExpertSpec
     dtype: torch.dtype
     vocab_size: int
+    blocks: str | None = None
+    """How many of the geometry's MoE blocks it has, where not all: "2 of 16"."""
 
     @property
     def dtype_name(self) -> str:
@@ -55,7 +59,8 @@ class BenchModel:
     @property
     def label(self) -> str:
         """Names its files among those of other models."""
-        return f"{self.name}-{self.dtype_name}"
+        few = f"-{self.blocks}".replace(" ", "-") if self.blocks else ""
+        return f"{self.name}{few}-{self.dtype_name}"
 
     def num_bytes(self) -> int:
         """Of the whole model in memory."""
@@ -76,7 +81,9 @@ def bench_models(run: Run) -> list[BenchModel]:
     Raises `UsageError` for an unknown one, one without a geometry, and one that cannot be served.
     """
     if run.checkpoint is not None:
-        return [_checkpoint_model(run, run.checkpoint)]
+        if run.bench.num_blocks is not None:
+            raise UsageError("bench.num_blocks is for models with random weights: leave it or the checkpoint out.")
+        return [(_planned_model if run.plan else _checkpoint_model)(run, run.checkpoint)]
     if not run.bench.models:
         return [_random_model(run, run.model.name, run.model.family, run.model.geometry, run.bench.dtype)]
     models = []
@@ -111,7 +118,53 @@ def _random_model(run: Run, name: str, family: str, geometry: dict[str, Any], pr
     if not geometry:
         raise UsageError(f"The model {name} has no geometry to fill with random weights: set checkpoint=DIR.")
     dtype, gating = DTYPES.get(precision, torch.float32), PreGating.of_config(run.pregate)
-    return bench_model(name, None, synthetic_checkpoint(family_named(family), geometry, gating, dtype, run.seed))
+    whole = bench_model(name, None, synthetic_checkpoint(family_named(family), geometry, gating, dtype, run.seed))
+    wanted, most = run.bench.num_blocks, num_blocks(whole)
+    if wanted is None or wanted == most:
+        return whole
+    if wanted > most:
+        raise UsageError(f"bench.num_blocks={wanted}, but {name} has {most} MoE blocks in a stack: lower it.")
+    return replace(smaller(whole, wanted, whole.family.num_experts, run.seed), blocks=f"{wanted} of {most}")
+
+
+def num_blocks(model: BenchModel) -> int:
+    """The MoE blocks of the stack that has the most."""
+    return max(len(layers) for layers in model.family.layers.values())
+
+
+def smaller(model: BenchModel, blocks: int, num_experts: int, seed: int = 0) -> BenchModel:
+    """A random-weight model of the same widths with so many MoE blocks in each stack, and experts in each of them."""
+    family = family_of(model.source.config)
+    geometry = family.smaller(model.source.config, min(1.0, blocks / num_blocks(model)), num_experts)
+    return bench_model(model.name, None, synthetic_checkpoint(family, geometry, model.gating, model.dtype, seed))
+
+
+def _planned_model(run: Run, checkpoint: str) -> BenchModel:
+    """What a plan needs to know of a directory or hub id, from its config.json. A conventional model is planned as it
+    will be after conversion."""
+    config = read_config(checkpoint)
+    family = family_of(config)
+    gating = PreGating.of_config(run.pregate)
+    if family.is_pregated(config):
+        check_gates(run, checkpoint)
+        gating = PreGating.from_dict(config.get("pregate"))
+    dtype = DTYPES.get(run.bench.dtype, family.config(config).dtype)
+    if not isinstance(dtype, torch.dtype):
+        dtype = torch.float32 if _is_description(checkpoint) else open_model(checkpoint).default_dtype()
+    described = {key: value for key, value in config.items() if key not in LEFT_OUT}
+    return bench_model(_name_of(checkpoint), None, synthetic_checkpoint(family, described, gating, dtype, run.seed))
+
+
+def _is_description(checkpoint: str) -> bool:
+    """Whether a directory holds a config.json without weights."""
+    place = Path(checkpoint).expanduser()
+    return place.is_dir() and not any((place / name).is_file() for name in WEIGHT_FILES)
+
+
+def _name_of(checkpoint: str) -> str:
+    # a training run calls every checkpoint by that name, and its directory by the run's
+    place = Path(checkpoint).resolve()
+    return place.parent.name if place.name == "checkpoint" else place.name
 
 
 def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
@@ -121,26 +174,25 @@ def _checkpoint_model(run: Run, checkpoint: str) -> BenchModel:
         stored = {key: value for key, value in source.config.items() if key != "torch_dtype"}  # the older name
         dtype = dtype_name(DTYPES[run.bench.dtype])
         source = replace(source, config={**stored, "dtype": dtype})
-    place = Path(checkpoint).resolve()
-    # a training run calls every checkpoint by that name, and its directory by the run's
-    return bench_model(place.parent.name if place.name == "checkpoint" else place.name, checkpoint, source)
+    return bench_model(_name_of(checkpoint), checkpoint, source)
 
 
 def bench_model(name: str, directory: str | None, source: SourceCheckpoint) -> BenchModel:
     """`source` as a model to measure. Raises `UsageError` if it cannot be served."""
     config = config_of(source.config)
-    family = experts_of(config)
+    family = experts_of(config).as_found_in(source.tensors)
     return BenchModel(name, directory, source, family, serving_dtype(config, source, family), config.vocab_size)
 
 
 def check_models(run: Run, models: Sequence[BenchModel]) -> None:
     """Refuse budgets and numbers of experts that some model cannot be measured with. Raises `UsageError`."""
     for model in models:
-        most = max(run.bench.active_experts, default=1)
-        if most > model.family.num_experts:
+        family, batch = model.family, min(run.bench.batches)
+        fewest, most = family.top_k, min(family.num_experts, batch * family.top_k)
+        if outside := [number for number in run.bench.active_experts if not fewest <= number <= most]:
             raise UsageError(
-                f"bench.active_experts={most}, but a block of {model.name} has {model.family.num_experts} experts: "
-                "lower it."
+                f"bench.active_experts={outside[0]}, but at batch {batch} a block of {model.name} uses {fewest} to "
+                f"{most} of its {family.num_experts} experts: give a number between."
             )
         for slab_dtype in run.bench.slab_dtypes:
             slab_bytes = model.layout(slab_dtype).slab_bytes

@@ -14,15 +14,16 @@ from rich.text import Text
 
 from pregate.config import Run
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.link import Reading
+from pregate.measure.bench.link import Reading, host_gb_per_s
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.prediction import advice, is_predictable, predicted_row
+from pregate.measure.bench.prediction import advice, cpu_advice, is_predictable, predicted_row
 from pregate.measure.bench.step_times import Profile, profile
 from pregate.measure.bench.table import command
 from pregate.measure.table_format import Row, Table, facts_line, number, text, three_digits
 from pregate.system.console import console, say
 from pregate.system.durable import write_json, write_text
 from pregate.system.machine import environment
+from pregate.system.memory import free_memory
 from pregate.system.sizes import human_bytes
 
 SCRATCH = "plan-scratch"
@@ -43,25 +44,26 @@ def write_plan(
 ) -> list[dict[str, Any]]:
     """Predict every row of the grid that the engine would serve; returns what `plan.json` holds."""
     loads: list[dict[str, Any]] = []
+    host = host_gb_per_s()
     for model, specs in rows.items():
         grouped: dict[tuple[Any, ...], list[RowSpec]] = {}
         for spec in filter(is_predictable, specs):
             grouped.setdefault((spec.tier, spec.slab_dtype, spec.batch, spec.forced_experts), []).append(spec)
         for same in grouped.values():
             say(f"Timing {model.name}, {same[0].tier}, {same[0].slab_dtype}, batch {same[0].batch} …")
-            loads.append(_load(model, same, profile(model, same[0], device, reading, out_dir / SCRATCH)))
+            loads.append(_load(model, same, profile(model, same[0], device, reading, out_dir / SCRATCH), host))
     facts, tables = environment(), [_table(load) for load in loads]
     write_json(out_dir / "plan.json", {"loads": loads, "environment": facts})
     parts = [f"# Plan: {run.name}", f"```\n{command(run.overrides)}\n```"]
     for load, table in zip(loads, tables, strict=True):
-        parts += [f"## {table.title}", table.caption, table.markdown(), load["verdict"]]
+        parts += [f"## {table.title}", table.caption, table.markdown(), *load["verdicts"]]
         table.print(console())
-        console().print(Text(load["verdict"] + "\n"))
+        console().print(Text("\n".join(load["verdicts"]) + "\n"))
     write_text(out_dir / "plan.md", "\n\n".join([*parts, f"Environment: {facts_line(facts)}."]) + "\n")
     return loads
 
 
-def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dict[str, Any]:
+def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile, host_gb_per_s: float) -> dict[str, Any]:
     """The predicted rows of one model, tier, slab dtype and batch, and what was measured for them."""
     first, found = specs[0], []
     for spec in specs:
@@ -69,16 +71,21 @@ def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dic
         row["link_ms"] = row["bytes_per_step"] / profiled.link_gb_per_s / 1e6
         row["compute_ms"] = profiled.durations.compute_ms(row["active_experts"])
         found.append(row)
+    on_cpu = cpu_advice(model, found, profiled, host_gb_per_s, free_memory(torch.device("cpu")))
     return {
         "model": model.name,
+        "blocks": model.blocks,
+        "lookahead": model.gating.lookahead,
+        "entry": model.gating.entry,
         "dtype": model.dtype_name,
         "tier": first.tier,
         "slab_dtype": first.slab_dtype,
         "batch": first.batch,
         "link_gb_per_s": profiled.link_gb_per_s,
+        "host_gb_per_s": host_gb_per_s,
         "slab_bytes": profiled.slab_bytes,
         "durations_ms": vars(profiled.durations),
-        "verdict": advice(found),
+        "verdicts": [advice(found), *([on_cpu] if on_cpu else [])],
         "rows": found,
     }
 
@@ -86,7 +93,9 @@ def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile) -> dic
 def _table(load: Row) -> Table:
     title = f"{load['model']}, {load['dtype']}, {load['tier']}, slabs {load['slab_dtype']}, batch {load['batch']}"
     caption = (
-        f"Measured: {three_digits(load['link_gb_per_s'])} GB/s for slabs of {human_bytes(load['slab_bytes'])}, a step "
-        f"computes for {three_digits(load['rows'][0]['compute_ms'])} ms. Predicted:"
+        f"Lookahead {load['lookahead']}, entry {load['entry']}"
+        + (f", {load['blocks']} MoE blocks" if load["blocks"] else "")
+        + f". Measured: {three_digits(load['link_gb_per_s'])} GB/s for slabs of {human_bytes(load['slab_bytes'])}, a "
+        f"step computes for {three_digits(load['rows'][0]['compute_ms'])} ms. Predicted:"
     )
     return Table.of(COLUMNS, load["rows"], title=title, caption=caption, left=2)

@@ -70,6 +70,7 @@ def measure_row(
     row |= figures(timed, spec, reference)
     if (peak_bytes := peak.read()) is not None:
         row["peak_device_bytes"] = peak_bytes
+        row |= {"peak_over_expected": peak_bytes / row["expected_bytes"]} if row.get("expected_bytes") else {}
     tokens_BT = timed[0].tokens if reference is None else reference.tokens[0]
     with peak.left_out():
         logits = server.logits(requests.prompt(0), compared(server, requests, spec, tokens_BT))

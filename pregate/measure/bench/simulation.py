@@ -170,7 +170,7 @@ def simulate(
     """Serve `requests` requests after one warm-up, as a benchmark row does, and time their decoding steps.
 
     The first stack reads the prompt, of `prompt_tokens` for each sequence, and its experts pass through the cache too.
-    The last stack decodes.
+    The last stack decodes. Where these are one stack, reading the prompt gives the first token.
     """
     draw, clock, counters = random.Random(seed), Clock(durations), Counters()
     mover = VirtualMover(clock, durations.slab, slab_bytes, counters)
@@ -185,7 +185,7 @@ def simulate(
     prompt = Load(load.batch * prompt_tokens, load.active_experts)
     for number in range(1 + requests):
         step.run(first_stack, prompt, draw)
-        for token in range(new_tokens):
+        for token in range(int(first_stack == last_stack), new_tokens):
             began, bytes_before, step.waited = clock.now, counters.bytes_moved, 0.0
             step.run(last_stack, load, draw)
             clock.compute(durations.after_blocks)

@@ -24,12 +24,11 @@ from pregate.engine.storage.store import DramStore
 from pregate.engine.trace import Span
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Ground, Reading
-from pregate.measure.bench.models import BenchModel, bench_model
+from pregate.measure.bench.models import BenchModel, num_blocks, smaller
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
 from pregate.measure.timing import Timed, TokenClock, time_request
-from pregate.models.family import ExpertKey, family_of
-from pregate.models.synthetic import synthetic_checkpoint
+from pregate.models.family import ExpertKey
 
 FEW_BLOCKS, FEW_EXPERTS = 2, 4
 STEPS = 8
@@ -44,22 +43,17 @@ ENOUGH_SECONDS = 5
 
 def few_experts(model: BenchModel) -> BenchModel:
     """A random-weight model of the same geometry with few experts in each block."""
-    return _smaller(model, 1.0)
+    return smaller(model, num_blocks(model), _few(model))
 
 
 def shallow(model: BenchModel) -> BenchModel:
     """`few_experts` with few layers: as many as hold `FEW_BLOCKS` MoE blocks, or more for a longer lookahead."""
-    num_blocks = max(len(layers) for layers in model.family.layers.values())
-    return _smaller(model, min(1.0, max(FEW_BLOCKS, model.gating.lookahead + 1) / num_blocks))
+    return smaller(model, max(FEW_BLOCKS, model.gating.lookahead + 1), _few(model))
 
 
-def _smaller(model: BenchModel, depth: float) -> BenchModel:
+def _few(model: BenchModel) -> int:
     # the time of a step does not depend on how many experts a block could choose from
-    num_experts = min(max(FEW_EXPERTS, model.family.top_k), model.family.num_experts)
-    family = family_of(model.source.config)
-    geometry = family.smaller(model.source.config, depth, num_experts)
-    source = synthetic_checkpoint(family, geometry, model.gating, model.dtype)
-    return bench_model(model.name, None, source)
+    return min(max(FEW_EXPERTS, model.family.top_k), model.family.num_experts)
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,9 @@ def _resume_ms(small: BenchModel, ground: Ground, requests: Requests, alone_ms: 
     """What computing takes longer after a wait for one slab, from steps that fetch every slab on demand."""
     with opened(small, ground, Policy.on_demand) as engine:
         timed = timed_request(engine, requests, 0)
-    waited_ms = max(timed.exposed_ms_per_token or 0.0, 1e-9)
+    waited_ms = timed.exposed_ms_per_token or 0.0
+    if waited_ms < slab_ms:  # slabs so small that they hardly take time say nothing of a wait
+        return 0.0
     return max(0.0, (step_ms(timed) - waited_ms - alone_ms) * slab_ms / waited_ms)
 
 

@@ -94,6 +94,7 @@ COLUMNS = (
     Column("predicted tokens/s", _predicted("tokens_per_s")),
     Column("peak GB", number("peak_device_bytes", 1e9), on_terminal=True),
     Column("expected GB", number("expected_bytes", 1e9)),
+    Column("÷ expected", number("peak_over_expected")),
     Column("tokens equal", equality, on_terminal=True),
     Column("logits differ by", number("logits_max_diff"), "logits differ by at most {}"),
     Column("logits off %", _relative("logits_rel_diff")),
@@ -103,7 +104,7 @@ COLUMNS = (
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-MODEL = ("model", "dtype", "lookahead", "entry")
+MODEL = ("model", "dtype", "lookahead", "entry", "blocks")
 """What rows of one table have in common."""
 
 
@@ -116,8 +117,9 @@ def bench_tables(rows: Sequence[Row], terminal: bool = False) -> list[Table]:
 
 
 def _table(rows: Sequence[Row], terminal: bool) -> Table:
-    model, dtype, lookahead, entry = (rows[0].get(name) for name in MODEL)
+    model, dtype, lookahead, entry, blocks = (rows[0].get(name) for name in MODEL)
     caption = ["conventional" if lookahead == 0 else f"lookahead {lookahead}, entry {entry}"]
+    caption += [f"{blocks} MoE blocks"] if blocks else []
     columns: dict[str, CellWriter] = {}
     for column in COLUMNS:
         known = {cell for row in rows if (cell := column.write(row)) is not None}

@@ -6,7 +6,7 @@ Letters: D model width, F expert hidden width, E experts of a block, N tokens of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,7 +15,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as upstream
 from transformers.utils.output_capturing import OutputRecorder
 
-from pregate.models import decoder_only
+from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
 from pregate.models.expert_math import Factor, project
 from pregate.models.family import ExpertSpec, TensorSlice, register_family
@@ -87,10 +87,12 @@ class GptOssFamily(decoder_only.DecoderOnlyFamily):
                 TensorSlice(f"{down}_bias", (expert,), shape=(E, D)),
             ]
 
-        spec = super().experts(config)
-        return replace(
-            spec,
-            matrices={**spec.matrices, "gate_bias": (F,), "up_bias": (F,), "down_bias": (D,)},
+        return ExpertSpec(
+            num_experts=E,
+            top_k=config.num_experts_per_tok,
+            lookahead=config.pregating.lookahead,
+            matrices={**gated_experts.shapes(D, F), "gate_bias": (F,), "up_bias": (F,), "down_bias": (D,)},
+            layers={STACK: self.moe_layers(config, STACK)},
             layouts=(fused,),
             apply=clamped_unit(config.swiglu_alpha, config.swiglu_limit),
             activation="gated_clamped",

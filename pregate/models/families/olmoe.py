@@ -61,6 +61,7 @@ class PreGatedOlmoeForCausalLM(decoder_only.PreGatedCausalLM, PreGatedOlmoePreTr
 class OlmoeFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = OlmoeConfig.model_type, "OlmoeForCausalLM"
     config_class, model_class = PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
+    step = "rotary"
 
 
 FAMILY = OlmoeFamily()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pregate.config import SlabDtype
 from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.expert_math import grouped_experts
+from pregate.models.expert_math import Factor, grouped_experts, project
 from pregate.models.family import ExpertSpec, TensorSlice
+from pregate.models.gated_experts import gated_unit
 
 NOT_A_NUMBER = 255
 """As a byte, in every place: NaN in all dtypes, or a scale of NaN."""
 
 
-def family_of(**matrices: tuple[int, int]) -> ExpertSpec:
+def family_of(activation: str = "relu", **matrices: tuple[int, int]) -> ExpertSpec:
     return ExpertSpec(
         num_experts=2,
         top_k=1,
@@ -27,11 +28,18 @@ def family_of(**matrices: tuple[int, int]) -> ExpertSpec:
         matrices=dict(matrices),
         layers={"decoder": [0]},
         layouts=(lambda _, __, expert: [TensorSlice(f"{expert}.{matrix}") for matrix in matrices],),
-        activation="relu",
-        apply=lambda matrices, hidden: nn.functional.linear(
-            torch.relu(nn.functional.linear(hidden, matrices[0])), matrices[1]
-        ),
+        activation=activation,
+        apply=gated_unit("silu") if activation == "gated_silu" else relu_unit,
     )
+
+
+def relu_unit(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+    return project(torch.relu(project(hidden_ND, matrices[0])), matrices[1])
+
+
+def shapes_of(activation: str, width: int, hidden: int) -> dict[str, tuple[int, int]]:
+    into = ("gate", "up") if activation == "gated_silu" else ("wi",)
+    return {**dict.fromkeys(into, (hidden, width)), "wo": (width, hidden)}
 
 
 @dataclass(frozen=True)
@@ -58,17 +66,19 @@ class ExpertsCase:
         dtype: torch.dtype = torch.float32,
         stored: SlabDtype = SlabDtype.source,
         top_k: int = 1,
+        activation: str = "relu",
+        weighed: torch.dtype | None = None,
     ) -> ExpertsCase:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0) -> Tensor:
             return torch.randn(shape, generator=generator) * spread
 
-        family = family_of(wi=(hidden, width), wo=(width, hidden))
+        family = family_of(activation, **shapes_of(activation, width, hidden))
         layout = SlabLayout.of(family, dtype, stored)
         slots_SB = torch.full((max(*slots, 0, 1) + 2, layout.slab_bytes), NOT_A_NUMBER, dtype=torch.uint8)
         for slot in set(slots) - {-1}:
-            matrices = [normal(hidden, width, spread=width**-0.5), normal(width, hidden, spread=hidden**-0.5)]
+            matrices = [normal(*shape, spread=shape[1] ** -0.5) for shape in family.matrices.values()]
             layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
         num_tokens = len(slots) // top_k
         scratch = ExpertScratch.empty(len(slots), layout, "cpu")
@@ -79,7 +89,7 @@ class ExpertsCase:
             layout,
             normal(num_tokens, width).to(dtype),
             torch.tensor(slots, dtype=torch.int32),
-            torch.rand(len(slots), generator=generator).to(dtype),
+            torch.rand(len(slots), generator=generator).to(weighed or dtype),
             slots_SB,
             scratch,
             torch.full((num_tokens, width), float("nan"), dtype=dtype),
@@ -97,7 +107,7 @@ class ExpertsCase:
     @property
     def arguments(self) -> tuple[Any, ...]:
         tensors = self.hidden_BD, self.slot_N, self.weights_N, self.slots_SB, *self.scratch, self.out_BD
-        return *tensors, self.layout.text, "relu"
+        return *tensors, self.layout.text, self.family.activation
 
     def resident(self) -> Tensor:
         """What the resident experts of a model make of it, each slot an expert."""

@@ -234,11 +234,13 @@ def test_what_does_not_fit_is_left_out_with_a_sentence(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["bench.models=[switch_base_9]"], "'switch_base_9', but there is no such model: choose from nano_switch"),
+        (["bench.models=[switch_base_9]"], "'switch_base_9', but there is no such model: choose from deepseek_v2_lite"),
         (["bench.models=[switch_base_8@fp16]"], "write one of fp32, bf16 behind the @"),
         (["bench.models=[nano_switch,nano_switch]"], "names nano-switch-float32 twice"),
         (["bench.budgets=['1kB']"], "less than one expert of"),
-        (["bench.batches=[9]", "bench.active_experts=[6]"], "a block of tiny has 5 experts: lower it"),
+        (["bench.batches=[9]", "bench.active_experts=[6]"], "a block of tiny uses 1 to 5 of its 5 experts"),
+        (["bench.batches=[3]", "bench.active_experts=[4]"], "at batch 3 a block of tiny uses 1 to 3 of its 5 experts"),
+        (["bench.num_blocks=4"], "but tiny has 3 MoE blocks in a stack: lower it"),
         (["engine.host_budget=1kB"], "engine.host_budget=1kB is 1.00 kB, less than one expert"),
         (["checkpoint=no/such"], "no directory 'no/such'"),
         (["bench.models=[switch_base_256,switch_large_128]", "bench.tiers=[disk]"], "set engine.pack_dir to a larger"),
@@ -338,6 +340,6 @@ def test_a_plan_says_what_pays_and_packs_no_whole_model(tmp_path: Path, capsys: 
     assert speeds[0] == max(speeds) > 0
     assert load["link_gb_per_s"] > 0 and load["durations_ms"]["expert"] > 0
     printed = capsys.readouterr().out
-    assert load["verdict"].split()[0] in printed and "Plan: " in printed
+    assert load["verdicts"][0].split()[0] in printed and "Plan: " in printed
     shown = (tmp_path / "plan.md").read_text()
-    assert load["verdict"] in shown and str(tmp_path) not in shown
+    assert all(said in shown for said in load["verdicts"]) and str(tmp_path) not in shown

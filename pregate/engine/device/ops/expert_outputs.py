@@ -12,7 +12,7 @@ hidden width. Choice n belongs to token n // K.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,24 +22,36 @@ from torch.nn import functional as F
 
 from pregate.config import UsageError
 from pregate.engine.device.ops.language import tl, triton
-from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, rounded, stored
+from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, operand, rounded, stored
 from pregate.engine.device.ops.registry import operation
 from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 
 NUM_WARPS = 4
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu}
-"""By the names that a model's config gives them."""
 
 
-def up_and_down(layout: SlabLayout) -> tuple[MatrixPlace, MatrixPlace]:
-    """The two matrices of an expert, (F, D) and (D, F). Raises `UsageError` for experts of another form."""
+class Activation(NamedTuple):
+    """What is between an expert's matrices. GATED: the result of a gate matrix passes through `apply`, and is
+    multiplied with that of the up matrix."""
+
+    apply: Callable[[Tensor], Tensor]
+    gated: bool
+
+
+ACTIVATIONS = {"relu": Activation(torch.relu, gated=False), "gated_silu": Activation(F.silu, gated=True)}
+"""By the names of `ExpertSpec.activation`."""
+
+
+def into_and_out(layout: SlabLayout, activation: str) -> tuple[Sequence[MatrixPlace], MatrixPlace]:
+    """The matrices (F, D) of an expert that read its input, gate first where there is one, and the one (D, F) that
+    makes its output. Raises `UsageError` for experts of another form."""
+    check_activation(activation)
     shapes = [place.shape for place in layout.matrices]
-    if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[1] != shapes[0][::-1]:
+    gated = ACTIVATIONS[activation].gated
+    if len(shapes) != 2 + gated or len(shapes[0]) != 2 or len({*shapes[:-1], shapes[-1][::-1]}) != 1:
         named = ", ".join(f"{place.name} {place.shape}" for place in layout.matrices)
-        raise UsageError(
-            f"Experts of {named} cannot be computed on the device, only an up and a down matrix: use the host engine."
-        )
-    return layout.matrices[0], layout.matrices[1]
+        wanted = "a gate, an up and a down matrix" if gated else "an up and a down matrix"
+        raise UsageError(f"Experts of {named} cannot be computed on the device, only {wanted}: use the host engine.")
+    return layout.matrices[:-1], layout.matrices[-1]
 
 
 def check_activation(activation: str) -> None:
@@ -60,7 +72,7 @@ class ExpertScratch(NamedTuple):
 
     @classmethod
     def empty(cls, num_choices: int, layout: SlabLayout, device: torch.device | str) -> ExpertScratch:
-        width_F, width_D = up_and_down(layout)[0].shape
+        width_F, width_D = layout.matrices[0].shape
         return cls(
             torch.empty(num_choices, width_F, dtype=layout.dtype, device=device),
             torch.empty(num_choices, width_D, dtype=layout.dtype, device=device),
@@ -89,16 +101,17 @@ def expert_outputs(
     layout_text: str,
     activation: str = "relu",
 ) -> None:
-    """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))).
+    """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))), or of weight *
+    down(activation(gate(hidden)) * up(hidden)).
 
-    hidden_BD, weights_N, out_BD: in the layout's dtype. slot_N: int32, where each choice's slab is; a choice with -1
-    adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`. Rounds to the dtype where
-    the resident expert does: after each matrix, after weighting, after the sum; dequantised weights are rounded to it
-    as well. Raises `UsageError` for an activation or experts it lacks.
+    hidden_BD, out_BD: in the layout's dtype. weights_N: in that or in float32. slot_N: int32, where each choice's slab
+    is; a choice with -1 adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`. Rounds
+    to the dtype where the resident expert does: after each matrix, after the activation and the product with it, after
+    weighting, after the sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation or
+    experts it lacks.
     """
-    check_activation(activation)
     layout = _layout(layout_text)
-    up_and_down(layout)
+    into_and_out(layout, activation)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
     top_k = num_choices // num_tokens
     # one choice after the other, without reading a slot's number back
@@ -106,29 +119,58 @@ def expert_outputs(
         token = choice // top_k
         slot_1 = slot_N[choice : choice + 1]
         slab_B = slots_SB.index_select(0, slot_1.clamp_min(0).long())[0]
-        up_FD, down_DF = layout.decode(slab_B)
-        hidden_1F = ACTIVATIONS[activation](F.linear(hidden_BD[token : token + 1], up_FD))
-        weighted_1D = F.linear(hidden_1F, down_DF) * weights_N[choice]
+        first_FD, *gated_FD, down_DF = layout.decode(slab_B)
+        hidden_1D = hidden_BD[token : token + 1]
+        hidden_1F = ACTIVATIONS[activation].apply(F.linear(hidden_1D, first_FD))
+        for up_FD in gated_FD:
+            hidden_1F = hidden_1F * F.linear(hidden_1D, up_FD)
+        weighted_1D = F.linear(hidden_1F, down_DF) * weights_N[choice : choice + 1, None]
         weighted_ND[choice : choice + 1] = torch.where(slot_1[:, None] >= 0, weighted_1D, 0)
     weighted_ND = weighted_ND[:num_choices]
     out_BD.copy_(weighted_ND if top_k == 1 else weighted_ND.view(num_tokens, top_k, -1).sum(1))
 
 
 @triton.jit
-def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """A rounded float32 as the tensor cores take it; the interpreter multiplies in float32, which is as exact."""
-    if KIND == "fp16":
-        value = value.to(tl.float16)
-    elif KIND == "bf16" and NATIVE:
-        value = value.to(tl.bfloat16)
-    return value
+def weights_of(
+    matrix,
+    scales,
+    row,
+    column,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    STORED: tl.constexpr,
+    KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """A tile of the (R, C) matrix in a slot, in float32, rounded to `KIND`. `scales`: one a row of the tile."""
+    inside = (row[:, None] < R) & (column[None, :] < C)
+    weight = numbers(tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0), STORED)
+    if STORED != KIND:
+        weight = rounded(weight * scales[:, None], KIND, NATIVE)
+    return weight
 
 
 @triton.jit
-def finished(sums, weight, KIND: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr):
-    """relu after the first matrix, the choice's combine weight after the second, rounded where torch rounds."""
+def scales_of(scales, row, R: tl.constexpr, STORED: tl.constexpr):
+    """One scale a row of a tile; 1 where slabs hold numbers as they are."""
+    if STORED == "int8" or STORED == "fp8":
+        scale = tl.load(scales + row, mask=row < R, other=0.0)
+    else:
+        scale = tl.full(row.shape, 1.0, tl.float32)
+    return scale
+
+
+@triton.jit
+def activated(sums, gated, ACTIVATION: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """What is between the matrices, rounded where torch rounds. `gated`: the sums of the up matrix behind a gate."""
     sums = rounded(sums, KIND, NATIVE)
-    return rounded(sums * weight, KIND, NATIVE) if LAST else tl.where(sums < 0, 0.0, sums)
+    if ACTIVATION == "relu":
+        sums = tl.where(sums < 0, 0.0, sums)
+    else:
+        tl.static_assert(ACTIVATION == "gated_silu")
+        passed = rounded(sums / (1.0 + tl.exp(-sums)), KIND, NATIVE)
+        sums = rounded(passed * rounded(gated, KIND, NATIVE), KIND, NATIVE)
+    return sums
 
 
 @triton.jit
@@ -145,11 +187,14 @@ def slot_linear_kernel(
     C: tl.constexpr,
     SLAB: tl.constexpr,
     MATRIX: tl.constexpr,
+    UP: tl.constexpr,
     SCALE_SLAB: tl.constexpr,
     SCALE: tl.constexpr,
+    UP_SCALE: tl.constexpr,
     STORED: tl.constexpr,
     KIND: tl.constexpr,
-    LAST: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     NATIVE: tl.constexpr,
     CHOICES: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -158,8 +203,9 @@ def slot_linear_kernel(
     """outputs (N, R) = inputs (N / SHARE, C) times the transposed (R, C) matrix of each choice's slot.
 
     Program (r, n) makes TILE_R columns of the outputs for all choices that share the slot of choice n, if n is the
-    first of them. SLAB, MATRIX: numbers to a slab, and from its start to the matrix; SCALE_SLAB, SCALE: likewise in
-    float32, for a quantised one.
+    first of them. ACTIVATION: what follows the matrix; behind the last one it is none, and the combine weights, of the
+    kind WEIGHED, do. SLAB, MATRIX, UP: numbers to a slab, and from its start to the matrix and to the up matrix, read
+    beside it if UP is above 0; SCALE_SLAB, SCALE, UP_SCALE: likewise in float32, for a quantised one.
     """
     choice = tl.program_id(1)
     row = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
@@ -168,47 +214,50 @@ def slot_linear_kernel(
     is_mine = tl.load(slot_N + order, mask=order < num_choices, other=-1) == slot
     is_first = tl.min(tl.where(is_mine, order, CHOICES), axis=0) == choice
     if slot < 0:
-        if LAST:
+        if ACTIVATION == "":
             tl.store(outputs + choice * R + row, stored(tl.zeros((TILE_R,), tl.float32), KIND), mask=row < R)
     elif is_first:
-        matrix = slabs + slot.to(tl.int64) * SLAB + MATRIX
-        scale = tl.full((TILE_R,), 1.0, tl.float32)
-        if STORED == "int8" or STORED == "fp8":
-            scale = tl.load(scales + slot.to(tl.int64) * SCALE_SLAB + SCALE + row, mask=row < R, other=0.0)
+        slab = slabs + slot.to(tl.int64) * SLAB
+        slab_scales = scales + slot.to(tl.int64) * SCALE_SLAB
+        scale = scales_of(slab_scales + SCALE, row, R, STORED)
+        up_scale = scales_of(slab_scales + UP_SCALE, row, R, STORED)
         if CHOICES == 1:
             products = tl.zeros((TILE_R, TILE_C), tl.float32)
+            gated = tl.zeros((TILE_R, TILE_C), tl.float32)
             for first in tl.static_range(0, C, TILE_C):
                 column = first + tl.arange(0, TILE_C)
                 inside = (row[:, None] < R) & (column[None, :] < C)
-                raw = tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0)
-                weight = numbers(raw, STORED)
-                if STORED != KIND:
-                    weight = rounded(weight * scale[:, None], KIND, NATIVE)
                 # every row loads the input for itself, from the L1 cache: handing it around would need a barrier a tile
                 seen = tl.load(tl.broadcast_to(inputs + column[None, :], (TILE_R, TILE_C)), mask=inside, other=0)
-                products += weight * numbers(seen, KIND)
-            combine = numbers(tl.load(weights_N), KIND)
-            result = finished(tl.sum(products, axis=1), combine, KIND, LAST, NATIVE)
+                seen = numbers(seen, KIND)
+                products += weights_of(slab + MATRIX, scale, row, column, R, C, STORED, KIND, NATIVE) * seen
+                if UP > 0:
+                    gated += weights_of(slab + UP, up_scale, row, column, R, C, STORED, KIND, NATIVE) * seen
+            sums = tl.sum(products, axis=1)
+            if ACTIVATION == "":
+                combine = numbers(tl.load(weights_N), WEIGHED)
+                result = rounded(rounded(sums, KIND, NATIVE) * combine, KIND, NATIVE)
+            else:
+                result = activated(sums, tl.sum(gated, axis=1), ACTIVATION, KIND, NATIVE)
             tl.store(outputs + row, stored(result, KIND), mask=row < R)
         else:
             sums = tl.zeros((CHOICES, TILE_R), tl.float32)
+            gated = tl.zeros((CHOICES, TILE_R), tl.float32)
             for first in tl.range(0, C, TILE_C):
                 column = first + tl.arange(0, TILE_C)
-                inside = (row[:, None] < R) & (column[None, :] < C)
-                raw = tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0)
-                weight = numbers(raw, STORED)
-                if STORED != KIND:
-                    weight = rounded(weight * scale[:, None], KIND, NATIVE)
                 wanted = is_mine[:, None] & (column[None, :] < C)
                 seen = tl.load(inputs + (order // SHARE)[:, None] * C + column[None, :], mask=wanted, other=0)
-                sums = tl.dot(
-                    operand(numbers(seen, KIND), KIND, NATIVE),
-                    tl.trans(operand(weight, KIND, NATIVE)),
-                    sums,
-                    input_precision="ieee",
-                )
-            combine = numbers(tl.load(weights_N + order, mask=is_mine, other=0), KIND)
-            result = finished(sums, combine[:, None], KIND, LAST, NATIVE)
+                seen = operand(numbers(seen, KIND), KIND, NATIVE)
+                weight = weights_of(slab + MATRIX, scale, row, column, R, C, STORED, KIND, NATIVE)
+                sums = tl.dot(seen, tl.trans(operand(weight, KIND, NATIVE)), sums, input_precision="ieee")
+                if UP > 0:
+                    weight = weights_of(slab + UP, up_scale, row, column, R, C, STORED, KIND, NATIVE)
+                    gated = tl.dot(seen, tl.trans(operand(weight, KIND, NATIVE)), gated, input_precision="ieee")
+            if ACTIVATION == "":
+                combine = numbers(tl.load(weights_N + order, mask=is_mine, other=0), WEIGHED)
+                result = rounded(rounded(sums, KIND, NATIVE) * combine[:, None], KIND, NATIVE)
+            else:
+                result = activated(sums, gated, ACTIVATION, KIND, NATIVE)
             tl.store(
                 outputs + order[:, None] * R + row[None, :],
                 stored(result, KIND),
@@ -229,15 +278,14 @@ def launch_expert_outputs(
     activation: str = "relu",
 ) -> None:
     layout = _layout(layout_text)
-    check_activation(activation)
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
-    up, down = up_and_down(layout)
+    into, out = into_and_out(layout, activation)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
     assert hidden_NF.shape[0] >= num_choices == weights_N.numel(), (hidden_NF.shape, num_choices)
     top_k = num_choices // num_tokens
     weighted_ND = out_BD if top_k == 1 else weighted_ND[:num_choices]
-    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, up, hidden_NF, share=top_k, last=False)
-    _linear(hidden_NF, slot_N, weights_N, slots_SB, layout, down, weighted_ND, share=1, last=True)
+    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, into, hidden_NF, share=top_k, activation=activation)
+    _linear(hidden_NF, slot_N, weights_N, slots_SB, layout, [out], weighted_ND, share=1, activation="")
     if top_k > 1:
         torch.sum(weighted_ND.view(num_tokens, top_k, -1), 1, out=out_BD)
 
@@ -248,18 +296,18 @@ def _linear(
     weights_N: Tensor,
     slots_SB: Tensor,
     layout: SlabLayout,
-    place: MatrixPlace,
+    places: Sequence[MatrixPlace],
     outputs: Tensor,
     *,
     share: int,
-    last: bool,
+    activation: str,
 ) -> None:
-    constants = linear_constants(layout, place, slot_N.shape[0], share=share, last=last)
+    constants = linear_constants(layout, places, slot_N.shape[0], share, activation, FLOATS[weights_N.dtype])
     raw = RAW[constants["KIND"]]
     slot_linear_kernel[(triton.cdiv(constants["R"], constants["TILE_R"]), slot_N.shape[0])](
         inputs.view(raw),
         slot_N,
-        weights_N.view(raw),
+        weights_N.view(RAW[constants["WEIGHED"]]),
         slots_SB.view(RAW[constants["STORED"]]),
         slots_SB.view(torch.float32),
         outputs.view(raw),
@@ -269,26 +317,32 @@ def _linear(
 
 
 def linear_constants(
-    layout: SlabLayout, place: MatrixPlace, num_choices: int, *, share: int, last: bool
+    layout: SlabLayout, places: Sequence[MatrixPlace], num_choices: int, share: int, activation: str, weighed: str
 ) -> dict[str, Any]:
-    """What `slot_linear_kernel` is compiled for, by the names of its arguments."""
+    """What `slot_linear_kernel` is compiled for, by the names of its arguments. `places`: of one matrix, or of a gate
+    and an up matrix. activation: what follows, "" behind the last matrix. weighed: the kind of the combine weights."""
+    place, *up = places
     rows, columns = place.shape
     kind = FLOATS[layout.dtype]
     stored_kind = str(layout.stored) if layout.is_quantised else kind
     choices = 1 if num_choices == 1 else max(16, 1 << (num_choices - 1).bit_length())
     tile_rows, tile_columns = _tile(rows, columns, choices)
+    itemsize, scale_size = RAW[stored_kind].itemsize, torch.float32.itemsize
     return {
         "num_choices": num_choices,
         "SHARE": share,
         "R": rows,
         "C": columns,
-        "SLAB": layout.slab_bytes // RAW[stored_kind].itemsize,
-        "MATRIX": place.offset // RAW[stored_kind].itemsize,
-        "SCALE_SLAB": layout.slab_bytes // torch.float32.itemsize,
-        "SCALE": (place.scale_offset or 0) // torch.float32.itemsize,
+        "SLAB": layout.slab_bytes // itemsize,
+        "MATRIX": place.offset // itemsize,
+        "UP": up[0].offset // itemsize if up else 0,
+        "SCALE_SLAB": layout.slab_bytes // scale_size,
+        "SCALE": (place.scale_offset or 0) // scale_size,
+        "UP_SCALE": (up[0].scale_offset or 0) // scale_size if up else 0,
         "STORED": stored_kind,
         "KIND": kind,
-        "LAST": last,
+        "WEIGHED": weighed,
+        "ACTIVATION": activation,
         "NATIVE": isinstance(slot_linear_kernel, triton.JITFunction),
         "CHOICES": choices,
         "TILE_R": tile_rows,
@@ -299,7 +353,7 @@ def linear_constants(
 def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
     """Rows and columns of a matrix that a program looks at together. One choice: 4096 numbers, 32 a thread, and
     enough programs for the multiprocessors of a large GPU. Several: what the tensor cores take at a time."""
-    widest = 1024 if choices == 1 else 128
+    widest = 1024 if choices == 1 else max(16, min(128, 4096 // choices))
     dividing = columns & -columns
     # whole tiles where the width allows it, else a masked one
     tile_columns = min(widest, dividing if dividing >= 64 else 1 << (columns - 1).bit_length())

@@ -52,3 +52,13 @@ def stored(value, KIND: tl.constexpr):
     elif KIND == "fp16":
         value = value.to(tl.float16)
     return value
+
+
+@triton.jit
+def operand(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """A rounded float32 as the tensor cores take it; the interpreter multiplies in float32, which is as exact."""
+    if KIND == "fp16":
+        value = value.to(tl.float16)
+    elif KIND == "bf16" and NATIVE:
+        value = value.to(tl.bfloat16)
+    return value

@@ -6,7 +6,7 @@ Letters: B batch, S source places, T target places, D model width, K experts per
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -35,11 +35,18 @@ class StepExperts(Protocol):
 class StaticStep(Protocol):
     """One token for every row, with fixed shapes and addresses, so that a graph can replay it."""
 
+    continues_prompt: ClassVar[bool]
+    """Whether the new tokens continue the prompt. Else they follow a start token."""
     sampler: Sampler
 
     def __init__(
         self, model: Any, experts: StepExperts, *, batch: int, max_source_len: int, max_new_tokens: int
     ) -> None: ...
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Raises `UsageError` for a model of the family that the step cannot compute."""
+        ...
 
     @property
     def listener(self) -> Any:
@@ -67,6 +74,10 @@ class StaticStep(Protocol):
         """Append a token to every row. Never synchronises with the host; the same launches whatever the data."""
         ...
 
-    def output(self, tokens_BT: Tensor, logits: Sequence[Tensor] | None) -> Any:
+    def sequences(self, tokens_BT: Tensor, input_ids_BS: Tensor) -> Tensor:
+        """What `generate` of the model returns: of the sampler's tokens and the prompt."""
+        ...
+
+    def output(self, sequences: Tensor, logits: Sequence[Tensor] | None) -> Any:
         """What `generate` of the model returns as a dictionary."""
         ...

@@ -11,7 +11,7 @@ Letters: B batch, S source places, T target places, D model width, E experts, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class StaticDecoder:
     of self-attention are laid out anew (`join_projections`), those of gates converted (`for_steps`).
     """
 
+    continues_prompt: ClassVar[bool] = False
+
     def __init__(
         self, model: Any, experts: StepExperts, *, batch: int, max_source_len: int, max_new_tokens: int
     ) -> None:
@@ -58,6 +60,10 @@ class StaticDecoder:
         self._layers = [_StaticLayer(layer, self, max_source_len, max_new_tokens) for layer in decoder.block]
         self._mask_B11S = torch.zeros(batch, 1, 1, max_source_len, dtype=weight.dtype, device=weight.device)
         self.has_changed()
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """It computes every model of its family."""
 
     @property
     def listener(self) -> Any:
@@ -94,10 +100,14 @@ class StaticDecoder:
         inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
         return run(self._encoder, inputs).last_hidden_state
 
-    def output(self, tokens_BT: Tensor, logits: Sequence[Tensor] | None) -> GenerateEncoderDecoderOutput:
+    def sequences(self, tokens_BT: Tensor, input_ids_BS: Tensor) -> Tensor:
+        """What `generate` of the model returns: the start token and the new tokens."""
+        return tokens_BT
+
+    def output(self, sequences: Tensor, logits: Sequence[Tensor] | None) -> GenerateEncoderDecoderOutput:
         """What `generate` of the model returns as a dictionary."""
         kept: Any = None if logits is None else tuple(logits)
-        return GenerateEncoderDecoderOutput(sequences=tokens_BT, logits=kept)  # type: ignore[arg-type]
+        return GenerateEncoderDecoderOutput(sequences=sequences, logits=kept)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def begin(self, prompt: Tensor, attention_mask_BS: Tensor, sampling: Sampling) -> None:

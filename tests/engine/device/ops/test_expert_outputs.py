@@ -13,17 +13,22 @@ from pregate.engine.device.ops.expert_outputs import (
     NUM_WARPS,
     ExpertScratch,
     expert_outputs,
+    into_and_out,
     launch_expert_outputs,
     linear_constants,
     slot_linear_kernel,
-    up_and_down,
 )
 from pregate.engine.storage.slabs import SlabLayout
-from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of
+from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of, shapes_of
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["relu", "gated_silu"]
+COMPILED_BY_DEFAULT = [("relu", 1, 90), ("relu", 8, 80), ("gated_silu", 1, 80), ("gated_silu", 8, 100)]
+SHARED_BYTES = 99 * 1024
+"""The least that GPUs of these architectures give a program."""
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("stored", list(SlabDtype))
 @pytest.mark.parametrize(
@@ -31,8 +36,11 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
     [([0], 1), ([-1], 1), ([2, 0, 2, -1, 1], 1), ([3] * 6, 1), ([1, 3, 3, 1, -1, 2, -1, -1], 2)],
     ids=str,
 )
-def test_as_the_resident_experts(dtype: torch.dtype, stored: SlabDtype, slots: list[int], top_k: int) -> None:
-    case = ExpertsCase.random(len(slots), slots, width=24, hidden=56, dtype=dtype, stored=stored, top_k=top_k)
+def test_as_the_resident_experts(
+    activation: str, dtype: torch.dtype, stored: SlabDtype, slots: list[int], top_k: int
+) -> None:
+    sizes = {"width": 24, "hidden": 56, "top_k": top_k}
+    case = ExpertsCase.random(len(slots), slots, dtype=dtype, stored=stored, activation=activation, **sizes)
     expert_outputs(*case.arguments)
     assert_close(case.out_BD, case.resident())
     dropped_B = (case.slot_N.view(-1, top_k) < 0).all(1)
@@ -53,14 +61,27 @@ def test_scratch_is_as_large_as_it_says() -> None:
     assert ExpertScratch.empty(3, layout, "cpu").num_bytes == 3 * (56 + 24) * 2
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weights_may_be_float32(activation: str) -> None:
+    """As of routers that hand on what their softmax gives: one rounding, behind the product."""
+    sizes = {"width": 24, "hidden": 56, "top_k": 2, "dtype": torch.bfloat16}
+    case = ExpertsCase.random(0, [1, 0, 2, -1], activation=activation, weighed=torch.float32, **sizes)
+    expert_outputs(*case.arguments)
+    assert_close(case.out_BD, case.resident())
+
+
 def test_experts_of_another_form_are_refused() -> None:
     case = ExpertsCase.random(0, [1, 0], width=24, hidden=56)
-    with pytest.raises(UsageError, match=r"'gelu'.*only relu"):
+    with pytest.raises(UsageError, match=r"'gelu'.*only relu, gated_silu"):
         expert_outputs(*case.arguments[:-1], "gelu")
     gated = family_of(wi_0=(56, 24), wi_1=(56, 24), wo=(24, 56))
     for family in (gated, family_of(wi=(56, 24), wo=(24, 55)), family_of(only=(3, 3))):
         with pytest.raises(UsageError, match="only an up and a down matrix"):
-            up_and_down(SlabLayout.of(family, torch.float32))
+            into_and_out(SlabLayout.of(family, torch.float32), "relu")
+    plain = family_of(wi=(56, 24), wo=(24, 56))
+    for family in (plain, family_of(gate=(56, 24), up=(55, 24), wo=(24, 56))):
+        with pytest.raises(UsageError, match="only a gate, an up and a down matrix"):
+            into_and_out(SlabLayout.of(family, torch.float32), "gated_silu")
 
 
 @pytest.mark.parametrize("stored", list(SlabDtype))
@@ -82,12 +103,28 @@ def hold_to_reference(case: ExpertsCase, device: str) -> None:
     assert (got_BD[dropped_B] == 0).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("slab_dtype", list(SlabDtype))
-def test_one_choice_and_several(kernel_device: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
+def test_one_choice_and_several(kernel_device: str, activation: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
     for slots in ([1], [2, 0, 2, -1, 1]):
-        case = ExpertsCase.random(len(slots), slots, width=32, hidden=40, dtype=dtype, stored=slab_dtype)
+        sizes = {"width": 32, "hidden": 40, "dtype": dtype, "stored": slab_dtype}
+        hold_to_reference(ExpertsCase.random(len(slots), slots, activation=activation, **sizes), kernel_device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_weights_of_narrower_experts(kernel_device: str, activation: str) -> None:
+    for slots, top_k in (([1], 1), ([1, 0, 2, -1], 2)):
+        sizes = {"width": 32, "hidden": 40, "top_k": top_k, "dtype": torch.bfloat16}
+        case = ExpertsCase.random(0, slots, activation=activation, weighed=torch.float32, **sizes)
         hold_to_reference(case, kernel_device)
+
+
+def test_many_experts_a_token(kernel_device: str) -> None:
+    """More choices than rows of a tile that holds 128 columns."""
+    slots = (torch.randint(20, (9 * 8,), generator=torch.Generator().manual_seed(0)) - 1).tolist()
+    sizes = {"width": 80, "hidden": 48, "top_k": 8, "dtype": torch.bfloat16}
+    hold_to_reference(ExpertsCase.random(0, slots, activation="gated_silu", **sizes), kernel_device)
 
 
 @pytest.mark.parametrize(
@@ -117,30 +154,40 @@ def test_several_experts_a_token(kernel_device: str, dtype: torch.dtype) -> None
         hold_to_reference(ExpertsCase.random(0, slots, width=32, hidden=48, dtype=dtype, top_k=top_k), kernel_device)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("num_choices", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("activation", "num_choices", "architecture"),
+    [
+        pytest.param(*case, marks=() if case in COMPILED_BY_DEFAULT else pytest.mark.slow)
+        for case in itertools.product(ACTIVATIONS, (1, 8, 32, 256), (80, 90, 100))
+    ],
+)
 def test_weights_of_a_real_size_are_read_16_bytes_at_a_time(
-    compiler: None, num_choices: int, architecture: int
+    compiler: None, activation: str, num_choices: int, architecture: int
 ) -> None:
-    """Batch 1 straight into registers, without a barrier between tiles; larger ones through the tensor cores."""
+    """One choice straight into registers, without a barrier between tiles; more through the tensor cores."""
     from tests.engine.device.compiling import compiled
 
     for slab_dtype, last in itertools.product(SlabDtype, (False, True)):
-        layout = SlabLayout.of(family_of(wi=(3072, 768), wo=(768, 3072)), torch.bfloat16, slab_dtype)
-        constants = linear_constants(layout, layout.matrices[last], num_choices, share=1, last=last)
+        layout = SlabLayout.of(family_of(activation, **shapes_of(activation, 768, 3072)), torch.bfloat16, slab_dtype)
+        into, out = into_and_out(layout, activation)
+        places, following = ([out], "") if last else (into, activation)
+        constants = linear_constants(layout, places, num_choices, share=1, activation=following, weighed="bf16")
         raw = {"bf16": "*i16", "int8": "*i8", "fp8": "*u8"}[constants["STORED"]]
         pointers = {"inputs": "*i16", "slot_N": "*i32", "weights_N": "*i16", "slabs": raw, "scales": "*fp32"}
         kernel = compiled(slot_linear_kernel, {**pointers, "outputs": "*i16"}, constants, NUM_WARPS, architecture)
         ptx = kernel.asm["ptx"]
         if num_choices == 1:
-            weights = layout.matrices[last].shape[0] * layout.matrices[last].shape[1]
+            weights = len(places) * constants["R"] * constants["C"]
             programs = constants["R"] // constants["TILE_R"]
             loads = weights * slots_itemsize(layout) // programs // (NUM_WARPS * 32 * 16)
             assert ptx.count("ld.global.v4.b32") >= loads > 0, (loads, ptx)
-            assert len([line for line in ptx.splitlines() if "ld.global.b" in line]) <= 4 + constants["TILE_R"], ptx
-            assert ptx.count("bar.sync") <= 6, ptx
+            narrow = 4 + len(places) * constants["TILE_R"]
+            assert len([line for line in ptx.splitlines() if "ld.global.b" in line]) <= narrow, ptx
+            assert ptx.count("bar.sync") <= 6 * len(places), ptx
         else:
-            assert "mma.sync" in ptx and "cp.async.cg.shared.global" in ptx, ptx
+            assert any(name in ptx for name in ("mma.sync", "wgmma.mma", "tcgen05.mma")), ptx
+            assert "cp.async.cg.shared.global" in ptx, ptx
+            assert kernel.metadata.shared <= SHARED_BYTES, kernel.metadata
 
 
 def slots_itemsize(layout: SlabLayout) -> int:
