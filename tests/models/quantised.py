@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,22 @@ def olmoe(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def spread(scales: Tensor, shape: torch.Size, block: tuple[int, int] = BLOCK) -> Tensor:
     """The scale of each number."""
-    rows, columns = (torch.arange(side) // size for side, size in zip(shape, block, strict=True))
-    return scales.float()[rows][:, columns]
+    rows, columns = (torch.arange(side) // size for side, size in zip(shape[-2:], block, strict=True))
+    return scales.float()[..., rows, :][..., columns]
 
 
-def in_block_fp8(tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Every matrix but tables and routers as fp8 numbers, with the largest number of a block at most 448."""
+def in_block_fp8(
+    tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32, matrices: str = r"_proj\.weight$"
+) -> dict[str, Tensor]:
+    """The matrices with such names as fp8 numbers, with the largest number of a block at most 448."""
     quantised: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         quantised[name] = tensor
-        if name.endswith("_proj.weight"):
-            R, C = (-(-side // size) for side, size in zip(tensor.shape, BLOCK, strict=True))
-            padded = torch.zeros(R * BLOCK[0], C * BLOCK[1])
-            padded[: tensor.shape[0], : tensor.shape[1]] = tensor
-            scales = (padded.view(R, BLOCK[0], C, BLOCK[1]).abs().amax((1, 3)) / 440).to(scale_dtype)
+        if tensor.ndim > 1 and re.search(matrices, name):
+            missing = [-side % size for side, size in zip(tensor.shape[-2:], BLOCK, strict=True)]
+            padded = torch.nn.functional.pad(tensor.float(), (0, missing[1], 0, missing[0]))
+            blocks = padded.unflatten(-1, (-1, BLOCK[1])).unflatten(-3, (-1, BLOCK[0]))
+            scales = (blocks.abs().amax((-3, -1)) / 440).to(scale_dtype)
             quantised[name] = (tensor.float() / spread(scales, tensor.shape)).to(torch.float8_e4m3fn)
             quantised[f"{name}_scale_inv"] = scales
     return quantised

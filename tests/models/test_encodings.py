@@ -28,6 +28,7 @@ from pregate.models.family import dtype_name
 from pregate.models.loading import load_resident, open_model
 from pregate.training.stages import _copy_model
 from tests.models import quantised
+from tests.models.families.test_decoder_only import Row, every_family, upstream_model
 from tests.models.quantised import FP8, from_block_fp8, in_block_fp8, write
 from tests.models.test_checkpoint import sentence
 
@@ -248,6 +249,19 @@ def test_the_config_names_the_dtype(tmp_path: Path, named: str) -> None:
     expected = from_block_fp8(stored, torch.float32)[name]
     assert torch.equal(opened.read([name])[name], expected)
     assert not torch.equal(expected, expected.bfloat16().float()), "it holds more than bfloat16 can"
+
+
+@every_family
+def test_every_family_is_read_from_block_fp8(row: Row, tmp_path: Path) -> None:
+    """Named as on the hub, where some names are others than in the model, and some experts are one tensor."""
+    upstream_model(row, 30).to(torch.bfloat16).save_pretrained(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    stored = in_block_fp8(stored_in(tmp_path / "hub"), matrices=r"experts.*(weight|proj)$|_(proj|linear)\.weight$")
+    numbers = [name for name in stored if name.endswith("_scale_inv")]
+    assert any("expert" in n or "moe" in n for n in numbers) and any("attn" in n for n in numbers), sorted(stored)
+    directory = write(tmp_path / "quantised", {**config, "quantization_config": FP8}, stored)
+    plain = write(tmp_path / "plain", config, from_block_fp8(stored))
+    assert_same(load_resident(directory).state_dict(), load_resident(plain).state_dict())
 
 
 def test_prefixes_of_wrappers_stand_before_scales_too(tmp_path: Path) -> None:

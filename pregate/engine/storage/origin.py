@@ -41,9 +41,10 @@ def read_experts(checkpoint: SourceCheckpoint, family: ExpertSpec) -> Iterator[t
     itemsize = checkpoint.dtype(family.tensor_names(keys[0])[0]).itemsize if keys else 0
     num_bytes = itemsize * sum(torch.Size(shape).numel() for shape in family.matrices.values())
     at_once = max(1, MAPPED_BYTES // max(1, num_bytes))
+    E = max(1, family.num_experts)
+    blocks = [keys[first : first + E] for first in range(0, len(keys), E)]
     tensors: dict[str, Tensor] = {}
-    for first in range(0, len(keys), at_once):
-        run = keys[first : first + at_once]
+    for run in (block[first : first + at_once] for block in blocks for first in range(0, len(block), at_once)):
         names = dict.fromkeys(name for key in run for name in family.tensor_names(key))
         # a mapped tensor is dropped with its pages; a decoded one is kept while more of its experts are wanted
         tensors = {name: tensors[name] for name in names if name in tensors and checkpoint.tensors[name].encoding}

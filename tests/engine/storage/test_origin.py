@@ -177,6 +177,7 @@ def test_a_long_comparison_is_told(
 
 def test_what_was_written_a_moment_ago_is_compared(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tick may bring another write. Later, the file system is believed."""
+    monkeypatch.setattr(checkpoint, "SETTLED_NS", 10**18)
     compared = counted(monkeypatch)
     assert_served(directory)
     assert not (directory / "experts" / "source.json").exists()
