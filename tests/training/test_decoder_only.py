@@ -23,7 +23,7 @@ from pregate.training.checks import check_objective
 from pregate.training.distill import kl_sum, routing_share
 from tests.models.test_objectives import CAUSAL, ROWS
 from tests.tasks.corpora import sentinel_tokenizer, write_corpus
-from tests.tasks.test_chat import CHATML, GOOD, chat_tokenizer
+from tests.tasks.test_chat import CHATML, GOOD, NOT_CUT, chat_tokenizer
 from tests.test_made_up_family import model
 
 GEOMETRY = {
@@ -216,6 +216,14 @@ def test_what_a_model_cannot_learn_is_refused(family: str, setting: str) -> None
 
     with pytest.raises(UsageError, match=REFUSED[family, setting]):
         check_objective(compose_run([setting]), family_named(family))
+
+
+def test_a_template_is_refused_before_any_work(source: Path, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "template").write_text(NOT_CUT)
+    arguments = ["task=sst2", f"data.root={root}", f"model.source={source}", f"task.chat_template={tmp_path}/template"]
+    with pytest.raises(UsageError, match="cannot be cut where the assistant's turn begins"):
+        command(tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("setting", ["train.packing=true", "task=language_modelling"])
