@@ -29,6 +29,7 @@ def main(run: Run) -> None:
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
     checks.check_teachers(run, tokenizer)
+    checks.check_inputs(run, tokenizer)
     task.check(tokenizer, splits_read(run))
     run_dir = claim_run_dir(run)
     is_main = state.is_main_process

@@ -20,6 +20,7 @@ from pregate.models.pregating import PreGating, settings_chosen
 from pregate.system.console import reason_of
 from pregate.system.launch import check_mixed_precision
 from pregate.system.processes import join
+from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_teacher
 from pregate.training.optim import autocast_dtype
 
@@ -95,6 +96,14 @@ def check_objective(run: Run, family: Family) -> None:
             f"{what} puts several texts in one row, and the layers of {model} would carry a state from one to the "
             f"next: {'leave it out' if packing else 'choose another task'}."
         )
+
+
+def check_inputs(run: Run, tokenizer: Any) -> None:
+    """Refuse, before any work, limits and a chat template with which no input can be made. Raises `UsageError`."""
+    if run.task.kind not in PRE_TRAINING:
+        source, revision = run.model.source, run.model.revision
+        family = family_named(run.model.family) if source is None else family_of(read_config(source, revision))
+        Collator.for_task(run.task, tokenizer, family.objective)
 
 
 def check_teachers(run: Run, tokenizer: Any) -> None:

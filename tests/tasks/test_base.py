@@ -189,6 +189,6 @@ def test_every_task_yaml_builds(monkeypatch):
         extra = ["task.labels=[a,b]"] if name == "classification" else []
         run = compose_run([f"task={name}", *extra, "data.root=null", *(["task.hub=x/y"])])
         task = build_training_task(run)
-        assert task.name == {"span_corruption": "corpus"}.get(name, name)
+        assert task.name == {"span_corruption": "corpus", "language_modelling": "corpus"}.get(name, name)
         assert task.primary_metric in task.metric_names
         assert run.task.kind in TaskKind
