@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def olmoe(directory: Path) -> None:
     config = OlmoeConfig(
         vocab_size=67,
         hidden_size=24,
-        intermediate_size=20,
+        intermediate_size=40,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -92,7 +93,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def settings(pregate: dict[str, Any] | None = None, **changes: Any) -> Run:
     run = short_run()
     run.pregate = PreGateConfig(**{"init": Init.calibrated, **(pregate or {})})
-    run.calibration = CalibrationConfig(**{"steps": 4, "batch_size": 6, "through": Through.engine, **changes})
+    run.calibration = CalibrationConfig(**{"steps": 2, "batch_size": 14, "through": Through.engine, **changes})
     return run
 
 
@@ -114,24 +115,30 @@ def in_memory(run: Run) -> Run:
     return replace(run, calibration=replace(run.calibration, through=Through.memory, memory=None))
 
 
-def assert_same_gates(one: Path, other: Path, exactly: bool = False) -> None:
+def assert_same_gates(one: Path, other: Path, tolerance: float = 2e-3) -> None:
+    """Where L-BFGS stops depends on rounding, so refined gates differ more than ridge fits do."""
     first, second = tensors(one), tensors(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.isfinite().all()
-        torch.testing.assert_close(second[name], tensor, **({"rtol": 0, "atol": 0} if exactly else {}), msg=name)
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("model", MAKERS)
+@pytest.mark.parametrize(
+    ("model", "case", "steps"),
+    [
+        *(("switch", "paper", 2), ("olmoe", "two ahead", 0), ("dense layers between", "embedding", 2)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in product(MAKERS, CASES, (0, 2))),
+    ],
+)
 def test_the_gates_are_those_of_a_calibration_in_memory(
-    model: str, case: str, sources: dict[str, Path], tmp_path: Path
+    model: str, case: str, steps: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """Examples are of many lengths, so that batches have padding. Each expert is read once for all of them."""
-    run, source = settings(CASES[case]), sources[model]
+    run, source = settings(CASES[case], steps=steps), sources[model]
     resident = calibrated(in_memory(run), source, tmp_path / "resident")
     found = calibrated(run, source, tmp_path / "streamed")
-    assert_same_gates(tmp_path / "resident", tmp_path / "streamed")
+    assert_same_gates(tmp_path / "resident", tmp_path / "streamed", tolerance=2e-3 if steps else 1e-5)
     for told, expected in ((found.before, resident.before), (found.after, resident.after)):
         assert told.keys() == expected.keys()
         for stack, shares in expected.items():
@@ -177,7 +184,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     return prepare
 
 
-@pytest.mark.parametrize(("model", "at"), [("switch", 3), ("switch", 8), ("olmoe", 3)])
+@pytest.mark.parametrize(("model", "at"), [("olmoe", 3), pytest.param("switch", 8, marks=pytest.mark.slow)])
 def test_a_killed_calibration_goes_on_and_finds_the_same_gates(
     model: str, at: int, sources: dict[str, Path], tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,20 +198,22 @@ def test_a_killed_calibration_goes_on_and_finds_the_same_gates(
     rest = killed_at(0)
     found = calibrated(run, source, tmp_path / "again")
     assert rest[0] == begun[-1] and not set(rest[1:]) & set(begun)
-    assert_same_gates(tmp_path / "whole", tmp_path / "again", exactly=True)
+    assert_same_gates(tmp_path / "whole", tmp_path / "again", tolerance=0)
     assert (found.before, found.after) == (whole.before, whole.after) and found.seconds > 0
     # what was read for the layer that was cut short is read again
     assert whole.bytes_read is not None and found.bytes_read is not None and whole.bytes_read <= found.bytes_read
     assert not work_of(tmp_path / "again").exists()
 
 
-def test_other_settings_begin_anew(sources: dict[str, Path], tmp_path: Path, killed_at: Any) -> None:
+def test_other_settings_begin_anew(
+    sources: dict[str, Path], tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = killed_at(3)
     with pytest.raises(KilledError):
         calibrated(settings(), sources["olmoe"], tmp_path / "out")
     run, first = settings(steps=0), begun[0]
-    begun.clear()
-    killed_at(0)
+    monkeypatch.undo()
+    begun = killed_at(0)
     calibrated(run, sources["olmoe"], tmp_path / "out")
     assert begun[0] == first
     calibrated(in_memory(run), sources["olmoe"], tmp_path / "resident")
@@ -294,10 +303,9 @@ def test_a_text_file(sources: dict[str, Path], tmp_path: Path) -> None:
     assert found.num_examples == 10 and found.tokens["decoder"] == (112, 28) and found.bytes_read
     account = json.loads((tmp_path / "out" / MANIFEST).read_text())["calibration"]
     assert account["task"] is None and account["settings"]["text"] == str(file)
+    run.calibration.text = str(tmp_path)
     with pytest.raises(UsageError, match="cannot be read as UTF-8 text"):
-        calibrate_source(
-            settings(data=CalibrationData.text, text=str(tmp_path)), str(sources["olmoe"]), tmp_path / "other"
-        )
+        calibrate_source(run, str(sources["olmoe"]), tmp_path / "other")
 
 
 def test_half_precision_stays_as_it_is_served(sources: dict[str, Path], tmp_path: Path) -> None:
