@@ -61,10 +61,10 @@ def as_stored(model: Any, layout: SlabLayout) -> Any:
     weights = dict(stored.named_parameters())
     slab = aligned_bytes(layout.slab_bytes)
     for key in family.keys():  # noqa: SIM118 - not a mapping
-        parameters = [weights[name] for name in family.tensor_names(key)]
-        layout.encode([p.detach() for p in parameters], slab)
-        for parameter, matrix in zip(parameters, layout.decode(slab), strict=True):
-            parameter.data = matrix.detach().clone()
+        parts = [part.of(weights[part.tensor].data) for part in family.slices(key)]
+        layout.encode(parts, slab)
+        for part, matrix in zip(parts, layout.decode(slab), strict=True):
+            part.copy_(matrix)
     return stored
 
 
