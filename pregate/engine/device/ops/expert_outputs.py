@@ -105,10 +105,10 @@ def expert_outputs(
     down(activation(gate(hidden)) * up(hidden)).
 
     hidden_BD, out_BD: in the layout's dtype. weights_N: in that or in float32. slot_N: int32, where each choice's slab
-    is; a choice with -1 adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`. Rounds
-    to the dtype where the resident expert does: after each matrix, after the activation and the product with it, after
-    weighting, after the sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation or
-    experts it lacks.
+    is; a choice with -1 adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`.
+    Rounds to the dtype where the resident expert does: after each matrix, after the activation and the product with it,
+    after weighting, after the sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation
+    or experts it lacks.
     """
     layout = _layout(layout_text)
     into_and_out(layout, activation)

@@ -146,7 +146,7 @@ class RotaryDecoder:
         assert rows <= self.batch and places <= self.max_source_len
         self._places.begin(attention_mask_BS)
         self._before_1.fill_(places - 1)
-        self.sampler.begin(sampling, rows, prompt)
+        self.sampler.begin(sampling, rows, (prompt, attention_mask_BS))
 
     @torch.inference_mode()
     def step(self, kind: StepKind) -> None:
