@@ -67,9 +67,10 @@ class Sampler:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in vars(self).values())
 
-    def begin(self, sampling: Sampling, rows: int, prompt_BS: Tensor | None = None) -> None:
+    def begin(self, sampling: Sampling, rows: int, prompt: tuple[Tensor, Tensor] | None = None) -> None:
         """Start over with `rows` sequences; the rows behind them have ended already. A sequence begins with the start
-        token, or goes on behind a row of `prompt_BS`: then its first token is the last of that row."""
+        token, or goes on behind a row of `prompt`, ids and attention mask (rows, S): then its first token is the last
+        of that row, and those before it count as seen, except the padding on the left."""
         self.tokens_BT.fill_(sampling.pad)
         self.tokens_BT[:, 0] = sampling.start
         self.token_B.fill_(sampling.start)
@@ -79,10 +80,12 @@ class Sampler:
         self.finite_B.fill_(True)
         self._seen_BV.zero_()
         self._seen_BV[:, sampling.start] = True
-        if prompt_BS is not None:
-            self.tokens_BT[:rows, 0] = self.token_B[:rows] = prompt_BS[:, -1]
-            self._seen_BV[:rows] = False
-            self._seen_BV[:rows].scatter_(1, prompt_BS, True)
+        if prompt is not None:
+            ids_BS, mask_BS = prompt
+            self.tokens_BT[:rows, 0] = self.token_B[:rows] = ids_BS[:, -1]
+            times_BV = torch.zeros_like(self._seen_BV[:rows], dtype=torch.int64)
+            times_BV.scatter_add_(1, ids_BS, mask_BS.long().cumsum(1))
+            self._seen_BV[:rows] = times_BV > 0
         self._eos_V.zero_()
         for token in sampling.eos:
             self._eos_V[token] = True

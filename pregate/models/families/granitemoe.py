@@ -66,6 +66,7 @@ class PreGatedGraniteMoeForCausalLM(
 class GraniteMoeFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = GraniteMoeConfig.model_type, "GraniteMoeForCausalLM"
     config_class, model_class = PreGatedGraniteMoeConfig, PreGatedGraniteMoeForCausalLM
+    step = "rotary"
     experts_setting = "num_local_experts"
     router, experts_module = "block_sparse_moe.router", "block_sparse_moe.experts"
     renames = (

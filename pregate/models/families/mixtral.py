@@ -63,6 +63,7 @@ class PreGatedMixtralForCausalLM(
 class MixtralFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = MixtralConfig.model_type, "MixtralForCausalLM"
     config_class, model_class = PreGatedMixtralConfig, PreGatedMixtralForCausalLM
+    step = "rotary"
     experts_setting = "num_local_experts"
     expert_names = ("w1", "w3", "w2")
     renames = ((".block_sparse_moe.", ".mlp."),)

@@ -63,6 +63,7 @@ class PreGatedQwen2MoeForCausalLM(
 class Qwen2MoeFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = Qwen2MoeConfig.model_type, "Qwen2MoeForCausalLM"
     config_class, model_class = PreGatedQwen2MoeConfig, PreGatedQwen2MoeForCausalLM
+    step = "rotary"
     width_setting = "moe_intermediate_size"
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:

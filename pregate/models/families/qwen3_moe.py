@@ -63,6 +63,7 @@ class PreGatedQwen3MoeForCausalLM(
 class Qwen3MoeFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = Qwen3MoeConfig.model_type, "Qwen3MoeForCausalLM"
     config_class, model_class = PreGatedQwen3MoeConfig, PreGatedQwen3MoeForCausalLM
+    step = "rotary"
     width_setting = "moe_intermediate_size"
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:

@@ -32,23 +32,30 @@ from pregate.engine.device.ops import (
     first_choice,
     gate_logits,
     gather_slabs,
+    rotary_attention,
     want_slabs,
 )
 from pregate.engine.device.ops.registry import OPERATIONS
 from pregate.engine.device.sampler_state import StepKind
 from pregate.engine.device.slots import DeviceSlots
+from pregate.engine.device.steps.registry import step_of
+from pregate.engine.device.steps.rotary import RotaryDecoder
 from pregate.engine.device.steps.t5 import StaticDecoder
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.family import experts_of
+from tests.engine.device.steps.test_rotary import CAPTURED
+from tests.models.families.test_decoder_only import FAMILIES, gating, pregated, upstream_model
 from tests.tiny import pregated_model
 
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
+ROTARY = ["steps/rotary.py", "steps/static_rotary_attention.py", "steps/shadow.py"]
 SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampler_state.py", "fetching.py", "slots.py", "steps/gates.py"]
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),
     *((want_slabs, "want_kernel"), (add_norm, "add_norm_kernel"), (first_choice, "first_choice_kernel")),
+    *((rotary_attention, "attend_kernel"), (rotary_attention, "join_kernel")),
     *((attention, "attention_kernel"), (gate_logits, "gate_logits_kernel")),
     *((choose_tokens, "best_kernel"), (choose_tokens, "choose_kernel")),
 ]
@@ -80,7 +87,15 @@ class Watch(TorchDispatchMode):
 
 
 def decoder(policy: Policy, **options: Any) -> StaticDecoder:
-    model = pregated_model(0, **options)
+    return static_step(pregated_model(0, **options), policy)
+
+
+def rotary(policy: Policy, name: str, lookahead: int) -> RotaryDecoder:
+    row = FAMILIES[name]
+    return static_step(pregated(row, upstream_model(row, 1), gating(lookahead)), policy)
+
+
+def static_step(model: Any, policy: Policy) -> Any:
     family = experts_of(model.config)
     layout = SlabLayout.of(family, torch.float32)
     meta, keys = torch.device("meta"), family.keys()
@@ -96,12 +111,13 @@ def decoder(policy: Policy, **options: Any) -> StaticDecoder:
     blocks = BlockShape(
         [len(keys) - (num_blocks - b) * family.num_experts for b in range(num_blocks)],
         family.num_experts,
-        1,
+        family.top_k,
         BATCH,
-        "relu",
+        family.activation,
     )
     experts = make_experts(policy, memory, blocks, InOrder())
-    return StaticDecoder(model.to(meta), experts, batch=BATCH, max_source_len=7, max_new_tokens=5)
+    sizes = {"batch": BATCH, "max_source_len": 7, "max_new_tokens": 5}
+    return step_of(model.config)(model.to(meta), experts, **sizes)
 
 
 @pytest.fixture
@@ -175,7 +191,29 @@ def test_a_step_is_operations_that_know_their_shapes(policy: Policy) -> None:
         static.step(StepKind())
     found = {name.removeprefix("pregate.").removesuffix(".default") for name in watch.operations if "pregate." in name}
     absent = {"assign_slots", "gather_slabs"} if policy is Policy.gpu_only else set()
-    assert found == OPERATIONS.keys() - absent
+    assert found == OPERATIONS.keys() - absent - {"rotary_attention"}
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_rotary_step_asks_nothing(policy: Policy, name: str, launched: list[Any]) -> None:
+    """Its routers, shared experts and residuals are upstream's own; they are watched with the rest."""
+    static = rotary(policy, name, lookahead=1)
+    runs = []
+    for _ in range(2):
+        launched.clear()
+        with Watch() as watch:
+            static.step(StepKind())
+        runs.append((watch.operations, list(launched)))
+    assert runs[0] == runs[1]
+    names = [name for name, _, _ in runs[0][1]]
+    layers, blocks = len(static._layers), len(list(static._model.moe_blocks()))
+    fetches = 0 if policy is Policy.gpu_only else blocks
+    assert names.count("assign_kernel") == names.count("gather_kernel") == fetches
+    assert names.count("slot_linear_kernel") == 2 * blocks and names.count("want_kernel") == blocks
+    assert names.count("attend_kernel") == names.count("join_kernel") == layers
+    assert names.count("add_norm_kernel") >= 2 * layers + 1, "the norms are single launches"
+    assert names[-2:] == ["best_kernel", "choose_kernel"]
 
 
 @pytest.mark.parametrize("policy", list(Policy))
@@ -263,7 +301,7 @@ def questions(source: str) -> list[str]:
 
 
 def test_the_sources_of_a_step_hold_no_question() -> None:
-    files = [FOLDER / name for name in SOURCES] + sorted(FOLDER.glob("ops/*.py"))
+    files = [FOLDER / name for name in (*SOURCES, *ROTARY)] + sorted(FOLDER.glob("ops/*.py"))
     for file in files:
         assert questions(file.read_text()) == [], file.name
 

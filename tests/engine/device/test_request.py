@@ -40,6 +40,15 @@ def test_lengths(options: dict[str, Any], length: int, least: int) -> None:
         assert (request.new_tokens, request.sampling.min_new_tokens) == (length, least)
 
 
+def test_lengths_behind_a_prompt() -> None:
+    """They count the prompt, and no start token is asked for."""
+    defaults = GenerationConfig(eos_token_id=1, pad_token_id=0, max_length=20, min_length=14)
+    request = read_request(defaults, {}, vocab_size=100, max_new_tokens=50, prompt_len=12)
+    assert (request.new_tokens, request.sampling.min_new_tokens, request.sampling.start) == (8, 2, 0)
+    with pytest.raises(UsageError, match="-2 new tokens are asked for"):
+        read_request(defaults, {"max_length": 10}, vocab_size=100, max_new_tokens=50, prompt_len=12)
+
+
 def test_tokens() -> None:
     assert read(eos_token_id=[3, 4], pad_token_id=5).sampling == Sampling(eos=[3, 4], pad=5)
     assert read(eos_token_id=None).sampling.eos == []

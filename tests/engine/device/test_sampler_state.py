@@ -112,6 +112,20 @@ def test_a_new_request_forgets_the_last_one() -> None:
         assert name in kept or torch.equal(tensor, vars(fresh)[name]), name
 
 
+def test_a_prompt_counts_as_seen_but_its_padding_does_not() -> None:
+    """As Hugging Face's penalty reads a prompt that is padded on the left: the second row, with the token 5."""
+    ids, mask = torch.tensor([[5, 2, 3], [5, 5, 4]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    made = Sampler(3, 4, 7, CPU)
+    made.begin(Sampling(repetition_penalty=2.0, pad=6), 2, (ids, mask))
+    assert made.token_B.tolist() == [3, 4, 0] and made.live_B.tolist() == [True, True, False]
+    logits = torch.tensor([0.0, 0.0, 3.0, 3.0, 3.0, 4.0, 2.5]).expand(3, -1)
+    processor = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([0, 2]))
+    wanted = processor(ids, logits[:2].clone()).argmax(-1).tolist()
+    made.choose(logits, StepKind(penalise=True))
+    assert made.token_B.tolist() == [*wanted, 6] and wanted == [4, 5]
+    assert made.tokens_BT[:, :2].tolist() == [[3, 4], [4, 5], [0, 6]]
+
+
 def test_tensors_stay_where_they_are() -> None:
     """A graph has their addresses for good."""
     sampling = Sampling(sample=True, repetition_penalty=2.0, eos=(1,))

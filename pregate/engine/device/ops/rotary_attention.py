@@ -20,8 +20,8 @@ from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, operand, rounded, stored
 from pregate.engine.device.ops.registry import operation
 
-TILE = 64
-"""Places looked at together."""
+TILE = 32
+"""Places looked at together, few enough for two programs a multiprocessor."""
 MOST_PARTS = 16
 """Programs that share a row's places, each of some hundreds."""
 NUM_WARPS = 4
@@ -275,7 +275,7 @@ def attention_constants(cache_2BGTC: Tensor, heads: int, half: int, window: int)
         "R": half,
         "LENGTH": length,
         "WINDOW": window,
-        "PARTS": min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(length, 4 * TILE))),
+        "PARTS": min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(length, 8 * TILE))),
         "KIND": FLOATS[cache_2BGTC.dtype],
         "NATIVE": isinstance(attend_kernel, triton.JITFunction),
         "TILE": min(TILE, max(16, triton.next_power_of_2(length))),

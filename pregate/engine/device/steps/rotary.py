@@ -146,28 +146,24 @@ class RotaryDecoder:
         assert rows <= self.batch and places <= self.max_source_len
         self._places.begin(attention_mask_BS)
         self._before_1.fill_(places - 1)
-        self.sampler.begin(sampling, rows, prompt)
+        self.sampler.begin(sampling, rows, (prompt, attention_mask_BS))
 
     @torch.inference_mode()
     def step(self, kind: StepKind) -> None:
         """One token for every row. Never synchronises with the host; the same launches whatever the data."""
         sampler, places, stack = self.sampler, self._places, self._stack
         torch.add(self._before_1, sampler.position_1, out=places.place_1)
-        hidden_B1D = stack.embed_tokens(sampler.token_B[:, None])
+        hidden_B1D = _scaled(stack.embed_tokens(sampler.token_B[:, None]), stack.embedding_multiplier)
         self._experts.begin_step()
         routes = Routes(STACK, self._committed)
         for block, gate in stack.entry_gates.items():
             routes.commit(int(block), gate(hidden_B1D))
-        multiplier = getattr(stack, "embedding_multiplier", 1.0)
-        if multiplier != 1.0:
-            hidden_B1D = hidden_B1D * multiplier
         turns = self._turns(hidden_B1D)
         for layer in self._layers:
             # not called: hooks of the layer are of the host's calls
             hidden_B1D = layer.forward(hidden_B1D, position_embeddings=turns, use_cache=False, routes=routes)
         logits_BV = self._head(self._norm(hidden_B1D))[:, 0]
-        scaling = getattr(self._config, "logits_scaling", 1.0)
-        sampler.choose(logits_BV if scaling == 1.0 else logits_BV / scaling, kind)
+        sampler.choose(_scaled(logits_BV, 1.0 / self._model.logits_scaling), kind)
         routes.end()
 
     def _turns(self, hidden_B1D: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +176,11 @@ class RotaryDecoder:
 
     def _committed(self, _: str, block: int, routing: Routing) -> None:
         self._experts.commit(block, routing.expert_ids_BTK, self.sampler.live_B)
+
+
+def _scaled(states: Tensor, factor: float) -> Tensor:
+    """One launch less where there is nothing to scale."""
+    return states if factor == 1.0 else states * factor
 
 
 class _BlockExperts:

@@ -86,14 +86,15 @@ class StaticRotaryAttention:
         seen_B1Q = rotary_attention(
             self._made_ready(attention.q_proj(hidden_states), self._query_norm),
             self._made_ready(attention.k_proj(hidden_states), self._key_norm),
-            *(attention.v_proj(hidden_states), *position_embeddings),
+            self._made_ready(attention.v_proj(hidden_states), None),
+            *position_embeddings,
             *(self._cache_2BGTC, self._places.place_1, self._places.seen_BT),
             *(float(attention.scaling), self._window, getattr(attention, "sinks", None)),
         )
         return attention.o_proj(seen_B1Q), None
 
     def _made_ready(self, states_B1Q: Tensor, head_norm: _HeadNorm | None) -> Tensor:
-        """What the model does to queries and keys before they are turned."""
+        """What the model does to queries, keys and values behind their projections."""
         if head_norm is not None:
             states_B1Q = head_norm(states_B1Q)
         return states_B1Q if self._clip is None else states_B1Q.clamp(-self._clip, self._clip)

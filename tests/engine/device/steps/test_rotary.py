@@ -1,0 +1,203 @@
+"""The static step of decoder-only models in an engine: tokens and logits of upstream's greedy generation, for random
+small models of each family that has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pregate.config import CacheRule, Policy, SlabDtype, UsageError
+from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.limits import slots_for
+from pregate.engine.device.steps.registry import step_of
+from pregate.engine.device.steps.rotary import RotaryDecoder
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.measure.servers import engine_server
+from pregate.models.family import experts_of
+from tests.engine.serving import as_stored
+from tests.models.families.test_decoder_only import (
+    FAMILIES,
+    VOCABULARY,
+    Row,
+    gating,
+    look_ahead,
+    pregated,
+    upstream_model,
+)
+
+STEPS = 7
+CAPTURED = {name: row for name, row in FAMILIES.items() if row.family.step == "rotary"}
+captured_families = pytest.mark.parametrize("row", CAPTURED.values(), ids=CAPTURED)
+
+
+def prompts(rows: int, length: int = 9, seed: int = 5) -> dict[str, Tensor]:
+    """All rows but the first are padded on the left; of the last only one token is none."""
+    ids = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : min(row + 1, length - 1) if row < rows - 1 else length - 1] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def generated(generate: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens, and logits (step, B, V)."""
+    asked = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
+    asked |= {"return_dict_in_generate": True, "output_logits": True, "repetition_penalty": 1.3}
+    found = generate(**inputs, **(asked | options))
+    return found.sequences, torch.stack(found.logits)
+
+
+def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert expected[1].isfinite().all()
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[0], expected[0]), f"{got[0]}\n{expected[0]}"
+
+
+def saved(row: Row, seed: int, lookahead: int, directory: Path, entry: str = "own") -> tuple[Any, Any]:
+    """Upstream's model, its routers moved ahead by a naive hand-over, and ours, which is saved too."""
+    upstream, ahead = upstream_model(row, seed), gating(lookahead, entry)
+    ours = pregated(row, upstream, ahead)
+    ours.save_pretrained(directory)
+    return look_ahead(row, upstream, ahead), ours
+
+
+def test_these_families_are_captured() -> None:
+    assert {"olmoe", "mixtral", "granitemoe", "qwen2_moe", "qwen3_moe"} <= set(CAPTURED)
+    assert all(step_of(row.family.config({"model_type": name})) is RotaryDecoder for name, row in CAPTURED.items())
+
+
+@captured_families
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("lookahead", "entry"), [(0, "own"), (1, "own"), (2, "embedding")])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s else ()) for s in range(6)])
+def test_steps_are_upstreams_greedy_generation(
+    tmp_path: Path, row: Row, rows: int, lookahead: int, entry: str, seed: int
+) -> None:
+    """Each policy, with room for one row, place and token more than is used."""
+    upstream, ours = saved(row, 100 * seed + 10 * lookahead + rows, lookahead, tmp_path, entry)
+    inputs = prompts(rows)
+    expected = generated(upstream.generate, inputs)
+    for policy in Policy:
+        sizes = {"batch": rows + 1, "max_source_len": 10, "max_new_tokens": STEPS + 1}
+        cache = CacheRule.lru if seed % 2 else CacheRule.none
+        with DeviceEngine.open(tmp_path, policy=policy, cache=cache, **sizes) as engine:
+            for _ in range(2):
+                assert_equal(generated(engine.generate, inputs), expected)
+            assert (engine.counters.bytes_moved > 0) == (policy is not Policy.gpu_only)
+    assert ours.config.pregating.lookahead == lookahead
+
+
+@captured_families
+@pytest.mark.parametrize("slab_dtype", [SlabDtype.int8, SlabDtype.fp8])
+def test_quantised_slabs(tmp_path: Path, row: Row, slab_dtype: SlabDtype) -> None:
+    """Within the fewest slots that any step can do with."""
+    _, ours = saved(row, 3, 1, tmp_path)
+    layout = SlabLayout.of(experts_of(ours.config), torch.float32, slab_dtype)
+    expected = generated(as_stored(ours, layout).generate, prompts(2))
+    slots = 2 * min(2 * experts_of(ours.config).top_k, experts_of(ours.config).num_experts)
+    budget = f"{slots * layout.slab_bytes}B"
+    sizes = {"batch": 2, "max_source_len": 9, "max_new_tokens": STEPS}
+    with DeviceEngine.open(tmp_path, slab_dtype=slab_dtype, device_budget=budget, **sizes) as engine:
+        assert engine.num_slots == slots
+        assert_equal(generated(engine.generate, prompts(2)), expected)
+        assert engine.counters.bytes_moved > 0
+
+
+@captured_families
+def test_bfloat16(tmp_path: Path, row: Row) -> None:
+    """Logits of the same tokens, as a near tie may choose another one."""
+    _, ours = saved(row, 4, 1, tmp_path)
+    ours = ours.to(torch.bfloat16)
+    ours.save_pretrained(tmp_path)
+    inputs = prompts(2)
+    tokens, expected = generated(ours.generate, inputs)
+    with DeviceEngine.open(tmp_path, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
+        generated(engine.generate, inputs)
+        assert engine.counters.bytes_moved > 0
+        with engine_server(engine, torch.device("cpu")) as server:
+            logits = server.logits(inputs, tokens[:, :-1])
+    assert logits.shape == (2, 9 + STEPS - 1, VOCABULARY) and logits.isfinite().all()
+    difference = (logits[:, -STEPS:] - expected.transpose(0, 1)).norm() / expected.norm()
+    assert difference < 3e-2, difference
+
+
+def test_a_prompt_of_one_token_and_rows_that_end(tmp_path: Path) -> None:
+    """Nothing is read ahead of the first step, and the end of a row pads what follows."""
+    upstream, _ = saved(CAPTURED["olmoe"], 1, 1, tmp_path)
+    inputs = prompts(3, length=1)
+    with DeviceEngine.open(tmp_path, batch=4, max_source_len=3, max_new_tokens=STEPS) as engine:
+        free = generated(upstream.generate, inputs)
+        assert_equal(generated(engine.generate, inputs), free)
+        ends = int(free[0][0, 3])
+        options = {"eos_token_id": ends, "pad_token_id": 0, "output_logits": False}
+        wanted = upstream.generate(**inputs, do_sample=False, repetition_penalty=1.3, max_new_tokens=STEPS, **options)
+        got = engine.generate(**inputs, do_sample=False, repetition_penalty=1.3, max_new_tokens=STEPS, **options)
+        assert torch.equal(got, wanted), f"{got}\n{wanted}"
+        assert (wanted == ends).any()
+
+
+def test_a_longer_request_after_a_shorter_one(tmp_path: Path) -> None:
+    """What a request leaves in the caches, and the host's own calls in between, change nothing."""
+    upstream, _ = saved(CAPTURED["mixtral"], 2, 1, tmp_path)
+    with DeviceEngine.open(tmp_path, batch=4, max_source_len=12, max_new_tokens=STEPS) as engine:
+        for rows, length in ((4, 12), (1, 3), (3, 9), (4, 12)):
+            inputs = prompts(rows, length, seed=length)
+            assert_equal(generated(engine.generate, inputs), generated(upstream.generate, inputs))
+            assert engine.counters.bytes_moved > 0
+            torch.testing.assert_close(
+                engine.forward(**inputs).logits[:, -1], upstream(**inputs).logits[:, -1], rtol=1e-4, atol=1e-4
+            )
+
+
+def test_lengths_count_the_prompt(tmp_path: Path) -> None:
+    _, ours = saved(CAPTURED["olmoe"], 1, 0, tmp_path)
+    inputs = prompts(2)
+    with DeviceEngine.open(tmp_path, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
+        asked = {"do_sample": False, "max_length": 12, "min_length": 11}
+        first = int(ours.generate(**inputs, **asked)[0, 9])
+        for ends in (None, first):
+            wanted = ours.generate(**inputs, **asked, eos_token_id=ends)
+            assert torch.equal(engine.generate(**inputs, **asked, eos_token_id=ends), wanted)
+        assert wanted.shape[1] >= 11
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_padding_on_the_right_is_refused(tmp_path: Path) -> None:
+    saved(CAPTURED["olmoe"], 1, 0, tmp_path)
+    inputs = prompts(2)
+    inputs["attention_mask"][1, -1] = 0
+    with (
+        DeviceEngine.open(tmp_path, batch=2, max_source_len=9, max_new_tokens=2) as engine,
+        pytest.raises(UsageError, match="ends in padding: pad the rows of a decoder-only model on the left"),
+    ):
+        engine.generate(**inputs)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(CAPTURED)))
+def test_other_kinds_of_attention_are_left_to_the_host(name: str) -> None:
+    with pytest.raises(UsageError, match=f"no decoding step for a '{name}.*' model: use engine.drive=host"):
+        step_of(upstream_config(FAMILIES[name]))
+
+
+def upstream_config(row: Row, **changes: Any) -> Any:
+    upstream = upstream_model(row, 0)
+    return row.family.config({**row.family.pregated_json(upstream.config.to_dict(), gating(0)), **changes})
+
+
+def test_frequencies_that_follow_the_length_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UsageError, match=r"no rotary embeddings of the type 'dynamic', only .*: use engine.drive=host"):
+        step_of(upstream_config(CAPTURED["olmoe"], rope_parameters=rope))
+
+
+def test_more_choices_than_a_fetch_looks_at_are_refused() -> None:
+    config = upstream_config(CAPTURED["olmoe"], num_experts=64, num_experts_per_tok=16)
+    with pytest.raises(UsageError, match="17 rows choose 16 experts each: serve 16 rows or fewer"):
+        slots_for(None, Policy.pre_gated, config, 4096, batch=17)
+    assert slots_for(None, Policy.pre_gated, config, 4096, batch=16) > 0
