@@ -27,7 +27,8 @@ from pregate.measure.report.key_figures import engine_statement
 from pregate.models.finite import FiniteLogits
 from pregate.models.loading import load_resident
 from pregate.tasks.generated import generated_tokenizer
-from tests.measure.bench.test_bench_run import quick_collections, rows_of, tiny_run
+from tests.measure.bench.conftest import quick_collections
+from tests.measure.bench.test_bench_run import rows_of, tiny_run
 from tests.measure.test_eval_device import ROWS, run_of
 from tests.tiny import batch, pregated_model
 
