@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from pregate.models.family import BUILT_IN, Family, family_named
 from pregate.overrides import known_keys
+from tests.models.families.test_decoder_only import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
@@ -102,3 +105,58 @@ def test_commands_named_in_the_docs_exist(page: str) -> None:
         assert os.access(ROOT / script, os.X_OK), script
     for target in re.findall(r"scripts/test\.sh (tests[\w/.]*)", text):
         assert (ROOT / target).exists(), target
+
+
+# --- the table of families ------------------------------------------------------------------------------------------
+
+READ_FROM_FP8 = {row.family.source_type for row in FAMILIES.values()}
+"""What `test_every_family_is_read_from_block_fp8` looks at."""
+
+
+def table_of_families() -> dict[str, list[str]]:
+    """`model_type` -> the cells of its row behind it."""
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \|(.+)\|$", text_of("docs/families.md"), re.MULTILINE)
+    return {model_type: [cell.strip() for cell in cells.split("|")] for model_type, cells in rows}
+
+
+def layouts_of(family: Family) -> list[str]:
+    """The words of the table for the layouts in which experts are read."""
+    spec = family.experts(family.config({"model_type": family.source_type}))
+    stack, layers = list(spec.layers.items())[-1]
+    words = []
+    for layout in spec.layouts:
+        parts = layout(stack, layers[-1], 0)
+        transposed = " and transposed" if any(part.transposed for part in parts) else ""
+        words.append(("fused" if any(part.index for part in parts) else "separate") + transposed)
+    return sorted(words)
+
+
+def geometries_of(family: Family) -> set[str]:
+    """The members of the model group with this family and a geometry."""
+    files = sorted((ROOT / "configs" / "model").glob("*.yaml"))
+    members = {file.stem: OmegaConf.load(file) for file in files}
+    return {
+        name
+        for name, member in members.items()
+        if member.get("geometry") and member.get("family", "switch_transformers") == family.source_type
+    }
+
+
+def test_the_table_of_families_names_all_of_them() -> None:
+    assert sorted(table_of_families()) == sorted(BUILT_IN)
+
+
+@pytest.mark.parametrize("model_type", BUILT_IN)
+def test_the_table_of_families_says_what_the_code_does(model_type: str) -> None:
+    family = family_named(model_type)
+    _, layouts, quantised, packing, captured, geometries = table_of_families()[model_type]
+    assert layouts == ", ".join(layouts_of(family))
+    # MXFP4 tensors are decoded to matrices that stand the other way round
+    forms = {"fp8": model_type in READ_FROM_FP8, "MXFP4": "fused and transposed" in layouts_of(family)}
+    assert quantised == (", ".join(form for form, is_read in forms.items() if is_read) or "no")
+    assert packing == ("yes" if family.objective.packs else "no")
+    assert captured == ("no" if family.step is None else "yes")
+    named, found = set(re.findall(r"`([a-z0-9_]+)`", geometries)), geometries_of(family)
+    if "`switch_…`" in geometries:
+        found = {name for name in found if not name.startswith("switch_")}
+    assert named == found

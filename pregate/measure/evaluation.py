@@ -32,11 +32,12 @@ from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.family import ExpertSpec, config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK
-from pregate.models.loading import load_resident
+from pregate.models.loading import load_resident, open_model
 from pregate.models.pregating import PreGating, settings_asked_for
 from pregate.system.console import console, say
 from pregate.system.durable import flush_folders, write_json, write_text
 from pregate.system.machine import environment, pick_device, set_seed
+from pregate.system.memory import free_memory
 from pregate.tasks.base import Example, Scores, Task
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import Collator, check_vocabulary, load_tokenizer
@@ -90,7 +91,9 @@ def evaluate(bench: Bench, out_dir: Path, tracker: Tracker) -> dict[str, Any]:
     set_seed(run.seed)
     out_dir.mkdir(parents=True, exist_ok=True)
     subject = assess(bench, bench.checkpoint, run.engine.policy)
-    compared = assess(bench, bench.reference, Policy.gpu_only) if bench.reference else None
+    # within the budget, where there is one: all experts may be more than the device holds
+    policy = Policy.gpu_only if run.engine.device_budget is None else run.engine.policy
+    compared = assess(bench, bench.reference, policy) if bench.reference else None
     engine, traces = measure_engine(bench, out_dir / "traces")
     evaluation = {
         "task": bench.task.name,
@@ -263,7 +266,11 @@ def check_logits(checkpoint: str, how: str, finite: bool) -> None:
 
 def _expected(bench: Bench, request: BenchRequest) -> Expected | None:
     """What the resident model gives, or None where the whole model does not fit on the device."""
+    source = open_model(bench.checkpoint)
     try:
+        # asked before, because a system without memory ends the process
+        if sum(source.num_bytes(name) for name in source.names()) > free_memory(bench.device):
+            raise torch.OutOfMemoryError
         resident = load_resident(bench.checkpoint, device_map=str(bench.device))
         expected = resident_answers(resident, request, bench.run.engine.slab_dtype is SlabDtype.source)
     except torch.OutOfMemoryError:

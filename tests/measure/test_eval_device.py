@@ -11,7 +11,8 @@ import pytest
 from pregate import eval as command
 from pregate import tracking
 from pregate.cli import compose_run
-from pregate.config import GeneratedConfig, Run, UsageError
+from pregate.config import GeneratedConfig, Policy, Run, UsageError
+from pregate.measure import evaluation
 from pregate.measure.report.key_figures import routing_table, score_table
 from pregate.tasks.generated import generated_tokenizer
 from tests.tiny import pregated_model, upstream_model
@@ -76,6 +77,27 @@ def test_it_predicts_what_the_host_driven_evaluation_predicts(checkpoint: Path, 
         assert record["bytes_moved"] == record["misses"] * 8192
         if policy == "gpu_only":
             assert record["misses"] == 0
+
+
+def test_neither_model_needs_to_fit_as_a_whole(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is served within the budget too, and gives the same scores."""
+    roomy, predictions = evaluated(
+        run_of(checkpoint, tmp_path / "roomy", "engine.policies=[on_demand]"), tmp_path / "roomy"
+    )
+    opened, open_engine = [], evaluation.open_engine
+    monkeypatch.setattr(
+        evaluation, "open_engine", lambda *given, **at: opened.append(given) or open_engine(*given, **at)
+    )
+    monkeypatch.setattr(evaluation, "free_memory", lambda _: 0)
+    settings = ("engine.policies=[on_demand]", "engine.device_budget=50%")
+    tight, same = evaluated(run_of(checkpoint, tmp_path / "tight", *settings), tmp_path / "tight")
+    assert same == predictions and tight["scores"] == roomy["scores"] and tight["routing"] == roomy["routing"]
+    assert len(opened) == 3 and all(policy is not Policy.gpu_only for _, _, policy in opened)
+    assert roomy["engine"]["on_demand"]["tokens_equal_resident"] is True
+    assert "tokens_equal_resident" not in tight["engine"]["on_demand"]
+    assert "The whole model does not fit on the device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from pregate.models import decoder_only
 from pregate.models.decoder_only import BRANCH, STACK
 from pregate.models.family import register_family
+from pregate.models.objectives import Causal
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
 
@@ -77,6 +78,7 @@ class PreGatedQwen35MoeForCausalLM(
 class Qwen35MoeFamily(decoder_only.DecoderOnlyFamily):
     source_type, source_class = Qwen3_5MoeTextConfig.model_type, "Qwen3_5MoeForCausalLM"
     config_class, model_class = PreGatedQwen35MoeConfig, PreGatedQwen35MoeForCausalLM
+    objective = Causal(STACK, packs=False)  # linear attention carries its state along the row
     width_setting = "moe_intermediate_size"
 
     def hidden_width_setting(self, name: str) -> str:
