@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from pregate import register_family
 from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
-from pregate.models.family import ExpertSpec
+from pregate.models.experts import ExpertSpec
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
 

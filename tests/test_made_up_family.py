@@ -19,7 +19,8 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Policy, UsageError
 from pregate.convert import work as convert
 from pregate.measure.servers import forced_logits
-from pregate.models.family import ExpertKey, experts_of
+from pregate.models.experts import ExpertKey
+from pregate.models.family import experts_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train

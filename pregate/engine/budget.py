@@ -13,7 +13,7 @@ from pregate.config.validators import share_of
 from pregate.engine.policy import default_slots
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.family import ExpertSpec
+from pregate.models.experts import ExpertSpec
 from pregate.system.memory import is_out_of_memory
 from pregate.system.sizes import human_bytes, parse_bytes
 

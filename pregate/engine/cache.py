@@ -11,7 +11,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from pregate.config import CacheRule
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 
 class Placed(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pregate.config import Policy
 from pregate.engine.policy import fetched_on_enter, fetched_on_route
 from pregate.engine.scheduler import Scheduler
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 
 
 class Fetcher:

@@ -20,7 +20,7 @@ from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, rou
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertSpec
+from pregate.models.experts import ExpertSpec
 from pregate.models.routing import Routing
 
 

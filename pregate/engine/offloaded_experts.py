@@ -15,7 +15,7 @@ from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
 from pregate.models.expert_math import Factor, combine, group_by_expert
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.routing import DROPPED, Routing
 
 

@@ -20,7 +20,8 @@ from pregate.engine.storage.pack import check_experts, default_pack_dir, pack
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore, Store
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import config_of, dtype_name, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
 from pregate.models.pregated_models import compute_buffers, without_experts
 from pregate.system.console import first_of

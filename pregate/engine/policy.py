@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pregate.config import Policy
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 
 
 def fetched_on_route(policy: Policy, stack: str, block: int, experts: Sequence[int]) -> list[ExpertKey]:

@@ -14,7 +14,7 @@ from typing import Any
 from pregate.engine.cache import Placed, SlotTable
 from pregate.engine.io.base import Move, Mover, Transfer
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 
 class Scheduler:

@@ -30,7 +30,8 @@ from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timel
 from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
-from pregate.models.family import ExpertSpec, config_of, family_of
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import config_of, family_of
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.models.loading import load_resident, open_model
 from pregate.models.pregating import PreGating, settings_asked_for

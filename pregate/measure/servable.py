@@ -19,7 +19,8 @@ from pregate.engine.device.request import read_request
 from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
-from pregate.models.family import ExpertSpec, config_of, experts_of
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import config_of, experts_of
 from pregate.models.loading import generation_config, open_model
 from pregate.system.machine import pick_device
 

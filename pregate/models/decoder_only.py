@@ -23,7 +23,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from pregate.models import gated_experts
-from pregate.models.family import Count, ExpertSpec, Family, GateNames, MoEBlock
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import Count, Family, GateNames, MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.objectives import Causal
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere

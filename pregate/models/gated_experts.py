@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from pregate.models.expert_math import Factor, project
-from pregate.models.family import ExpertLayout, TensorSlice
+from pregate.models.experts import ExpertLayout, TensorSlice
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 """As upstream's dense layers name the matrices, and most checkpoints those of an expert."""

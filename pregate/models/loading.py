@@ -29,7 +29,8 @@ from pregate.models.checkpoint import (
     read_generation_settings,
 )
 from pregate.models.encodings import decoded
-from pregate.models.family import ExpertKey, ExpertSpec, Family, dtype_name, family_of
+from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.models.family import Family, dtype_name, family_of
 from pregate.models.pregated_models import without_experts
 from pregate.system.console import first_of, reason_of, say, silent_bars
 from pregate.system.durable import write_text

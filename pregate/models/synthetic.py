@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from pregate.models.checkpoint import SourceCheckpoint, TensorInfo
-from pregate.models.family import ExpertSpec, Family, dtype_name, family_of
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import Family, dtype_name, family_of
 from pregate.models.loading import parameter_shapes
 from pregate.models.pregated_models import without_experts
 from pregate.models.pregating import PreGating

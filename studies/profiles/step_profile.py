@@ -90,8 +90,9 @@ def _launches(engine: DeviceEngine, requests: Requests, trace: Path) -> list[Lau
     from torch.profiler import ProfilerActivity, profile
 
     cuda = requests.device.type == "cuda"
-    request = engine.request(**greedy(2 * STEPS_AT_ONCE))
-    engine.prefill(**requests.prompt(0), sampling=request.sampling)
+    prompt = requests.prompt(0)
+    request = engine.request(prompt["input_ids"], **greedy(2 * STEPS_AT_ONCE))
+    engine.prefill(**prompt, sampling=request.sampling)
     engine.decode(STEPS_AT_ONCE)
     _wait(cuda)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:

@@ -20,7 +20,7 @@ from pregate.engine.io.base import Move
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, copy_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 POISON = 0xFF
 """NaN in float32, bfloat16, float16 and fp8; -1 in int8, whose scales are float32."""

@@ -8,7 +8,7 @@ import pytest
 
 from pregate.config import CacheRule
 from pregate.engine.cache import SlotTable
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 
 def key(number: int) -> ExpertKey:

@@ -22,7 +22,7 @@ from pregate.engine.storage import store
 from pregate.engine.storage.aligned_memory import PAGE
 from pregate.engine.storage.pack import read_index
 from pregate.engine.storage.store import DamagedPackError, DiskStore, SlabReadError
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from tests.engine.hostile import Streamer
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_serves, needs_io_uring, request, serve
 

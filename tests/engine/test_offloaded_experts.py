@@ -25,7 +25,7 @@ from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Counters, Trace
 from pregate.models.expert_math import Factor, grouped_experts, project
-from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
+from pregate.models.experts import ExpertKey, ExpertSpec, TensorSlice
 from pregate.models.routing import DROPPED, Routing
 from tests.engine.hostile import POISON, HostileStore, MemoryStore
 

@@ -9,7 +9,8 @@ import pytest
 from pregate.config import Policy, UsageError
 from pregate.engine.budget import slots_within
 from pregate.engine.policy import default_slots, fetched_on_enter, fetched_on_route
-from pregate.models.family import ExpertKey, ExpertSpec, experts_of
+from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.models.family import experts_of
 from tests.tiny import pregated_model
 
 

@@ -16,7 +16,7 @@ from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 
 NUM_BLOCKS, NUM_EXPERTS = 4, 5
 

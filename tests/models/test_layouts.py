@@ -18,7 +18,8 @@ from pregate.conversion.write import convert
 from pregate.engine.storage.origin import read_experts
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import open_checkpoint
-from pregate.models.family import ExpertSpec, TensorSlice, config_of, experts_of
+from pregate.models.experts import ExpertSpec, TensorSlice
+from pregate.models.family import config_of, experts_of
 from pregate.models.loading import _state_of, load_resident, open_model
 from tests.models import quantised
 from tests.models.quantised import FP8, from_block_fp8, in_block_fp8, write

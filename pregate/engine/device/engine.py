@@ -34,7 +34,7 @@ from pregate.engine.host import HostDriver
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from pregate.system.machine import compute_device
 
 EOS_CHECK_EVERY = STEPS_AT_ONCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 CLOSED = "This engine is closed: open it again."
 

@@ -17,7 +17,7 @@ from pregate.engine.io.read_pool import ReadJob
 from pregate.engine.io.threads import SlabReader
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 STAGING_BUFFERS = 4
 

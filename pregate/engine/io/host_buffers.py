@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock, page_unlock
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from pregate.system.sizes import human_bytes
 
 

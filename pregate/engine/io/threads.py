@@ -14,7 +14,7 @@ from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.storage.aligned_memory import copy_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 
 class SlabReader:

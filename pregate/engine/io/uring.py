@@ -17,7 +17,7 @@ from pregate.engine.io.base import CLOSED, Move, MoverClosedError, Transfer
 from pregate.engine.io.ring import MOST_REGISTERED, Ring, RingUnavailableError
 from pregate.engine.storage.store import DiskStore
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 AGAIN = (-errno.EINTR, -errno.EAGAIN)
 

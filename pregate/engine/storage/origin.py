@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertKey, ExpertSpec, TensorSlice
+from pregate.models.experts import ExpertKey, ExpertSpec, TensorSlice
 from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.sizes import human_bytes

@@ -24,7 +24,7 @@ from pregate.engine.storage.aligned_memory import aligned_bytes, as_buffer
 from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.system.console import say
 from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put, write_json
 from pregate.system.sizes import human_bytes

@@ -22,7 +22,8 @@ from pregate.config import SlabDtype
 from pregate.engine.storage.aligned_memory import PAGE, round_up
 from pregate.engine.storage.quantisation import STORED, dequantise, quantise, widen
 from pregate.models.expert_math import Factor, RowScaled
-from pregate.models.family import ExpertSpec, dtype_name
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import dtype_name
 
 LINE = 64
 """Matrices start on cache lines, where BLAS reads fastest."""

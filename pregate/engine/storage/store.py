@@ -20,7 +20,7 @@ from pregate.engine.storage.origin import Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.system.sizes import human_bytes
 
 CHUNK = 1 << 30

@@ -24,7 +24,7 @@ from pregate.engine.io.choose import make_mover
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 PROBE_SECONDS = 1.0
 """Long enough for a disk to show more than its mood, short beside the requests it stands next to."""

@@ -24,7 +24,8 @@ from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.evaluation import check_gates
 from pregate.models.checkpoint import WEIGHT_FILES, SourceCheckpoint, read_config
-from pregate.models.family import ExpertSpec, config_of, dtype_name, experts_of, family_named, family_of
+from pregate.models.experts import ExpertSpec
+from pregate.models.family import config_of, dtype_name, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint

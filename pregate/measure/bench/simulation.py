@@ -21,7 +21,7 @@ from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move, Transfer
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey, ExpertSpec
+from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.pregating import PreGating
 
 

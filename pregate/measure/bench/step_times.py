@@ -28,7 +28,7 @@ from pregate.measure.bench.models import BenchModel, num_blocks, smaller
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
 from pregate.measure.timing import Timed, TokenClock, time_request
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 
 FEW_BLOCKS, FEW_EXPERTS = 2, 4
 STEPS = 8

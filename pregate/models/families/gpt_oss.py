@@ -18,7 +18,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
 from pregate.models.expert_math import Factor, project
-from pregate.models.family import ExpertSpec, TensorSlice, register_family
+from pregate.models.experts import ExpertSpec, TensorSlice
+from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
 

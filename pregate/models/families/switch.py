@@ -9,6 +9,7 @@ from typing import Any
 from transformers import SwitchTransformersConfig
 
 from pregate.config import UsageError
+from pregate.models.experts import ExpertSpec
 from pregate.models.families.switch_config import (
     OLD_MARKER,
     STACKS,
@@ -18,7 +19,7 @@ from pregate.models.families.switch_config import (
 )
 from pregate.models.families.switch_experts import expert_spec, feed_forward
 from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
-from pregate.models.family import Count, ExpertSpec, Family, GateNames, register_family
+from pregate.models.family import Count, Family, GateNames, register_family
 from pregate.models.objectives import Seq2Seq
 from pregate.models.pregating import PreGating
 

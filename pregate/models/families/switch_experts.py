@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
 from pregate.models.expert_math import Factor, grouped_experts, project, reference_experts
+from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.families.switch_config import STACKS, moe_layers
-from pregate.models.family import ExpertSpec, TensorSlice
 
 
 class SwitchExperts(nn.ModuleDict):

@@ -13,7 +13,7 @@ from pregate.config import SlabDtype
 from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.expert_math import Factor, grouped_experts, project
-from pregate.models.family import ExpertSpec, TensorSlice
+from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.gated_experts import gated_unit
 
 NOT_A_NUMBER = 255

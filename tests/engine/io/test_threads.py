@@ -26,7 +26,7 @@ from pregate.engine.io.threads import ThreadMover
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
 from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
 from pregate.engine.trace import Counters, Trace
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from tests.engine.hostile import HostileStore, MemoryStore
 
 pytestmark = pytest.mark.timeout(300)

@@ -24,7 +24,7 @@ from pregate.engine.io.ring import _ENTER, Ring, RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.io.uring import UringMover
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from tests.engine.hostile import HostileRing, poison_slots
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, needs_io_uring, request
 

@@ -20,7 +20,8 @@ from pregate.engine.storage.slabs import LINE, SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.expert_math import RowScaled, project
-from pregate.models.family import ExpertSpec, TensorSlice, experts_of
+from pregate.models.experts import ExpertSpec, TensorSlice
+from pregate.models.family import experts_of
 from tests.engine.serving import Served
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -20,8 +20,8 @@ from pregate.measure.bench.baseline_models import (
     write_offload_folder,
 )
 from pregate.measure.bench.models import BenchModel, bench_model
+from pregate.models.experts import ExpertKey
 from pregate.models.families.switch import SwitchFamily
-from pregate.models.family import ExpertKey
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 from tests.tiny import GEOMETRY, batch

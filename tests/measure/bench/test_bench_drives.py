@@ -17,7 +17,7 @@ from pregate.measure.bench import link
 from pregate.measure.bench.active_experts import counted_experts, forced_experts
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
-from pregate.models.family import ExpertKey
+from pregate.models.experts import ExpertKey
 from pregate.models.loading import load_resident
 from tests.tiny import batch, pregated_model
 

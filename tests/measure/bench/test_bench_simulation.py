@@ -16,7 +16,8 @@ from pregate.measure.bench.prediction import advice
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
 from pregate.measure.bench.step_times import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.timing import Timed
-from pregate.models.family import ExpertKey, ExpertSpec, experts_of
+from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.models.family import experts_of
 from pregate.models.pregating import PreGating
 from tests.tiny import pregated_model
 

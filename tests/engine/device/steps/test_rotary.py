@@ -31,6 +31,8 @@ from tests.models.families.test_decoder_only import (
 
 STEPS = 7
 CAPTURED = {name: row for name, row in FAMILIES.items() if row.family.step == "rotary"}
+QUICK = [(0, 4, 0, "own"), (0, 1, 1, "own"), (1, 4, 2, "embedding")]
+"""Of seeds, rows and gatings: those that are always tested."""
 captured_families = pytest.mark.parametrize("row", CAPTURED.values(), ids=CAPTURED)
 
 
@@ -71,11 +73,17 @@ def test_these_families_are_captured() -> None:
 
 
 @captured_families
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("lookahead", "entry"), [(0, "own"), (1, "own"), (2, "embedding")])
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s else ()) for s in range(6)])
+@pytest.mark.parametrize(
+    ("seed", "rows", "lookahead", "entry"),
+    [
+        pytest.param(seed, rows, *ahead, marks=() if (seed, rows, *ahead) in QUICK else pytest.mark.slow)
+        for seed in range(6)
+        for rows in (1, 4)
+        for ahead in ((0, "own"), (1, "own"), (2, "embedding"))
+    ],
+)
 def test_steps_are_upstreams_greedy_generation(
-    tmp_path: Path, row: Row, rows: int, lookahead: int, entry: str, seed: int
+    tmp_path: Path, row: Row, seed: int, rows: int, lookahead: int, entry: str
 ) -> None:
     """Each policy, with room for one row, place and token more than is used."""
     upstream, ours = saved(row, 100 * seed + 10 * lookahead + rows, lookahead, tmp_path, entry)
