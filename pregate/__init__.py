@@ -1,7 +1,7 @@
 """Pre-gated Mixture-of-Experts: convert, fine-tune and serve checkpoints whose routers decide blocks ahead.
 
-Importing the package registers its model classes, so that
-`transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)` opens a converted checkpoint.
+Importing the package registers its model classes, so that `from_pretrained(directory)` of transformers'
+`AutoModelForCausalLM`, or of `AutoModelForSeq2SeqLM` for Switch, opens a converted checkpoint.
 """
 
 import importlib

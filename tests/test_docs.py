@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -46,7 +47,7 @@ def run(language: str, text: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_the_tutorial_and_the_example_of_the_readme_run(tmp_path: Path) -> None:
     blocks = BLOCK.findall(text_of("docs/tutorial.md"))
-    assert [language for language, _ in blocks] == ["bash", "bash", "python", "python", "bash"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "python", "python", "bash", "bash", "python"]
     [example] = [text for language, text in BLOCK.findall(text_of("README.md")) if language == "python"]
     blocks.append(("python", example.replace('"DIR"', '"runs/tutorial/checkpoint"')))
     for language, text in blocks:
@@ -134,7 +135,7 @@ def layouts_of(family: Family) -> list[str]:
 def geometries_of(family: Family) -> set[str]:
     """The members of the model group with this family and a geometry."""
     files = sorted((ROOT / "configs" / "model").glob("*.yaml"))
-    members = {file.stem: OmegaConf.load(file) for file in files}
+    members: dict[str, Any] = {file.stem: OmegaConf.load(file) for file in files}
     return {
         name
         for name, member in members.items()
