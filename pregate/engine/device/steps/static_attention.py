@@ -46,8 +46,12 @@ class StaticSelfAttention:
         if any(projection.weight.data_ptr() != part.data_ptr() for projection, part in parts):
             self._qkv = join_projections(self._attention)
 
+    def begin(self) -> None:
+        """Start a request. A hidden place must be finite: its share is 0, and 0 times NaN is NaN."""
+        self.cache_2BHTC.zero_()
+
     def __call__(self, normed_B1D: Tensor, position_1: Tensor, bias_1H1T: Tensor) -> Tensor:
-        """`position_1`: the place of this token. Places behind it hold leftovers, which `bias_1H1T` must hide."""
+        """`position_1`: the place of this token. `bias_1H1T` must hide the places behind it."""
         qkv_B13HC = nn.functional.linear(normed_B1D, self._qkv).view(self._shape)
         return self._out(self_attention(qkv_B13HC, self.cache_2BHTC, position_1, bias_1H1T))
 
@@ -65,8 +69,10 @@ class StaticCrossAttention:
         self.cache_2BHSC = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def fill(self, states_BSD: Tensor) -> None:
-        """Keys and values of the encoder's last states, which may be fewer rows and places than there is room for."""
+        """Keys and values of the encoder's last states, which may be fewer rows and places than there is room for. The
+        rest is 0: a place that the mask hides must be finite."""
         rows, places = states_BSD.shape[:2]
+        self.cache_2BHSC.zero_()
         for cache_BHSC, projection in zip(self.cache_2BHSC, (self._attention.k, self._attention.v), strict=True):
             projected = projection(states_BSD).view(rows, places, *self._heads).transpose(1, 2)
             cache_BHSC[:rows, :, :places].copy_(projected)

@@ -117,6 +117,7 @@ class StaticDecoder:
         assert rows <= self.batch and places <= self.max_source_len
         source_mask(attention_mask_BS, self._mask_B11S)
         for layer in self._layers:
+            layer.attention.begin()
             layer.cross.fill(prompt)
         self.sampler.begin(sampling, rows)
 

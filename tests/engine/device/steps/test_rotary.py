@@ -149,11 +149,13 @@ def test_a_prompt_of_one_token_and_rows_that_end(tmp_path: Path) -> None:
 
 
 def test_a_longer_request_after_a_shorter_one(tmp_path: Path) -> None:
-    """What a request leaves in the caches, and the host's own calls in between, change nothing."""
+    """What a request leaves in the caches, NaN too, and the host's own calls in between, change nothing."""
     upstream, _ = saved(CAPTURED["mixtral"], 2, 1, tmp_path)
     with DeviceEngine.open(tmp_path, batch=4, max_source_len=12, max_new_tokens=STEPS) as engine:
         for rows, length in ((4, 12), (1, 3), (3, 9), (4, 12)):
             inputs = prompts(rows, length, seed=length)
+            for cache_2BGTC in engine.decoder._caches:
+                cache_2BGTC.fill_(torch.nan)
             assert_equal(generated(engine.generate, inputs), generated(upstream.generate, inputs))
             assert engine.counters.bytes_moved > 0
             torch.testing.assert_close(

@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torch import Tensor
 
 from pregate.engine.device.sampler_state import Sampling
@@ -21,6 +21,25 @@ NEVER_AGAIN = 1e6
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 0.13}
 """Float32: sums over a cache with room to spare run in another order. bfloat16: then a rounding more or less, of
 logits up to 18, which bfloat16 holds to 0.125."""
+
+
+ODD_WIDTH = {
+    "seed": 0,
+    "stacks": ("encoder", "decoder"),
+    "lookahead": 0,
+    "entry": "own",
+    "num_experts": 1,
+    "num_layers": 1,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 2,
+    "d_model": 20,
+    "num_heads": 1,
+    "d_kv": 5,
+    "d_ff": 41,
+    "tie_word_embeddings": False,
+    "relative_attention_num_buckets": 8,
+}
 
 
 @st.composite
@@ -76,7 +95,12 @@ def inputs_of(seed: int, size: int, source: int = 9) -> dict[str, Tensor]:
     spare=st.integers(0, 5),
     ends=st.booleans(),
 )
+@example(options=ODD_WIDTH, dtype=torch.bfloat16, size=32, seed=0, spare=0, ends=True)
 @settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+# oneDNN's bfloat16 products on processors with AMX (torch 2.13) read the first number of the next row, times 0, where
+# the inner width is odd: the NaN of `ResidentExperts` would come into a row that lives from the library, not the step
+@torch.backends.mkldnn.flags(enabled=False)
 def test_steps_equal_hugging_face(
     options: dict[str, Any], dtype: torch.dtype, size: int, seed: int, spare: int, ends: bool
 ) -> None:
@@ -129,13 +153,19 @@ def test_a_request_leaves_nothing_to_the_next() -> None:
     model = pregated_model(4, 1)
     static = StaticDecoder(model, ResidentExperts(model), batch=4, max_source_len=12, max_new_tokens=12)
     sampling = Sampling(repetition_penalty=NEVER_AGAIN)
-    decode(static, model, inputs_of(0, 4, source=12), sampling, 12)
     inputs = inputs_of(1, 2, source=5)
     wanted = reference(model, inputs, 7, None)
-    got = decode(static, model, inputs, sampling, 7)
-    assert_equal_while_live(got, wanted, None, ATOL[torch.float32])
-    for cache in (static._layers[0].attention.cache_2BHTC, static._layers[0].cross.cache_2BHSC):
-        assert cache[:, 2:].abs().sum() > 0, "nothing was left over, so this test says nothing"
+    caches = static._layers[0].attention.cache_2BHTC, static._layers[0].cross.cache_2BHSC
+    # a prompt whose states are not finite leaves NaN in every place
+    for factor in (1.0, torch.nan):
+        long = inputs_of(0, 4, source=12)
+        states = model.encoder(**long).last_hidden_state * factor
+        static.begin(states, long["attention_mask"], sampling)
+        for _ in range(12):
+            static.step(sampling.kind)
+        assert all((cache != 0).all() for cache in caches), "nothing was left over, so this test says nothing"
+        got = decode(static, model, inputs, sampling, 7)
+        assert_equal_while_live(got, wanted, None, ATOL[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
