@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.conversion.calibrate.fit import Tokens, fit_gate, refine, ridge_fit
+from pregate.conversion.calibrate import fit
+from pregate.conversion.calibrate.fit import Regression, Tokens, fit_gate
 
 D, E = 12, 5
 
@@ -33,7 +34,7 @@ def test_a_linear_target_is_found_exactly(bias: bool, steps: int) -> None:
     found = fit_gate(torch.zeros(E, D), torch.zeros(E) if bias else None, tokens(2), tokens(4), steps)
     assert max(found.ridge, found.refined) >= 0.995 > 0.5 > found.copy
     assert found.weight_ED.shape == (E, D) and (found.bias_E is None) != bias
-    ridge_ED = ridge_fit(torch.zeros(E, D).double(), tokens(2).states_TD, tokens(2).logits_TE, 1e-8)
+    ridge_ED = Regression(torch.zeros(E, D).double(), tokens(2).states_TD, tokens(2).logits_TE).ridge(1e-8)
     if not bias:
         centred_ED = true_ED - true_ED.mean(0)
         torch.testing.assert_close(ridge_ED.float(), centred_ED, atol=1e-4, rtol=1e-4)
@@ -84,8 +85,9 @@ def test_refining_reaches_the_minimum_that_newton_finds(temperature: float) -> N
     penalty, count = 1e-2, 200
     states_TD, start_ED = skewed(0, count), 0.1 * normal(1, E, D)
     logits_TE = torch.tanh(states_TD @ normal(2, E, D).T) + 0.3 * normal(3, count, E)
-    closed_ED = ridge_fit(start_ED.double(), states_TD, logits_TE, penalty)
-    found_ED = refine(closed_ED, start_ED.double(), states_TD, logits_TE, temperature, penalty, 300)
+    regression = Regression(start_ED.double(), states_TD, logits_TE)
+    closed_ED = regression.ridge(penalty)
+    found_ED = regression.refine(closed_ED, temperature, penalty, 300)
 
     states, start, logits = states_TD.double(), start_ED.double(), logits_TE.double()
     logits = logits - logits.mean(-1, keepdim=True)
@@ -111,3 +113,18 @@ def test_states_and_logits_that_say_nothing_are_survived() -> None:
     nothing = Tokens(torch.zeros(9, D), torch.zeros(9, E))
     found = fit_gate(normal(0, E, D), None, nothing, nothing, 5)
     assert found.chosen == "copy"
+
+
+def test_parts_of_the_tokens_give_what_all_of_them_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    states_TD, start_ED = skewed(0, 50), 0.1 * normal(1, E, D)
+    logits_TE = torch.tanh(states_TD @ normal(2, E, D).T)
+    found = []
+    for most in (50, 7):
+        monkeypatch.setattr(fit, "CHUNK_TOKENS", most)
+        regression = Regression(start_ED.double(), states_TD, logits_TE)
+        ridge_ED = regression.ridge(1e-2)
+        found.append((ridge_ED, regression.refine(ridge_ED, 0.5, 1e-2, 5)))
+    torch.testing.assert_close(*(ridge_ED for ridge_ED, _ in found), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*(refined_ED for _, refined_ED in found), rtol=1e-3, atol=1e-4)
+    for gate_ED in found[0]:
+        assert gate_ED.isfinite().all() and not torch.allclose(gate_ED, start_ED.double(), atol=1e-2)

@@ -1,12 +1,13 @@
 """The best linear gate for given states: ridge regression on the source's logits, then cross-entropy with its routes.
 
-Pure functions of tensors. Knows nothing about models, blocks or where states come from.
+Knows tensors alone. Knows nothing about models, blocks or where states come from.
 
 Letters: T tokens, D model width, E experts, F features of a token (D, and a constant 1 where the gate has a bias).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties on the distance from the start, in units of the features' mean square."""
 TEMPERATURES = (1.0, 0.5, 0.25)
 """Of both softmaxes, in units of the logits' standard deviation: from like the regression to like top-1 alone."""
+CHUNK_TOKENS = 4096
+"""Tokens whose states are in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,16 @@ def fit_gate(
     copy = agreement(start_EF)
     gates: dict[str, Tensor] = {"copy": start_EF}
     scores = {"copy": copy}
+    regression = Regression(start_EF, states_TF, fit.logits_TE)
     for penalty in reversed(RIDGES):
         name = f"ridge {penalty:g}"
-        gates[name] = ridge_fit(start_EF, states_TF, fit.logits_TE, penalty)
+        gates[name] = regression.ridge(penalty)
         scores[name] = agreement(gates[name])
     closed = max((name for name in scores if name != "copy"), key=scores.__getitem__)
     refined, gate_EF = scores[closed], gates[closed]
     for temperature in TEMPERATURES if steps else ():
         name = f"temperature {temperature:g}"
-        gate_EF = refine(gate_EF, start_EF, states_TF, fit.logits_TE, temperature, float(closed.split()[1]), steps)
+        gate_EF = regression.refine(gate_EF, temperature, float(closed.split()[1]), steps)
         gates[name], scores[name] = gate_EF, agreement(gate_EF)
         refined = max(refined, scores[name])
     chosen = max(scores, key=scores.__getitem__)
@@ -86,60 +90,84 @@ def fit_gate(
     )
 
 
-def ridge_fit(start_EF: Tensor, states_TF: Tensor, logits_TE: Tensor, penalty: float) -> Tensor:
-    """The gate whose logits are nearest to `logits_TE` up to a constant for each token, which routes do not see.
+class Regression:
+    """Fits of a gate to `logits_TE`, beginning at `start_EF` (float64). What they share is computed once, in float64, a
+    part of the tokens at a time: all states in float64 would take twice their memory."""
 
-    Minimises |states (gate - start) - (logits - start logits)|^2 + penalty m T |gate - start|^2, with m the mean square
-    of the features. In float64.
-    """
-    states_TF = states_TF.double()
-    missing_TE = _centred(logits_TE.double() - states_TF @ start_EF.T)
-    moments_FF = _moments(states_TF, penalty)
-    return start_EF + torch.linalg.solve(moments_FF, states_TF.T @ missing_TE / len(states_TF)).T
+    def __init__(self, start_EF: Tensor, states_TF: Tensor, logits_TE: Tensor) -> None:
+        self._start_EF, self._states_TF, self._logits_TE = start_EF, states_TF, logits_TE
+        F = states_TF.shape[1]
+        self._moments_FF = torch.zeros(F, F, dtype=torch.float64, device=states_TF.device)
+        self._products_FE = torch.zeros_like(start_EF.T)
+        for rows, part_TF in self._parts():
+            self._moments_FF.addmm_(part_TF.T, part_TF)
+            self._products_FE += part_TF.T @ _centred(logits_TE[rows].double() - part_TF @ start_EF.T)
+        self._moments_FF /= len(states_TF)
+        self._products_FE /= len(states_TF)
+        self._whitened: tuple[float, Tensor, Tensor] | None = None
 
+    def ridge(self, penalty: float) -> Tensor:
+        """The gate whose logits are nearest to those wanted, up to a constant for each token, which routes do not see.
 
-def refine(
-    gate_EF: Tensor,
-    start_EF: Tensor,
-    states_TF: Tensor,
-    logits_TE: Tensor,
-    temperature: float,
-    penalty: float,
-    steps: int,
-) -> Tensor:
-    """Lower the cross-entropy between the source's routing probabilities and the gate's, beginning at `gate_EF`.
+        Minimises |states (gate - start) - (logits - start logits)|^2 + penalty m T |gate - start|^2, with m the mean
+        square of the features. In float64.
+        """
+        return self._start_EF + torch.linalg.solve(self._penalised(penalty), self._products_FE).T
 
-    Both softmaxes are taken at `temperature` standard deviations of the logits, so that the gate keeps the source's
-    scale, which is that of its combine weights, whatever the temperature. The penalty is that of `ridge_fit`, which
-    this turns into as the temperature rises. Full-batch L-BFGS in coordinates in which the features are white: in
-    their own, a few directions of the residual stream carry almost all the variance and it stops far from the
-    minimum.
-    """
-    dtype, num_experts = states_TF.dtype, logits_TE.shape[-1]
-    logits_TE = _centred(logits_TE.double())
-    scale = temperature * logits_TE.std().clamp_min(1e-6).item()
-    wanted_TE = (logits_TE / scale).softmax(-1).to(dtype)
-    root_FF = torch.linalg.cholesky(_moments(states_TF.double(), penalty))
-    white_TF = torch.linalg.solve_triangular(root_FF.T, states_TF.double(), upper=True, left=False).to(dtype)
-    mean_square = states_TF.double().square().mean().item()
-    begin_TE = (states_TF.double() @ start_EF.T / scale).to(dtype)
-    step_EF = ((gate_EF - start_EF) @ root_FF / scale).to(dtype).requires_grad_()
-    root_FF = root_FF.to(dtype)
-    optimizer = torch.optim.LBFGS(
-        [step_EF], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-8, line_search_fn="strong_wolfe"
-    )
+    def refine(self, gate_EF: Tensor, temperature: float, penalty: float, steps: int) -> Tensor:
+        """Lower the cross-entropy between the source's routing probabilities and the gate's, beginning at `gate_EF`.
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        entropy = -(wanted_TE * (begin_TE + white_TF @ step_EF.T).log_softmax(-1)).sum(-1).mean()
-        moved_EF = torch.linalg.solve_triangular(root_FF, step_EF, upper=False, left=False)
-        loss = entropy + penalty * mean_square / (2 * num_experts) * moved_EF.square().sum()
-        loss.backward()
-        return loss
+        Both softmaxes are taken at `temperature` standard deviations of the logits, so that the gate keeps the source's
+        scale, which is that of its combine weights, whatever the temperature. The penalty is that of `ridge`, which
+        this turns into as the temperature rises. Full-batch L-BFGS in coordinates in which the features are white: in
+        their own, a few directions of the residual stream carry almost all the variance and it stops far from the
+        minimum.
+        """
+        dtype, num_experts = self._states_TF.dtype, self._logits_TE.shape[-1]
+        logits_TE = _centred(self._logits_TE.double())
+        scale = temperature * logits_TE.std().clamp_min(1e-6).item()
+        wanted_TE = (logits_TE / scale).softmax(-1).to(dtype)
+        root64_FF, white_TF = self._white(penalty)
+        mean_square = self._moments_FF.diagonal().mean().item()
+        begin_TE = torch.cat([part_TF @ self._start_EF.T / scale for _, part_TF in self._parts()]).to(dtype)
+        step_EF = ((gate_EF - self._start_EF) @ root64_FF / scale).to(dtype).requires_grad_()
+        root_FF = root64_FF.to(dtype)
+        optimizer = torch.optim.LBFGS(
+            [step_EF], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+        )
 
-    optimizer.step(closure)
-    moved_EF = torch.linalg.solve_triangular(root_FF.double(), step_EF.detach().double(), upper=False, left=False)
-    return start_EF + scale * moved_EF
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            entropy = -(wanted_TE * (begin_TE + white_TF @ step_EF.T).log_softmax(-1)).sum(-1).mean()
+            moved_EF = torch.linalg.solve_triangular(root_FF, step_EF, upper=False, left=False)
+            loss = entropy + penalty * mean_square / (2 * num_experts) * moved_EF.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        moved_EF = torch.linalg.solve_triangular(root64_FF, step_EF.detach().double(), upper=False, left=False)
+        return self._start_EF + scale * moved_EF
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        for first in range(0, len(self._states_TF), CHUNK_TOKENS):
+            rows = slice(first, first + CHUNK_TOKENS)
+            yield rows, self._states_TF[rows].double()
+
+    def _penalised(self, penalty: float) -> Tensor:
+        """The second moments of the features, with the penalty on the diagonal; never singular."""
+        tiny = torch.finfo(self._moments_FF.dtype).tiny ** 0.5
+        ridge_F = (penalty * self._moments_FF.diagonal().mean()).clamp_min(tiny).expand(len(self._moments_FF))
+        return self._moments_FF + torch.diag(ridge_F)
+
+    def _white(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """The root of the penalised moments, in float64, and the features that it makes white."""
+        if self._whitened is None or self._whitened[0] != penalty:
+            root_FF = torch.linalg.cholesky(self._penalised(penalty))
+            white_TF = torch.empty_like(self._states_TF)
+            for rows, part_TF in self._parts():
+                white_TF[rows] = torch.linalg.solve_triangular(root_FF.T, part_TF, upper=True, left=False)
+            self._whitened = penalty, root_FF, white_TF
+        return self._whitened[1:]
 
 
 def _features(states_TD: Tensor, bias: bool) -> Tensor:
@@ -148,10 +176,3 @@ def _features(states_TD: Tensor, bias: bool) -> Tensor:
 
 def _centred(logits_TE: Tensor) -> Tensor:
     return logits_TE - logits_TE.mean(-1, keepdim=True)
-
-
-def _moments(states_TF: Tensor, penalty: float) -> Tensor:
-    """The second moments of the features, with the penalty on the diagonal; never singular."""
-    moments_FF = states_TF.T @ states_TF / len(states_TF)
-    ridge = (penalty * moments_FF.diagonal().mean()).clamp_min(torch.finfo(moments_FF.dtype).tiny ** 0.5)
-    return moments_FF + ridge * torch.eye(len(moments_FF), dtype=moments_FF.dtype, device=moments_FF.device)

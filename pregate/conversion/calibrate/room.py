@@ -18,7 +18,7 @@ from pregate.engine.storage.slabs import SlabLayout
 from pregate.system.memory import bytes_in_use
 from pregate.system.sizes import human_bytes, parse_bytes
 
-FIT_BYTES, FIT_SQUARES = 24, 64
+FIT_BYTES, FIT_SQUARES = 16, 64
 """What a fit takes: for each token and feature, and for each pair of features."""
 STATES = 16
 """How many (T, D) tensors a layer holds at once beside those of its experts."""
