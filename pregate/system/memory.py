@@ -56,7 +56,7 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            _return_free_memory()
+            return_free_memory()
             self._reset = _reset_high_water_mark()
         self._baseline = bytes_in_use(self._device)
         return self
@@ -84,7 +84,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            _return_free_memory()
+            return_free_memory()
             self._reset = self._reset and _reset_high_water_mark()
 
 
@@ -102,7 +102,7 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed heap pages back, so that later allocations count as growth."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

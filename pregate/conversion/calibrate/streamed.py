@@ -30,6 +30,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.models.family import family_of_model
 from pregate.models.routing import logits_agreement
 from pregate.system.console import progress
+from pregate.system.memory import return_free_memory
 
 MODELS = SOURCE, FITTED, COPIED = "source", "fitted", "copied"
 FRESH: dict[str, Any] = {"output": None, "settled": {}, "reads": {}}
@@ -103,6 +104,7 @@ class StreamedFit:
             self._run_block(place)
 
     def _finish_step(self) -> None:
+        return_free_memory()
         self._work.finish_step(
             {
                 "fits": {key: asdict(fit) for key, fit in self.fits.items()},
@@ -137,6 +139,7 @@ class StreamedFit:
     def _fit(self, gate: GateToFit, states: list[Tensor], wanted: list[Tensor]) -> None:
         """`states` (T, D) and `wanted` (T, E) of each batch."""
         cut = len(wanted) - self._num_held
+        return_free_memory()  # the passes leave much, in pieces of other sizes than a fit takes
         held = Tokens(torch.cat(states[cut:]), torch.cat(wanted[cut:]))
         fit = Tokens(torch.cat(states[:cut]), torch.cat(wanted[:cut]))
         states.clear()
