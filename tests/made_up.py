@@ -13,7 +13,6 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate import register_family
 from pregate.models import decoder_only, gated_experts
@@ -27,10 +26,6 @@ from pregate.models.pregating import PreGating
 class MadeUpConfig(PreGatedConfig, OlmoeConfig):
     model_type = "pregated_made_up"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class MadeUpGates(decoder_only.TopKGates, upstream.OlmoeTopKRouter):
@@ -47,25 +42,15 @@ class MadeUpLayer(decoder_only.PreGatedLayer, upstream.OlmoeDecoderLayer):
 
 class MadeUpPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.OlmoePreTrainedModel):
     config_class = MadeUpConfig
-    _no_split_modules = ["MadeUpLayer"]
-    _can_record_outputs = {
-        **(upstream.OlmoePreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(MadeUpGates, index=0),
-    }
+    layer_class, gates_class = MadeUpLayer, MadeUpGates
 
 
 class MadeUpModel(decoder_only.PreGatedStack, MadeUpPreTrainedModel, upstream.OlmoeModel):
-    def __init__(self, config: MadeUpConfig) -> None:
-        super().__init__(config)
-        self.take_layers(MadeUpLayer, MadeUpGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class MadeUpForCausalLM(decoder_only.PreGatedCausalLM, MadeUpPreTrainedModel, upstream.OlmoeForCausalLM):
-    def __init__(self, config: MadeUpConfig) -> None:
-        super().__init__(config)
-        self.model = MadeUpModel(config)
-        self.post_init()
+    stack_class = MadeUpModel
 
 
 class MadeUpFamily(decoder_only.DecoderOnlyFamily):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import gated_experts
 from pregate.models.experts import ExpertSpec
-from pregate.models.family import Count, Family, GateNames, MoEBlock
+from pregate.models.family import Count, Family, GateNames, MoEBlock, family_named
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.objectives import Causal
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
@@ -133,7 +134,18 @@ class TopKGates(BlockGates):
 
 
 class PreGatedPreTrained(PreGatedModel):
-    """Mixin of upstream's class that both the stack and the whole model derive from."""
+    """Mixin of upstream's class that both the stack and the whole model derive from. layer_class: a `PreGatedLayer`;
+    gates_class: what takes the place of a router in it."""
+
+    layer_class: ClassVar[type[Any]]
+    gates_class: ClassVar[type[TopKGates]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "layer_class" in cls.__dict__:
+            recorded: Any = getattr(super(cls, cls), "_can_record_outputs", None) or {}
+            cls._no_split_modules = [cls.layer_class.__name__]
+            cls._can_record_outputs = {**recorded, "router_logits": OutputRecorder(cls.gates_class, index=0)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,25 +186,31 @@ class PreGatedStack:
     """Mixin of an upstream decoder-only model with `embed_tokens`, `layers` and `norm`."""
 
     config: Any
+    layer_class: ClassVar[type[Any]]
+    gates_class: ClassVar[type[TopKGates]]
     embed_tokens: Any
     layers: Any
     norm: Any
+    post_init: Callable[[], None]
     entry_gates: nn.ModuleDict
     embedding_multiplier: float = 1.0
     """What upstream multiplies the embeddings by before the first layer."""
     listener: RouteListener | None = None
 
-    def take_layers(self, layer_class: type[Any], gates_class: type[TopKGates], moe_layers: Sequence[int]) -> None:
-        """Layers of `layer_class`, a `PreGatedLayer`, in place of upstream's, with gates in those of `moe_layers`, and
-        the entry gates, each behind a norm of its own."""
-        self.layers = nn.ModuleList(layer_class(self.config, number) for number in range(len(self.layers)))
+    def __init__(self, config: Any) -> None:
+        """Layers of `layer_class` in place of upstream's, those with experts with gates, and the entry gates, each
+        behind a norm of its own."""
+        super().__init__(config)  # type: ignore[call-arg]
+        moe_layers = family_named(config.model_type).moe_layers(config, STACK)
+        self.layers = nn.ModuleList(self.layer_class(config, number) for number in range(len(self.layers)))
         for index, number in enumerate(moe_layers):
-            self.layers[number].take_gates(gates_class(self.config, STACK, index, len(moe_layers)))
-        entries = self.config.pregating.embedding_entries(STACK, len(moe_layers))
-        router = gates_class.router_class
+            self.layers[number].take_gates(self.gates_class(config, STACK, index, len(moe_layers)))
+        entries = config.pregating.embedding_entries(STACK, len(moe_layers))
+        router = self.gates_class.router_class
         self.entry_gates = nn.ModuleDict(
-            {str(block): TopKGate(router(self.config), copy.deepcopy(self.norm)) for block in entries}
+            {str(block): TopKGate(router(config), copy.deepcopy(self.norm)) for block in entries}
         )
+        self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As upstream's, with routes of its own for each call."""
@@ -210,13 +228,20 @@ class PreGatedStack:
 
 
 class PreGatedCausalLM(ServedModel):
-    """Mixin of an upstream decoder-only model with `model` (a `PreGatedStack`) and `lm_head`."""
+    """Mixin of an upstream decoder-only model with `model` (of `stack_class`, a `PreGatedStack`) and `lm_head`."""
 
+    stack_class: ClassVar[type[Any]]
     model: Any
     lm_head: Any
     config: Any
     logits_scaling: float = 1.0
     """What the head's output is divided by."""
+    post_init: Callable[[], None]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.stack_class(config)
+        self.post_init()
 
     def stack_module(self, stack: str) -> Any:
         assert stack == STACK

@@ -52,7 +52,8 @@ def compute_buffers(model: Any, device: torch.device) -> None:
 
 
 class PreGatedConfig:
-    """A config with a `pregate` section. A subclass calls `settle` at the end of its `__post_init__`."""
+    """A config with a `pregate` section, in which the stacks are named. Raises `UsageError` for a stack that the model
+    cannot have."""
 
     model_type: str
     pregate: dict[str, Any]
@@ -61,8 +62,8 @@ class PreGatedConfig:
     def pregating(self) -> PreGating:
         return PreGating.from_dict(self.pregate)
 
-    def settle(self) -> None:
-        """Name the stacks in the `pregate` section. Raises `UsageError` for one that the model cannot have."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         num_blocks = family_named(self.model_type).num_blocks(self)
         self.pregate = self.pregating.within(num_blocks).to_dict()
 

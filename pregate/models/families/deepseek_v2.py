@@ -8,10 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.dense_first import LatentAttentionFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
@@ -22,10 +20,6 @@ from pregate.models.pregating import PreGating
 class PreGatedDeepseekV2Config(PreGatedConfig, DeepseekV2Config):
     model_type = "pregated_deepseek_v2"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedDeepseekV2Gates(decoder_only.TopKGates, upstream.DeepseekV2TopkRouter):
@@ -38,27 +32,17 @@ class PreGatedDeepseekV2Layer(decoder_only.PreGatedLayer, upstream.DeepseekV2Dec
 
 class PreGatedDeepseekV2PreTrainedModel(decoder_only.PreGatedPreTrained, upstream.DeepseekV2PreTrainedModel):
     config_class = PreGatedDeepseekV2Config
-    _no_split_modules = ["PreGatedDeepseekV2Layer"]
-    _can_record_outputs = {
-        **(upstream.DeepseekV2PreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedDeepseekV2Gates, index=0),
-    }
+    layer_class, gates_class = PreGatedDeepseekV2Layer, PreGatedDeepseekV2Gates
 
 
 class PreGatedDeepseekV2Model(decoder_only.PreGatedStack, PreGatedDeepseekV2PreTrainedModel, upstream.DeepseekV2Model):
-    def __init__(self, config: PreGatedDeepseekV2Config) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedDeepseekV2Layer, PreGatedDeepseekV2Gates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedDeepseekV2ForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedDeepseekV2PreTrainedModel, upstream.DeepseekV2ForCausalLM
 ):
-    def __init__(self, config: PreGatedDeepseekV2Config) -> None:
-        super().__init__(config)
-        self.model = PreGatedDeepseekV2Model(config)
-        self.post_init()
+    stack_class = PreGatedDeepseekV2Model
 
 
 class DeepseekV2Family(LatentAttentionFamily):

@@ -8,10 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.dense_first import LatentAttentionFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
@@ -22,10 +20,6 @@ from pregate.models.pregating import PreGating
 class PreGatedDeepseekV3Config(PreGatedConfig, DeepseekV3Config):
     model_type = "pregated_deepseek_v3"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedDeepseekV3Gates(decoder_only.TopKGates, upstream.DeepseekV3TopkRouter):
@@ -38,27 +32,17 @@ class PreGatedDeepseekV3Layer(decoder_only.PreGatedLayer, upstream.DeepseekV3Dec
 
 class PreGatedDeepseekV3PreTrainedModel(decoder_only.PreGatedPreTrained, upstream.DeepseekV3PreTrainedModel):
     config_class = PreGatedDeepseekV3Config
-    _no_split_modules = ["PreGatedDeepseekV3Layer"]
-    _can_record_outputs = {
-        **(upstream.DeepseekV3PreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedDeepseekV3Gates, index=0),
-    }
+    layer_class, gates_class = PreGatedDeepseekV3Layer, PreGatedDeepseekV3Gates
 
 
 class PreGatedDeepseekV3Model(decoder_only.PreGatedStack, PreGatedDeepseekV3PreTrainedModel, upstream.DeepseekV3Model):
-    def __init__(self, config: PreGatedDeepseekV3Config) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedDeepseekV3Layer, PreGatedDeepseekV3Gates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedDeepseekV3ForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedDeepseekV3PreTrainedModel, upstream.DeepseekV3ForCausalLM
 ):
-    def __init__(self, config: PreGatedDeepseekV3Config) -> None:
-        super().__init__(config)
-        self.model = PreGatedDeepseekV3Model(config)
-        self.post_init()
+    stack_class = PreGatedDeepseekV3Model
 
 
 class DeepseekV3Family(LatentAttentionFamily):

@@ -8,10 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe import modeling_glm4_moe as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.dense_first import DenseFirstFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
@@ -22,10 +20,6 @@ from pregate.models.pregating import PreGating
 class PreGatedGlm4MoeConfig(PreGatedConfig, Glm4MoeConfig):
     model_type = "pregated_glm4_moe"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedGlm4MoeGates(decoder_only.TopKGates, upstream.Glm4MoeTopkRouter):
@@ -38,27 +32,17 @@ class PreGatedGlm4MoeLayer(decoder_only.PreGatedLayer, upstream.Glm4MoeDecoderLa
 
 class PreGatedGlm4MoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream.Glm4MoePreTrainedModel):
     config_class = PreGatedGlm4MoeConfig
-    _no_split_modules = ["PreGatedGlm4MoeLayer"]
-    _can_record_outputs = {
-        **(upstream.Glm4MoePreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedGlm4MoeGates, index=0),
-    }
+    layer_class, gates_class = PreGatedGlm4MoeLayer, PreGatedGlm4MoeGates
 
 
 class PreGatedGlm4MoeModel(decoder_only.PreGatedStack, PreGatedGlm4MoePreTrainedModel, upstream.Glm4MoeModel):
-    def __init__(self, config: PreGatedGlm4MoeConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedGlm4MoeLayer, PreGatedGlm4MoeGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedGlm4MoeForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedGlm4MoePreTrainedModel, upstream.Glm4MoeForCausalLM
 ):
-    def __init__(self, config: PreGatedGlm4MoeConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedGlm4MoeModel(config)
-        self.post_init()
+    stack_class = PreGatedGlm4MoeModel
 
 
 class Glm4MoeFamily(DenseFirstFamily):

@@ -5,7 +5,7 @@ Letters: D model width, F expert hidden width, E experts of a block, N tokens of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -13,7 +13,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
@@ -29,10 +28,6 @@ class PreGatedGptOssConfig(PreGatedConfig, GptOssConfig):
     model_type = "pregated_gpt_oss"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
-
 
 class PreGatedGptOssGates(decoder_only.TopKGates, upstream.GptOssTopKRouter):
     router_class = upstream.GptOssTopKRouter
@@ -44,27 +39,17 @@ class PreGatedGptOssLayer(decoder_only.PreGatedLayer, upstream.GptOssDecoderLaye
 
 class PreGatedGptOssPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.GptOssPreTrainedModel):
     config_class = PreGatedGptOssConfig
-    _no_split_modules = ["PreGatedGptOssLayer"]
-    _can_record_outputs = {
-        **(upstream.GptOssPreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedGptOssGates, index=0),
-    }
+    layer_class, gates_class = PreGatedGptOssLayer, PreGatedGptOssGates
 
 
 class PreGatedGptOssModel(decoder_only.PreGatedStack, PreGatedGptOssPreTrainedModel, upstream.GptOssModel):
-    def __init__(self, config: PreGatedGptOssConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedGptOssLayer, PreGatedGptOssGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedGptOssForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedGptOssPreTrainedModel, upstream.GptOssForCausalLM
 ):
-    def __init__(self, config: PreGatedGptOssConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedGptOssModel(config)
-        self.post_init()
+    stack_class = PreGatedGptOssModel
 
 
 class GptOssFamily(decoder_only.DecoderOnlyFamily):
@@ -98,11 +83,6 @@ class GptOssFamily(decoder_only.DecoderOnlyFamily):
             apply=clamped_unit(config.swiglu_alpha, config.swiglu_limit),
             activation="gated_clamped",
         )
-
-    def smaller(self, config: Mapping[str, Any], depth: float, num_experts: int) -> dict[str, Any]:
-        small = super().smaller(config, depth, num_experts)
-        types = config.get("layer_types")
-        return {**small, "layer_types": types[: small["num_hidden_layers"]]} if types else small
 
 
 def clamped_unit(alpha: float, limit: float) -> Callable[[Sequence[Factor], Tensor], Tensor]:

@@ -9,10 +9,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GraniteMoeConfig
 from transformers.models.granitemoe import modeling_granitemoe as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -22,10 +20,6 @@ from pregate.models.pregating import PreGating
 class PreGatedGraniteMoeConfig(PreGatedConfig, GraniteMoeConfig):
     model_type = "pregated_granitemoe"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedGraniteMoeGates(decoder_only.TopKGates, upstream.GraniteMoeTopKRouter):
@@ -40,27 +34,17 @@ class PreGatedGraniteMoeLayer(decoder_only.PreGatedLayer, upstream.GraniteMoeDec
 
 class PreGatedGraniteMoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream.GraniteMoePreTrainedModel):
     config_class = PreGatedGraniteMoeConfig
-    _no_split_modules = ["PreGatedGraniteMoeLayer"]
-    _can_record_outputs = {
-        **(upstream.GraniteMoePreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedGraniteMoeGates, index=0),
-    }
+    layer_class, gates_class = PreGatedGraniteMoeLayer, PreGatedGraniteMoeGates
 
 
 class PreGatedGraniteMoeModel(decoder_only.PreGatedStack, PreGatedGraniteMoePreTrainedModel, upstream.GraniteMoeModel):
-    def __init__(self, config: PreGatedGraniteMoeConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedGraniteMoeLayer, PreGatedGraniteMoeGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedGraniteMoeForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedGraniteMoePreTrainedModel, upstream.GraniteMoeForCausalLM
 ):
-    def __init__(self, config: PreGatedGraniteMoeConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedGraniteMoeModel(config)
-        self.post_init()
+    stack_class = PreGatedGraniteMoeModel
 
 
 class GraniteMoeFamily(decoder_only.DecoderOnlyFamily):

@@ -8,10 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -21,10 +19,6 @@ from pregate.models.pregating import PreGating
 class PreGatedMixtralConfig(PreGatedConfig, MixtralConfig):
     model_type = "pregated_mixtral"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedMixtralGates(decoder_only.TopKGates, upstream.MixtralTopKRouter):
@@ -37,27 +31,17 @@ class PreGatedMixtralLayer(decoder_only.PreGatedLayer, upstream.MixtralDecoderLa
 
 class PreGatedMixtralPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.MixtralPreTrainedModel):
     config_class = PreGatedMixtralConfig
-    _no_split_modules = ["PreGatedMixtralLayer"]
-    _can_record_outputs = {
-        **(upstream.MixtralPreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedMixtralGates, index=0),
-    }
+    layer_class, gates_class = PreGatedMixtralLayer, PreGatedMixtralGates
 
 
 class PreGatedMixtralModel(decoder_only.PreGatedStack, PreGatedMixtralPreTrainedModel, upstream.MixtralModel):
-    def __init__(self, config: PreGatedMixtralConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedMixtralLayer, PreGatedMixtralGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedMixtralForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedMixtralPreTrainedModel, upstream.MixtralForCausalLM
 ):
-    def __init__(self, config: PreGatedMixtralConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedMixtralModel(config)
-        self.post_init()
+    stack_class = PreGatedMixtralModel
 
 
 class MixtralFamily(decoder_only.DecoderOnlyFamily):

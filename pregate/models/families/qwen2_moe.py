@@ -8,10 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe import modeling_qwen2_moe as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import STACK
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -21,10 +19,6 @@ from pregate.models.pregating import PreGating
 class PreGatedQwen2MoeConfig(PreGatedConfig, Qwen2MoeConfig):
     model_type = "pregated_qwen2_moe"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
 
 
 class PreGatedQwen2MoeGates(decoder_only.TopKGates, upstream.Qwen2MoeTopKRouter):
@@ -37,27 +31,17 @@ class PreGatedQwen2MoeLayer(decoder_only.PreGatedLayer, upstream.Qwen2MoeDecoder
 
 class PreGatedQwen2MoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream.Qwen2MoePreTrainedModel):
     config_class = PreGatedQwen2MoeConfig
-    _no_split_modules = ["PreGatedQwen2MoeLayer"]
-    _can_record_outputs = {
-        **(upstream.Qwen2MoePreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedQwen2MoeGates, index=0),
-    }
+    layer_class, gates_class = PreGatedQwen2MoeLayer, PreGatedQwen2MoeGates
 
 
 class PreGatedQwen2MoeModel(decoder_only.PreGatedStack, PreGatedQwen2MoePreTrainedModel, upstream.Qwen2MoeModel):
-    def __init__(self, config: PreGatedQwen2MoeConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedQwen2MoeLayer, PreGatedQwen2MoeGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedQwen2MoeForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedQwen2MoePreTrainedModel, upstream.Qwen2MoeForCausalLM
 ):
-    def __init__(self, config: PreGatedQwen2MoeConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedQwen2MoeModel(config)
-        self.post_init()
+    stack_class = PreGatedQwen2MoeModel
 
 
 class Qwen2MoeFamily(decoder_only.DecoderOnlyFamily):

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import Qwen3_5MoeTextConfig
 from transformers import initialization as init
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as upstream
-from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models import decoder_only
 from pregate.models.decoder_only import BRANCH, STACK
@@ -27,10 +26,6 @@ class PreGatedQwen35MoeConfig(PreGatedConfig, Qwen3_5MoeTextConfig):
     model_type = "pregated_qwen3_5_moe_text"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.settle()
-
 
 class PreGatedQwen35MoeGates(decoder_only.TopKGates, upstream.Qwen3_5MoeTopKRouter):
     router_class = upstream.Qwen3_5MoeTopKRouter
@@ -42,11 +37,7 @@ class PreGatedQwen35MoeLayer(decoder_only.PreGatedLayer, upstream.Qwen3_5MoeDeco
 
 class PreGatedQwen35MoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream.Qwen3_5MoePreTrainedModel):
     config_class = PreGatedQwen35MoeConfig
-    _no_split_modules = ["PreGatedQwen35MoeLayer"]
-    _can_record_outputs = {
-        **(upstream.Qwen3_5MoePreTrainedModel._can_record_outputs or {}),
-        "router_logits": OutputRecorder(PreGatedQwen35MoeGates, index=0),
-    }
+    layer_class, gates_class = PreGatedQwen35MoeLayer, PreGatedQwen35MoeGates
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -60,19 +51,13 @@ class PreGatedQwen35MoePreTrainedModel(decoder_only.PreGatedPreTrained, upstream
 class PreGatedQwen35MoeModel(
     decoder_only.PreGatedStack, PreGatedQwen35MoePreTrainedModel, upstream.Qwen3_5MoeTextModel
 ):
-    def __init__(self, config: PreGatedQwen35MoeConfig) -> None:
-        super().__init__(config)
-        self.take_layers(PreGatedQwen35MoeLayer, PreGatedQwen35MoeGates, FAMILY.moe_layers(config, STACK))
-        self.post_init()
+    pass
 
 
 class PreGatedQwen35MoeForCausalLM(
     decoder_only.PreGatedCausalLM, PreGatedQwen35MoePreTrainedModel, upstream.Qwen3_5MoeForCausalLM
 ):
-    def __init__(self, config: PreGatedQwen35MoeConfig) -> None:
-        super().__init__(config)
-        self.model = PreGatedQwen35MoeModel(config)
-        self.post_init()
+    stack_class = PreGatedQwen35MoeModel
 
 
 class Qwen35MoeFamily(decoder_only.DecoderOnlyFamily):

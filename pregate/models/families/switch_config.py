@@ -38,7 +38,6 @@ class PreGatedSwitchTransformersConfig(PreGatedConfig, SwitchTransformersConfig)
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop(OLD_MARKER, None)
         super().__post_init__(**kwargs)
-        self.settle()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """Upstream's, with the decoder's own depth, so that `generate` sizes its cache for a deeper decoder."""
