@@ -17,6 +17,7 @@ from transformers.models.olmoe import modeling_olmoe as upstream
 from pregate import register_family
 from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 from pregate.models.experts import ExpertSpec
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -53,7 +54,7 @@ class MadeUpForCausalLM(decoder_only.PreGatedCausalLM, MadeUpPreTrainedModel, up
     stack_class = MadeUpModel
 
 
-class MadeUpFamily(decoder_only.DecoderOnlyFamily):
+class MadeUpFamily(DecoderOnlyFamily):
     source_type, source_class = "made_up", "MadeUpForCausalLM"
     config_class, model_class = MadeUpConfig, MadeUpForCausalLM
     renames = ((".feed_forward.", ".mlp."),)

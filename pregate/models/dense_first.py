@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pregate.models.decoder_only import STACK, DecoderOnlyFamily
+from pregate.models.decoder_only import STACK
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 
 
 class DenseFirstFamily(DecoderOnlyFamily):

@@ -16,6 +16,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss as upstream
 
 from pregate.models import decoder_only, gated_experts
 from pregate.models.decoder_only import STACK
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 from pregate.models.expert_math import Factor, project
 from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.family import register_family
@@ -52,7 +53,7 @@ class PreGatedGptOssForCausalLM(
     stack_class = PreGatedGptOssModel
 
 
-class GptOssFamily(decoder_only.DecoderOnlyFamily):
+class GptOssFamily(DecoderOnlyFamily):
     source_type, source_class = GptOssConfig.model_type, "GptOssForCausalLM"
     config_class, model_class = PreGatedGptOssConfig, PreGatedGptOssForCausalLM
     experts_setting = "num_local_experts"

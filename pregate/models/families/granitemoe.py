@@ -11,6 +11,7 @@ from transformers import GraniteMoeConfig
 from transformers.models.granitemoe import modeling_granitemoe as upstream
 
 from pregate.models import decoder_only
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -47,7 +48,7 @@ class PreGatedGraniteMoeForCausalLM(
     stack_class = PreGatedGraniteMoeModel
 
 
-class GraniteMoeFamily(decoder_only.DecoderOnlyFamily):
+class GraniteMoeFamily(DecoderOnlyFamily):
     source_type, source_class = GraniteMoeConfig.model_type, "GraniteMoeForCausalLM"
     config_class, model_class = PreGatedGraniteMoeConfig, PreGatedGraniteMoeForCausalLM
     step = "rotary"

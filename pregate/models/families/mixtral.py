@@ -10,6 +10,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral as upstream
 
 from pregate.models import decoder_only
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -44,7 +45,7 @@ class PreGatedMixtralForCausalLM(
     stack_class = PreGatedMixtralModel
 
 
-class MixtralFamily(decoder_only.DecoderOnlyFamily):
+class MixtralFamily(DecoderOnlyFamily):
     source_type, source_class = MixtralConfig.model_type, "MixtralForCausalLM"
     config_class, model_class = PreGatedMixtralConfig, PreGatedMixtralForCausalLM
     step = "rotary"

@@ -10,6 +10,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe as upstream
 
 from pregate.models import decoder_only
+from pregate.models.decoder_only_family import DecoderOnlyFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -42,7 +43,7 @@ class PreGatedOlmoeForCausalLM(decoder_only.PreGatedCausalLM, PreGatedOlmoePreTr
     stack_class = PreGatedOlmoeModel
 
 
-class OlmoeFamily(decoder_only.DecoderOnlyFamily):
+class OlmoeFamily(DecoderOnlyFamily):
     source_type, source_class = OlmoeConfig.model_type, "OlmoeForCausalLM"
     config_class, model_class = PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
     step = "rotary"

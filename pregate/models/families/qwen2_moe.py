@@ -10,6 +10,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe import modeling_qwen2_moe as upstream
 
 from pregate.models import decoder_only
+from pregate.models.decoder_only_family import DecoderOnlyFamily, sparse_layers
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -44,14 +45,14 @@ class PreGatedQwen2MoeForCausalLM(
     stack_class = PreGatedQwen2MoeModel
 
 
-class Qwen2MoeFamily(decoder_only.DecoderOnlyFamily):
+class Qwen2MoeFamily(DecoderOnlyFamily):
     source_type, source_class = Qwen2MoeConfig.model_type, "Qwen2MoeForCausalLM"
     config_class, model_class = PreGatedQwen2MoeConfig, PreGatedQwen2MoeForCausalLM
     step = "rotary"
     width_setting = "moe_intermediate_size"
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:
-        return decoder_only.sparse_layers(config)
+        return sparse_layers(config)
 
     def hidden_width_setting(self, name: str) -> str:
         shared = ".shared_expert." in name

@@ -14,7 +14,8 @@ from transformers import initialization as init
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as upstream
 
 from pregate.models import decoder_only
-from pregate.models.decoder_only import BRANCH, STACK
+from pregate.models.decoder_only import STACK
+from pregate.models.decoder_only_family import BRANCH, DecoderOnlyFamily
 from pregate.models.family import register_family
 from pregate.models.objectives import Causal
 from pregate.models.pregated_models import PreGatedConfig
@@ -60,7 +61,7 @@ class PreGatedQwen35MoeForCausalLM(
     stack_class = PreGatedQwen35MoeModel
 
 
-class Qwen35MoeFamily(decoder_only.DecoderOnlyFamily):
+class Qwen35MoeFamily(DecoderOnlyFamily):
     source_type, source_class = Qwen3_5MoeTextConfig.model_type, "Qwen3_5MoeForCausalLM"
     config_class, model_class = PreGatedQwen35MoeConfig, PreGatedQwen35MoeForCausalLM
     objective = Causal(STACK, packs=False)  # linear attention carries its state along the row

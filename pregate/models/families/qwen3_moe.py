@@ -10,6 +10,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe as upstream
 
 from pregate.models import decoder_only
+from pregate.models.decoder_only_family import DecoderOnlyFamily, sparse_layers
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
@@ -44,14 +45,14 @@ class PreGatedQwen3MoeForCausalLM(
     stack_class = PreGatedQwen3MoeModel
 
 
-class Qwen3MoeFamily(decoder_only.DecoderOnlyFamily):
+class Qwen3MoeFamily(DecoderOnlyFamily):
     source_type, source_class = Qwen3MoeConfig.model_type, "Qwen3MoeForCausalLM"
     config_class, model_class = PreGatedQwen3MoeConfig, PreGatedQwen3MoeForCausalLM
     step = "rotary"
     width_setting = "moe_intermediate_size"
 
     def moe_layers(self, config: Any, stack: str) -> list[int]:
-        return decoder_only.sparse_layers(config)
+        return sparse_layers(config)
 
 
 FAMILY = Qwen3MoeFamily()
