@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -131,17 +131,25 @@ def load_resident(directory: str | Path, revision: str | None = None, **options:
 
 def _state_of(source: SourceCheckpoint, own: ExpertSpec) -> dict[str, Tensor]:
     """All tensors of a checked checkpoint, the experts in the model's own layout."""
+    names, blocks = in_own_layout(source, own)
+    state = source.read(names)
+    for held in blocks:
+        state |= held
+    return state
+
+
+def in_own_layout(source: SourceCheckpoint, own: ExpertSpec) -> tuple[list[str], Iterator[dict[str, Tensor]]]:
+    """What makes all tensors of the model in memory: the names of those that are stored as it has them, and the tensors
+    of each block of experts in another layout, made when they are asked for."""
     found = own.as_found_in(source.tensors)
     blocks = [(stack, block) for stack, layers in own.layers.items() for block in range(len(layers))]
     moved = [block for block in blocks if not own.tensors_of(*block).keys() <= source.tensors.keys()]
     elsewhere = {name for block in moved for name in found.tensors_of(*block)}
-    state = source.read([name for name in source.names() if name not in elsewhere])
-    for stack, block in moved:
-        state |= experts_in_own_layout(source, own, found, stack, block)
-    return state
+    names = [name for name in source.names() if name not in elsewhere]
+    return names, (_experts_in_own_layout(source, own, found, *block) for block in moved)
 
 
-def experts_in_own_layout(
+def _experts_in_own_layout(
     source: SourceCheckpoint, own: ExpertSpec, found: ExpertSpec, stack: str, block: int
 ) -> dict[str, Tensor]:
     """The tensors that hold the experts of one block in memory. `own`: the model's experts; `found`: the same as the

@@ -32,6 +32,10 @@ class Row(NamedTuple):
     target: array[int]
     learnt: tuple[range, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.source) + len(self.target)
+
 
 @dataclass(frozen=True)
 class TokenCounts:
@@ -198,7 +202,7 @@ class Causal:
         }
 
     def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
-        lengths = [len(row.source) + len(row.target) for row in rows]
+        lengths = [row.num_tokens for row in rows]
         bins = _first_fit(lengths, row_tokens)
         batch = self.batch([_end_to_end([rows[i] for i in each]) for each in bins], pad_token_id)
         places = [array("i", (place for i in each for place in range(lengths[i]))) for each in bins]
@@ -272,7 +276,7 @@ def document_batch(tokens_BT: Tensor, starts_BT: Tensor) -> dict[str, Tensor]:
 
 def _learnt(row: Row) -> list[range]:
     """The places of the whole row that are learnt; its first token, which nothing predicts, is none of them."""
-    places = (*row.learnt, range(len(row.source), len(row.source) + len(row.target)))
+    places = (*row.learnt, range(len(row.source), row.num_tokens))
     return [range(max(1, place.start), place.stop) for place in places]
 
 

@@ -137,7 +137,7 @@ def sequence_tokens(task: Task | TextStream, tokenizer: Any, run: Run, train: Tr
         return run.task.max_source_tokens
     examples = task.examples(run.task.train_split, min(MEASURED, run.data.max_train_examples or MEASURED))
     rows = Collator.for_task(run.task, tokenizer, objective).rows(examples)
-    return -(-sum(len(row.source) + len(row.target) for row in rows) // len(rows))
+    return -(-sum(row.num_tokens for row in rows) // len(rows))
 
 
 class StreamFeed:

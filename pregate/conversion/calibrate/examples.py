@@ -60,7 +60,7 @@ class Batches:
         cut = min(max(1, round(len(rows) * settings.held_out)), len(rows) - 1)
         parts = []
         for part in (rows[cut:], rows[:cut]):
-            by_length = sorted(part, key=_length)
+            by_length = sorted(part, key=lambda row: row.num_tokens)
             batches = []
             for start in range(0, len(part), settings.batch_size):
                 inputs = _inputs(by_length[start : start + settings.batch_size], collate)
@@ -157,10 +157,6 @@ def drawn(items: Sequence[Any], settings: CalibrationConfig, seed: int) -> list[
 
 def _inputs(rows: Sequence[Row], collate: Collator) -> dict[str, Tensor]:
     return collate.objective.batch(rows, collate.tokenizer.pad_token_id)
-
-
-def _length(row: Row) -> int:
-    return len(row.source) + len(row.target)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

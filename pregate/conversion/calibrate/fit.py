@@ -95,13 +95,16 @@ class Regression:
     part of the tokens at a time: all states in float64 would take twice their memory."""
 
     def __init__(self, start_EF: Tensor, states_TF: Tensor, logits_TE: Tensor) -> None:
-        self._start_EF, self._states_TF, self._logits_TE = start_EF, states_TF, logits_TE
+        self._start_EF, self._states_TF = start_EF, states_TF
         F = states_TF.shape[1]
         self._moments_FF = torch.zeros(F, F, dtype=torch.float64, device=states_TF.device)
         self._products_FE = torch.zeros_like(start_EF.T)
+        self._wanted_TE = _centred(logits_TE.double())
+        self._begin_TE = torch.empty_like(self._wanted_TE)
         for rows, part_TF in self._parts():
             self._moments_FF.addmm_(part_TF.T, part_TF)
-            self._products_FE += part_TF.T @ _centred(logits_TE[rows].double() - part_TF @ start_EF.T)
+            self._begin_TE[rows] = part_TF @ start_EF.T
+            self._products_FE += part_TF.T @ _centred(self._wanted_TE[rows] - self._begin_TE[rows])
         self._moments_FF /= len(states_TF)
         self._products_FE /= len(states_TF)
         self._whitened: tuple[float, Tensor, Tensor] | None = None
@@ -123,13 +126,12 @@ class Regression:
         their own, a few directions of the residual stream carry almost all the variance and it stops far from the
         minimum.
         """
-        dtype, num_experts = self._states_TF.dtype, self._logits_TE.shape[-1]
-        logits_TE = _centred(self._logits_TE.double())
-        scale = temperature * logits_TE.std().clamp_min(1e-6).item()
-        wanted_TE = (logits_TE / scale).softmax(-1).to(dtype)
+        dtype, num_experts = self._states_TF.dtype, len(gate_EF)
+        scale = temperature * self._wanted_TE.std().clamp_min(1e-6).item()
+        wanted_TE = (self._wanted_TE / scale).softmax(-1).to(dtype)
         root64_FF, white_TF = self._white(penalty)
         mean_square = self._moments_FF.diagonal().mean().item()
-        begin_TE = torch.cat([part_TF @ self._start_EF.T / scale for _, part_TF in self._parts()]).to(dtype)
+        begin_TE = (self._begin_TE / scale).to(dtype)
         step_EF = ((gate_EF - self._start_EF) @ root64_FF / scale).to(dtype).requires_grad_()
         root_FF = root64_FF.to(dtype)
         optimizer = torch.optim.LBFGS(

@@ -57,7 +57,7 @@ class StreamedFit:
         self._engine, self._gates, self._steps, self._work = engine, gates, steps, work
         self._batches, self._num_held = [*batches.fit, *batches.held_out], len(batches.held_out)
         self._model, self._family = engine.model, family_of_model(engine.model)
-        self._top_k = self._family.experts(engine.model.config).top_k
+        self._top_k = engine.family.top_k
         self._advance: Callable[[int], None] = lambda _: None
         self._listener = GateListener(engine.model, self._family.stacks)
         done = work.progress

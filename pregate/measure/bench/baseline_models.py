@@ -21,7 +21,7 @@ from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.models import BenchModel
 from pregate.models.family import config_of, experts_of, family_of
-from pregate.models.loading import experts_in_own_layout, generation_config, load_resident
+from pregate.models.loading import generation_config, in_own_layout, load_resident
 from pregate.models.pregated_models import Gate, compute_buffers
 
 
@@ -42,17 +42,11 @@ def resident_model(model: BenchModel, device: torch.device) -> Any:
 
 def _tensors(model: BenchModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the model in memory, a tensor or a block of experts at a time."""
-    source, own = model.source, experts_of(config_of(model.source.config))
-    found = own.as_found_in(source.tensors)
-    blocks = [(stack, block) for stack, layers in own.layers.items() for block in range(len(layers))]
-    if found.layouts[0] is own.layouts[0]:
-        blocks = []
-    elsewhere = {name for block in blocks for name in found.tensors_of(*block)}
-    for name in source.names():
-        if name not in elsewhere:
-            yield name, source.read([name])[name]
-    for block in blocks:
-        yield from experts_in_own_layout(source, own, found, *block).items()
+    names, blocks = in_own_layout(model.source, experts_of(config_of(model.source.config)))
+    for name in names:
+        yield from model.source.read([name]).items()
+    for held in blocks:
+        yield from held.items()
 
 
 def _empty_model(model: BenchModel) -> Any:
