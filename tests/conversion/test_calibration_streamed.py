@@ -136,6 +136,7 @@ def test_the_gates_are_those_of_a_calibration_in_memory(
 ) -> None:
     """Examples are of many lengths, so that batches have padding. Each expert is read once for all of them."""
     run, source = settings(CASES[case], steps=steps), sources[model]
+    run.seed = 1  # with the examples of seed 0, rounding decides between two fits of one gate
     resident = calibrated(in_memory(run), source, tmp_path / "resident")
     found = calibrated(run, source, tmp_path / "streamed")
     assert_same_gates(tmp_path / "resident", tmp_path / "streamed", tolerance=2e-3 if steps else 1e-5)
