@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Does pre-gating cost accuracy? Every cell of the study, most valuable first, each a command of its own, resumable: what
 # is recorded is skipped, what was cut short goes on. Tables and plots go to results/accuracy_SIZE_DATE/.
-#   PREGATE_DATA=DIR JOBS=2 ./scripts/reproduce_accuracy.sh nano      two CPU cores; mini: one GPU; switch_base_8: a large one
+#   PREGATE_DATA=DIR JOBS=2 ./scripts/reproduce_accuracy.sh nano
+#                          nano, nano_olmoe (decoder-only): two CPU cores; mini: one GPU; switch_base_8: a large one
 #   ONLY='sst2_*_s1' PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano     only these cells and what they need
 #   SECONDS_LEFT=560 …     begin no cell after so many seconds, and stop the running one then; the next call goes on
 #   JOBS=2 …               so many cells at a time: on two cores, or on a GPU that one cell does not fill
@@ -14,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "$#" -ne 1 ]; then
-  echo "usage: PREGATE_DATA=DIR $0 nano|mini|switch_base_8" >&2
+  echo "usage: PREGATE_DATA=DIR $0 nano|nano_olmoe|mini|switch_base_8" >&2
   exit 2
 fi
 if [ -z "${PYTHON:-}" ]; then

@@ -36,10 +36,22 @@ class Size:
     pretraining: str | None = None
     source: str | None = None
     threads: tuple[int, int] | None = None
+    arms: tuple[str, ...] = ARMS
+    stacks: tuple[str, ...] = BOTH
+    main_only: bool = False
+    """Whether the study ends with the arms at lookahead 1."""
 
 
 SIZES = {
     "nano": Size(("sst2", "web_questions"), pretraining="pretrain_nano", threads=(2, 1)),
+    "nano_olmoe": Size(
+        ("sst2", "web_questions"),
+        pretraining="pretrain_nano_olmoe",
+        threads=(2, 1),
+        arms=tuple(arm for arm in ARMS if arm != "distilled"),
+        stacks=("decoder",),
+        main_only=True,
+    ),
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
 }
@@ -75,9 +87,11 @@ class Cell:
 def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
     arm (e) gives without pre-gating, how far apart the routes of two seeds are, ablations."""
-    cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0)] if size.pretraining else []
+    cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     for seeds in SEEDS:
-        cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in ARMS]
+        cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in size.arms]
+    if size.main_only:
+        return cells
     seeds = [seed for group in SEEDS for seed in group]
     for task in size.tasks:
         cells += [_variant(size, "pre_gated", task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
@@ -111,6 +125,7 @@ def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
         seed,
         lookahead=0 if arm == CONVENTIONAL else 1,
         init="calibrated" if arm in CALIBRATED else "source",
+        stacks=size.stacks,
     )
     needs = [PRETRAINING] if cell.from_source and size.pretraining else []
     needs += [] if arm == CONVENTIONAL else [cell_name(task, CONVENTIONAL, seed)]
@@ -127,7 +142,7 @@ def _variant(size: Size, arm: str, task: str, seed: int, variant: str, **change:
         variant,
         needs=base.needs,
         overrides=tuple(f"pregate.{key}={_written(value)}" for key, value in change.items()),
-        **change,  # type: ignore[arg-type]
+        **{"stacks": size.stacks, **change},  # type: ignore[arg-type]
     )
 
 
