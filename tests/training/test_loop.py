@@ -44,9 +44,12 @@ def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], fl
     return {k: v for k, v in recorder.at.items() if "tokens_per_s" not in k[0] and k[1] >= from_step}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_scaled", "adafactor"])
-def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "packing"), [("adamw", False), ("adamw_scaled", False), ("adafactor", False), ("adamw", True)]
+)
+def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str, packing: bool) -> None:
     settings = {"optimizer": optimizer, "dropout": 0.1, "schedule": "cosine", "warmup_steps": 1, "eval_every": 2}
+    settings["packing"] = packing
     straight, logged, summary = train_tiny(tmp_path / "straight", steps=4, **settings)
     interrupted = Recorder(interrupt_at=2)
     with pytest.raises(KeyboardInterrupt):
@@ -54,7 +57,7 @@ def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) ->
     assert max(step for _, step in interrupted.at) == 2
     resumed, second, resumed_summary = train_tiny(tmp_path / "halves", resume=True, steps=4, **settings)
     assert_same_parameters(straight, resumed)
-    assert timeless(second) == timeless(logged, from_step=3)
+    assert timeless(second) == timeless(logged, from_step=3) and {("tiny/loss", 3), ("tiny/loss", 4)} < second.at.keys()
     assert (resumed_summary.best_score, resumed_summary.best_step) == (summary.best_score, summary.best_step)
     assert resumed_summary.target_tokens == summary.target_tokens
 
