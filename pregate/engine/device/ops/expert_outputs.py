@@ -319,10 +319,13 @@ def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
     """Rows and columns of a matrix that a program looks at together. One choice: 4096 numbers, 32 a thread, and
     enough programs for the multiprocessors of a large GPU. Several: what the tensor cores take at a time."""
     widest = 1024 if choices == 1 else max(16, min(128, 4096 // choices))
-    dividing = columns & -columns
-    # whole tiles where the width allows it, else a masked one
-    tile_columns = min(widest, dividing if dividing >= 64 else 1 << (columns - 1).bit_length())
-    tile_columns = max(16, tile_columns)
+    widest = min(widest, max(16, 1 << (columns - 1).bit_length()))
+    narrowest = min(widest, 256 if choices == 1 else 64)
+    tile_columns = min(widest, columns & -columns)
+    if tile_columns < narrowest:
+        # whole tiles would be too narrow: masked ones, with as few columns too many as can be
+        sizes = [narrowest << power for power in range((widest // narrowest).bit_length())]
+        tile_columns = min(sizes, key=lambda size: (-columns % size, -size))
     tile_rows = max(4, 4096 // tile_columns) if choices == 1 else 32
     while choices == 1 and tile_rows > 4 and rows // tile_rows < 192:
         tile_rows //= 2
