@@ -86,7 +86,8 @@ class ExpertsCase:
         layout = SlabLayout.of(family, dtype, stored)
         slots_SB = torch.full((max(*slots, 0, 1) + 2, layout.slab_bytes), NOT_A_NUMBER, dtype=torch.uint8)
         for slot in set(slots) - {-1}:
-            matrices = [normal(*shape, spread=shape[-1] ** -0.5 if shape[1:] else 0.5) for shape in family.matrices.values()]
+            shapes = family.matrices.values()
+            matrices = [normal(*shape, spread=shape[-1] ** -0.5 if shape[1:] else 0.5) for shape in shapes]
             layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
         num_tokens = len(slots) // top_k
         scratch = ExpertScratch.empty(len(slots), layout, "cpu")

@@ -15,9 +15,7 @@ from pregate.engine.device.ops.registry import operation
 
 
 @operation(fake=lambda hidden_B1D, *_: torch.empty_like(hidden_B1D))
-def norm(
-    hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0, rounds_last: bool = False
-) -> Tensor:
+def norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0, rounds_last: bool = False) -> Tensor:
     """`hidden` divided by its root mean square and scaled by `weight_D`, then by `factor`.
 
     In the dtype of `hidden_B1D`, rounded where the family's own norm rounds: before and behind the product with

@@ -141,7 +141,7 @@ def slot_linear_kernel(
     """outputs (N, R) = inputs (N / SHARE, C) times the transposed (R, C) matrix of each choice's slot.
 
     Program (r, n) makes TILE_R columns of the outputs for all choices that share the slot of choice n, if n is the
-    first of them. ACTIVATION: what follows the matrix, with its ALPHA and LIMIT; behind the last one it is none, and the
+    first of them. ACTIVATION: what follows the matrix, with ALPHA and LIMIT; behind the last one it is none, and the
     combine weights, of the kind WEIGHED, do. SLAB, MATRIX, UP: numbers to a slab, and from its start to the matrix and
     to the up matrix, read beside it if UP is above 0; SCALE_SLAB, SCALE, UP_SCALE: likewise in float32, for a quantised
     one; BIAS_SLAB, BIAS, UP_BIAS: likewise in the compute dtype, read if BIAS is above 0.
@@ -251,9 +251,7 @@ def _launch(
     activation: str,
     constants: Sequence[float],
 ) -> None:
-    compiled = linear_constants(
-        layout, linear, slot_N.shape[0], share, activation, constants, FLOATS[weights_N.dtype]
-    )
+    compiled = linear_constants(layout, linear, slot_N.shape[0], share, activation, constants, FLOATS[weights_N.dtype])
     raw = RAW[compiled["KIND"]]
     slot_linear_kernel[(triton.cdiv(compiled["R"], compiled["TILE_R"]), slot_N.shape[0])](
         inputs.view(raw),

@@ -1,5 +1,5 @@
-"""What a program of the experts' kernel does with a tile: read weights and biases of a slot, and apply what is between the
-matrices.
+"""What a program of the experts' kernel does with a tile: read weights and biases of a slot, and apply what is between
+the matrices.
 
 Knows numbers and how slabs store them; knows nothing about choices or slots.
 
@@ -45,10 +45,9 @@ def scales_of(scales, row, R: tl.constexpr, STORED: tl.constexpr):
 @triton.jit
 def biases_of(biases, row, R: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr):
     """One bias a row of a tile; 0 where there are none."""
+    bias = tl.zeros(row.shape, tl.float32)
     if BIASED:
         bias = numbers(tl.load(biases + row, mask=row < R, other=0), KIND)
-    else:
-        bias = tl.zeros(row.shape, tl.float32)
     return bias
 
 

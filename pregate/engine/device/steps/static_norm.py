@@ -18,8 +18,8 @@ from pregate.models.linear import has_hooks
 
 
 def static_norm(module: Any, dtype: torch.dtype) -> Any:
-    """A norm of one launch in the place of `module`, if that is a root-mean-square norm that `norm` computes in `dtype`;
-    else `module`."""
+    """A norm of one launch in the place of `module`, if that is a root-mean-square norm that `norm` computes in
+    `dtype`; else `module`."""
     named = dict(module.named_parameters())
     is_like_it = named.keys() == {"weight"} and hasattr(module, "variance_epsilon")
     if not is_like_it or named["weight"].dtype != dtype or has_hooks(module):
