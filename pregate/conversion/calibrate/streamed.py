@@ -24,7 +24,7 @@ from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.fit import GateFit, Tokens, fit_gate
 from pregate.conversion.calibrate.gates_alone import GatesAlone
 from pregate.conversion.calibrate.one_layer import GateListener, run_end, run_layer
-from pregate.conversion.calibrate.states import GateToFit
+from pregate.conversion.calibrate.states import GateToFit, rules_of
 from pregate.conversion.calibrate.work_dir import WorkDir
 from pregate.engine.engine import OffloadEngine
 from pregate.models.family import family_of_model
@@ -57,7 +57,7 @@ class StreamedFit:
         self._engine, self._gates, self._steps, self._work = engine, gates, steps, work
         self._batches, self._num_held = [*batches.fit, *batches.held_out], len(batches.held_out)
         self._model, self._family = engine.model, family_of_model(engine.model)
-        self._top_k = engine.family.top_k
+        self._rules = rules_of(engine.model)
         self._advance: Callable[[int], None] = lambda _: None
         self._listener = GateListener(engine.model, self._family.stacks)
         done = work.progress
@@ -134,7 +134,7 @@ class StreamedFit:
         for name in (FITTED, COPIED):
             found = self._each(name, place, lambda n: self._counted(stack, n, self._listener.logits))
             held, wanted_held = (torch.cat(logits[-self._num_held :]) for logits in (found, wanted))
-            self.agreement[name][stack].append(logits_agreement(held, wanted_held, self._top_k))
+            self.agreement[name][stack].append(logits_agreement(held, wanted_held, self._rules[stack][place.block]))
 
     def _fit(self, gate: GateToFit, states: list[Tensor], wanted: list[Tensor]) -> None:
         """`states` (T, D) and `wanted` (T, E) of each batch."""
@@ -144,7 +144,8 @@ class StreamedFit:
         fit = Tokens(torch.cat(states[:cut]), torch.cat(wanted[:cut]))
         states.clear()
         with torch.enable_grad():
-            found = fit_gate(*gate.weights(), fit, held, self._steps, self._top_k)
+            rule = self._rules[gate.stack][gate.block]
+            found = fit_gate(*gate.weights(), fit, held, self._steps, rule, self._family.scores)
         gate.set_weights(found.weight_ED, found.bias_E)
         self.fits[gate.stack, gate.block] = found
 
