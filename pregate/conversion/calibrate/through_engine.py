@@ -30,6 +30,7 @@ from pregate.engine.opening import Opened
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.objectives import Row
 from pregate.system.memory import PeakMemory, bytes_in_use
+from pregate.system.stopping import going_on
 from pregate.tasks.base import Task
 from pregate.tasks.tokens import Collator
 
@@ -64,6 +65,7 @@ def fit_through_engine(
     with (
         PeakMemory(device) as peak,
         closing(WorkDir(folder, _made_from(run, source, config, rows), room.batch_size)) as work,
+        going_on(work.going_on),
         _open_engine(run, source, device, slot_bytes) as engine,
     ):
         settings = replace(run.calibration, batch_size=work.batch_size)
