@@ -197,12 +197,17 @@ def test_a_killed_calibration_goes_on_and_finds_the_same_gates(
     with pytest.raises(KilledError):
         calibrated(run, source, tmp_path / "again")
     assert not (tmp_path / "again").exists() and work_of(tmp_path / "again").is_dir() and len(begun) == at
-    monkeypatch.undo()
+    progress = max(work_of(tmp_path / "again").glob("step-?")) / "progress.pt"
+    told = torch.load(progress)
+    assert whole.peak_bytes is None or 10**8 < told["peak_bytes"] < 10**12
+    torch.save({**told, "peak_bytes": told["peak_bytes"] and told["peak_bytes"] + 10**12}, progress)
     rest = killed_at(0)
     found = calibrated(run, source, tmp_path / "again")
     assert rest[0] == begun[-1] and not set(rest[1:]) & set(begun)
     assert_same_gates(tmp_path / "whole", tmp_path / "again", tolerance=0)
     assert (found.before, found.after) == (whole.before, whole.after) and found.seconds > 0
+    # of whichever process had more
+    assert found.peak_bytes is None or found.peak_bytes > 10**12
     # what was read for the layer that was cut short is read again
     assert whole.bytes_read is not None and found.bytes_read is not None and whole.bytes_read <= found.bytes_read
     assert not work_of(tmp_path / "again").exists()

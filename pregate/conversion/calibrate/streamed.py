@@ -48,11 +48,18 @@ class Place(NamedTuple):
 
 class StreamedFit:
     """One pass over the layers of the source in `engine`, which fits the gates of `gates`[FITTED]; `gates`[COPIED] stay
-    as they are. `fits`, `agreement` (of each model, by stack and block), `bytes_read` and `seconds` say what was found;
-    those of a pass that is taken up again count too."""
+    as they are. `fits`, `agreement` (of each model, by stack and block), `bytes_read`, `peak_bytes` and `seconds` say
+    what was found; those of a pass that is taken up again count too. `highest`: the most memory of this process so far.
+    """
 
     def __init__(
-        self, engine: OffloadEngine, gates: dict[str, GatesAlone], batches: Batches, steps: int, work: WorkDir
+        self,
+        engine: OffloadEngine,
+        gates: dict[str, GatesAlone],
+        batches: Batches,
+        steps: int,
+        work: WorkDir,
+        highest: Callable[[], int | None],
     ) -> None:
         self._engine, self._gates, self._steps, self._work = engine, gates, steps, work
         self._batches, self._num_held = [*batches.fit, *batches.held_out], len(batches.held_out)
@@ -66,6 +73,7 @@ class StreamedFit:
             "agreement", {name: {stack: [] for stack in self._family.stacks} for name in (FITTED, COPIED)}
         )
         self.bytes_read, self.seconds = done.get("bytes_read", 0), done.get("seconds", 0.0)
+        self.peak_bytes, self._highest = done.get("peak_bytes"), highest
         for key, fit in self.fits.items():
             gates[FITTED].to_fit[key].set_weights(fit.weight_ED, fit.bias_E)
 
@@ -105,11 +113,14 @@ class StreamedFit:
 
     def _finish_step(self) -> None:
         return_free_memory()
+        if (highest := self._highest()) is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, highest)
         self._work.finish_step(
             {
                 "fits": {key: asdict(fit) for key, fit in self.fits.items()},
                 "agreement": self.agreement,
                 "bytes_read": self.bytes_read,
+                "peak_bytes": self.peak_bytes,
                 "seconds": self.seconds,
             }
         )
