@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.models.family import family_of_model
 from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
@@ -192,6 +193,7 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
         objective=session.objective,
         balance_weight=train.balance_loss,
         z_weight=train.z_loss,
+        scores=family_of_model(session.model).scores,
     )
     if distillation is None:
         return share.total, share.parts()
