@@ -42,6 +42,10 @@ class Feed(Protocol):
         """Note in `state`, which counts its sequences already, where the data stand after the latest step."""
         ...
 
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        """The examples in this process's micro batches `numbers` of the step behind `state`, for a message."""
+        ...
+
 
 @dataclass(frozen=True)
 class Share:
@@ -87,18 +91,21 @@ class ExampleFeed:
         self.collate = Collator.for_task(run.task, tokenizer, share.objective)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
-        packing = self.share.train.packing
-        sampler = MicroBatchSampler(
-            _Alike(self.examples) if packing else _SourceLengths(self.examples, self.collate),
-            self.share.batching,
-            seed=self.share.run.seed,
-            first_step=state.step,
-            last_step=self.share.train.steps,
-            rank=self.share.rank,
-        )
         workers = self.share.run.data.num_workers
-        collate = self.collate.packed if packing else self.collate
+        collate = self.collate.packed if self.share.train.packing else self.collate
+        sampler = self._sampler(state.step, self.share.train.steps)
         return iter(self.share.loader(self.examples, workers, batch_sampler=sampler, collate_fn=collate))
+
+    def _sampler(self, first_step: int, last_step: int) -> MicroBatchSampler:
+        share = self.share
+        lengths = _Alike(self.examples) if share.train.packing else _SourceLengths(self.examples, self.collate)
+        return MicroBatchSampler(
+            lengths, share.batching, seed=share.run.seed, first_step=first_step, last_step=last_step, rank=share.rank
+        )
+
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        micro_batches = list(self._sampler(state.step, state.step + 1))
+        return [f"example {self.examples[index].id!r}" for number in numbers for index in micro_batches[number]]
 
     def mark(self, state: TrainState) -> None:
         state.epoch = state.sequences / len(self.examples)
@@ -169,6 +176,10 @@ class StreamFeed:
     def mark(self, state: TrainState) -> None:
         state.position = list(self._position)
         state.epoch = float(self._position.epoch)
+
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        place = self.task.place(self.share.run.task.train_split, Position(*state.position))
+        return [f"text from {place}"] if numbers else []
 
 
 class _StepStream(torch.utils.data.IterableDataset[Batch]):

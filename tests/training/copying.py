@@ -68,6 +68,9 @@ class Recorder:
             self.interrupt_at = None
             signal.raise_signal(self.signal_number)
 
+    def rewind(self, step: int, *groups: str) -> None:
+        """Nothing was written."""
+
     def sync(self) -> None:
         """Nothing is written."""
 

@@ -182,7 +182,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     settle(run / "last")
     assert capsys.readouterr().err == (
         f"pregate: {run / 'last' / OPTIMIZER_FILE} is not as it was saved: going on from the state before it, that of "
-        f"step 1 (the damaged one lies in {run / DAMAGED} until the next is saved).\n"
+        f"step 1 (what is damaged lies in {run / DAMAGED} until the next is saved).\n"
     )
     assert tree_of(run) == {"last": saved[PREVIOUS], DAMAGED: spoilt}
     settle(run / "last")
