@@ -100,7 +100,11 @@ class PreGateConfig:
 
 @dataclass
 class DataConfig:
+    """`cache`: where the tokens of the training examples are kept; null is `PREGATE_CACHE`, or else a folder `pregate`
+    in the cache of Hugging Face's libraries."""
+
     root: str | None = None
+    cache: str | None = None
     max_train_examples: int | None = None
     num_workers: int = setting(0, at_least(0))
 

@@ -17,7 +17,7 @@ import torch
 
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import document
-from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.records import Chunk, fingerprint, read_columns
 from pregate.tasks.sources import check_source
 
 BLOCK_DOCUMENTS = 1024
@@ -62,6 +62,10 @@ class TextStream(Generic[PackedRow]):
     def collator(self, tokenizer: Any) -> Callable[[Sequence[PackedRow]], dict[str, torch.Tensor]]:
         """What makes one batch of rows. Raises `UsageError` for a tokenizer that cannot be used."""
         raise NotImplementedError
+
+    def fingerprint(self, split: str) -> str:
+        """What the content of a split is known by, wherever it lies. Raises `UsageError`."""
+        return fingerprint(self.config, self.data_root, split)
 
     def opening(self, tokenizer: Any) -> list[int]:
         """The tokens that every document begins with."""

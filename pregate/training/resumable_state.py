@@ -66,12 +66,10 @@ def _numbered(directory: Path, name: str, number: int) -> Path:
 
 
 def _lying_beside(directory: Path, name: str) -> list[Path]:
-    found = {path.name: path for path in directory.parent.glob(f"{name}*")}
-    numbers = [
-        1,
-        *sorted(int(rest) for n in found if (rest := n.removeprefix(f"{name}_")).isdecimal() and int(rest) > 1),
-    ]
-    return [found[place.name] for number in numbers if (place := _numbered(directory, name, number)).name in found]
+    found = {path.name for path in directory.parent.glob(f"{name}*")}
+    numbers = {int(rest) for other in found if (rest := other.removeprefix(f"{name}_")).isdecimal()}
+    places = [_numbered(directory, name, number) for number in sorted({1, *numbers})]
+    return [place for place in places if place.name in found]
 
 
 def earlier_states(directory: Path) -> list[Path]:

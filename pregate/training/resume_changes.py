@@ -20,7 +20,8 @@ from pregate.tracking import flatten
 UNNOTICED = ("resume", "allow_changes", "overrides", "run_dir")
 SAME_RESULT = (
     *("name", "model.name", "then_eval", "plan", "output", "checkpoint", "reference"),
-    *("tracking", "bench", "eval", "engine", "data.num_workers"),
+    *("tracking", "bench", "eval", "engine", "data.num_workers", "data.cache"),
+    *("data.root", "task.files", "task.hub", "task.hub_revision"),  # where the data lie; their content is compared
     *(f"{train}.{name}" for train in ("train", "source_train") for name in ("log_every", "save_every", "keep_last")),
 )
 """Settings, and sections of them, that do not change what is trained; every other one does."""
@@ -28,7 +29,7 @@ OTHER_RESULT = ("eval.batch_size", "engine.slab_dtype")
 """Those in a section of `SAME_RESULT` that do: validation pads its batches, and calibration may run through slabs."""
 OPEN = ("model.geometry.", "task.columns.", "task.files.")
 """Sections with keys of the user's own: one that is missing was left out."""
-PROCESSES = "processes"
+PROCESSES, DATA = "processes", "data"
 MOST_TOLD = 8
 
 
@@ -52,6 +53,22 @@ def check_changes(run: Run, config: Path, processes: tuple[int | None, int], beg
         )
     if changes:
         say(f"{config} was written with other settings: {first_of([*changes.values()], MOST_TOLD, '; ')}")
+
+
+def check_data(run: Run, where: Path, before: str, now: str) -> None:
+    """Compare the fingerprints of the training examples of the state in `where` (empty: unknown) and of those at hand.
+
+    Raises `UsageError` if they differ and `run.allow_changes` does not name `data`.
+    """
+    if before in ("", now):
+        return
+    told = f"{where} was trained on examples with other content than split {run.task.train_split!r} has now"
+    if not _within(DATA, run.allow_changes):
+        raise UsageError(
+            f"{told}: put the data back, choose another run_dir=DIR, or go on all the same with "
+            f"'allow_changes=[{','.join([*run.allow_changes, DATA])}]'."
+        )
+    say(f"{told}.")
 
 
 def changed_settings(config: Path, run: Run) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
     python -m tests.training.killing DIR [KILLS] [SEED]
 
-kills runs of both recipes at random moments, KILLS times in all, and compares what they log with undisturbed runs.
+kills runs of both recipes at random moments, KILLS times in all, and compares what they log and leave with undisturbed
+runs.
 """
 
 from __future__ import annotations
@@ -48,19 +49,24 @@ SHORT = [
     *("engine.bench_new_tokens=2", "engine.bench_repeats=1", "engine.bench_prompts=1", "engine.policies=[pre_gated]"),
     *("eval.report=false", "eval.examples=4", "eval.bootstrap_samples=5"),
 ]
-SWITCH = {
-    **{"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
-    **{"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_experts": 4},
-}
+SWITCH = (
+    "num_layers=2 num_decoder_layers=2 num_sparse_encoder_layers=2 num_sparse_decoder_layers=2 "
+    "d_model=16 d_kv=8 d_ff=24 num_heads=2 num_experts=4"
+)
 OLMOE = {
-    **{"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"num_experts": 5, "num_experts_per_tok": 2, "initializer_range": 0.2},
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
 }
 
 
 def switch_run(*changes: str, steps: int = 10) -> Run:
     """A source from scratch, its conversion, fine-tuning and evaluation."""
-    geometry = [f"model.geometry.{key}={value}" for key, value in SWITCH.items()]
+    geometry = [f"model.geometry.{size}" for size in SWITCH.split()]
     source = [f"source_train.{key}={value}" for key, value in {**RECIPE, "steps": 4}.items()]
     train = [f"train.{key}={value}" for key, value in {**RECIPE, "steps": steps}.items()]
     return compose_run(["+experiment=quickstart", *SHORT, *geometry, *source, *train, *changes])
@@ -85,7 +91,8 @@ def start(run: Run, run_dir: Path, inside: Callable[[], None] | None = None) -> 
     sys.stderr.flush()
     child = os.fork()
     if not child:
-        _train(replace(run, run_dir=str(run_dir)), inside)
+        data = replace(run.data, cache=f"{run_dir}.tokens")
+        _train(replace(run, run_dir=str(run_dir), data=data), inside)
     return child
 
 
@@ -117,26 +124,29 @@ def ended(child: int) -> int:
 
 
 def killed_after(child: int, seconds: float) -> bool:
-    """Kill it once `seconds` are over, if it has not ended before. Raises if it failed."""
+    """Kill it once `seconds` are over, and say whether it was killed, then or before. Raises if it failed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            assert status == 0, f"a run failed: {os.waitstatus_to_exitcode(status)}"
-            return False
+            code = os.waitstatus_to_exitcode(status)
+            assert code in (0, -signal.SIGKILL), f"a run failed: {code}"
+            return code != 0
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     return ended(child) == -signal.SIGKILL
 
 
 class Killer:
-    """An audit hook that kills its process ahead of the `at`-th operation on files below `directory`, or counts them.
+    """An audit hook that sends its process a signal ahead of an operation on files below `directory`.
 
-    Opening for writing, making, renaming and removing count.
+    Opening for writing, making, renaming and removing count. `at`: the number of the operation, or the name of an event
+    and the end of its path. `count` is shared with the processes that are forked.
     """
 
-    def __init__(self, directory: Path, at: int | None = None, tell: Path | None = None) -> None:
-        self.directory, self.at, self.tell, self.count = str(directory), at, tell, 0
+    def __init__(self, directory: Path, at: int | tuple[str, str] | None = None, number: int = signal.SIGKILL) -> None:
+        self.directory, self.at, self.number = str(directory), at, number
+        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def install(self) -> None:
         sys.addaudithook(self.hook)
@@ -146,14 +156,14 @@ class Killer:
             counts = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             counts = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link")
-        if not counts or not str(arguments[0]).startswith(self.directory):
+        path = str(arguments[0]) if counts else ""
+        if not path.startswith(self.directory):
             return
         self.count += 1
-        if self.tell is not None:
-            with os.fdopen(os.open(self.tell, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a") as file:
-                file.write(f"{self.count} {event} {arguments[0]}\n")
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        named = isinstance(self.at, tuple) and event == self.at[0] and path.endswith(self.at[1])
+        if named or self.at == int(self.count):
+            self.at = None
+            os.kill(os.getpid(), self.number)
 
 
 UNEQUAL = ("time", "tokens_per_s", "engine/")
@@ -172,31 +182,39 @@ def files(run_dir: Path) -> set[str]:
     return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
 
 
-def undisturbed(run: Run, run_dir: Path) -> tuple[list[dict[str, Any]], float]:
-    """What a run logs that nothing interrupts, and its seconds."""
-    began = time.monotonic()
-    status = ended(start(run, run_dir))
+def undisturbed(run: Run, run_dir: Path) -> tuple[list[dict[str, Any]], float, int]:
+    """What a run logs that nothing interrupts, its seconds, and its operations on files."""
+    began, counter = time.monotonic(), Killer(run_dir)
+    status = ended(start(run, run_dir, counter.install))
     assert status == 0, run_dir.with_name(f"{run_dir.name}.log").read_text()
     lines = logged(run_dir)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(set(losses)) == len(losses) >= 6 and all(0 < loss < float("inf") for loss in losses)
-    return lines, time.monotonic() - began
+    assert int(counter.count) > 50
+    return lines, time.monotonic() - began, int(counter.count)
 
 
 def kill_at_random(run: Run, root: Path, kills: int, seed: int, told: Callable[[str], object] = lambda _: None) -> int:
-    """Kill runs `kills` times at random moments, each started again with the same command, and compare every run that
-    ends with an undisturbed one. Returns how many runs were compared."""
-    expected, seconds = undisturbed(run, root / "undisturbed")
+    """Kill runs `kills` times, half of them at random times and half ahead of random operations on files, each started
+    again with the same command, and compare every run that ends with an undisturbed one. Returns how many runs were
+    compared."""
+    expected, seconds, operations = undisturbed(run, root / "undisturbed")
     rng, done, runs = random.Random(seed), 0, 0
     while done < kills:
         runs += 1
-        run_dir = root / f"run_{runs}"
-        while True:
-            after = rng.uniform(0.0, seconds) if done < kills else 3600.0
-            if not killed_after(start(run, run_dir), after):
-                break
-            done += 1
-            told(f"kill {done}: run {runs}, {after:.2f} s after its start")
+        run_dir, ends = root / f"run_{runs}", False
+        while not ends:
+            after, at = rng.uniform(0.0, seconds), rng.randrange(1, operations + 1)
+            if done == kills:
+                moment, child, after = "never", start(run, run_dir), 3600.0
+            elif done % 2:
+                moment, child = f"{after:.2f} s after its start", start(run, run_dir)
+            else:
+                moment, after = f"ahead of operation {at}", 3600.0
+                child = start(run, run_dir, Killer(run_dir, at).install)
+            ends = not killed_after(child, after)
+            done += not ends
+            told(f"run {runs}, {moment}: " + ("ends" if ends else f"kill {done}"))
         assert logged(run_dir) == expected, run_dir
         assert files(run_dir) == files(root / "undisturbed")
     return runs

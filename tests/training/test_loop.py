@@ -320,12 +320,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     second = ", ".join(f"example '{index}'" for index in list(sampler)[1])
     with pytest.raises(
         UsageError,
-        match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is that of "
-        rf"step 1 in {tmp_path}/last; the best model so far, of step 1, lies in {tmp_path}/checkpoint\)\.",
+        match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is "
+        rf"that of step 1 in {tmp_path}/last; the best model so far, of step 1, lies in {tmp_path}/checkpoint\)\.",
     ):
         train_tiny(tmp_path, steps=3, save_every=1, resume=True)
     assert calls
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=1, save_every=1)
+    with pytest.raises(
+        UsageError, match=r"Weights of tiny became NaN or infinite by step 2 .*last good state is that of"
+    ):
+        train_tiny(tmp_path, steps=3, save_every=1, resume=True, learning_rate=1e39)
+    assert steps_done(tmp_path / "last") == 1
 
 
 def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
