@@ -17,7 +17,7 @@ from pregate.tasks.prompts import prompt_fields, prompt_of
 from pregate.tasks.records import Chunk, fingerprint, read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
 SHOWN = 3
 """Ids that a message names."""
 

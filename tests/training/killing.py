@@ -98,11 +98,13 @@ def start(run: Run, run_dir: Path, inside: Callable[[], None] | None = None) -> 
 
 def _train(run: Run, inside: Callable[[], None] | None) -> NoReturn:
     status = 1
+    streams: list[Any] = []  # of the parent: let go, they would close what is the log now
     try:
         log = os.open(f"{run.run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        streams.extend((sys.stdout, sys.stderr))
+        sys.stdout, sys.stderr = (os.fdopen(handle, "w", buffering=1, closefd=False) for handle in (1, 2))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if inside:
