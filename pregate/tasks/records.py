@@ -223,7 +223,7 @@ def fingerprint(task: TaskConfig, data_root: str | None, split: str) -> str:
     for path in files:
         digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
-            while block := file.read(1 << 24):
+            while block := file.read(1 << 20):
                 digest.update(block)
     return f"files {digest.hexdigest()}"
 

@@ -20,8 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import matplotlib.pyplot  # noqa: F401
 import torch
 
+import pregate.measure.evaluation  # with what follows it: else every fork would import it again
+import pregate.training.stages  # noqa: F401
 from pregate.cli import compose_run, ending_in_one_sentence
 from pregate.config import GeneratedConfig, Run
 from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
