@@ -22,7 +22,7 @@ from pregate.models.family import family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.models.pregating import PreGating
 from pregate.system.console import first_of
-from pregate.system.durable import read_object, write_json
+from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
 from pregate.system.processes import join, main_only
@@ -229,4 +229,4 @@ def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluati
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)
     for untrained in (INITIAL, CONVERTED):
-        shutil.rmtree(run_dir / untrained, ignore_errors=True)
+        discard(run_dir / untrained)

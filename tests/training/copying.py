@@ -49,6 +49,12 @@ class FirstWords:
             made.append(Example(str(index), " ".join(words), target, (target,)))
         return made[:limit]
 
+    def stream(self, split: str, limit: int | None = None) -> list[Example]:
+        return self.examples(split, limit)
+
+    def fingerprint(self, split: str) -> str:
+        return f"first words of {split}"
+
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         hits = [100.0 * (p in r) for p, r in zip(predictions, references, strict=True)]
         overall = self.scripted.pop(0) if self.scripted else sum(hits) / len(hits)
@@ -68,6 +74,9 @@ class Recorder:
         if step == self.interrupt_at:
             self.interrupt_at = None
             signal.raise_signal(self.signal_number)
+
+    def rewind(self, step: int, *groups: str) -> None:
+        """Nothing was written."""
 
     def sync(self) -> None:
         """Nothing is written."""

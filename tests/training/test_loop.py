@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from pregate.config import UsageError
 from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
-from pregate.training.batch_order import derive_batching
+from pregate.training.batch_order import MicroBatchSampler, derive_batching
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
 from pregate.training.resumable_state import steps_done
@@ -38,6 +38,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def assert_same_parameters(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float) -> None:
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance.get("atol", 0.0), msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Sources:
+    """The lengths of the toy task's training examples: their words and the token that ends them."""
+
+    def __len__(self) -> int:
+        return len(FirstWords().examples("train"))
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        examples = FirstWords().examples("train")
+        return [len(examples[index].source.split()) + 1 for index in indices]
 
 
 def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], float]:
@@ -302,15 +313,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     def poisoned(*args: object, **kwargs: object) -> object:
         share = honest(*args, **kwargs)  # type: ignore[arg-type]
         calls.append(1)
-        return type(share)(*(getattr(share, f) * math.nan for f in ("total", "cross_entropy", "balance", "z")))
+        factor = math.nan if len(calls) == 2 else 1.0
+        return type(share)(*(getattr(share, f) * factor for f in ("total", "cross_entropy", "balance", "z")))
 
     train_tiny(tmp_path, steps=1)
     kept = (tmp_path / "last" / "model.safetensors").read_bytes()
     monkeypatch.setattr(loop, "loss_share", poisoned)
-    with pytest.raises(UsageError, match="loss of tiny became nan at step 2: lower"):
+    sampler = MicroBatchSampler(Sources(), derive_batching(recipe(), 10, 1), seed=0, first_step=1, last_step=2, rank=0)
+    second = ", ".join(f"example '{index}'" for index in list(sampler)[1])
+    with pytest.raises(
+        UsageError,
+        match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is "
+        rf"that of step 1 in {tmp_path}/last; the best model so far, of step 1, lies in {tmp_path}/checkpoint\)\.",
+    ):
         train_tiny(tmp_path, steps=3, save_every=1, resume=True)
     assert calls
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=1, save_every=1)
+    with pytest.raises(
+        UsageError, match=r"Weights of tiny became NaN or infinite by step 2 .*last good state is that of"
+    ):
+        train_tiny(tmp_path, steps=3, save_every=1, resume=True, learning_rate=1e39)
+    assert steps_done(tmp_path / "last") == 1
 
 
 def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
