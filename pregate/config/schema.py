@@ -29,6 +29,7 @@ from pregate.config.choices import (
     Policy,
     Precision,
     Schedule,
+    Sharding,
     SlabDtype,
     Tier,
     Tracker,
@@ -115,7 +116,8 @@ class TrainConfig:
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
-    in one row and do not see each other.
+    in one row and do not see each other. `sharding: full` splits weights, gradients and optimizer state over the
+    processes (FSDP2).
     """
 
     steps: int = setting(2048, at_least(0))
@@ -140,6 +142,7 @@ class TrainConfig:
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
+    sharding: Sharding = Sharding.none
     eval_every: int = setting(256, at_least(1))
     eval_examples: int = setting(256, at_least(1))
     save_every: int = setting(256, at_least(1))
@@ -160,6 +163,11 @@ class TrainConfig:
             weighted or self.teacher is None,
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
             f"above 0, or {prefix}teacher=null.",
+        )
+        need(
+            self.sharding == Sharding.none or self.optimizer != Optimizer.adafactor,
+            f"{prefix}optimizer=adafactor needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
+            f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
         )
 
 

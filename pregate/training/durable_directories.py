@@ -24,7 +24,7 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
     between the two renames leaves the old one beside, where `recover` or `settle` finds it. Raises `UsageError` if the
     disk takes no more.
     """
-    fresh, old = _beside(directory, "new"), previous or _beside(directory, "old")
+    fresh, old = beside(directory, "new"), previous or beside(directory, "old")
     recover(directory)
     try:
         make_directory(directory.parent)
@@ -51,8 +51,8 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
 
 def recover(directory: Path) -> None:
     """Undo a replacement of `directory` that was killed half-way."""
-    remove(_beside(directory, "new"))
-    previous = _beside(directory, "old")
+    remove(beside(directory, "new"))
+    previous = beside(directory, "old")
     if previous.exists():
         if directory.exists():
             remove(previous)
@@ -61,7 +61,7 @@ def recover(directory: Path) -> None:
             flush_file(directory.parent)
 
 
-def _beside(directory: Path, what: str) -> Path:
+def beside(directory: Path, what: str) -> Path:
     return directory.with_name(f".{directory.name}.{what}")
 
 
@@ -74,6 +74,10 @@ def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path
 def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     with silent_bars():
         model.save_pretrained(directory)
+    write_side_files(directory, tokenizer, carry)
+
+
+def write_side_files(directory: Path, tokenizer: Any, carry: Sequence[Path]) -> None:
     tokenizer.save_pretrained(directory)
     for path in carry:
         shutil.copy2(path, directory / path.name)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
+from pregate.training import sharded_state
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
@@ -148,19 +149,34 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
     sums = torch.zeros(len(part_names(session)), device=accelerator.device)
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(session.wrapped):
+    for batch, weight, no_sync in micro_steps(session, micro_batches):
+        with no_sync:
             total, parts = forward(session, batch, tokens)
-            # DDP averages gradients over processes, while shares are meant to add up
-            accelerator.backward(total * accelerator.num_processes)
-        sums += parts
+            # DDP and FSDP average gradients over processes, while shares are meant to add up
+            accelerator.backward(total * weight * accelerator.num_processes)
+        sums += weight * parts
+    if session.sharded:
+        session.sharded.drop_unused()
     losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
     check_finite(session, losses["loss"], norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**losses, "grad_norm": norm, "lr": rate}
+
+
+def micro_steps(
+    session: Session, micro_batches: list[dict[str, Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], int, AbstractContextManager[Any]]]:
+    """The micro batches of a step, the weight of each, and the context to run it in.
+
+    DDP sums gradients with the last one. A sharded model sums them with each, because it would have to keep all of them
+    whole; and its processes must run equally many, so the last one is repeated with no weight where there is one less.
+    """
+    for index in range(session.batching.accumulation_steps if session.sharded else len(micro_batches)):
+        batch, last = micro_batches[min(index, len(micro_batches) - 1)], index == len(micro_batches) - 1
+        alone = nullcontext() if last or session.sharded else session.accelerator.no_sync(session.wrapped)
+        yield batch, int(index < len(micro_batches)), alone
 
 
 def part_names(session: Session) -> list[str]:
@@ -241,6 +257,7 @@ def evaluate(session: Session) -> str:
         max_new_tokens=session.run.task.max_target_tokens,
         accelerator=session.accelerator,
         autocast=session.autocast,
+        sharded=session.sharded,
     )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
@@ -248,12 +265,12 @@ def evaluate(session: Session) -> str:
     if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
     if best if train.keep == Keep.best else state.step == train.steps:
-
-        def write() -> None:
-            make_room(session.out_dir / LAST, model_bytes(session.model))
-            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
-
-        main_only(write, "writing the checkpoint")
+        directory, model = session.out_dir / CHECKPOINT, session.model
+        main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
+        if session.sharded:
+            sharded_state.save_checkpoint(directory, model, session.sharded.layers, session.tokenizer, session.carry)
+        else:
+            main_only(lambda: save_model(directory, model, session.tokenizer, session.carry), "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -262,20 +279,20 @@ def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
 
-    def write() -> None:
-        session.tracker.sync()  # first: what a durable state has behind it is not logged again
-        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
-        save_last(
-            session.out_dir / LAST,
-            session.model,
-            session.tokenizer,
-            session.optimizer,
-            session.state,
-            random_states,
-            session.carry,
-        )
+    directory, model, optimizer = session.out_dir / LAST, session.model, session.optimizer
 
-    main_only(write, "saving the state")
+    def make_ready() -> None:
+        session.tracker.sync()  # first: what a durable state has behind it is not logged again
+        make_room(directory, model_bytes(model) + optimizer_bytes(optimizer))
+
+    main_only(make_ready, "looking for space on the disk")
+    if session.sharded:
+        sharded_state.save_last(directory, model, optimizer, session.state, random_states)
+        return
+    main_only(
+        lambda: save_last(directory, model, session.tokenizer, optimizer, session.state, random_states, session.carry),
+        "saving the state",
+    )
 
 
 def finish(session: Session) -> TrainSummary:

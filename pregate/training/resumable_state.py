@@ -74,7 +74,7 @@ def damage(directory: Path) -> str | None:
     """
     name = STATE_FILE
     try:
-        record = _read_record(directory)
+        record = read_record(directory)
         if record.get("format", 1) == 1 and not (directory / CHECKSUMS_FILE).exists():
             for name in sorted({OPTIMIZER_FILE, *(path.name for path in directory.glob("*.safetensors"))}):
                 with safe_open(directory / name, "pt"):
@@ -92,7 +92,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
+def read_record(directory: Path) -> dict[str, Any]:
     """What `STATE_FILE` holds. Raises one of several errors if that is not what was once written there."""
     record = json.loads((directory / STATE_FILE).read_text())
     TrainState(**record["state"])
@@ -140,20 +140,24 @@ def load_last(
     """
     if not directory.exists():
         return None
-    record = _read_record(directory)
+    record = read_record(directory)
     with silent_bars():
         loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     saved = loaded.state_dict()
     del loaded
     same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
     if not same or info["missing_keys"]:
-        raise UsageError(
-            f"{directory} holds a run of a different model: resume with the settings it was started with, "
-            "or choose another run_dir."
-        )
+        raise other_model(directory)
     model.load_state_dict(saved)
     load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
     return TrainState(**record["state"]), record["random"]
+
+
+def other_model(directory: Path) -> UsageError:
+    return UsageError(
+        f"{directory} holds a run of a different model: resume with the settings it was started with, or choose "
+        "another run_dir."
+    )
 
 
 def steps_done(directory: Path) -> int:
@@ -163,7 +167,7 @@ def steps_done(directory: Path) -> int:
     """
     for place in (directory, directory.with_name(PREVIOUS)):
         try:
-            return int(_read_record(place)["state"]["step"])
+            return int(read_record(place)["state"]["step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     if directory.exists():

@@ -101,11 +101,12 @@ def train_tiny(
     tracker: Recorder | None = None,
     task: FirstWords | None = None,
     carry: Sequence[Path] = (),
+    model: Any = None,
     model_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, Recorder, TrainSummary]:
-    """Train a tiny pre-gated model on the toy task; the model, what was logged, and the summary."""
-    model = pregated_model(**{**SHALLOW, **(model_changes or {})})
+    """Train `model`, or a tiny pre-gated Switch, on the toy task; the model, what was logged, and the summary."""
+    model = model or pregated_model(**{**SHALLOW, **(model_changes or {})})
     tracker = tracker or Recorder()
     summary = fine_tune(
         model,
