@@ -35,6 +35,7 @@ from pregate.training.progress import Progress
 from pregate.training.resumable_state import save_last
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.session import Session, prepare
+from pregate.training.sharded_state import Weights
 from pregate.training.space import make_room, model_bytes
 from pregate.training.state import random_state
 from pregate.training.validation import validate
@@ -71,17 +72,28 @@ def fine_tune(
     tracker: Tracker,
     stage: str,
     carry: Sequence[Path] = (),
+    weights: Weights | None = None,
 ) -> TrainSummary:
     """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
-    every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
-    never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise `KeyboardInterrupt` and `Terminated`, in every
-    process after the same step, whichever got the signal. Raises `UsageError` for settings that cannot work, for a loss
-    that is no longer finite, and for a disk that is full or holds no whole state to resume from.
+    every saved directory; `weights` are those of a model that is not filled. With `run.resume`, training continues from
+    `out_dir/last` if that exists, as if it had never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise
+    `KeyboardInterrupt` and `Terminated`, in every process after the same step, whichever got the signal. Raises
+    `UsageError` for settings that cannot work, for a loss that is no longer finite, and for a disk that is full or
+    holds no whole state to resume from.
     """
     session = prepare(
-        model, tokenizer, task, train, run=run, out_dir=out_dir, tracker=tracker, stage=stage, carry=carry
+        model,
+        tokenizer,
+        task,
+        train,
+        run=run,
+        out_dir=out_dir,
+        tracker=tracker,
+        stage=stage,
+        carry=carry,
+        weights=weights,
     )
     state, main = session.state, session.accelerator.is_main_process
     begun = time.perf_counter() - state.elapsed_seconds

@@ -153,7 +153,7 @@ def load_last(
     return TrainState(**record["state"]), record["random"]
 
 
-def other_model(directory: Path) -> UsageError:
+def other_model(directory: Path | str) -> UsageError:
     return UsageError(
         f"{directory} holds a run of a different model: resume with the settings it was started with, or choose "
         "another run_dir."

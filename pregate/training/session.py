@@ -33,7 +33,7 @@ from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import settle
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
-from pregate.training.sharded_state import open_last
+from pregate.training.sharded_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
@@ -81,8 +81,10 @@ def prepare(
     tracker: Tracker,
     stage: str,
     carry: Sequence[Path],
+    weights: Weights | None = None,
 ) -> Session:
-    """Build everything a step needs, or bring it back from `out_dir/last`. Raises `UsageError`."""
+    """Build everything a step needs, or bring it back from `out_dir/last`. `weights`: of a model that is not filled.
+    Raises `UsageError`."""
     join()
     # autocast is ours and per run, because Accelerate fixes its precision once per process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
@@ -98,6 +100,8 @@ def prepare(
     sharded = shard(model, train.sharding, accelerator.device, accelerator.num_processes)
     if sharded is None:
         model.to(accelerator.device)
+    if weights is not None:
+        fill(model, *weights)
     optimizer = build_optimizer(model, train)
     state = restore(model, optimizer, train, run, out_dir, accelerator, sharded)
     dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type

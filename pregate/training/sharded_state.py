@@ -8,11 +8,12 @@ that a run without sharding has saved. Knows nothing about the loop that calls i
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -150,7 +151,7 @@ def open_last(
     elif sharded is None:
         return load_last(directory, model, optimizer)
     else:
-        fill(model, directory)
+        fill(model, str(directory))
         _split_optimizer_state(directory, model, optimizer, record["optimizer"])
     return TrainState(**record["state"]), record["random"]
 
@@ -169,7 +170,9 @@ def _read_parts(directory: Path, model: Any, optimizer: torch.optim.Optimizer, n
         parameter = parameters[name.rpartition("/")[0]]
         states[name] = torch.zeros_like(parameter.detach())
     # without a process group: each reads for itself, and a failure of one leaves no other waiting
-    load({**tensors, **{OPTIMIZER + k: v for k, v in states.items()}}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load({**tensors, **{OPTIMIZER + k: v for k, v in states.items()}}, storage_reader=reader, no_dist=True)
     steps = {name: torch.tensor(value, dtype=torch.float32) for name, value in numbers.items()}
     load_optimizer_state(optimizer, model, {**states, **steps}, {})
 
@@ -188,14 +191,21 @@ def _split_optimizer_state(
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+class Weights(NamedTuple):
+    """Of a checkpoint: a directory or hub id, and its revision there."""
+
+    source: str
+    revision: str | None
+
+
 @torch.no_grad()
-def fill(model: Any, source: Path, revision: str | None = None) -> None:
+def fill(model: Any, source: str, revision: str | None = None) -> None:
     """Give `model` the weights of a checkpoint, of each tensor the part that this process holds.
 
     `TOGETHER` tensors, or the experts of one block, are in memory at a time. Raises `UsageError` for a checkpoint of
     another model.
     """
-    opened = open_model(str(source), revision)
+    opened = open_model(source, revision)
     names, blocks = in_own_layout(opened, experts_of(model.config))
     targets = dict(tensors_of(model))
 

@@ -99,12 +99,17 @@ def _learning(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def splits(sharding: Sharding, num_processes: int) -> bool:
+    """Whether a model is split over the processes."""
+    return sharding == Sharding.full and num_processes > 1
+
+
 def shard(model: Any, sharding: Sharding, device: torch.device, num_processes: int) -> ShardedModel | None:
     """Shard `model` in place, its parts moved to `device`; None if that is not asked for, or there is one process.
 
-    All processes must hold the same weights. Parameters are new objects afterwards.
+    All processes must hold the same weights, or fill them in afterwards. Parameters are new objects afterwards.
     """
-    if sharding != Sharding.full or num_processes == 1:
+    if not splits(sharding, num_processes):
         return None
     mesh = init_device_mesh(device.type, (num_processes,))
     layers = [layer for stack in stacks_of(model) for layer in model.stack_layers(stack)]

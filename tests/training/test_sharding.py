@@ -1,0 +1,130 @@
+"""A sharded training (FSDP2) is the training of one process, and its states open everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pregate.models.loading import load_resident
+from tests.models.test_distributed import model_of
+from tests.tiny import pregated_model
+from tests.training.copying import SHALLOW, Recorder, recipe, train_tiny
+from tests.training.test_loop import assert_same_parameters, in_two_processes
+
+MANY_EXPERTS = {**SHALLOW, "num_experts": 16}
+"""More than a step has tokens for: some learn nothing in it."""
+COMMON: dict[str, Any] = {
+    # uneven: one process has a micro batch less, and in validation a batch less
+    "batch_sequences": 5,
+    "micro_batch_tokens": 10,
+    "balance_loss": 0.0,
+    "z_loss": 0.1,
+    "eval_every": 1,
+    "save_every": 1,
+}
+
+
+def train(family: str, out_dir: Path, steps: int, **changes: Any) -> tuple[Any, Recorder]:
+    model = pregated_model(**MANY_EXPERTS) if family == "switch_transformers" else model_of(family)
+    trained, logged, _ = train_tiny(out_dir, steps=steps, model=model, **{**COMMON, **changes})
+    return trained, logged
+
+
+JOBS = """
+import json, os, shutil, sys
+from pathlib import Path
+import torch
+from pregate.system.processes import main_only
+from tests.training.test_sharding import train
+torch.set_num_threads(1)
+for job in json.loads(sys.argv[1]):
+    name, begun = Path(job.pop("out_dir")), job.pop("begun", None)
+    if begun:
+        main_only(lambda: shutil.copytree(begun, name), "copying")
+    _, logged = train(out_dir=name, resume=begun is not None, **job)
+    if os.environ["RANK"] == "0":
+        values = [[*key, value] for key, value in logged.at.items()]
+        (name / "logged.json").write_text(json.dumps(values))
+"""
+
+
+def of_two_processes(tmp_path: Path, family: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Recorder]:
+    """Train as two processes, one job after the other; what each logged."""
+    listed = [{"family": family, "out_dir": str(tmp_path / name), **job} for name, job in jobs.items()]
+    in_two_processes(tmp_path, JOBS, [json.dumps(listed)], 0)
+    logged = {name: Recorder() for name in jobs}
+    for name, recorder in logged.items():
+        values = json.loads((tmp_path / name / "logged.json").read_text())
+        recorder.at = {(key, step): value for key, step, value in values}
+    return logged
+
+
+def assert_same_curve(one: Recorder, other: Recorder, steps: range) -> None:
+    """Sums in another order differ by some 1e-7 of their size, and each update carries that on."""
+    for step in steps:
+        for term in ("loss", "z", "grad_norm", "eval/loss", "eval/accuracy"):
+            assert other.at[f"tiny/{term}", step] == pytest.approx(one.at[f"tiny/{term}", step], rel=1e-4), (term, step)
+    assert len({one.at["tiny/loss", step] for step in steps}) == len(steps)
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in mine.items()} == {n: t.shape for n, t in theirs.items()}
+    config = json.loads((one / "config.json").read_text())
+    assert config == json.loads((other / "config.json").read_text())
+    # AdamW divides each gradient by its own size, so rounding in small ones shows: allow 1 % of one update
+    assert_same_parameters(load_resident(one), load_resident(other), atol=0.01 * recipe().learning_rate)
+
+
+def optimizer_steps(state: Path) -> dict[str, float]:
+    with safe_open(state / "optimizer.safetensors", "pt") as stored:
+        return {name: stored.get_tensor(name).item() for name in stored.keys() if name.endswith("/step")}  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["switch_transformers", "qwen2_moe"])
+def test_two_processes_train_like_one_and_open_each_others_states(tmp_path: Path, family: str) -> None:
+    _, one = train(family, tmp_path / "one", 4, keep="last")
+    train(family, tmp_path / "begun", 2)
+    begun, full = str(tmp_path / "begun"), {"sharding": "full"}
+    two = of_two_processes(
+        tmp_path,
+        family,
+        {
+            "ddp": {"steps": 4, "keep": "last"},
+            "full": {"steps": 4, "keep": "last", **full},
+            # one process, two that are sharded, two that are not
+            "one_full": {"steps": 3, "begun": begun, **full},
+            "one_full_ddp": {"steps": 4, "begun": str(tmp_path / "one_full")},
+            # one process, two that are not sharded, two that are
+            "one_ddp": {"steps": 3, "begun": begun},
+            "one_ddp_full": {"steps": 4, "begun": str(tmp_path / "one_ddp"), **full},
+            # two that are sharded, and the same again
+            "one_full_full": {"steps": 4, "begun": str(tmp_path / "one_full"), **full},
+        },
+    )
+    shutil.copytree(tmp_path / "one_full", tmp_path / "one_full_one")
+    _, back = train(family, tmp_path / "one_full_one", 4, resume=True)
+    for name in ("ddp", "full"):
+        assert_same_curve(one, two[name], range(1, 5))
+        assert_same_checkpoints(tmp_path / "one" / "checkpoint", tmp_path / name / "checkpoint")
+    for name in ("one_full", "one_ddp"):
+        assert_same_curve(one, two[name], range(3, 4))
+    for recorder in (two["one_full_ddp"], two["one_ddp_full"], two["one_full_full"], back):
+        assert_same_curve(one, recorder, range(4, 5))
+    states = [
+        json.loads((tmp_path / n / "last" / "train_state.json").read_text()) for n in ("one", "full", "one_full_one")
+    ]
+    assert [state.get("parts") for state in states] == [None, 2, None]
+    assert len({state["state"]["target_tokens"] for state in states}) == 1
+    steps = optimizer_steps(tmp_path / "one" / "last")
+    assert steps == optimizer_steps(tmp_path / "one_full_one" / "last")
+    assert steps == {name: value for name, value in states[1]["optimizer"].items() if name in steps}
+    if family == "switch_transformers":
+        assert min(steps.values()) < max(steps.values()) == 4, "every expert had tokens in every step"
