@@ -170,7 +170,7 @@ class Reader:
         except Exception as error:
             if "hydra/launcher/submitit" in str(error):
                 raise UsageError(
-                    "The launchers of sweeps come with an extra: pip install 'pregate[cluster]' (hydra-submitit-launcher)."
+                    "Launchers of sweeps come with an extra: pip install 'pregate[cluster]' (hydra-submitit-launcher)."
                 ) from error
             raise UsageError(f"{' '.join(choices)} cannot be used here: {first_line(error)}.") from error
 

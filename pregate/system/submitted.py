@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from pregate.system.stopping import Termination, Terminated
+from pregate.system.stopping import Terminated, Termination
 
 
 def do_submitted(work: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
     between the two renames leaves the old one beside, where `recover` or `settle` finds it. Raises `UsageError` if the
     disk takes no more.
     """
-    fresh, old = beside(directory, "new"), previous or beside(directory, "old")
+    fresh, old = _beside(directory, "new"), previous or _beside(directory, "old")
     recover(directory)
     try:
         make_directory(directory.parent)
@@ -51,8 +51,8 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
 
 def recover(directory: Path) -> None:
     """Undo a replacement of `directory` that was killed half-way."""
-    remove(beside(directory, "new"))
-    previous = beside(directory, "old")
+    remove(_beside(directory, "new"))
+    previous = _beside(directory, "old")
     if previous.exists():
         if directory.exists():
             remove(previous)
@@ -61,8 +61,13 @@ def recover(directory: Path) -> None:
             flush_file(directory.parent)
 
 
-def beside(directory: Path, what: str) -> Path:
+def _beside(directory: Path, what: str) -> Path:
     return directory.with_name(f".{directory.name}.{what}")
+
+
+def place_to_fill(directory: Path) -> Path:
+    """The directory that `replaced` gives for `directory`."""
+    return _beside(directory, "new")
 
 
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:

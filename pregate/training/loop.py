@@ -277,12 +277,15 @@ def evaluate(session: Session) -> str:
     if best:
         state.best_score, state.best_loss, state.best_step = score, loss, state.step
     if best if train.keep == Keep.best else state.step == train.steps:
-        directory, model = session.out_dir / CHECKPOINT, session.model
-        main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
+
+        def write() -> None:
+            make_room(session.out_dir / LAST, model_bytes(session.model))
+            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
+
         if session.sharded:
-            sharded_state.save_checkpoint(directory, model, session.sharded.layers, session.tokenizer, session.carry)
+            save_sharded_checkpoint(session)
         else:
-            main_only(lambda: save_model(directory, model, session.tokenizer, session.carry), "writing the checkpoint")
+            main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -290,21 +293,43 @@ def evaluate(session: Session) -> str:
 def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
+    if session.sharded:
+        save_parts(session, random_states)
+        return
 
+    def write() -> None:
+        session.tracker.sync()  # first: what a durable state has behind it is not logged again
+        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        save_last(
+            session.out_dir / LAST,
+            session.model,
+            session.tokenizer,
+            session.optimizer,
+            session.state,
+            random_states,
+            session.carry,
+        )
+
+    main_only(write, "saving the state")
+
+
+def save_parts(session: Session, random_states: list[dict[str, Any]]) -> None:
+    """As `save`, where every process has a part of the model."""
     directory, model, optimizer = session.out_dir / LAST, session.model, session.optimizer
 
     def make_ready() -> None:
-        session.tracker.sync()  # first: what a durable state has behind it is not logged again
+        session.tracker.sync()
         make_room(directory, model_bytes(model) + optimizer_bytes(optimizer))
 
     main_only(make_ready, "looking for space on the disk")
-    if session.sharded:
-        sharded_state.save_last(directory, model, optimizer, session.state, random_states)
-        return
-    main_only(
-        lambda: save_last(directory, model, session.tokenizer, optimizer, session.state, random_states, session.carry),
-        "saving the state",
-    )
+    sharded_state.save_last(directory, model, optimizer, session.state, random_states)
+
+
+def save_sharded_checkpoint(session: Session) -> None:
+    assert session.sharded
+    model, layers = session.model, session.sharded.layers
+    main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
+    sharded_state.save_checkpoint(session.out_dir / CHECKPOINT, model, layers, session.tokenizer, session.carry)
 
 
 def finish(session: Session) -> TrainSummary:

@@ -74,7 +74,7 @@ def damage(directory: Path) -> str | None:
     """
     name = STATE_FILE
     try:
-        record = read_record(directory)
+        record = _read_record(directory)
         if record.get("format", 1) == 1 and not (directory / CHECKSUMS_FILE).exists():
             for name in sorted({OPTIMIZER_FILE, *(path.name for path in directory.glob("*.safetensors"))}):
                 with safe_open(directory / name, "pt"):
@@ -92,7 +92,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def read_record(directory: Path) -> dict[str, Any]:
+def _read_record(directory: Path) -> dict[str, Any]:
     """What `STATE_FILE` holds. Raises one of several errors if that is not what was once written there."""
     record = json.loads((directory / STATE_FILE).read_text())
     TrainState(**record["state"])
@@ -140,7 +140,7 @@ def load_last(
     """
     if not directory.exists():
         return None
-    record = read_record(directory)
+    record = _read_record(directory)
     with silent_bars():
         loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     saved = loaded.state_dict()
@@ -151,6 +151,11 @@ def load_last(
     model.load_state_dict(saved)
     load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
     return TrainState(**record["state"]), record["random"]
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """What the state file of a settled `directory` holds."""
+    return _read_record(directory)
 
 
 def other_model(directory: Path | str) -> UsageError:
@@ -167,7 +172,7 @@ def steps_done(directory: Path) -> int:
     """
     for place in (directory, directory.with_name(PREVIOUS)):
         try:
-            return int(read_record(place)["state"]["step"])
+            return int(_read_record(place)["state"]["step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     if directory.exists():

@@ -34,7 +34,7 @@ from pregate.system.console import silent_bars
 from pregate.system.durable import remove
 from pregate.system.peers import PeerFailedError
 from pregate.system.processes import join, main_only
-from pregate.training.durable_directories import beside, replaced, write_side_files
+from pregate.training.durable_directories import place_to_fill, replaced, write_side_files
 from pregate.training.resumable_state import (
     CHECKSUMS_FILE,
     DAMAGED,
@@ -45,7 +45,7 @@ from pregate.training.resumable_state import (
     checksum,
     load_last,
     other_model,
-    read_record,
+    record_of,
 )
 from pregate.training.sharding import ShardedModel, whole
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, tensors_of
@@ -97,7 +97,7 @@ def save_last(
 def _replaced_by_all(directory: Path, previous: Path | None = None) -> Iterator[Path]:
     """As `replaced`, for a directory in which every process writes files. If one fails, all do, and the first of them
     tells."""
-    fresh, main = beside(directory, "new"), join().is_main_process
+    fresh, main = place_to_fill(directory), join().is_main_process
     held = replaced(directory, previous)
     main_only(held.__enter__, "making a directory for the state")
     try:
@@ -145,7 +145,7 @@ def open_last(
     """As `load_last`, for states and models that are sharded and those that are not, in any combination."""
     if not directory.exists():
         return None
-    record = read_record(directory)
+    record = record_of(directory)
     if PARTS in record:
         _read_parts(directory, model, optimizer, record["optimizer"])
     elif sharded is None:

@@ -11,10 +11,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pregate.config import Optimizer, Run, Sharding, TrainConfig, UsageError
 from pregate.models.loading import load_resident
+from pregate.training import sharded_state
+from pregate.training.resumable_state import damage, steps_done
 from tests.models.test_distributed import model_of
 from tests.tiny import pregated_model, upstream_model
-from tests.training.copying import SHALLOW, Recorder, recipe, train_tiny
+from tests.training.copying import SHALLOW, Recorder, recipe, train_tiny, word_tokenizer
 from tests.training.test_loop import assert_same_parameters, in_two_processes
 
 MANY_EXPERTS = {**SHALLOW, "num_experts": 16}
@@ -89,7 +92,9 @@ def optimizer_steps(state: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["switch_transformers", "qwen2_moe"])
-def test_two_processes_train_like_one_and_open_each_others_states(tmp_path: Path, family: str) -> None:
+def test_two_processes_train_like_one_and_open_each_others_states(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, one = train(family, tmp_path / "one", 4, keep="last")
     train(family, tmp_path / "begun", 2)
     begun, full = str(tmp_path / "begun"), {"sharding": "full"}
@@ -128,6 +133,14 @@ def test_two_processes_train_like_one_and_open_each_others_states(tmp_path: Path
     assert steps == {name: value for name, value in states[1]["optimizer"].items() if name in steps}
     if family == "switch_transformers":
         assert min(steps.values()) < max(steps.values()) == 4, "every expert had tokens in every step"
+    # a part that is not as it was saved: the state before it is whole
+    part = tmp_path / "full" / "last" / "shard-00002-model-00001-of-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    _, again = train(family, tmp_path / "full", 4, resume=True, keep="last")
+    assert (
+        f"{part} is not as it was saved: going on from the state before it, that of step 3" in capsys.readouterr().err
+    )
+    assert_same_curve(one, again, range(4, 5))
 
 
 @pytest.mark.slow
@@ -152,3 +165,43 @@ def test_what_a_sharded_training_may_also_use(tmp_path: Path) -> None:
     assert {"tiny/kl", "tiny/routing"} <= {key for key, _ in two["gates"].at}
     gates = json.loads((tmp_path / "gates" / "last" / "train_state.json").read_text())["optimizer"]
     assert gates and all("classifier" in name for name in gates)
+
+
+FULL_DISK = """
+import errno, os, sys
+from pathlib import Path
+from tests.training import test_sharding
+from pregate.training import sharded_state
+
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+out_dir = Path(sys.argv[1])
+test_sharding.train("switch_transformers", out_dir, 1, sharding="full")
+if os.environ["RANK"] == "1":
+    sharded_state.checksum = full
+test_sharding.train("switch_transformers", out_dir, 2, sharding="full", resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_state_that_one_process_cannot_write_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    said = in_two_processes(tmp_path, FULL_DISK, [str(tmp_path / "run")], 1)
+    assert "No space left on device), and what lay there is kept" in said[0] and "PeerFailedError" in said[1]
+    assert damage(tmp_path / "run" / "last") is None and steps_done(tmp_path / "run" / "last") == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last", "checkpoint"}
+
+
+def test_several_weight_files_are_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_state, "FILE_BYTES", 20_000)
+    model = pregated_model(**SHALLOW)
+    layers = [layer for stack in ("encoder", "decoder") for layer in model.stack_layers(stack)]
+    sharded_state.save_checkpoint(tmp_path / "checkpoint", model, layers, word_tokenizer())
+    files = sorted(path.name for path in (tmp_path / "checkpoint").glob("*.safetensors"))
+    assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert_same_parameters(model, load_resident(tmp_path / "checkpoint"))
+
+
+def test_what_needs_whole_matrices_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"train\.optimizer=adafactor needs whole matrices, and train\.sharding=full"):
+        Run(train=TrainConfig(optimizer=Optimizer.adafactor, sharding=Sharding.full))
