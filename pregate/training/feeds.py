@@ -20,6 +20,7 @@ from pregate.tasks.base import Example, Task
 from pregate.tasks.text_stream import Position, TextStream
 from pregate.tasks.tokens import Collator
 from pregate.training.batch_order import Batching, MicroBatchSampler
+from pregate.training.shared_lengths import shared
 from pregate.training.state import TrainState
 
 Batch = dict[str, Tensor]
@@ -89,7 +90,7 @@ class ExampleFeed:
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
         packing = self.share.train.packing
         sampler = MicroBatchSampler(
-            _Alike(self.examples) if packing else _SourceLengths(self.examples, self.collate),
+            _Alike(self.examples) if packing else shared(_SourceLengths(self.examples, self.collate)),
             self.share.batching,
             seed=self.share.run.seed,
             first_step=state.step,
