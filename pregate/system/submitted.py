@@ -24,10 +24,10 @@ def do_submitted(work: Callable[[], None]) -> None:
     if submitit.JobEnvironment().num_tasks > 1:
         # each process still sees all devices of its machine, and takes the one of its number
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    _until_time_is_up(work, getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")))
+    until_time_is_up(work, getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")))
 
 
-def _until_time_is_up(work: Callable[[], None], number: int) -> None:
+def until_time_is_up(work: Callable[[], None], number: int) -> None:
     """`number`: of the signal that says so, for which submitit has set a handler that queues the job and exits."""
     queue_again, times = signal.getsignal(number), []
 
