@@ -71,14 +71,17 @@ class ShardedModel:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While it lasts, parts of the model can be called by themselves, as `generate` does. Whatever is then
-        gathered is let go at the end."""
+        """While it lasts, parts of the model can be called by themselves, as `generate` does."""
         self.model.unshard()
         try:
             yield
         finally:
-            for module in (*self.layers, self.model):
-                module.reshard()  # type: ignore[operator]
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Keep only the parts of this process, where forward passes without a backward pass have gathered more."""
+        for module in (*self.layers, self.model):
+            module.reshard()  # type: ignore[operator]
 
 
 class _InBackward(torch.autograd.Function):

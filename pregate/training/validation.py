@@ -74,6 +74,8 @@ def validate(
                 broken += [chosen[row] for row in not_finite if chosen]
                 texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)[: len(chosen)]
                 predictions += zip(chosen, (text.strip() for text in texts), strict=True)
+    if sharded:
+        sharded.let_go()
     model.train(was_training)
     _refuse_broken(gather_object(broken), examples)
     totals = torch.tensor(gather_object([sums.tolist()])).sum(0)

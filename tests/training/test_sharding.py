@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pregate.config import Optimizer, Run, Sharding, TrainConfig, UsageError
 from pregate.models.loading import load_resident
 from pregate.training import sharded_state
+from pregate.training.feeds import ExampleFeed
 from pregate.training.resumable_state import damage, steps_done
 from tests.models.test_distributed import model_of
 from tests.tiny import pregated_model, upstream_model
@@ -33,7 +34,14 @@ COMMON: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def predicting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExampleFeed, "predicts", True)  # as before, afterwards
+
+
 def train(family: str, out_dir: Path, steps: int, **changes: Any) -> tuple[Any, Recorder]:
+    # without answers, validation is forward passes alone
+    ExampleFeed.predicts = changes.pop("predicts", True)
     model = pregated_model(**MANY_EXPERTS) if family == "switch_transformers" else model_of(family)
     trained, logged, _ = train_tiny(out_dir, steps=steps, model=model, **{**COMMON, **changes})
     return trained, logged
@@ -151,7 +159,7 @@ def test_what_a_sharded_training_may_also_use(tmp_path: Path) -> None:
     jobs: dict[str, dict[str, Any]] = {
         "gates": {"trainable": "gates", "precision": "bf16", **lessons},
         "recomputed": {"gradient_checkpointing": True, "precision": "bf16", "dropout": 0.0},
-        "scaled": {"optimizer": "adamw_scaled", "weight_decay": 0.1, **lessons},
+        "scaled": {"optimizer": "adamw_scaled", "weight_decay": 0.1, "predicts": False, **lessons},
     }
     one = {name: train("switch_transformers", tmp_path / "one" / name, 2, **job)[1] for name, job in jobs.items()}
     full = {name: {"steps": 2, "sharding": "full", **job} for name, job in jobs.items()}
@@ -165,6 +173,10 @@ def test_what_a_sharded_training_may_also_use(tmp_path: Path) -> None:
     assert {"tiny/kl", "tiny/routing"} <= {key for key, _ in two["gates"].at}
     gates = json.loads((tmp_path / "gates" / "last" / "train_state.json").read_text())["optimizer"]
     assert gates and all("classifier" in name for name in gates)
+    # all that learns has a state, what every call begins with included
+    scaled = json.loads((tmp_path / "scaled" / "last" / "train_state.json").read_text())["optimizer"]
+    expected = optimizer_steps(tmp_path / "one" / "scaled" / "last")
+    assert scaled == expected and "shared.weight/step" in scaled
 
 
 FULL_DISK = """
