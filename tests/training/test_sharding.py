@@ -18,7 +18,7 @@ from pregate.training.feeds import ExampleFeed
 from pregate.training.resumable_state import damage, steps_done
 from tests.models.test_distributed import model_of
 from tests.tiny import pregated_model, upstream_model
-from tests.training.copying import SHALLOW, Recorder, recipe, train_tiny, word_tokenizer
+from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny, word_tokenizer
 from tests.training.test_loop import assert_same_parameters, in_two_processes
 
 MANY_EXPERTS = {**SHALLOW, "num_experts": 16}
@@ -42,8 +42,10 @@ def predicting(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(family: str, out_dir: Path, steps: int, **changes: Any) -> tuple[Any, Recorder]:
     # without answers, validation is forward passes alone
     ExampleFeed.predicts = changes.pop("predicts", True)
+    task = FirstWords()
+    task.primary_metric = "accuracy" if ExampleFeed.predicts else "loss"
     model = pregated_model(**MANY_EXPERTS) if family == "switch_transformers" else model_of(family)
-    trained, logged, _ = train_tiny(out_dir, steps=steps, model=model, **{**COMMON, **changes})
+    trained, logged, _ = train_tiny(out_dir, steps=steps, model=model, task=task, **{**COMMON, **changes})
     return trained, logged
 
 
