@@ -22,6 +22,7 @@ from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.routing import ScoreFunction
 from pregate.training.losses import real_rows
+from pregate.training.sharding import shard
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,13 @@ def routing_share(
     return torch.stack(losses).mean()
 
 
-def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Distillation | None:
+def load_distillation(
+    train: TrainConfig, device: torch.device, dtype: torch.dtype | None, num_processes: int = 1
+) -> Distillation | None:
     """The teacher of `train` on `device`, frozen and in evaluation mode, with the weights of its lessons; or None.
 
-    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32.
+    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32. The teacher
+    is split over the `num_processes` as the model is.
     """
     if train.teacher is None:
         return None
@@ -154,7 +158,9 @@ def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dty
     teacher.set_expert_path(train.expert_path)
     family = family_of_model(teacher)
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
-    return Distillation(teacher.to(device), family.objective, *weights, family.scores)
+    if shard(teacher, train.sharding, device, num_processes) is None:
+        teacher.to(device)
+    return Distillation(teacher, family.objective, *weights, family.scores)
 
 
 def check_teacher(teacher: str, student: Any) -> None:

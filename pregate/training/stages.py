@@ -19,7 +19,7 @@ from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
-from pregate.models.loading import load_resident, mark_conventional, open_model
+from pregate.models.loading import load_resident, mark_conventional, open_model, unfilled
 from pregate.models.pregating import PreGating
 from pregate.system.console import first_of
 from pregate.system.durable import discard, read_object, write_json
@@ -34,6 +34,8 @@ from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
+from pregate.training.sharded_state import Weights
+from pregate.training.sharding import splits
 
 
 def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any, tracker: Tracker) -> str:
@@ -160,8 +162,9 @@ def _fine_tune_converted(
     assert state.device is not None
     done = steps_done(run_dir / LAST) if run.resume else 0
     with PeakMemory(state.device) as peak:
+        in_parts = splits(run.train.sharding, state.num_processes)
         summary = fine_tune(
-            load_resident(converted, revision, dtype=torch.float32),
+            unfilled(converted, revision) if in_parts else load_resident(converted, revision, dtype=torch.float32),
             tokenizer,
             task,
             run.train,
@@ -170,6 +173,7 @@ def _fine_tune_converted(
             tracker=tracker,
             stage="train",
             carry=[manifest] if manifest.is_file() else [],
+            weights=Weights(converted, revision) if in_parts else None,
         )
     if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
         summary = replace(summary, peak_device_bytes=peak.num_bytes)

@@ -111,12 +111,14 @@ def train_tiny(
     tracker: Recorder | None = None,
     task: FirstWords | None = None,
     carry: Sequence[Path] = (),
+    model: Any = None,
     model_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, Recorder, TrainSummary]:
-    """Train a tiny pre-gated model on the toy task, a decoder-only one where examples are packed; the model, what was
-    logged, and the summary."""
-    model = olmoe() if changes.get("packing") else pregated_model(**{**SHALLOW, **(model_changes or {})})
+    """Train `model`, or a tiny pre-gated one, decoder-only where examples are packed, on the toy task; the model, what
+    was logged, and the summary."""
+    if model is None:
+        model = olmoe() if changes.get("packing") else pregated_model(**{**SHALLOW, **(model_changes or {})})
     tracker = tracker or Recorder()
     summary = fine_tune(
         model,
