@@ -105,7 +105,7 @@ def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
 def _choices(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
     """By upstream's own rule, the class `rule`: of a router that reads logits, and whose linear map is the identity."""
     E = logits_TE.shape[-1]
-    reader = copy.copy(router)
+    reader: Any = copy.copy(router)
     bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}
     reader._parameters = {"weight": torch.eye(E, dtype=logits_TE.dtype, device=logits_TE.device), **bias}
     reader.hidden_dim = E
