@@ -78,14 +78,15 @@ class Opened:
             return DiskStore(packed, signs.identity)
         return DramStore(self.source, self.family, layout, page_locked=device.type == "cuda")
 
-    def model(self, device: torch.device) -> Any:
-        """The model with everything but its experts on `device`; the experts' tensors stay unread."""
+    def model(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+        """The model with everything but its experts on `device`, in the dtype it is served in or in another; the
+        experts' tensors stay unread."""
         config, source = self.config, self.source
-        config.dtype = self.dtype
+        config.dtype = dtype = dtype or self.dtype
         with without_experts(), torch.device("meta"):
             model = family_named(config.model_type).model_class(config)
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
-        wider = model._get_dtype_plan(self.dtype)  # what upstream keeps in float32: part of a name -> dtype
+        wider = model._get_dtype_plan(dtype)  # what upstream keeps in float32: part of a name -> dtype
         # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
         for name in sorted(wanted, key=source.num_bytes, reverse=True):
             found = source.tensors[name].shape
@@ -94,8 +95,8 @@ class Opened:
                     f"{source.directory} holds {name} of shape {tuple(found)}, not {tuple(wanted[name])}: use the "
                     "complete weights of the model that its config.json describes."
                 )
-            dtype = next((dtype for part, dtype in wider.items() if part in name), self.dtype)
-            owned = source.read([name])[name].to(device=device, dtype=dtype, copy=True)
+            own = next((own for part, own in wider.items() if part in name), dtype)
+            owned = source.read([name])[name].to(device=device, dtype=own, copy=True)
             # load_state_dict would walk all modules for each tensor
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
