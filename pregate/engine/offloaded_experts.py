@@ -78,9 +78,7 @@ class OffloadedExperts(nn.Module):
         """What an expert computes in this call."""
         return lambda _, matrices, hidden_ND: self._family.apply(matrices, hidden_ND)
 
-    def _all_tokens(
-        self, hidden_TD: Tensor, grouping: Grouping, weights_TK: Tensor, arithmetic: Arithmetic
-    ) -> Tensor:
+    def _all_tokens(self, hidden_TD: Tensor, grouping: Grouping, weights_TK: Tensor, arithmetic: Arithmetic) -> Tensor:
         gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
         tokens = {expert: gathered_ND[first:last] for expert, first, last in by_use(grouping)}
         results = self._compute(tokens, arithmetic)
@@ -105,13 +103,13 @@ class OffloadedExperts(nn.Module):
         wanted = [ExpertKey(stack, block, expert) for expert in tokens]
         self._fetcher.on_enter(stack, block, wanted)
         results = {
-            key.expert: self._apply(key, tokens[key.expert], arithmetic)
+            key.expert: self._one_expert(key, tokens[key.expert], arithmetic)
             for key in self._scheduler.in_order_of_arrival(wanted)
         }
         self._scheduler.finish_block(stack, block)
         return results
 
-    def _apply(self, key: ExpertKey, hidden_ND: Tensor, arithmetic: Arithmetic) -> Tensor:
+    def _one_expert(self, key: ExpertKey, hidden_ND: Tensor, arithmetic: Arithmetic) -> Tensor:
         slot = self._scheduler.acquire(key)
         with self._trace.span("compute", key.label):
             result_ND = arithmetic(key, self._matrices[slot], hidden_ND)

@@ -28,9 +28,6 @@ from pregate.engine.trace import Counters
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.experts import ExpertSpec
 
-SERVED = "checkpoint"
-"""Where in `engine.pack_dir` the experts of a model are packed that is trained, and then evaluated."""
-
 
 def training_slots(budget: str | None, family: ExpertSpec, slab_bytes: int) -> int:
     """How many slots `engine.device_budget` buys for training: by default two blocks of experts, because a micro batch
@@ -50,6 +47,7 @@ class TrainingEngine(Engine):
     def __init__(self, opened: Opened, store: Store, *served: Any, order: BackwardOrder) -> None:
         super().__init__(opened, store, *served)
         self._opened, self._store, self._order = opened, store, order
+        self._moved = 0
         self.model.requires_grad_(True)
         for expert in (block.module.experts for block in self.model.moe_blocks()):
             expert.requires_grad_(False)
@@ -129,8 +127,10 @@ class TrainingEngine(Engine):
 
     def start_clock(self) -> None:
         """Begin to measure how long the computation waits for slabs."""
-        self.host.trace.start()
+        self._moved = self.counters.bytes_moved
+        self.host.trace.start(lanes=("wait",))
 
-    def waited_ms(self) -> float:
-        """Since `start_clock`; ends the measurement."""
-        return sum(span.end_ms - span.start_ms for span in self.host.trace.stop() if span.lane == "wait")
+    def stop_clock(self) -> tuple[float, int]:
+        """Since `start_clock`: milliseconds that the computation has waited, and bytes that were moved into slots."""
+        waited_ms = sum(span.end_ms - span.start_ms for span in self.host.trace.stop())
+        return waited_ms, self.counters.bytes_moved - self._moved

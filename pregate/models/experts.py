@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pregate.models.expert_math import Factor
-
 
 class ExpertKey(NamedTuple):
     """One expert of one MoE block of one stack."""

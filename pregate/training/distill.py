@@ -117,19 +117,24 @@ def routing_share(
     return torch.stack(losses).mean()
 
 
-def load_distillation(train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Distillation | None:
+def load_distillation(
+    train: TrainConfig, device: torch.device, dtype: torch.dtype | None, teacher: Any | None = None
+) -> Distillation | None:
     """The teacher of `train` on `device`, frozen and in evaluation mode, with the weights of its lessons; or None.
 
-    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32.
+    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32. `teacher`:
+    the model, if it is there already.
     """
     if train.teacher is None:
         return None
-    teacher: Any = load_resident(train.teacher, dtype=dtype or torch.float32)
-    teacher.requires_grad_(False)
-    teacher.set_expert_path(train.expert_path)
+    if teacher is None:
+        teacher = load_resident(train.teacher, dtype=dtype or torch.float32)
+        teacher.requires_grad_(False)
+        teacher.set_expert_path(train.expert_path)
+        teacher.to(device)
     objective = family_of_model(teacher).objective
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
-    return Distillation(teacher.to(device), objective, *weights)
+    return Distillation(teacher, objective, *weights)
 
 
 def check_teacher(teacher: str, student: Any) -> None:

@@ -29,12 +29,13 @@ from pregate.tracking import Tracker
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
+from pregate.training.offloaded import Offloaded
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.resumable_state import save_last
-from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.session import Session, prepare
-from pregate.training.space import make_room, model_bytes
+from pregate.training.space import make_room, saved_bytes
 from pregate.training.state import random_state
 from pregate.training.validation import validate
 
@@ -70,8 +71,12 @@ def fine_tune(
     tracker: Tracker,
     stage: str,
     carry: Sequence[Path] = (),
+    offloaded: Offloaded | None = None,
 ) -> TrainSummary:
     """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
+
+    `offloaded`: where the experts of `model` are, if that is elsewhere. Then `out_dir/kept` holds what it has learnt,
+    of which `pregate.training.offloaded.complete` makes the checkpoint.
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
     every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
@@ -80,7 +85,16 @@ def fine_tune(
     that is no longer finite, and for a disk that is full or holds no whole state to resume from.
     """
     session = prepare(
-        model, tokenizer, task, train, run=run, out_dir=out_dir, tracker=tracker, stage=stage, carry=carry
+        model,
+        tokenizer,
+        task,
+        train,
+        run=run,
+        out_dir=out_dir,
+        tracker=tracker,
+        stage=stage,
+        carry=carry,
+        offloaded=offloaded,
     )
     state, main = session.state, session.accelerator.is_main_process
     begun = time.perf_counter() - state.elapsed_seconds
@@ -145,22 +159,25 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     Raises `UsageError`, before the update, if loss or gradients are no longer finite.
     """
     accelerator, optimizer, train = session.accelerator, session.optimizer, session.train
+    if session.offloaded:
+        session.offloaded.start_clock()
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
     sums = torch.zeros(len(part_names(session)), device=accelerator.device)
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(session.wrapped):
+        with nullcontext() if last else accelerator.no_sync(session.wrapped), session.passes():
             total, parts = forward(session, batch, tokens)
             # DDP averages gradients over processes, while shares are meant to add up
             accelerator.backward(total * accelerator.num_processes)
         sums += parts
     losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
+    fetched = session.offloaded.figures() if session.offloaded else {}
     check_finite(session, losses["loss"], norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**losses, "grad_norm": norm, "lr": rate}
+    return {**losses, "grad_norm": norm, "lr": rate, **fetched}
 
 
 def part_names(session: Session) -> list[str]:
@@ -230,18 +247,19 @@ def log(session: Session, metrics: dict[str, float], prefix: str = "") -> None:
 def evaluate(session: Session) -> str:
     """Validate, log, and keep the model in `out_dir/checkpoint` if it is the one to keep so far; a line to print."""
     state, train = session.state, session.train
-    metrics = validate(
-        session.model,
-        session.tokenizer,
-        session.task,
-        session.feed.eval_examples,
-        collate=session.feed.collate,
-        predicts=session.feed.predicts,
-        batch_size=session.run.eval.batch_size,
-        max_new_tokens=session.run.task.max_target_tokens,
-        accelerator=session.accelerator,
-        autocast=session.autocast,
-    )
+    with session.passes():
+        metrics = validate(
+            session.model,
+            session.tokenizer,
+            session.task,
+            session.feed.eval_examples,
+            collate=session.feed.collate,
+            predicts=session.feed.predicts,
+            batch_size=session.run.eval.batch_size,
+            max_new_tokens=session.run.task.max_target_tokens,
+            accelerator=session.accelerator,
+            autocast=session.autocast,
+        )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
     best = state.improves(score, loss, lower=not session.feed.predicts)
@@ -250,8 +268,9 @@ def evaluate(session: Session) -> str:
     if best if train.keep == Keep.best else state.step == train.steps:
 
         def write() -> None:
-            make_room(session.out_dir / LAST, model_bytes(session.model))
-            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
+            make_room(session.out_dir / LAST, saved_bytes(session.model))
+            kept = KEPT if session.offloaded else CHECKPOINT
+            save_model(session.out_dir / kept, session.model, session.tokenizer, session.carry)
 
         main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
@@ -264,7 +283,7 @@ def save(session: Session) -> None:
 
     def write() -> None:
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
-        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        make_room(session.out_dir / LAST, saved_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
             session.out_dir / LAST,
             session.model,
@@ -281,7 +300,7 @@ def save(session: Session) -> None:
 def finish(session: Session) -> TrainSummary:
     """The summary; the model is left in evaluation mode. Raises `UsageError` for a lost checkpoint."""
     state, checkpoint = session.state, session.out_dir / CHECKPOINT
-    if not checkpoint.is_dir():
+    if not checkpoint.is_dir() and not (session.offloaded and (session.out_dir / KEPT).is_dir()):
         raise UsageError(
             f"{checkpoint} is gone, and no step is left that could make it again: put it back, or train in another "
             "run_dir=DIR."

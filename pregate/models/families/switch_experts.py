@@ -44,9 +44,7 @@ def expert_spec(config: Any) -> ExpertSpec:
         prefix = f"{feed_forward(stack, layer)}.mlp.experts.expert_{expert}"
         return [TensorSlice(f"{prefix}.wi.weight"), TensorSlice(f"{prefix}.wo.weight")]
 
-    def apply(
-        matrices: Sequence[Factor], hidden_ND: Tensor, drop: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def apply(matrices: Sequence[Factor], hidden_ND: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         wi_FD, wo_DF = matrices
         active_NF = activation(project(hidden_ND, wi_FD))
         return project(active_NF if drop is None else drop(active_NF), wo_DF)
