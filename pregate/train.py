@@ -18,6 +18,7 @@ def main(run: Run) -> None:
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import checks, stages
+    from pregate.training.needs import needs_of
     from pregate.training.offloaded import check_offloaded
     from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
 
@@ -36,6 +37,8 @@ def main(run: Run) -> None:
     task.check(tokenizer, splits_read(run))
     run_dir = claim_run_dir(run)
     is_main = state.is_main_process
+    if is_main and run.train.steps:
+        print(needs_of(run, *trained, state.device).line(state.device), flush=True)
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import Experts, PreGateConfig, Run, Trainable, TrainConfig, UsageError
+from pregate.config import Experts, PreGateConfig, Run, Trainable
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
