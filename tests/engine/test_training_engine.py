@@ -70,6 +70,26 @@ def test_a_step_is_that_of_the_resident_model(root: Path, slab_dtype: SlabDtype,
         assert engine.counters.bytes_moved > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", [Tier.dram, Tier.disk])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_step_on_a_gpu_is_that_of_the_resident_model(root: Path, tier: Tier, recomputed: bool) -> None:
+    """Its backward pass runs in a thread of its own."""
+    served, inputs = switch(root), {name: tensor.cuda() for name, tensor in batch().items()}
+    with TrainingEngine.open(served.directory, tier=tier, device="cuda", device_budget="20%") as engine:
+        poison_slots(engine)  # type: ignore[arg-type]
+        resident = frozen(served, engine).cuda()
+        if recomputed:
+            for model in (engine.model, resident):
+                model.gradient_checkpointing_enable()
+        expected = passed(resident, **inputs)
+        for _ in range(3):
+            with engine.step():
+                got = passed(engine.model, **inputs)
+            assert_same(got, expected, rtol=1e-3)
+        assert engine.counters.bytes_moved > 0
+
+
 @pytest.mark.parametrize("tier", [Tier.dram, Tier.disk])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_top_k_step_with_one_slot_in_two_micro_batches(tmp_path: Path, tier: Tier, recomputed: bool) -> None:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import Experts, PreGateConfig, Run, Trainable
+from pregate.cli import compose_run
+from pregate.config import Experts, Optimizer, PreGateConfig, Run, Trainable, TrainConfig, UsageError
+from pregate.engine.training_engine import TrainingEngine
 from pregate.models.checkpoint import open_checkpoint, read_config
-from pregate.models.family import experts_of
+from pregate.models.family import config_of, experts_of
 from pregate.models.loading import load_resident
+from pregate.training import offloaded
 from pregate.training.loop import TrainSummary
+from pregate.training.needs import needs_of
+from pregate.training.offloaded import check_offloaded
+from pregate.training.optim import build_optimizer, optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, KEPT, LAST
+from pregate.training.session import configure
 from pregate.training.stages import get_converted, train_converted
 from tests.tiny import upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, short_run, word_tokenizer
@@ -139,3 +148,55 @@ def test_a_teacher_with_other_experts_has_slots_of_its_own(source: str, tmp_path
     assert "has other experts than the model" in capsys.readouterr().err
     assert curves(got) == pytest.approx(curves(expected), rel=1e-5)
     assert {path.name for path in (tmp_path / "packs").iterdir()} == {"checkpoint", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["train.trainable=all"], r"train.experts=offloaded leaves the experts as they are, which train.trainable=all"),
+        (["train.expert_path=reference"], r"train.expert_path=reference needs the experts in memory"),
+        (["engine.drive=device"], r"driven by the host: set engine.drive=host"),
+        (["engine.device_budget=1kB"], r"engine.device_budget=1kB is 1.00 kB, less than one expert"),
+        (["model.source=null"], r"takes the experts of a checkpoint: set model.source=DIR_OR_ID"),
+        (
+            ["+experiment=quickstart", "source_train.experts=offloaded"],
+            r"source_train.experts=offloaded leaves experts",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(source: str, changes: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        given = ["train.experts=offloaded", "train.trainable=all_but_experts", f"model.source={source}", *changes]
+        run = compose_run(sorted(given, key=lambda setting: not setting.startswith("+")))
+        check_offloaded(run, config_of(read_config(source)), torch.bfloat16)
+
+
+def test_several_processes_are_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloaded, "join", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UsageError, match=r"train\.experts=offloaded trains in one process"):
+        check_offloaded(run_of(source, **OFFLOADED), config_of(read_config(source)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("trainable", [Trainable.all_but_experts, Trainable.gates])
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_what_a_run_needs_is_what_its_parts_take(source: str, trainable: Trainable, optimizer: Optimizer) -> None:
+    """Weights, gradients, optimizer and slots, of both forms; the experts count where they are in memory."""
+    config, cpu = config_of(read_config(source)), torch.device("cpu")
+    found = {}
+    for form in Experts:
+        run = run_of(source, lookahead=0, experts=form, trainable=trainable, optimizer=optimizer)
+        found[form] = needs = needs_of(run, config, torch.bfloat16, cpu)
+        assert re.fullmatch(
+            r"This run needs about .* of memory \(weights .*\); .* of disk \(.*\)\. .* free\.", needs.line(cpu)
+        )
+    with TrainingEngine.open(source, device_budget="30%") as engine:
+        for form, model in ((Experts.offloaded, engine.model), (Experts.resident, load_resident(source).float())):
+            configure(model, TrainConfig(trainable=trainable))
+            learning = [p for p in model.parameters() if p.requires_grad]
+            assert found[form].device["weights"] == sum(p.nbytes for p in model.parameters())
+            assert found[form].device["gradients"] == sum(p.nbytes for p in learning) > 0
+            built = build_optimizer(model, TrainConfig(optimizer=optimizer))
+            assert found[form].device["optimizer"] == optimizer_bytes(built)
+        assert found[Experts.offloaded].device["slots"] == engine.expected_bytes()["slots"]
+    assert found[Experts.offloaded].disk["packed experts"] == 20 * engine.slab_bytes
+    assert found[Experts.offloaded].device["activations"] > 0
