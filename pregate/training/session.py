@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from pregate.config import Keep, Run, Trainable, TrainConfig
+from pregate.config import ExpertPath, Keep, Run, Trainable, TrainConfig
+from pregate.models.dropout import use_fast_dropout
 from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
@@ -127,6 +128,8 @@ def configure(model: Any, train: TrainConfig) -> None:
         set_dropout(model, train.dropout)
     if hasattr(model, "set_expert_path"):
         model.set_expert_path(train.expert_path)
+    if train.expert_path != ExpertPath.reference:
+        use_fast_dropout(model)
     if train.trainable == Trainable.gates:
         freeze_all_but(model, model.gates())
     if train.gradient_checkpointing:

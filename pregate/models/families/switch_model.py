@@ -19,6 +19,7 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from pregate.models.families.switch_attention import FAST, REFERENCE
 from pregate.models.families.switch_config import STACKS, PreGatedSwitchTransformersConfig, gate_std, moe_layers
 from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, PreGatedSwitchBlock, SwitchGate
 from pregate.models.family import MoEBlock
@@ -196,9 +197,12 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         return self.stack_module(stack).block
 
     def set_expert_path(self, path: str) -> None:
-        """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""
+        """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding), of
+        experts and, in training, of attention."""
         for block in self.moe_blocks():
             block.module.experts.path = str(path)
+        for name in STACKS:
+            self.stack_module(name).config._attn_implementation = REFERENCE if path == "reference" else FAST
 
     @can_return_tuple
     def forward(
