@@ -45,7 +45,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """What of each step this process takes, and how its loader is set up."""
+    """What of each step this process takes, and how its loader is set up. multiple: of which lengths of batches are."""
 
     run: Run
     train: TrainConfig
@@ -53,6 +53,7 @@ class Share:
     batching: Batching
     rank: int
     pin_memory: bool
+    multiple: int = 1
 
     def loader(self, data: Any, num_workers: int, **options: Any) -> torch.utils.data.DataLoader[Batch]:
         return torch.utils.data.DataLoader(
@@ -84,7 +85,7 @@ class ExampleFeed:
         for split, found in ((run.task.train_split, self.examples), (run.task.eval_split, self.eval_examples)):
             if not found:
                 raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
-        self.collate = Collator.for_task(run.task, tokenizer, share.objective)
+        self.collate = Collator.for_task(run.task, tokenizer, share.objective, share.multiple)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
         packing = self.share.train.packing

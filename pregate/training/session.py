@@ -37,6 +37,9 @@ from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
 
+LENGTHS = 8
+"""Lengths of batches are multiples of this where every new length costs."""
+
 
 @dataclass
 class Session:
@@ -88,14 +91,16 @@ def prepare(
     tokens = sequence_tokens(task, tokenizer, run, train, objective)
     batching = derive_batching(train, tokens, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"
-    share = Share(run, train, objective, batching, accelerator.process_index, pin_memory)
+    dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
+    # products in a short dtype are compiled for each length on a CPU
+    multiple = LENGTHS if device == "cpu" and dtype is not None else 1
+    share = Share(run, train, objective, batching, accelerator.process_index, pin_memory, multiple)
     feed = build_feed(task, tokenizer, share)
     set_seed(run.seed + accelerator.process_index)
     configure(model, train)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, train)
     state = restore(model, optimizer, train, run, out_dir, accelerator)
-    dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)
