@@ -1,5 +1,5 @@
-"""The experts of one block in training: tokens sorted by expert, then one product for each expert and matrix, or one for
-all of them.
+"""The experts of one block in training: tokens sorted by expert, then one product for each expert and matrix, or one
+for all of them.
 
 On a CPU (`learn_sorted`) each expert's rows are filled up with zeros to a multiple of `ROWS`, because otherwise almost
 every expert of every batch has a size of its own. Elsewhere `learn_grouped` is transformers' grouped computation, and

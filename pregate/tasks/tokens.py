@@ -171,7 +171,8 @@ class Collator:
 
     @classmethod
     def for_task(cls, task: TaskConfig, tokenizer: Any, objective: Objective, multiple: int = 1) -> Collator:
-        """As `task` says; lengths of batches come in multiples of `multiple`. Raises `UsageError` for a chat template that is missing or cannot be used."""
+        """As `task` says; the lengths of a batch are multiples of `multiple`. Raises `UsageError` for a chat template
+        that is missing or cannot be used."""
         sizes = task.max_source_tokens, task.max_target_tokens
         chat = None
         if not objective.closes_sources and task.chat_template is not None and tokenizer.chat_template:
@@ -180,7 +181,9 @@ class Collator:
             raise UsageError(
                 f"Task {task.name!r} needs a chat template and the tokenizer has none: set task.chat_template=FILE."
             )
-        return cls(tokenizer, *sizes, objective, separator=task.separator, learn=task.learn, chat=chat, multiple=multiple)
+        return cls(
+            tokenizer, *sizes, objective, separator=task.separator, learn=task.learn, chat=chat, multiple=multiple
+        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""

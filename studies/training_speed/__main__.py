@@ -29,15 +29,17 @@ from studies.training_speed.tables import markdown, plot, summary
 NAME = "training_speed"
 
 
-def settings(case: Case, precision: str) -> list[str]:
+DATA = ["task=squad", "task.max_target_tokens=32", "model.tokenizer=${data.root}/t5_tokenizer"]
+DRY = ["task=generated", "task.generated.train=64"]
+
+
+def settings(case: Case, precision: str, data: list[str]) -> list[str]:
     """What a user would write to train so with `pregate.train`."""
     geometry = json.dumps(case.geometry, separators=(",", ":")).replace('"', "")
     return [
+        *data,
         f"model={'nano_switch' if case.family == 'switch' else 'nano_olmoe'}",
         f"model.geometry={geometry}",
-        "model.tokenizer=${data.root}/t5_tokenizer",
-        "task=squad",
-        "task.max_target_tokens=32",
         "pregate.lookahead=0",
         f"train.batch_sequences={BATCH_SEQUENCES}",
         "train.micro_batch_tokens=1000000",
@@ -50,9 +52,11 @@ def settings(case: Case, precision: str) -> list[str]:
     ]
 
 
-def measure(case: Case, steps: int, block_steps: int, max_seconds: float, precision: str) -> dict[str, object]:
+def measure(
+    case: Case, steps: int, block_steps: int, max_seconds: float, precision: str, data_settings: list[str]
+) -> dict[str, object]:
     """One row: what both sides did."""
-    run = compose_run(settings(case, precision))
+    run = compose_run(settings(case, precision, data_settings))
     family = family_named(run.model.family)
     causal = not family.objective.closes_sources
     data = read_data(run, steps, lambda tokenizer: Collator.for_task(run.task, tokenizer, family.objective))
@@ -71,7 +75,14 @@ def measure(case: Case, steps: int, block_steps: int, max_seconds: float, precis
             out=Path(folder),
         )
     blocks = [[asdict(ours), asdict(stock)] for ours, stock in pairs]
-    return {**asdict(case), "name": case.name, "precision": precision, "device": device.type, **summary(blocks), "blocks": blocks}
+    return {
+        **asdict(case),
+        "name": case.name,
+        "precision": precision,
+        "device": device.type,
+        **summary(blocks),
+        "blocks": blocks,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,11 +90,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--rows", nargs="+", help="names of rows, such as switch_8_eager; all unless given")
     parser.add_argument("--steps", type=int, default=120, help="at most so many steps of each side a row")
-    parser.add_argument("--seconds", type=float, default=100.0, help="no further block after so long in a row")
+    parser.add_argument("--seconds", type=float, default=90.0, help="no further block after so long in a row")
     parser.add_argument("--block-steps", type=int, default=3, help="steps of one side at a time")
     parser.add_argument("--layers", type=int, help="so many layers a stack, for a quick look")
+    parser.add_argument("--dry", action="store_true", help="two layers, four steps and generated data: no figures")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     given = parser.parse_args(arguments)
+    if given.dry:
+        given.layers, given.steps, given.block_steps = 2, 4, 1
     wanted = cases(pick_device(Device.auto))
     if given.layers:
         wanted = [case.cut_to(given.layers) for case in wanted]
@@ -97,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
             if case.name in done or (given.rows and case.name not in given.rows):
                 continue
             steps = given.steps - given.steps % given.block_steps
-            record = measure(case, steps, given.block_steps, given.seconds, given.precision)
+            data = DRY if given.dry else DATA
+            record = measure(case, steps, given.block_steps, given.seconds, given.precision, data)
             record["environment"] = environment()
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")

@@ -20,9 +20,9 @@ Record = Mapping[str, Any]
 def summary(pairs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """The figures of a row. The first pair warms up and is left out of the speeds.
 
-    ratio: geometric mean over pairs, with a 95 % bootstrap interval. cpu_ratio: the same of the time of this process's cores, which other
-    programs disturb less. loss_difference: mean of our loss minus
-    theirs over all steps, and its standard error.
+    ratio: geometric mean over pairs, with a 95 % bootstrap interval. cpu_ratio: the same of the time of this process's
+    cores, which other programs disturb less. loss_difference: mean of our loss minus theirs over all steps, and its
+    standard error.
     """
     timed = pairs[1:]
     logs = [np.log(stock["seconds"] / ours["seconds"]) for ours, stock in timed]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.models.dropout import FastDropout, dropout, draw_dropped, dropped_levels, use_fast_dropout
+from pregate.models.dropout import FastDropout, draw_dropped, dropout, dropped_levels, use_fast_dropout
 from tests.tiny import batch, pregated_model
 
 

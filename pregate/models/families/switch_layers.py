@@ -1,6 +1,7 @@
-"""The layers of a Switch model: gates, MoE blocks, whole layers.
+"""The layers of a Switch model: gates, MoE blocks, whole layers, and a faster attention for training.
 
-A layer gets the `Routes` of the call as an argument. Attention, norms and dense layers are upstream's. Knows nothing
+A layer gets the `Routes` of the call as an argument. Norms, dense layers and, but for its arithmetic, attention are
+upstream's. Knows nothing
 about stacks, generation or where experts are stored.
 
 Letters: B batch, T tokens of a sequence, D model width, E experts, K experts per token.
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SwitchTransformersConfig
+from transformers import AttentionInterface, AttentionMaskInterface, SwitchTransformersConfig
+from transformers.masking_utils import eager_mask
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
+from pregate.models.biased_attention import biased_attention
 from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
 from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
@@ -175,3 +178,30 @@ class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
             )
             hidden_states = finite(hidden_states)
         return finite(self.layer[-1](hidden_states, routes)), self_bias, cross_bias
+
+
+REFERENCE, FAST = "eager", "pregate_biased"
+"""Attention with upstream's order of operations, and `fast_attention`, among transformers' implementations."""
+
+
+def fast_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream's, but in training on a CPU by `biased_attention`, which has no weights to return."""
+    if not module.training or query.device.type != "cpu" or scaling != 1.0 or kwargs.get("output_attentions"):
+        return upstream.eager_attention_forward(
+            module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
+        )
+    return biased_attention(query, key, value, position_bias, attention_mask, dropout), None
+
+
+AttentionInterface.register(FAST, fast_attention)
+AttentionMaskInterface.register(FAST, eager_mask)

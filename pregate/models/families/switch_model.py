@@ -19,9 +19,15 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from pregate.models.families.switch_attention import FAST, REFERENCE
 from pregate.models.families.switch_config import STACKS, PreGatedSwitchTransformersConfig, gate_std, moe_layers
-from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, PreGatedSwitchBlock, SwitchGate
+from pregate.models.families.switch_layers import (
+    FAST,
+    REFERENCE,
+    EmbeddingGate,
+    PreGatedSparseMLP,
+    PreGatedSwitchBlock,
+    SwitchGate,
+)
 from pregate.models.family import MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.pregated_models import PreGatedModel, ServedModel

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, SwitchTransformersForConditional
 
 from pregate import PreGatedSwitchTransformersConfig
 from pregate.config import UsageError
-from pregate.models.families import switch_attention
+from pregate.models.families import switch_layers
 from pregate.models.family import config_of
 from pregate.models.loading import load_resident, mark_conventional
 from tests.make_switch_base import TINY, make
@@ -105,8 +105,8 @@ def test_grouped_path_equals_the_reference_path_within_rounding(
     grouped = copy.deepcopy(reference)
     grouped.set_expert_path("grouped")
     calls: list[Any] = []
-    fast = switch_attention.biased_attention
-    monkeypatch.setattr(switch_attention, "biased_attention", lambda *args: calls.append(args) or fast(*args))
+    fast = switch_layers.biased_attention
+    monkeypatch.setattr(switch_layers, "biased_attention", lambda *args: calls.append(args) or fast(*args))
     for model in (reference, grouped):
         model(**batch(seed)).loss.backward()
     attentions = grouped.config.num_layers + 2 * grouped.config.num_decoder_layers
