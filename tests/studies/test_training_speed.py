@@ -38,7 +38,7 @@ def test_a_dry_run_goes_on_where_it_stopped_and_both_sides_begin_with_the_same_l
 ) -> None:
     rows = ["switch_8_eager", "olmoe_8_grouped_mm"]
     for count in (1, 2):
-        main(["--out", str(tmp_path), "--dry", "--precision", "fp32", "--rows", *rows[:count]])
+        main(["--out", str(tmp_path), "--dry", "--seconds", "1000", "--precision", "fp32", "--rows", *rows[:count]])
     records = [json.loads(line) for line in (tmp_path / "training_speed.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records] == rows
     for record in records:

@@ -22,6 +22,7 @@ from pregate.models.families.switch_config import PreGatedSwitchTransformersConf
 from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
 from pregate.models.pregated_models import Gate, experts_elsewhere
+from pregate.models.rms_norm import rms_norm
 from pregate.models.routes import BlockGates, Routes
 from pregate.models.routing import Routing, jitter, route
 
@@ -178,6 +179,24 @@ class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
             )
             hidden_states = finite(hidden_states)
         return finite(self.layer[-1](hidden_states, routes)), self_bias, cross_bias
+
+
+class FastLayerNorm(upstream.SwitchTransformersLayerNorm):
+    """Upstream's, but in training on a CPU and in float32 by `rms_norm`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        plain = self.training and hidden_states.device.type == "cpu"
+        if plain and hidden_states.dtype == self.weight.dtype == torch.float32:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+def use_fast_norms(model: nn.Module, fast: bool) -> None:
+    """Have every norm of `model` be a `FastLayerNorm`, or every one upstream's."""
+    for module in model.modules():
+        if isinstance(module, upstream.SwitchTransformersLayerNorm):
+            # the class alone differs: parameters, hooks and names stay
+            module.__class__ = FastLayerNorm if fast else upstream.SwitchTransformersLayerNorm
 
 
 REFERENCE, FAST = "eager", "pregate_biased"

@@ -27,6 +27,7 @@ from pregate.models.families.switch_layers import (
     PreGatedSparseMLP,
     PreGatedSwitchBlock,
     SwitchGate,
+    use_fast_norms,
 )
 from pregate.models.family import MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
@@ -204,11 +205,12 @@ class PreGatedSwitchTransformersForConditionalGeneration(
 
     def set_expert_path(self, path: str) -> None:
         """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding), of
-        experts and, in training, of attention."""
+        experts and, in training, of attention and norms."""
         for block in self.moe_blocks():
             block.module.experts.path = str(path)
         for name in STACKS:
             self.stack_module(name).config._attn_implementation = REFERENCE if path == "reference" else FAST
+        use_fast_norms(self, path != "reference")
 
     @can_return_tuple
     def forward(
