@@ -100,9 +100,13 @@ class PreGateConfig:
 
 @dataclass
 class DataConfig:
+    """`cache`: where the tokens of the training examples are kept; null is `PREGATE_CACHE`, or else a folder `pregate`
+    in the cache of Hugging Face's libraries."""
+
     root: str | None = None
+    cache: str | None = None
     max_train_examples: int | None = None
-    num_workers: int = 0
+    num_workers: int = setting(0, at_least(0))
 
 
 DROPOUT = Limit(lambda rate: 0 <= rate < 1, "must lie in [0, 1), or be null to keep the model's own")
@@ -115,7 +119,7 @@ class TrainConfig:
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
-    in one row and do not see each other.
+    in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
     """
 
     steps: int = setting(2048, at_least(0))
@@ -143,6 +147,7 @@ class TrainConfig:
     eval_every: int = setting(256, at_least(1))
     eval_examples: int = setting(256, at_least(1))
     save_every: int = setting(256, at_least(1))
+    keep_last: int = setting(2, at_least(1))
     log_every: int = setting(10, at_least(1))
 
     def check(self, prefix: str) -> None:
@@ -269,12 +274,17 @@ NAMED = {"empty": "give it a value, or leave it out"}
 
 @dataclass
 class Run:
-    """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line."""
+    """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line.
+
+    `allow_changes`: what a resumed run may have otherwise than before although its result changes: names of settings or
+    of sections, and `processes`.
+    """
 
     name: str = field(default="run", metadata=NAMED)
     run_dir: str = field(default="runs/run", metadata=NAMED)
     seed: int = 0
     resume: bool = False
+    allow_changes: list[str] = field(default_factory=list)
     then_eval: bool = True
     plan: bool = False
     source: str | None = None

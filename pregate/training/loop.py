@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.models.family import family_of_model
 from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
@@ -29,6 +30,7 @@ from pregate.tracking import Tracker
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
+from pregate.training.not_finite import check_finite, check_weights
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.resumable_state import save_last
@@ -77,12 +79,13 @@ def fine_tune(
     every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
     never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise `KeyboardInterrupt` and `Terminated`, in every
     process after the same step, whichever got the signal. Raises `UsageError` for settings that cannot work, for a loss
-    that is no longer finite, and for a disk that is full or holds no whole state to resume from.
+    or for weights that are no longer finite, and for a disk that is full or holds no whole state to resume from.
     """
     session = prepare(
         model, tokenizer, task, train, run=run, out_dir=out_dir, tracker=tracker, stage=stage, carry=carry
     )
     state, main = session.state, session.accelerator.is_main_process
+    tracker.rewind(state.step, stage)
     begun = time.perf_counter() - state.elapsed_seconds
     with Interrupts() as interrupts, Progress(stage, state.step, train.steps, train.log_every, main) as progress:
         while state.step < train.steps:
@@ -148,6 +151,7 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
     sums = torch.zeros(len(part_names(session)), device=accelerator.device)
+    totals: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(session.wrapped):
@@ -155,9 +159,10 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
             # DDP averages gradients over processes, while shares are meant to add up
             accelerator.backward(total * accelerator.num_processes)
         sums += parts
+        totals.append(total.detach())
     losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
-    check_finite(session, losses["loss"], norm)
+    check_finite(session, losses["loss"], norm, totals)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**losses, "grad_norm": norm, "lr": rate}
@@ -192,20 +197,12 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
         objective=session.objective,
         balance_weight=train.balance_loss,
         z_weight=train.z_loss,
+        scores=family_of_model(session.model).scores,
     )
     if distillation is None:
         return share.total, share.parts()
     lesson = distillation.share(outputs, taught, batch, tokens)
     return share.total + lesson.total, torch.cat([share.parts(), torch.stack([*lesson.parts.values()]).detach()])
-
-
-def check_finite(session: Session, loss: float, norm: float) -> None:
-    for what, value in (("loss", loss), ("gradient norm", norm)):
-        if not abs(value) < float("inf"):
-            raise UsageError(
-                f"The {what} of {session.stage} became {value} at step {session.state.step + 1}: lower its "
-                f"learning_rate, set clip_norm or use precision=fp32 (what {session.out_dir} holds so far is kept)."
-            )
 
 
 def advance(session: Session, metrics: dict[str, float], tokens: TokenCounts, seconds: float) -> None:
@@ -263,6 +260,7 @@ def save(session: Session) -> None:
     random_states = gather_object([random_state()])
 
     def write() -> None:
+        check_weights(session)
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
         make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
@@ -273,6 +271,7 @@ def save(session: Session) -> None:
             session.state,
             random_states,
             session.carry,
+            session.train.keep_last,
         )
 
     main_only(write, "saving the state")

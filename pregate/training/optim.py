@@ -136,5 +136,6 @@ def set_dropout(model: nn.Module, probability: float) -> None:
     for holder in model.modules():
         if isinstance(holder, nn.Dropout):
             holder.p = probability
-        elif isinstance(getattr(holder, "dropout", None), float | int):
-            holder.dropout = probability
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(holder, name, None), float | int):
+                setattr(holder, name, probability)

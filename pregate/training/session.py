@@ -33,6 +33,7 @@ from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import load_last, settle
+from pregate.training.resume_changes import check_data
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
@@ -101,6 +102,8 @@ def prepare(
     model.to(accelerator.device)
     optimizer = build_optimizer(model, train)
     state = restore(model, optimizer, train, run, out_dir, accelerator)
+    check_data(run, out_dir / LAST, state.data, feed.fingerprint)
+    state.data = feed.fingerprint
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)

@@ -15,7 +15,7 @@ from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
 from pregate.training.optim import optimizer_bytes
-from pregate.training.resumable_state import DAMAGED, PREVIOUS
+from pregate.training.resumable_state import damaged_states, earlier_states
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 
 
@@ -31,7 +31,7 @@ def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """
     weights, last = model_bytes(model), out_dir / LAST
     state = weights + optimizer_bytes(optimizer)
-    held = sum(num_bytes(out_dir / name) for name in (LAST, PREVIOUS, DAMAGED, CHECKPOINT))
+    held = sum(map(num_bytes, (last, *earlier_states(last), *damaged_states(last), out_dir / CHECKPOINT)))
     needed = weights + state * (2 if saves > 1 or last.exists() else 1) - held
     free = free_bytes(out_dir)
     if saves > 0 and needed > free:
@@ -43,12 +43,13 @@ def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def make_room(directory: Path, needed: int) -> None:
-    """Let a damaged state and the one before that in `directory` go if the disk has no room for `needed` bytes.
+    """Let damaged states and those before that in `directory` go, the oldest first, if the disk has no room for
+    `needed` bytes.
 
     Raises `UsageError` if there is too little even so.
     """
-    for spare in (directory.with_name(DAMAGED), directory.with_name(PREVIOUS)):
-        if free_bytes(directory) < needed and directory.exists() and spare.exists():
+    for spare in (*reversed(damaged_states(directory)), *reversed(earlier_states(directory))):
+        if free_bytes(directory) < needed and directory.exists():
             say(f"the disk is nearly full: {spare} is removed to make room, {directory} stays.")
             remove(spare)
     free = free_bytes(directory)

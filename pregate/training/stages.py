@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from pregate.config import Init, Run, UsageError
+from pregate.config import CalibrationConfig, Init, Run, UsageError
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.models.pregating import PreGating
-from pregate.system.durable import read_object, write_json
+from pregate.system.console import first_of
+from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
 from pregate.system.processes import join, main_only
@@ -111,9 +112,14 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
         )
     calibration = json.loads((converted / MANIFEST).read_text()).get("calibration")
-    if calibration is not None and calibration["settings"] != asdict(run.calibration):
+    if calibration is None:
+        return
+    # a manifest made before a setting existed was made with what is its default now
+    before, now = asdict(CalibrationConfig()) | calibration["settings"], asdict(run.calibration)
+    other = [f"calibration.{name}={value}" for name, value in before.items() if now.get(name) != value]
+    if other:
         raise UsageError(
-            f"{converted} was calibrated with other settings ({calibration['settings']}): resume with those, or choose "
+            f"{converted} was calibrated with other settings ({first_of(other, 8)}): resume with those, or choose "
             "another run_dir=DIR."
         )
 
@@ -223,4 +229,4 @@ def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluati
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)
     for untrained in (INITIAL, CONVERTED):
-        shutil.rmtree(run_dir / untrained, ignore_errors=True)
+        discard(run_dir / untrained)

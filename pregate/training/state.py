@@ -21,8 +21,8 @@ class TrainState:
     """How far a run has come. Separate from its configuration, saved with every checkpoint.
 
     `epoch` counts passes over the training examples (fractional) or over a stream (whole ones), whose `position` is
-    that of `tasks.span_corruption`. The token counts leave padding out,
-    `elapsed_seconds` adds up over resumed runs, `metrics` holds the latest logged values.
+    that of `tasks.span_corruption`. The token counts leave padding out, `data` is the fingerprint of what was trained
+    on, `elapsed_seconds` adds up over resumed runs, `metrics` holds the latest logged values.
     """
 
     step: int = 0
@@ -31,6 +31,7 @@ class TrainState:
     source_tokens: int = 0
     target_tokens: int = 0
     position: list[int] = field(default_factory=list)
+    data: str = ""
     best_score: float | None = None
     best_loss: float | None = None
     best_step: int | None = None

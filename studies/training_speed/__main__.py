@@ -56,7 +56,8 @@ def measure(
     case: Case, steps: int, block_steps: int, max_seconds: float, precision: str, data_settings: list[str]
 ) -> dict[str, object]:
     """One row: what both sides did."""
-    run = compose_run(settings(case, precision, data_settings))
+    count = f"data.max_train_examples={steps * BATCH_SEQUENCES}"
+    run = compose_run([*settings(case, precision, data_settings), count])
     family = family_named(run.model.family)
     causal = not family.objective.closes_sources
     data = read_data(run, steps, lambda tokenizer: Collator.for_task(run.task, tokenizer, family.objective))

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from pregate.config import UsageError
 from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
-from pregate.training.batch_order import derive_batching
+from pregate.training.batch_order import MicroBatchSampler, derive_batching
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
 from pregate.training.resumable_state import steps_done
@@ -40,13 +40,27 @@ def assert_same_parameters(one: torch.nn.Module, other: torch.nn.Module, **toler
         torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance.get("atol", 0.0), msg=lambda m, n=name: f"{n}: {m}")
 
 
+class Sources:
+    """The lengths of the toy task's training examples: their words and the token that ends them."""
+
+    def __len__(self) -> int:
+        return len(FirstWords().examples("train"))
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        examples = FirstWords().examples("train")
+        return [len(examples[index].source.split()) + 1 for index in indices]
+
+
 def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], float]:
     return {k: v for k, v in recorder.at.items() if "tokens_per_s" not in k[0] and k[1] >= from_step}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_scaled", "adafactor"])
-def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "packing"), [("adamw", False), ("adamw_scaled", False), ("adafactor", False), ("adamw", True)]
+)
+def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str, packing: bool) -> None:
     settings = {"optimizer": optimizer, "dropout": 0.1, "schedule": "cosine", "warmup_steps": 1, "eval_every": 2}
+    settings["packing"] = packing
     straight, logged, summary = train_tiny(tmp_path / "straight", steps=4, **settings)
     interrupted = Recorder(interrupt_at=2)
     with pytest.raises(KeyboardInterrupt):
@@ -54,7 +68,7 @@ def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) ->
     assert max(step for _, step in interrupted.at) == 2
     resumed, second, resumed_summary = train_tiny(tmp_path / "halves", resume=True, steps=4, **settings)
     assert_same_parameters(straight, resumed)
-    assert timeless(second) == timeless(logged, from_step=3)
+    assert timeless(second) == timeless(logged, from_step=3) and {("tiny/loss", 3), ("tiny/loss", 4)} < second.at.keys()
     assert (resumed_summary.best_score, resumed_summary.best_step) == (summary.best_score, summary.best_step)
     assert resumed_summary.target_tokens == summary.target_tokens
 
@@ -299,15 +313,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     def poisoned(*args: object, **kwargs: object) -> object:
         share = honest(*args, **kwargs)  # type: ignore[arg-type]
         calls.append(1)
-        return type(share)(*(getattr(share, f) * math.nan for f in ("total", "cross_entropy", "balance", "z")))
+        factor = math.nan if len(calls) == 2 else 1.0
+        return type(share)(*(getattr(share, f) * factor for f in ("total", "cross_entropy", "balance", "z")))
 
     train_tiny(tmp_path, steps=1)
     kept = (tmp_path / "last" / "model.safetensors").read_bytes()
     monkeypatch.setattr(loop, "loss_share", poisoned)
-    with pytest.raises(UsageError, match="loss of tiny became nan at step 2: lower"):
+    sampler = MicroBatchSampler(Sources(), derive_batching(recipe(), 10, 1), seed=0, first_step=1, last_step=2, rank=0)
+    second = ", ".join(f"example '{index}'" for index in list(sampler)[1])
+    with pytest.raises(
+        UsageError,
+        match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is "
+        rf"that of step 1 in {tmp_path}/last; the best model so far, of step 1, lies in {tmp_path}/checkpoint\)\.",
+    ):
         train_tiny(tmp_path, steps=3, save_every=1, resume=True)
     assert calls
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=1, save_every=1)
+    with pytest.raises(
+        UsageError, match=r"Weights of tiny became NaN or infinite by step 2 .*last good state is that of"
+    ):
+        train_tiny(tmp_path, steps=3, save_every=1, resume=True, learning_rate=1e39)
+    assert steps_done(tmp_path / "last") == 1
 
 
 def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
