@@ -21,6 +21,7 @@
 #   decoder_only       OLMoE-1B-7B and Qwen3-30B-A3B in bf16, captured and host-driven,
 #                      beside Accelerate (61 GB of page-locked memory for Qwen3)     ~9 min
 #   fig11 fig10 fig15 fig16_dram fig16_disk fig14 fig12   the paper's settings      ~25 min
+#   training_speed     training beside transformers' own Trainer; reads PREGATE_DATA ~8 min
 #   quickstart         the whole road end to end                                     ~2 min
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -89,6 +90,8 @@ bench fig16_dram fig16_disk "bench.tiers=[dram]"
 bench fig16_disk fig16_disk "bench.tiers=[disk]"
 bench fig14 fig14_active_experts ${DRY:+"bench.active_experts=[1,4]"} ${DRY:+"bench.budgets=[60%]"}
 bench fig12 fig12_peak_memory
+part training_speed "$python" -m studies.training_speed --out "$out/training_speed" --seconds 40 \
+  ${DRY:+--dry}
 part quickstart "$python" -m pregate.train +experiment=quickstart tracking=jsonl resume=true run_dir="$out/quickstart"
 
 if compgen -G "$out/*/bench.jsonl" >/dev/null; then

@@ -28,6 +28,7 @@ from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, exp
 from pregate.models.router_losses import balance_loss
 from pregate.models.routes import BlockGates, RouteListener, Routes
 from pregate.models.routing import Routing
+from pregate.models.training_experts import LEARNING
 
 STACK = "decoder"
 """The only stack of these models."""
@@ -271,9 +272,10 @@ class PreGatedCausalLM(ServedModel):
         yield from self.model.entry_gates.values()
 
     def set_expert_path(self, path: str) -> None:
-        """`reference`: one expert after the other. `grouped`: upstream's grouped products, equal within rounding."""
+        """`reference`: one expert after the other. `grouped`: grouped products, equal within rounding; without
+        gradients they are upstream's."""
         # not by upstream's method, which looks for the experts in the source of the family's own file
-        self.config._experts_implementation = "eager" if path == "reference" else "grouped_mm"
+        self.config._experts_implementation = "eager" if path == "reference" else LEARNING
 
     @can_return_tuple
     def forward(

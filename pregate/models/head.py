@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pregate.models.linear import is_plain
+from pregate.models.linear import ROWS, is_plain
 
 IGNORED = -100
 """Label of a position that carries no target token."""
@@ -57,29 +57,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_states, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), device=states_ND.device)
         grad_ND = torch.empty_like(states_ND) if need_states else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        grad_VD: Tensor | None = None
         block = max(1, BLOCK_NUMBERS.get(kind, BLOCK_NUMBERS["cuda"]) // weight_VD.shape[0])
+        block = block // ROWS * ROWS or block
         with torch.autocast(kind, enabled=False):
             factor_VD = weight_VD.to(dtype)
             for first in range(0, len(states_ND), block):
                 part = slice(first, first + block)
-                states_BD, labels_B1 = states_ND[part].to(dtype), labels_N[part, None]
-                logits_BV = F.linear(states_BD, factor_VD).float()
+                states_BD, labels_B1 = _filled_up(states_ND[part].to(dtype)), labels_N[part, None]
+                count = len(labels_B1)
+                logits_BV = F.linear(states_BD, factor_VD)[:count].float()
                 chosen_B1 = logits_BV.gather(1, labels_B1)
                 most_B1 = logits_BV.amax(1, keepdim=True)
                 logits_BV.sub_(most_B1).exp_()
                 sum_B1 = logits_BV.sum(1, keepdim=True)
                 total += (sum_B1.log() + most_B1 - chosen_B1).sum()
-                if grad_ND is None and grad_VD is None:
+                if not (need_states or need_weight):
                     continue
                 logits_BV.div_(sum_B1).scatter_add_(1, labels_B1, -torch.ones_like(sum_B1))
-                slope_BV = logits_BV.to(dtype)
+                slope_BV = _filled_up(logits_BV.to(dtype))
                 if grad_ND is not None:
-                    grad_ND[part] = (slope_BV @ factor_VD).to(grad_ND.dtype)
-                if grad_VD is not None and dtype == torch.float32:
+                    grad_ND[part] = (slope_BV @ factor_VD)[:count].to(grad_ND.dtype)
+                if need_weight and grad_VD is None:
+                    grad_VD = (slope_BV.t() @ states_BD).float()
+                elif grad_VD is not None and dtype == torch.float32:
                     grad_VD.addmm_(slope_BV.t(), states_BD)
                 elif grad_VD is not None:
                     grad_VD += slope_BV.t() @ states_BD
+        if need_weight and grad_VD is None:
+            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -90,6 +96,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         return (
             None if grad_ND is None else grad_ND * scale.to(grad_ND.dtype),
-            None if grad_VD is None else (grad_VD * scale).to(ctx.weight_dtype),
+            # in place: of the size of the weight, and nobody else has it
+            None if grad_VD is None else grad_VD.mul_(scale).to(ctx.weight_dtype),
             None,
         )
+
+
+def _filled_up(rows_BC: Tensor) -> Tensor:
+    """On a CPU and in a short dtype, with rows of zeros up to a multiple of `ROWS`, which makes products faster."""
+    missing = -len(rows_BC) % ROWS if rows_BC.device.type == "cpu" and rows_BC.element_size() < 4 else 0
+    return F.pad(rows_BC, (0, 0, 0, missing)) if missing else rows_BC

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+ROWS = 32
+"""Rows of a product in a short dtype on a CPU come in multiples of this. A product is compiled for its sizes when they
+are first met, which takes longer than most products do, and other numbers of rows are slower besides."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -58,8 +58,9 @@ class Objective(Protocol):
     continues_prompts: bool
     """Whether what is generated continues the prompt, in the same stack and behind it in the same KV cache."""
 
-    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (1 where there is no padding) and `labels`, int64, labels padded with -100."""
+    def batch(self, rows: Sequence[Row], pad_token_id: int, multiple: int = 1) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (1 where there is no padding) and `labels`, int64, labels padded with -100.
+        Lengths are rounded up to a multiple of `multiple`."""
         ...
 
     def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
@@ -126,9 +127,13 @@ class Seq2Seq:
     def __init__(self, source_stack: str, target_stack: str) -> None:
         self._source, self._target = source_stack, target_stack
 
-    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Row], pad_token_id: int, multiple: int = 1) -> dict[str, Tensor]:
         sources, targets = [row.source for row in rows], [row.target for row in rows]
-        return {**self.prompts(sources, pad_token_id), "labels": padded(targets, IGNORED)}
+        return {
+            "input_ids": padded(sources, pad_token_id, multiple=multiple),
+            "attention_mask": padded(ones(sources), 0, multiple=multiple),
+            "labels": padded(targets, IGNORED, multiple=multiple),
+        }
 
     def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
         raise AssertionError("a source and its target are two rows")
@@ -193,12 +198,12 @@ class Causal:
     def __init__(self, stack: str, packs: bool = True) -> None:
         self._stack, self.packs = stack, packs
 
-    def batch(self, rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Row], pad_token_id: int, multiple: int = 1) -> dict[str, Tensor]:
         whole = [row.source + row.target for row in rows]
         return {
-            "input_ids": padded(whole, pad_token_id),
-            "attention_mask": padded(ones(whole), 0),
-            "labels": padded([_labels(row) for row in rows], IGNORED),
+            "input_ids": padded(whole, pad_token_id, multiple=multiple),
+            "attention_mask": padded(ones(whole), 0, multiple=multiple),
+            "labels": padded([_labels(row) for row in rows], IGNORED, multiple=multiple),
         }
 
     def packed(self, rows: Sequence[Row], pad_token_id: int, row_tokens: int) -> dict[str, Tensor]:
@@ -315,9 +320,10 @@ def ones(rows: Rows) -> Rows:
     return [array("i", [1]) * len(row) for row in rows]
 
 
-def padded(rows: Rows, value: int, left: bool = False) -> Tensor:
-    """int64 (rows, longest), the rest filled with `value`, on the right unless `left`."""
-    longest = max(len(row) for row in rows)
+def padded(rows: Rows, value: int, left: bool = False, multiple: int = 1) -> Tensor:
+    """int64 (rows, longest), the rest filled with `value`, on the right unless `left`. `longest` is rounded up to a
+    multiple of `multiple`."""
+    longest = -(-max(len(row) for row in rows) // multiple) * multiple
     filled = np.full((len(rows), longest), value, dtype=np.int64)
     for number, row in enumerate(rows):
         first = longest - len(row) if left else 0

@@ -145,7 +145,9 @@ class Collator:
         separator: str = "",
         learn: Learn = Learn.answers,
         chat: ChatTemplate | None = None,
+        multiple: int = 1,
     ) -> None:
+        self.multiple = multiple
         self.tokenizer, self.objective, self.learn, self.chat = tokenizer, objective, learn, chat
         self.max_source_tokens, self.max_target_tokens = max_source_tokens, max_target_tokens
         end = (tokenizer.eos_token_id,)
@@ -168,8 +170,9 @@ class Collator:
         self._told = False
 
     @classmethod
-    def for_task(cls, task: TaskConfig, tokenizer: Any, objective: Objective) -> Collator:
-        """As `task` says. Raises `UsageError` for a chat template that is missing or cannot be used."""
+    def for_task(cls, task: TaskConfig, tokenizer: Any, objective: Objective, multiple: int = 1) -> Collator:
+        """As `task` says; the lengths of a batch are multiples of `multiple`. Raises `UsageError` for a chat template
+        that is missing or cannot be used."""
         sizes = task.max_source_tokens, task.max_target_tokens
         chat = None
         if not objective.closes_sources and task.chat_template is not None and tokenizer.chat_template:
@@ -178,7 +181,9 @@ class Collator:
             raise UsageError(
                 f"Task {task.name!r} needs a chat template and the tokenizer has none: set task.chat_template=FILE."
             )
-        return cls(tokenizer, *sizes, objective, separator=task.separator, learn=task.learn, chat=chat)
+        return cls(
+            tokenizer, *sizes, objective, separator=task.separator, learn=task.learn, chat=chat, multiple=multiple
+        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
@@ -194,7 +199,7 @@ class Collator:
 
     def of_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """A batch of examples that are in tokens already; `packed_rows` likewise."""
-        return self.objective.batch(rows, self.tokenizer.pad_token_id)
+        return self.objective.batch(rows, self.tokenizer.pad_token_id, self.multiple)
 
     def packed_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         most = self.max_source_tokens + self.max_target_tokens

@@ -52,7 +52,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """What of each step this process takes, and how its loader is set up."""
+    """What of each step this process takes, and how its loader is set up. multiple: of which lengths of batches are."""
 
     run: Run
     train: TrainConfig
@@ -60,6 +60,7 @@ class Share:
     batching: Batching
     rank: int
     pin_memory: bool
+    multiple: int = 1
 
     def loader(self, data: Any, num_workers: int, **options: Any) -> torch.utils.data.DataLoader[Batch]:
         return torch.utils.data.DataLoader(
@@ -86,7 +87,7 @@ class ExampleFeed:
     def __init__(self, task: Task, tokenizer: Any, share: Share) -> None:
         run = share.run
         self.share = share
-        self.collate = Collator.for_task(run.task, tokenizer, share.objective)
+        self.collate = Collator.for_task(run.task, tokenizer, share.objective, share.multiple)
         self.fingerprint = task.fingerprint(run.task.train_split)
         limit = run.data.max_train_examples
         self.rows = token_rows(run, task, run.task.train_split, self.fingerprint, limit, self.collate)

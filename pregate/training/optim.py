@@ -18,6 +18,9 @@ from transformers.optimization import Adafactor
 from pregate.config import Optimizer, Precision, Schedule, TrainConfig
 from pregate.training.sharding import local, whole
 
+CLIP_MARGIN = 1e-6
+"""What torch adds to the norm of the gradients before it divides by it."""
+
 
 def learning_rate(train: TrainConfig, step: int) -> float:
     """The learning rate of update number `step`, counted from 0.
@@ -122,7 +125,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
     """Scale gradients down to `clip_norm` if it is given; return the norm they had before."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if clip_norm is not None:
+    # a factor of 1 would read and write every gradient
+    if clip_norm is not None and norm > clip_norm - CLIP_MARGIN:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm
 

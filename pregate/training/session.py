@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from pregate.config import Keep, Run, Trainable, TrainConfig
+from pregate.config import ExpertPath, Keep, Run, Trainable, TrainConfig
+from pregate.models.dropout import use_fast_dropout
 from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
@@ -40,6 +41,9 @@ from pregate.training.sharded_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
+
+LENGTHS = 8
+"""Lengths of batches are multiples of this where every new length costs."""
 
 
 @dataclass
@@ -102,7 +106,10 @@ def prepare(
     tokens = sequence_tokens(task, tokenizer, run, train, objective)
     batching = derive_batching(train, tokens, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"
-    share = Share(run, train, objective, batching, accelerator.process_index, pin_memory)
+    dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
+    # products in a short dtype are compiled for each length on a CPU
+    multiple = LENGTHS if device == "cpu" and dtype is not None else 1
+    share = Share(run, train, objective, batching, accelerator.process_index, pin_memory, multiple)
     feed = build_feed(task, tokenizer, share)
     set_seed(run.seed + accelerator.process_index)
     configure(model, train)
@@ -116,7 +123,6 @@ def prepare(
     state = restore(model, optimizer, train, run, out_dir, accelerator, sharded, checkpoint)
     check_data(run, out_dir / LAST, state.data, feed.fingerprint)
     state.data = feed.fingerprint
-    dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped = model if sharded else accelerator.prepare_model(model)
@@ -156,6 +162,8 @@ def configure(model: Any, train: TrainConfig) -> None:
         set_dropout(model, train.dropout)
     if hasattr(model, "set_expert_path") and not lacks_experts(model):
         model.set_expert_path(train.expert_path)
+    if train.expert_path != ExpertPath.reference:
+        use_fast_dropout(model)
     if train.trainable == Trainable.gates:
         freeze_all_but(model, model.gates())
     elif train.trainable == Trainable.all_but_experts:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.activations import ACT2FN
@@ -19,6 +20,8 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from pregate.models.expert_math import Factor, grouped_experts, project, reference_experts
 from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.families.switch_config import STACKS, moe_layers
+from pregate.models.linear import has_hooks, is_plain
+from pregate.models.training_experts import learn_grouped, learn_sorted
 
 
 class SwitchExperts(nn.ModuleDict):
@@ -32,8 +35,28 @@ class SwitchExperts(nn.ModuleDict):
             self[f"expert_{expert}"] = upstream.SwitchTransformersDenseActDense(config)
 
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if self.path != "reference" and self.training and torch.is_grad_enabled() and self._are_plain():
+            return self._learn(hidden_TD, expert_ids_TK, weights_TK)
         run = reference_experts if self.path == "reference" else grouped_experts
         return run(hidden_TD, expert_ids_TK, weights_TK, self.num_experts, lambda e, x: self[f"expert_{e}"](x))
+
+    def _are_plain(self) -> bool:
+        """Whether calling the experts is no more than their matrices."""
+        return all(
+            type(expert) is upstream.SwitchTransformersDenseActDense
+            and not has_hooks(expert)
+            and is_plain(expert.wi)
+            and is_plain(expert.wo)
+            for expert in self.values()
+        )
+
+    def _learn(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """All experts together, equal to one after the other within rounding."""
+        experts: list[Any] = list(self.values())
+        wi, wo = [expert.wi.weight for expert in experts], [expert.wo.weight for expert in experts]
+        act, dropout = experts[0].act, experts[0].dropout
+        learn = learn_sorted if hidden_TD.device.type == "cpu" else learn_grouped
+        return learn(hidden_TD, expert_ids_TK, weights_TK, wi, wo, lambda hidden_NF: dropout(act(hidden_NF)))
 
 
 def expert_spec(config: Any) -> ExpertSpec:

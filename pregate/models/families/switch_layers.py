@@ -1,6 +1,7 @@
-"""The layers of a Switch model: gates, MoE blocks, whole layers.
+"""The layers of a Switch model: gates, MoE blocks, whole layers, and a faster attention for training.
 
-A layer gets the `Routes` of the call as an argument. Attention, norms and dense layers are upstream's. Knows nothing
+A layer gets the `Routes` of the call as an argument. Norms, dense layers and, but for its arithmetic, attention are
+upstream's. Knows nothing
 about stacks, generation or where experts are stored.
 
 Letters: B batch, T tokens of a sequence, D model width, E experts, K experts per token.
@@ -12,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SwitchTransformersConfig
+from transformers import AttentionInterface, AttentionMaskInterface, SwitchTransformersConfig
+from transformers.masking_utils import eager_mask
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
+from pregate.models.biased_attention import biased_attention
 from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
 from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
 from pregate.models.pregated_models import Gate, experts_elsewhere
+from pregate.models.rms_norm import rms_norm
 from pregate.models.routes import BlockGates, Routes
 from pregate.models.routing import Routing, first_choice, jitter, route
 
@@ -178,3 +182,48 @@ class PreGatedSwitchBlock(upstream.SwitchTransformersBlock):
             )
             hidden_states = finite(hidden_states)
         return finite(self.layer[-1](hidden_states, routes)), self_bias, cross_bias
+
+
+class FastLayerNorm(upstream.SwitchTransformersLayerNorm):
+    """Upstream's, but in training on a CPU and in float32 by `rms_norm`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        plain = self.training and hidden_states.device.type == "cpu"
+        if plain and hidden_states.dtype == self.weight.dtype == torch.float32:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+def use_fast_norms(model: nn.Module, fast: bool) -> None:
+    """Have every norm of `model` be a `FastLayerNorm`, or every one upstream's."""
+    for module in model.modules():
+        if isinstance(module, upstream.SwitchTransformersLayerNorm):
+            # the class alone differs: parameters, hooks and names stay
+            module.__class__ = FastLayerNorm if fast else upstream.SwitchTransformersLayerNorm
+
+
+REFERENCE, FAST = "eager", "pregate_biased"
+"""Attention with upstream's order of operations, and `fast_attention`, among transformers' implementations."""
+
+
+def fast_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream's, but in training on a CPU by `biased_attention`, which has no weights to return."""
+    if not module.training or query.device.type != "cpu" or scaling != 1.0 or kwargs.get("output_attentions"):
+        return upstream.eager_attention_forward(
+            module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
+        )
+    return biased_attention(query, key, value, position_bias, attention_mask, dropout), None
+
+
+AttentionInterface.register(FAST, fast_attention)
+AttentionMaskInterface.register(FAST, eager_mask)

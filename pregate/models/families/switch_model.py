@@ -20,7 +20,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pregate.models.families.switch_config import STACKS, PreGatedSwitchTransformersConfig, gate_std, moe_layers
-from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, PreGatedSwitchBlock, SwitchGate
+from pregate.models.families.switch_layers import (
+    FAST,
+    REFERENCE,
+    EmbeddingGate,
+    PreGatedSparseMLP,
+    PreGatedSwitchBlock,
+    SwitchGate,
+    use_fast_norms,
+)
 from pregate.models.family import MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.pregated_models import PreGatedModel, ServedModel
@@ -196,9 +204,13 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         return self.stack_module(stack).block
 
     def set_expert_path(self, path: str) -> None:
-        """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding)."""
+        """`reference` (upstream's order of operations, bit for bit) or `grouped` (faster, equal within rounding), of
+        experts and, in training, of attention and norms."""
         for block in self.moe_blocks():
             block.module.experts.path = str(path)
+        for name in STACKS:
+            self.stack_module(name).config._attn_implementation = REFERENCE if path == "reference" else FAST
+        use_fast_norms(self, path != "reference")
 
     @can_return_tuple
     def forward(

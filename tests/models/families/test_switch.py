@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, SwitchTransformersForConditional
 
 from pregate import PreGatedSwitchTransformersConfig
 from pregate.config import UsageError
+from pregate.models.families import switch_layers
 from pregate.models.family import config_of
 from pregate.models.loading import load_resident, mark_conventional
 from tests.make_switch_base import TINY, make
@@ -94,14 +95,22 @@ def test_lookahead_0_training_mode_is_upstream_bit_for_bit(seed: int) -> None:
         assert torch.equal(gradient, results[1][1][name]), name
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_grouped_path_equals_the_reference_path_within_rounding(seed: int) -> None:
+def test_grouped_path_equals_the_reference_path_within_rounding(
+    seed: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = random_geometry(seed)
-    reference = pregated_model(seed, lookahead=1, path="reference", **changes)
+    reference = pregated_model(seed, lookahead=1, path="reference", **changes).train(training)
     grouped = copy.deepcopy(reference)
     grouped.set_expert_path("grouped")
+    calls: list[Any] = []
+    fast = switch_layers.biased_attention
+    monkeypatch.setattr(switch_layers, "biased_attention", lambda *args: calls.append(args) or fast(*args))
     for model in (reference, grouped):
         model(**batch(seed)).loss.backward()
+    attentions = grouped.config.num_layers + 2 * grouped.config.num_decoder_layers
+    assert len(calls) == (attentions if training else 0)
     assert_gradients_close(gradients(grouped), gradients(reference))
 
 
