@@ -25,6 +25,7 @@ def main(run: Run) -> None:
     refuse_output("run_dir", Path(run.run_dir))
     checks.check_model(run)
     check_engine(run, *checks.trained_config(run))
+    checks.check_memory_savers(run)
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))

@@ -11,6 +11,7 @@ from pregate.config.choices import (
     Init,
     Keep,
     Learn,
+    LoraTarget,
     Optimizer,
     Policy,
     Precision,
@@ -25,6 +26,7 @@ from pregate.config.choices import (
 )
 from pregate.config.schema import (
     CalibrationConfig,
+    LoraConfig,
     ModelConfig,
     PreGateConfig,
     Run,
@@ -49,6 +51,8 @@ __all__ = [
     "Init",
     "Keep",
     "Learn",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "Optimizer",
     "Policy",

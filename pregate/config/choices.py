@@ -11,11 +11,13 @@ PRE_TRAINING = frozenset({TaskKind.denoising, TaskKind.language_modelling})
 """They learn from text alone and have no answers to score."""
 Learn = StrEnum("Learn", ["answers", "last_answer", "everything"])
 """Which tokens of a decoder-only model's input are learnt."""
-Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adafactor"])
+Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adamw_8bit", "adafactor"])
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
-Trainable = StrEnum("Trainable", ["all", "gates"])
-"""Which parameters learn: all, or the gates alone while the rest stays as it is."""
+Trainable = StrEnum("Trainable", ["all", "gates", "lora"])
+"""Which parameters learn: all, the gates alone while the rest stays as it is, or gates and low-rank adapters."""
+LoraTarget = StrEnum("LoraTarget", ["attention", "experts", "shared_experts", "dense"])
+"""Which matrices get adapters; `dense`: those of feed-forward layers without experts."""
 Keep = StrEnum("Keep", ["best", "last"])
 """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])

@@ -35,6 +35,7 @@ from pregate.config.choices import (
     Trainable,
     WandbMode,
 )
+from pregate.config.lora import LoraConfig as LoraConfig
 from pregate.config.task import TaskConfig
 from pregate.config.validators import (
     TEMPERATURE,
@@ -137,6 +138,7 @@ class TrainConfig:
     distill_routing: float = setting(0.0, WEIGHT)
     distill_temperature: float = setting(1.0, TEMPERATURE)
     trainable: Trainable = Trainable.all
+    lora: LoraConfig = field(default_factory=LoraConfig)
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
@@ -149,6 +151,10 @@ class TrainConfig:
         need(
             self.warmup_steps >= 0 and (self.warmup_steps <= self.steps or self.steps == 0),
             f"{prefix}warmup_steps={self.warmup_steps} must lie between 0 and {prefix}steps={self.steps}.",
+        )
+        need(
+            self.trainable is Trainable.lora or self.lora == LoraConfig(),
+            f"{prefix}lora is for {prefix}trainable=lora: set both, or leave it out.",
         )
         weighted = self.distill_logits > 0 or self.distill_routing > 0
         need(

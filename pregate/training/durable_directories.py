@@ -14,6 +14,7 @@ from typing import Any
 from pregate.config import UsageError
 from pregate.system.console import silent_bars
 from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
+from pregate.training.lora import is_adapted, merged_state, plain_state, save_adapters
 
 
 @contextmanager
@@ -66,14 +67,21 @@ def _beside(directory: Path, what: str) -> Path:
 
 
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
-    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
+    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`. What
+    adapters add is part of its weights."""
     with replaced(directory) as fresh:
-        write_model(fresh, model, tokenizer, carry)
+        write_model(fresh, model, tokenizer, carry, merged=True)
 
 
-def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
+def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = (), merged: bool = False) -> None:
+    """`merged`: what adapters add is part of the weights; else adapters have a file of their own."""
+    options: dict[str, Any] = {}
+    if is_adapted(model):
+        options["state_dict"] = merged_state(model) if merged else plain_state(model)
+        if not merged:
+            save_adapters(model, directory)
     with silent_bars():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
     for path in carry:
         shutil.copy2(path, directory / path.name)

@@ -21,6 +21,7 @@ from pregate.config import UsageError
 from pregate.system.console import say, silent_bars
 from pregate.system.durable import flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
+from pregate.training.lora import load_weights
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state
 
 STATE_FILE = "train_state.json"
@@ -145,13 +146,11 @@ def load_last(
         loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     saved = loaded.state_dict()
     del loaded
-    same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    if not same or info["missing_keys"]:
+    if info["missing_keys"] or not load_weights(model, saved, directory):
         raise UsageError(
             f"{directory} holds a run of a different model: resume with the settings it was started with, "
             "or choose another run_dir."
         )
-    model.load_state_dict(saved)
     load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
     return TrainState(**record["state"]), record["random"]
 

@@ -30,6 +30,7 @@ from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
+from pregate.training.lora import add_adapters
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import load_last, settle
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
@@ -129,6 +130,10 @@ def configure(model: Any, train: TrainConfig) -> None:
         model.set_expert_path(train.expert_path)
     if train.trainable == Trainable.gates:
         freeze_all_but(model, model.gates())
+    elif train.trainable == Trainable.lora:
+        add_adapters(model, train.lora)
+        for gate in model.gates():
+            gate.requires_grad_(True)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
