@@ -34,6 +34,7 @@ COLUMNS = {
     "step": lambda row: row["step"],
     "GB written": number("bytes", 1e9),
     "seconds": number("seconds"),
+    "CPU seconds": number("cpu_seconds"),
     "GB/s": number("bytes_per_s", 1e9),
     "GB/s ÷ that of the copies before and after": number("of_a_copy"),
     "peak resident, GB": number("peak_resident_bytes", 1e9),
@@ -69,9 +70,10 @@ def status(field: str, file: str = "status", unit: int = 1024) -> int:
 def one_step(step: str, source: Path, target: Path) -> None:
     """In a process of its own: its high-water mark is that of this step, imports included."""
     row: dict[str, Any] = {"step": step, "resident_bytes_before": status("VmRSS")}
-    read, began = status("read_bytes", "io", 1), time.perf_counter()
+    read, used, began = status("read_bytes", "io", 1), time.process_time(), time.perf_counter()
     WORK[step](source, target)
     row["seconds"] = time.perf_counter() - began
+    row["cpu_seconds"] = time.process_time() - used
     row |= {"bytes_read": status("read_bytes", "io", 1) - read, "peak_resident_bytes": status("VmHWM")}
     print(json.dumps(row))
 

@@ -147,7 +147,7 @@ class SourceHashes:
         self._num_bytes = num_bytes
         self._changed = threading.Condition()
         self._hashed = self._copied = 0
-        self._closed = self._waiting = False
+        self._closed = self._waiting = self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -166,7 +166,7 @@ class SourceHashes:
         with self._changed:
             self._copied += num_bytes
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ahead() >= 0 or self._error or self._hashed >= self._total)
+            self._changed.wait_for(lambda: self._ahead() >= 0 or self._ended)
         self._check()
 
     def all(self) -> dict[str, str]:
@@ -193,8 +193,10 @@ class SourceHashes:
                 else:
                     self._hash(file)
         except BaseException as error:
+            self._error = error
+        finally:
             with self._changed:
-                self._error = error
+                self._ended = True
                 self._changed.notify_all()
 
     def _hash(self, file: Path) -> None:
