@@ -170,7 +170,7 @@ def test_a_failure_in_the_first_file_leaves_nothing_behind(tiny, tmp_path, monke
         path.write_text("half")
         raise failure
 
-    monkeypatch.setattr(shards, "_write_shard", failing)
+    monkeypatch.setattr(shards, "write_shard", failing)
     expected = UsageError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected) as error:
         convert(str(tiny), tmp_path / "deep" / "deeper" / "out", PreGateConfig(), max_shard_bytes=50_000)

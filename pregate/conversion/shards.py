@@ -20,8 +20,10 @@ import xxhash
 from torch import Tensor
 
 from pregate.conversion.gate_starts import GateStart
+from pregate.conversion.plan import TensorPlan, plan_shards, spelling
 from pregate.models.checkpoint import SAFETENSORS_DTYPES, SourceCheckpoint
-from pregate.system.durable import flush_file, write_all
+from pregate.models.family import family_of
+from pregate.system.durable import flush_file, write_all, write_json
 from pregate.system.unfinished import Unfinished
 
 COPIED_AT_ONCE = 64 << 20
@@ -45,6 +47,13 @@ class Shards:
     spelt: Callable[[str], str]
     starts: Mapping[str, GateStart] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> Shards:
+        """The output tensors of `plan`, with names as in the files of the opened `checkpoint`."""
+        shards = plan_shards(checkpoint, plan, max_shard_bytes)
+        origins = {file: {name: plan.origins[name] for name in names} for file, names in shards.items()}
+        return cls(checkpoint, origins, spelling(checkpoint, family_of(checkpoint.config)))
+
     @property
     def sizes(self) -> dict[str, int]:
         """File -> the bytes of its tensors."""
@@ -66,7 +75,8 @@ class Shards:
 
 
 def write_shards(shards: Shards, unfinished: Unfinished, advance: Callable[[int], None]) -> dict[str, str]:
-    """Write those files to `unfinished.folder` that are not there; the SHA-256 of each file of the source."""
+    """Write those files to `unfinished.folder` that are not there, and their index; the SHA-256 of each file of the
+    source."""
     folder, sizes = unfinished.folder, shards.sizes
     for left in folder.glob(f"*{PART}"):
         left.unlink()
@@ -74,17 +84,27 @@ def write_shards(shards: Shards, unfinished: Unfinished, advance: Callable[[int]
     with SourceHashes(shards.checkpoint.files, known, sum(sizes.values()), advance) as source:
         for file, names in shards.origins.items():
             if not (folder / file).is_file():
-                _write_shard(folder / f"{file}{PART}", shards, names, source.wait_for)
+                write_shard(folder / f"{file}{PART}", shards, names, source.wait_for)
                 unfinished.finish_step(partial(_finish, folder / file), {"source_sha256": dict(source.found)})
             else:
                 source.wait_for(sizes[file])
             advance(sizes[file])
         unfinished.settle()
+        write_index(folder, shards)
         return source.all()
 
 
-def _write_shard(path: Path, shards: Shards, names: Mapping[str, str], reading: Callable[[int], None]) -> None:
-    """A safetensors file, as safetensors itself writes it, but for what is in memory at a time."""
+def write_index(folder: Path, shards: Shards) -> None:
+    """Which tensor lies in which file, where there are several."""
+    if len(shards.origins) > 1:
+        weight_map = {shards.spelt(name): file for file, names in shards.origins.items() for name in names}
+        index = {"metadata": {"total_size": sum(shards.sizes.values())}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_shard(path: Path, shards: Shards, names: Mapping[str, str], reading: Callable[[int], None]) -> None:
+    """A safetensors file, as safetensors itself writes it, but for what is in memory at a time. `reading` is told how
+    many bytes will be read next."""
     tensors = shards.checkpoint.tensors
     # its order: wide numbers first, so that all are aligned
     order = sorted(names, key=lambda name: (-tensors[names[name]].dtype.itemsize, shards.spelt(name)))

@@ -24,14 +24,13 @@ from safetensors import SafetensorError
 from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
 from pregate.conversion.gate_starts import GateFitter, gate_starts
-from pregate.conversion.plan import plan_shards, plan_tensors, spelling
+from pregate.conversion.plan import plan_tensors
 from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
 from pregate.conversion.shards import Shards, write_shards
 from pregate.conversion.space import refuse_full_disk, refuse_occupied
 from pregate.engine.storage.origin import Unchanged
 from pregate.models.checkpoint import CONFIG, TOKENIZER_FILES, read_config, side_files
-from pregate.models.family import family_named
 from pregate.models.loading import open_model
 from pregate.system.console import progress
 from pregate.system.durable import put
@@ -74,10 +73,8 @@ def convert(
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
     plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
-    shards = plan_shards(checkpoint, plan, max_shard_bytes)
-    spelt = spelling(checkpoint, family_named(target.config.model_type))
+    files = Shards.of(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
-    files = Shards(checkpoint, {f: {n: plan.origins[n] for n in names} for f, names in shards.items()}, spelt)
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(files.sizes.values())
     refuse_full_disk(output, files.sizes.values())
     starts, account = gate_starts(plan, target, seed, fit)
@@ -87,7 +84,6 @@ def convert(
     with _appearing(output, made_from) as unfinished, progress(*bar) as advance:
         with Unchanged(checkpoint):
             hashes = write_shards(files, unfinished, advance)
-        _write_index(unfinished.folder, {f: [*map(spelt, names)] for f, names in shards.items()}, output_bytes)
         for file in sides:
             shutil.copyfile(file, unfinished.folder / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
@@ -100,7 +96,7 @@ def convert(
         num_blocks=target.num_blocks,
         moves=plan.moves,
         dropped=plan.dropped,
-        shards=tuple(shards),
+        shards=tuple(files.origins),
         source_bytes=source_bytes,
         output_bytes=output_bytes,
         has_tokenizer=any(file.name in TOKENIZER_FILES for file in sides),
@@ -153,14 +149,6 @@ def _appearing(output: Path, made_from: dict[str, Any]) -> Iterator[Unfinished]:
         if isinstance(error, OSError | SafetensorError):
             raise UsageError(f"Writing {output} failed ({error}): check the disk and run the command again.") from error
         raise
-
-
-def _write_index(directory: Path, shards: dict[str, list[str]], num_bytes: int) -> None:
-    """Which tensor lies in which file, where there are several."""
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _provenance(target: Target, seed: int) -> dict[str, Any]:

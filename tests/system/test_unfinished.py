@@ -74,7 +74,7 @@ def only(folder: Path) -> Path:
 
 
 def convert_killed(source: Path, output: Path, at: int = 4) -> dict[str, tuple[int, int]]:
-    killed(lambda: converted(source, output), shards, "_write_shard", at)
+    killed(lambda: converted(source, output), shards, "write_shard", at)
     assert not output.exists()
     return numbers(only(output.parent))
 
@@ -120,7 +120,7 @@ def test_what_an_interrupted_conversion_has_finished_stays(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write, calls = shards._write_shard, []
+    write, calls = shards.write_shard, []
 
     def failing(*arguments: Any) -> None:
         calls.append(1)
@@ -129,7 +129,7 @@ def test_what_an_interrupted_conversion_has_finished_stays(
         write(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "_write_shard", failing)
+        patched.setattr(shards, "write_shard", failing)
         with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UsageError):
             converted(source, tmp_path / "out")
     finished = numbers(only(tmp_path))
@@ -143,13 +143,13 @@ def test_what_an_interrupted_conversion_has_finished_stays(
 def test_weights_written_while_they_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing stays of what may be half old, half new."""
     upstream_model(1).save_pretrained(tmp_path / "source")
-    write = shards._write_shard
+    write = shards.write_shard
 
     def disturbed(*arguments: Any) -> None:
         write(*arguments)
         os.utime(tmp_path / "source" / "model.safetensors")
 
-    monkeypatch.setattr(shards, "_write_shard", disturbed)
+    monkeypatch.setattr(shards, "write_shard", disturbed)
     with pytest.raises(UsageError, match="was written to while it was read"):
         converted(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -191,6 +191,6 @@ def test_files_are_those_of_the_safetensors_writer(tmp_path: Path) -> None:
     checkpoint = SourceCheckpoint(tmp_path, {}, (), _describe(tmp_path / "model.safetensors"))
     names = {name: name for name in reversed(tensors)}
     files = shards.Shards(checkpoint, {"out": names}, lambda name: name)
-    shards._write_shard(tmp_path / "out.part", files, names, lambda _: None)
+    shards.write_shard(tmp_path / "out.part", files, names, lambda _: None)
     assert (tmp_path / "out.part").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert torch.equal(load_file(tmp_path / "out.part")["B"], tensors["B"])
