@@ -111,6 +111,8 @@ def readme(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     largest = facts["largest_tensor_bytes"]
     worst = max(row["peak_resident_bytes"] for row in rows if row["step"] != "copy")
     within = "within" if worst <= largest + MARGIN else "ABOVE"
+    most = max(row["load_average"] for row in rows)
+    busy = " It was busy, so seconds and GB/s compare nothing." if most > 2 * (os.cpu_count() or 1) else ""
     loads = ", ".join(f"{row['load_average']:.1f}" for row in rows)
     return f"""# {name}
 
@@ -132,7 +134,7 @@ python -m studies.conversion_speed SOURCE SCRATCH results/{name}
   (fsync). Before every step the source is dropped from the page cache.
 - A copy is Python's `shutil.copyfile`, in the kernel, file by file. A conversion also computes the SHA-256 of every
   file, packing two checksums of every expert.
-- Load average of the machine after each step: {loads}.
+- Load average of the machine after each step: {loads}.{busy}
 
 Environment: {facts_line(environment())}.
 """

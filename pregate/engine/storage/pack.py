@@ -10,7 +10,9 @@ import contextlib
 import fcntl
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
 from pregate.engine.storage.aligned_memory import aligned_bytes, as_buffer
-from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
+from pregate.engine.storage.origin import MAPPED_BYTES, SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
@@ -142,18 +144,35 @@ def _made_from(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLay
 
 def _write_pack(unfinished: Unfinished, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> None:
     folder, slabs = unfinished.folder, list(unfinished.progress.get("slabs", []))
-    slab = aligned_bytes(layout.slab_bytes)
     at_once = max(1, RECORDED_BYTES // layout.slab_bytes)
-    with Unchanged(checkpoint) as signs, (folder / SLABS).open("r+b" if slabs else "wb", buffering=0) as file:
-        file.truncate(len(slabs) * layout.slab_bytes)
-        file.seek(0, os.SEEK_END)
-        for key, matrices in read_experts(checkpoint, family, len(slabs)):
-            layout.encode([matrix.to(layout.dtype) for matrix in matrices], slab)
-            write_all(file.fileno(), as_buffer(slab))
-            sums = {"xxh3_64": checksum(slab), "source_xxh3_64": content(matrices)}
-            slabs.append({**key._asdict(), "offset": len(slabs) * layout.slab_bytes, **sums})
+    # one is written while the next is made, unless they are so large that memory would tell
+    buffers = [aligned_bytes(layout.slab_bytes) for _ in range(2 if layout.slab_bytes <= MAPPED_BYTES else 1)]
+    written: deque[Future[dict[str, Any]]] = deque()
+
+    def write(slab: Tensor, described: dict[str, Any]) -> dict[str, Any]:
+        write_all(file.fileno(), as_buffer(slab))
+        return described | {"xxh3_64": checksum(slab)}
+
+    def wait(left: int) -> None:
+        while len(written) > left:
+            slabs.append(written.popleft().result())
             if len(slabs) % at_once == 0:
                 unfinished.finish_step(partial(flush_file, folder / SLABS), {"slabs": list(slabs)})
+
+    with (
+        Unchanged(checkpoint) as signs,
+        (folder / SLABS).open("r+b" if slabs else "wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        file.truncate(len(slabs) * layout.slab_bytes)
+        file.seek(0, os.SEEK_END)
+        for number, (key, matrices) in enumerate(read_experts(checkpoint, family, len(slabs)), len(slabs)):
+            wait(len(buffers) - 1)
+            slab = buffers[number % len(buffers)]
+            layout.encode([matrix.to(layout.dtype) for matrix in matrices], slab)
+            place = {"offset": number * layout.slab_bytes, "source_xxh3_64": content(matrices)}
+            written.append(writer.submit(write, slab, key._asdict() | place))
+        wait(0)
         unfinished.settle()
     write_json(folder / INDEX, {"format": FORMAT, **layout.to_json(), "slabs": slabs})
     remember(folder, read_index(folder).digest, signs, family)
