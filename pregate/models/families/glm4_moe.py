@@ -48,6 +48,7 @@ class PreGatedGlm4MoeForCausalLM(
 class Glm4MoeFamily(DenseFirstFamily):
     source_type, source_class = Glm4MoeConfig.model_type, "Glm4MoeForCausalLM"
     config_class, model_class = PreGatedGlm4MoeConfig, PreGatedGlm4MoeForCausalLM
+    step = "rotary"
     gate_parts = ("weight", "e_score_correction_bias")
 
 
