@@ -116,7 +116,7 @@ class TrainConfig:
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
-    in one row and do not see each other.
+    in one row and do not see each other. `lora`: what learns beside the gates with `trainable: lora`.
     """
 
     steps: int = setting(2048, at_least(0))
