@@ -138,10 +138,12 @@ def _appearing(output: Path, made_from: dict[str, Any]) -> Iterator[Unfinished]:
         with unfinished_beside(output, made_from) as unfinished:
             try:
                 yield unfinished
-            except UsageError:  # the weights are not what they were, or damaged
-                unfinished.forget()
+                put(unfinished.folder, output)
+            except BaseException as error:
+                # the weights are not what they were, or another process was faster
+                if isinstance(error, UsageError) or (output.is_dir() and any(output.iterdir())):
+                    unfinished.forget()
                 raise
-            put(unfinished.folder, output)
     except BaseException as error:
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):

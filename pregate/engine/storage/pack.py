@@ -128,6 +128,7 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, p
                 unfinished.forget()
                 raise
             _put_in_place(unfinished.folder, pack_dir, checkpoint, family, layout)
+            unfinished.forget()  # another process may have put the same there
     except OSError as error:
         raise UsageError(
             f"The experts cannot be written to {pack_dir} ({error.strerror or error}): set engine.pack_dir to a "
