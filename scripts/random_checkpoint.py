@@ -27,7 +27,7 @@ from pregate.models.loading import parameter_shapes
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from pregate.system.console import progress
-from pregate.system.durable import partial_beside, put, write_json
+from pregate.system.durable import clear_abandoned, partial_beside, put, write_json
 
 SHARD_BYTES = 10**9
 
@@ -67,6 +67,7 @@ def write(run: Run, output: Path) -> None:
     sizes = {file: sum(map(source.num_bytes, names)) for file, names in shards.items()}
     refuse_occupied(output)
     refuse_full_disk(output, sizes.values())
+    clear_abandoned(output)
     with partial_beside(output) as folder, progress("writing", sum(sizes.values()), DownloadColumn()) as advance:
         for file, names in shards.items():
             save_file(source.read(names), folder / file, metadata={"format": "pt"})

@@ -21,6 +21,7 @@ from pregate.config import (
     TaskConfig,
     UsageError,
 )
+from pregate.conversion import shards
 from pregate.conversion import write as conversion
 from pregate.conversion.write import convert
 from pregate.convert import work
@@ -160,20 +161,20 @@ def test_other_refusals(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "failure", [KeyboardInterrupt(), Terminated(), RuntimeError("bug"), OSError(28, "No space left on device")]
 )
-def test_a_failure_midway_leaves_nothing_behind(tiny, tmp_path, monkeypatch, failure):
-    save, calls = conversion.save_file, []
+def test_a_failure_in_the_first_file_leaves_nothing_behind(tiny, tmp_path, monkeypatch, failure):
+    """`tests/system/test_unfinished.py` has what later ones leave."""
+    places = []
 
-    def failing(tensors, path, **options):
-        calls.append(path)
-        if len(calls) == 3:
-            raise failure
-        save(tensors, path, **options)
+    def failing(path, *_):
+        places.append(path.parent.name)
+        path.write_text("half")
+        raise failure
 
-    monkeypatch.setattr(conversion, "save_file", failing)
+    monkeypatch.setattr(shards, "write_shard", failing)
     expected = UsageError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected) as error:
         convert(str(tiny), tmp_path / "deep" / "deeper" / "out", PreGateConfig(), max_shard_bytes=50_000)
-    assert len(calls) == 3 and calls[0].parent.name.startswith(f"out.partial-{os.getpid()}-")
+    assert len(places) == 1 and places[0].startswith(f"out.partial-{os.getpid()}-")
     assert list(tmp_path.iterdir()) == []
     assert "No space" in str(error.value) or not isinstance(failure, OSError)
 

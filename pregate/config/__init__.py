@@ -13,6 +13,7 @@ from pregate.config.choices import (
     Init,
     Keep,
     Learn,
+    LoraTarget,
     Optimizer,
     Policy,
     Precision,
@@ -28,6 +29,7 @@ from pregate.config.choices import (
 )
 from pregate.config.schema import (
     CalibrationConfig,
+    LoraConfig,
     ModelConfig,
     PreGateConfig,
     Run,
@@ -54,6 +56,8 @@ __all__ = [
     "Init",
     "Keep",
     "Learn",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "Optimizer",
     "Policy",

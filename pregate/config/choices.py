@@ -11,11 +11,13 @@ PRE_TRAINING = frozenset({TaskKind.denoising, TaskKind.language_modelling})
 """They learn from text alone and have no answers to score."""
 Learn = StrEnum("Learn", ["answers", "last_answer", "everything"])
 """Which tokens of a decoder-only model's input are learnt."""
-Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adafactor"])
+Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adamw_8bit", "adafactor"])
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
-Trainable = StrEnum("Trainable", ["all", "all_but_experts", "gates"])
-"""Which parameters learn: all, all that are not experts, or the gates alone; the rest stays as it is."""
+Trainable = StrEnum("Trainable", ["all", "all_but_experts", "gates", "lora"])
+"""Which parameters learn: all, all that are not experts, gates alone, or gates and adapters; the rest stays as it is."""
+LoraTarget = StrEnum("LoraTarget", ["attention", "experts", "shared_experts", "dense"])
+"""Which matrices get adapters; `dense`: those of feed-forward layers without experts."""
 Experts = StrEnum("Experts", ["resident", "offloaded"])
 """Where the experts are in training: in memory with the rest, or frozen in the engine's store."""
 Sharding = StrEnum("Sharding", ["none", "full"])

@@ -37,6 +37,7 @@ from pregate.config.choices import (
     Trainable,
     WandbMode,
 )
+from pregate.config.lora import LoraConfig as LoraConfig
 from pregate.config.task import TaskConfig
 from pregate.config.validators import (
     TEMPERATURE,
@@ -123,7 +124,8 @@ class TrainConfig:
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
     in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
     `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2). `experts: offloaded`:
-    those of the model and of its teacher stay frozen where `engine` says.
+    those of the model and of its teacher stay frozen where `engine` says. `lora`: what learns beside the gates with
+    `trainable: lora`.
     """
 
     steps: int = setting(2048, at_least(0))
@@ -146,6 +148,7 @@ class TrainConfig:
     distill_temperature: float = setting(1.0, TEMPERATURE)
     trainable: Trainable = Trainable.all
     experts: Experts = Experts.resident
+    lora: LoraConfig = field(default_factory=LoraConfig)
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
@@ -161,6 +164,10 @@ class TrainConfig:
             self.warmup_steps >= 0 and (self.warmup_steps <= self.steps or self.steps == 0),
             f"{prefix}warmup_steps={self.warmup_steps} must lie between 0 and {prefix}steps={self.steps}.",
         )
+        need(
+            self.trainable is Trainable.lora or self.lora == LoraConfig(),
+            f"{prefix}lora is for {prefix}trainable=lora: set both, or leave it out.",
+        )
         weighted = self.distill_logits > 0 or self.distill_routing > 0
         need(
             not weighted or self.teacher is not None,
@@ -172,16 +179,22 @@ class TrainConfig:
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
             f"above 0, or {prefix}teacher=null.",
         )
+        whole = self.sharding == Sharding.none
         need(
-            self.sharding == Sharding.none or self.optimizer != Optimizer.adafactor,
-            f"{prefix}optimizer=adafactor needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
+            whole or self.optimizer in (Optimizer.adamw, Optimizer.adamw_scaled),
+            f"{prefix}optimizer={self.optimizer} needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
             f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
+        )
+        need(
+            whole or self.trainable is not Trainable.lora,
+            f"{prefix}trainable=lora needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
+            f"{prefix}sharding=none.",
         )
         resident = self.experts is Experts.resident
         need(
-            resident or self.trainable is not Trainable.all,
-            f"{prefix}experts=offloaded leaves the experts as they are, which {prefix}trainable=all would train: set "
-            f"{prefix}trainable=all_but_experts or gates, or {prefix}experts=resident.",
+            resident or self.trainable in (Trainable.all_but_experts, Trainable.gates),
+            f"{prefix}experts=offloaded leaves the experts as they are and has no adapters: set "
+            f"{prefix}trainable=all_but_experts or gates instead of {self.trainable}, or {prefix}experts=resident.",
         )
         need(
             resident or self.expert_path is ExpertPath.grouped,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pregate.config import UsageError
 from pregate.engine.storage.pack import refuse_output
-from pregate.system.durable import clear_abandoned, free_bytes
+from pregate.system.durable import free_bytes
 from pregate.system.sizes import human_bytes
+from pregate.system.unfinished import reclaimable_bytes
 
 
 def refuse_occupied(output: Path) -> None:
-    """Raises `UsageError` for an output in use. What an earlier conversion has left unfinished is removed."""
+    """Raises `UsageError` for an output in use."""
     refuse_output("output", output)
-    clear_abandoned(output)
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -23,7 +23,7 @@ def refuse_occupied(output: Path) -> None:
 
 def refuse_full_disk(output: Path, shard_bytes: Iterable[int]) -> None:
     """Raises `UsageError` for a disk without room for shards of so many bytes."""
-    free, needed = free_bytes(output.parent), sum(shard_bytes)
+    free, needed = free_bytes(output.parent) + reclaimable_bytes(output), sum(shard_bytes)
     if needed > free:
         raise UsageError(
             f"The checkpoint needs {human_bytes(needed)} and the disk of {output} has {human_bytes(free)} free: "

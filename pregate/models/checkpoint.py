@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.system.console import first_of
+from pregate.system.memory import read_ahead
 
 CONFIG = "config.json"
 TEXT = "text_config"
@@ -169,6 +170,11 @@ class SourceCheckpoint:
             seen.add(tensor.data_ptr())
             read[name] = tensor
         return read
+
+    def will_read(self, names: Iterable[str]) -> None:
+        """Have the system read the named tensors ahead, as far as they are stored as they are; returns at once."""
+        for tensor in self.read(name for name in names if not self.tensors[name].encoding).values():
+            read_ahead(tensor)
 
     def same_bits(self, one: str, other: str) -> bool:
         """Whether two tensors of the same shape hold the same bits; compared only where they lie in two places."""

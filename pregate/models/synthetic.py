@@ -41,6 +41,9 @@ class SyntheticCheckpoint(SourceCheckpoint):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._draw(name) for name in names}
 
+    def will_read(self, names: Iterable[str]) -> None:
+        """Nothing is to be read."""
+
     def identity(self) -> dict[str, Any]:
         described = repr((sorted(self.config.items()), sorted(str(t.dtype) for t in self.tensors.values())))
         return {"synthetic": hashlib.sha256(described.encode()).hexdigest()[:16], "seed": self.seed}

@@ -16,13 +16,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
 """Held in a directory that is being filled, for as long as the process that fills it lives."""
+PROGRESS = ".progress.json"
+"""What is finished of a directory that is filled in steps (`unfinished`)."""
+MARKS = (LOCK, PROGRESS)
+"""Files of a directory that is being filled which are no part of what it becomes."""
 PARTIAL = re.compile(r"\.partial-\d+-[0-9a-f]{8}")
 SCRATCH = re.compile(r"\..+\.\d+\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,6 +49,13 @@ def flush_file(path: Path) -> None:
         flush(opened)
     finally:
         os.close(opened)
+
+
+def write_all(opened: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, of which the system may take a part at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(opened, left) :]
 
 
 def flush_tree(directory: Path) -> None:
@@ -124,7 +135,17 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def partial_beside(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` to fill and to `put` there; whatever happens, nothing else of it stays.
+    """An empty directory beside `target` to fill and to `put` there; whatever happens, nothing else of it stays."""
+    with locked_beside(target) as folder:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked_beside(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target`, which stays as the caller leaves it.
 
     A lock marks it as in use. The process number in its name is not enough: the number of a killed process is used
     again, in a container on every run, and another machine may share the disk.
@@ -141,30 +162,41 @@ def partial_beside(target: Path) -> Iterator[Path]:
             hidden.rename(folder)
             yield folder
     finally:
-        for left in (hidden, folder):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def put(folder: Path, target: Path) -> None:
     """Give the finished `folder` of `partial_beside` its name. Raises `OSError` if something took it meanwhile."""
     flush_tree(folder)
     folder.rename(target)
-    (target / LOCK).unlink(missing_ok=True)  # only now: unlocked, it would have looked abandoned
+    for name in MARKS:  # only now: unlocked, it would have looked abandoned
+        (target / name).unlink(missing_ok=True)
     flush_file(target)
     flush_file(target.parent)
 
 
-def clear_abandoned(target: Path) -> None:
-    """Remove what processes that were killed left of earlier attempts at `target`; one that still writes holds on."""
+def abandoned(target: Path) -> Generator[Path]:
+    """What processes that were killed left of earlier attempts at `target`, each locked until the next is asked for;
+    one that a process still fills is none."""
     if not target.parent.is_dir():
         return
-    for folder in target.parent.iterdir():
+    for folder in sorted(target.parent.iterdir()):
         if folder.name.startswith(target.name) and PARTIAL.fullmatch(folder.name.removeprefix(target.name)):
             with suppress(OSError):
-                if (folder / LOCK).exists():  # else it was killed while it cleaned up
+                if (folder / LOCK).exists():
                     with (folder / LOCK).open("r+") as lock:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                        yield folder
+                else:  # it was killed while it cleaned up
+                    yield folder
+
+
+def clear_abandoned(target: Path) -> None:
+    """Remove what processes that were killed left of earlier attempts at `target`; one that still writes holds on."""
+    for folder in abandoned(target):
+        with suppress(OSError):
+            (folder / PROGRESS).unlink(missing_ok=True)  # first: a half removed one is not taken up
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

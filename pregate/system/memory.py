@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -108,6 +109,15 @@ def return_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+def read_ahead(tensor: torch.Tensor) -> None:
+    """Have the system read the file that a tensor is mapped from into the page cache, while the caller goes on."""
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - first
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
 
 
 def _reset_high_water_mark() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import PRE_TRAINING, Experts, Learn, Run, TaskKind, UsageError
+from pregate.config import PRE_TRAINING, Experts, Learn, Run, TaskKind, Trainable, UsageError
 from pregate.config.task import OWN_TEMPLATE
 from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
@@ -22,7 +22,8 @@ from pregate.system.launch import check_mixed_precision
 from pregate.system.processes import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_teacher
-from pregate.training.optim import autocast_dtype
+from pregate.training.lora import check_installed, targets_of
+from pregate.training.optim import autocast_dtype, check_8bit
 
 VOCABULARY_MULTIPLE = 64
 
@@ -96,6 +97,22 @@ def check_objective(run: Run, family: Family) -> None:
             f"{what} puts several texts in one row, and the layers of {model} would carry a state from one to the "
             f"next: {'leave it out' if packing else 'choose another task'}."
         )
+
+
+def check_memory_savers(run: Run) -> None:
+    """Refuse, before any work, adapters and an optimizer whose packages are missing, and adapters that the model has no
+    place for. Raises `UsageError`."""
+    trains = [train for train in (run.train, run.source_train) if train is not None]
+    for train in trains:
+        check_8bit(train)
+    adapted = [train.lora for train in trains if train.trainable is Trainable.lora]
+    if adapted:
+        check_installed()
+        config, _ = trained_config(run)
+        with torch.device("meta"):
+            model = family_named(config.model_type).model_class(config)
+        for lora in adapted:
+            targets_of(model, lora)
 
 
 def check_inputs(run: Run, tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from pregate.config import UsageError
 from pregate.system.console import silent_bars
 from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
 from pregate.training.learnt import lacks_experts, write_learnt
+from pregate.training.lora import is_adapted, merged_state, plain_state, save_adapters
 
 
 @contextmanager
@@ -79,18 +80,25 @@ def place_to_fill(directory: Path) -> Path:
 
 
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
-    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
+    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`. What
+    adapters add is part of its weights."""
     with replaced(directory) as fresh:
-        write_model(fresh, model, tokenizer, carry)
+        write_model(fresh, model, tokenizer, carry, merged=True)
 
 
-def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
-    """Of a model whose experts are elsewhere only what it has learnt."""
+def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = (), merged: bool = False) -> None:
+    """Of a model whose experts are elsewhere only what it has learnt. `merged`: what adapters add is part of the
+    weights; else adapters have a file of their own."""
     if lacks_experts(model):
         write_learnt(directory, model)
         return
+    options: dict[str, Any] = {}
+    if is_adapted(model):
+        options["state_dict"] = merged_state(model) if merged else plain_state(model)
+        if not merged:
+            save_adapters(model, directory)
     with silent_bars():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, **options)
     write_side_files(directory, tokenizer, carry)
 
 

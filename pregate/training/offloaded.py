@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pregate.config import Drive, Experts, Run, UsageError
+from pregate.conversion.gate_starts import GateStart
 from pregate.conversion.plan import TensorPlan
-from pregate.conversion.write import GateStart, write_shards
+from pregate.conversion.shards import Shards, write_fresh
+from pregate.conversion.write import MAX_SHARD_BYTES
 from pregate.engine.budget import host_buffers_within
 from pregate.engine.storage.pack import default_pack_dir
 from pregate.engine.storage.slabs import SlabLayout
@@ -146,7 +148,8 @@ def complete(run_dir: Path, source: SourceCheckpoint, tokenizer: Any, carry: Seq
     plan = TensorPlan({name: name for name in source.names()}, (), ())
     assert found.keys() <= plan.origins.keys(), found.keys() - plan.origins.keys()
     with replaced(run_dir / CHECKPOINT) as fresh:
-        write_shards(fresh, source, plan, {name: _in_place_of(tensor) for name, tensor in found.items()})
+        files = Shards.of(source, plan, MAX_SHARD_BYTES)
+        write_fresh(fresh, replace(files, starts={name: _in_place_of(tensor) for name, tensor in found.items()}))
         for file in side_files(str(source.directory)):
             shutil.copyfile(file, fresh / file.name)
         # the code that auto_map points to is not copied

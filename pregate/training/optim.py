@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
-from pregate.config import Optimizer, Precision, Schedule, TrainConfig
+from pregate.config import Optimizer, Precision, Schedule, TrainConfig, UsageError
 from pregate.training.sharding import local, whole
 
 CLIP_MARGIN = 1e-6
 """What torch adds to the norm of the gradients before it divides by it."""
+LEAST_8BIT = 4096
+"""Of fewer numbers than these bitsandbytes keeps the moments in float32."""
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -61,12 +64,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (fused on CPU and CUDA), the same with steps relative to each parameter's size, or Adafactor with a fixed
-    learning rate and no parameter scaling."""
+    """AdamW (fused on CPU and CUDA), AdamW with steps relative to each parameter's size or with moments of 8 bits, or
+    Adafactor with a fixed learning rate and no parameter scaling."""
     groups = parameter_groups(model, train.weight_decay)
     rate = learning_rate(train, 0)
     if train.optimizer == Optimizer.adafactor:
         return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)
+    if train.optimizer == Optimizer.adamw_8bit:
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        return AdamW8bit(groups, lr=rate)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
     kind = ScaledAdamW if train.optimizer == Optimizer.adamw_scaled else torch.optim.AdamW
     return kind(groups, lr=rate, fused=fused)
@@ -77,10 +84,27 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, torch.optim.AdamW):
         return sum(2 * p.nbytes for p in parameters)
+    if has_8bit_state(optimizer):
+        # two code books of 256 numbers, and a scale for each 256 moments
+        sizes = (p.numel() for p in parameters)
+        return sum(8 * n if n < LEAST_8BIT else 2 * n + 8 * -(-n // 256) + 2048 for n in sizes)
     # Adafactor's second moments: of a matrix the means of its rows and of its columns
     factored = [p for p in parameters if p.ndim >= 2]
     means = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in factored)
     return 4 * (means + sum(p.numel() for p in parameters if p.ndim < 2))
+
+
+def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def check_8bit(train: TrainConfig) -> None:
+    """Raises `UsageError` where moments of 8 bits are asked for and the package that keeps them is missing."""
+    if train.optimizer == Optimizer.adamw_8bit and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "train.optimizer=adamw_8bit needs the package bitsandbytes: pip install 'pregate[8bit]', or set "
+            "train.optimizer=adafactor."
+        )
 
 
 class ScaledAdamW(torch.optim.AdamW):

@@ -22,6 +22,7 @@ from pregate.system.console import say, silent_bars
 from pregate.system.durable import flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
 from pregate.training.learnt import LEARNT, lacks_experts, load_learnt
+from pregate.training.lora import load_weights
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state
 
 STATE_FILE = "train_state.json"
@@ -194,10 +195,8 @@ def _load_whole(directory: Path, model: Any) -> None:
         loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     saved = loaded.state_dict()
     del loaded
-    same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    if not same or info["missing_keys"]:
+    if info["missing_keys"] or not load_weights(model, saved, directory):
         raise other_model(directory)
-    model.load_state_dict(saved)
 
 
 def processes_of(directory: Path) -> int | None:

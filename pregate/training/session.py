@@ -32,6 +32,7 @@ from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.learnt import lacks_experts
+from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import settle
@@ -169,6 +170,10 @@ def configure(model: Any, train: TrainConfig) -> None:
     elif train.trainable == Trainable.all_but_experts:
         for block in model.moe_blocks():
             block.module.experts.requires_grad_(False)
+    elif train.trainable == Trainable.lora:
+        add_adapters(model, train.lora)
+        for gate in model.gates():
+            gate.requires_grad_(True)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import UsageError
+from pregate.training.optim import has_8bit_state
 
 
 @dataclass
@@ -60,10 +61,14 @@ def optimizer_state(
     """The optimizer's state under flat names `{parameter}/{key}`: its tensors, and its plain numbers."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float | int] = {}
+    seen: set[int] = set()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().contiguous()
+                # the code book of 8-bit moments is one tensor for all parameters, and files hold no tensor twice
+                shared = value.data_ptr() in seen and value.numel() > 0
+                seen.add(value.data_ptr())
+                tensors[f"{name}/{key}"] = value.detach().clone() if shared else value.detach().contiguous()
             elif value is not None:
                 numbers[f"{name}/{key}"] = value
     return tensors, numbers
@@ -75,7 +80,8 @@ def load_optimizer_state(
     """The inverse of `optimizer_state`. Raises `UsageError` if the state is that of another kind of optimizer."""
     parameters = dict(model.named_parameters())
     keys = {flat.rpartition("/")[2] for flat in (*tensors, *numbers)}
-    if keys and ("exp_avg" in keys) != isinstance(optimizer, torch.optim.AdamW):
+    kinds = {"exp_avg": isinstance(optimizer, torch.optim.AdamW), "state1": has_8bit_state(optimizer)}
+    if keys and any((key in keys) != is_kind for key, is_kind in kinds.items()):
         raise UsageError(
             f"The run to resume was not trained with {type(optimizer).__name__}: "
             "set train.optimizer as it was, or start anew in another run_dir."

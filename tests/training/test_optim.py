@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.config import Optimizer, Precision, Schedule, TrainConfig
+from pregate.config import Optimizer, Precision, Schedule, TrainConfig, UsageError
+from pregate.training import optim
 from pregate.training.optim import (
     autocast_dtype,
     build_optimizer,
+    check_8bit,
     clip_gradients,
     learning_rate,
     parameter_groups,
@@ -74,6 +76,14 @@ def test_an_optimizer_lowers_a_quadratic(kind: Optimizer) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_8bit(TrainConfig(optimizer=Optimizer.adamw_8bit))
+    monkeypatch.setattr(optim, "find_spec", lambda _: None)
+    check_8bit(TrainConfig())
+    with pytest.raises(UsageError, match=r"needs the package bitsandbytes: pip install 'pregate\[8bit\]'"):
+        check_8bit(TrainConfig(optimizer=Optimizer.adamw_8bit))
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:

@@ -81,7 +81,7 @@ def test_a_replacement_killed_between_its_renames_is_recovered(tmp_path: Path, n
 @pytest.mark.parametrize("kind", list(Optimizer))
 def test_optimizer_state_comes_back_exactly(kind: Optimizer) -> None:
     train = TrainConfig(optimizer=kind, learning_rate=1e-2)
-    models = [pregated_model(), pregated_model()]
+    models = [pregated_model(d_ff=256), pregated_model(d_ff=256)]  # large enough for moments of 8 bits
     optimizers = [build_optimizer(model, train) for model in models]
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -92,7 +92,7 @@ def test_optimizer_state_comes_back_exactly(kind: Optimizer) -> None:
     step(models[0], optimizers[0], 0)
     models[1].load_state_dict(models[0].state_dict())
     tensors, numbers = optimizer_state(optimizers[0], models[0])
-    assert tensors
+    assert any(t.dtype is torch.uint8 for t in tensors.values()) == (kind is Optimizer.adamw_8bit)
     load_optimizer_state(optimizers[1], models[1], {k: v.clone() for k, v in tensors.items()}, numbers)
     for model, optimizer in zip(models, optimizers, strict=True):
         step(model, optimizer, 1)
@@ -262,7 +262,7 @@ def test_a_state_of_the_first_format_is_read(saved: Tree, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", list(Optimizer))
 def test_the_size_of_a_state_is_known_before_the_first_step(kind: Optimizer, tmp_path: Path) -> None:
-    model = pregated_model(**SHALLOW)
+    model = pregated_model(**SHALLOW, d_ff=256)
     optimizer = build_optimizer(model, TrainConfig(optimizer=kind))
     weights, moments = model_bytes(model), optimizer_bytes(optimizer)
     for parameter in model.parameters():  # an expert that no token has chosen yet would have no state
@@ -272,7 +272,12 @@ def test_the_size_of_a_state_is_known_before_the_first_step(kind: Optimizer, tmp
     saved = [load_file(tmp_path / "last" / name) for name in ("model.safetensors", OPTIMIZER_FILE)]
     # an Adam counts the steps of each parameter in a scalar
     assert [sum(t.nbytes for t in tensors.values() if t.ndim) for tensors in saved] == [weights, moments]
-    assert moments < 0.5 * weights if kind is Optimizer.adafactor else moments == 2 * weights
+    if kind is Optimizer.adafactor:
+        assert moments < 0.5 * weights
+    elif kind is Optimizer.adamw_8bit:
+        assert moments < 1.2 * weights  # a quarter of these of AdamW, but of what is small
+    else:
+        assert moments == 2 * weights
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:

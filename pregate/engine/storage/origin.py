@@ -35,17 +35,21 @@ _known: dict[tuple[Path, str], dict[str, Any]] = {}
 """As `SEEN`, by pack and index, for packs that cannot be written to."""
 
 
-def read_experts(checkpoint: SourceCheckpoint, family: ExpertSpec) -> Iterator[tuple[ExpertKey, list[Tensor]]]:
-    """The matrices of every expert as they are stored, in the order of execution."""
+def read_experts(
+    checkpoint: SourceCheckpoint, family: ExpertSpec, first: int = 0
+) -> Iterator[tuple[ExpertKey, list[Tensor]]]:
+    """The matrices of every expert from number `first` on, as they are stored, in the order of execution."""
     keys = family.keys()
     itemsize = checkpoint.dtype(family.tensor_names(keys[0])[0]).itemsize if keys else 0
     num_bytes = itemsize * sum(torch.Size(shape).numel() for shape in family.matrices.values())
     at_once = max(1, MAPPED_BYTES // max(1, num_bytes))
     E = max(1, family.num_experts)
-    blocks = [keys[first : first + E] for first in range(0, len(keys), E)]
+    blocks = [keys[max(begin, first) : begin + E] for begin in range(0, len(keys), E)]
+    runs = [block[begin : begin + at_once] for block in blocks for begin in range(0, len(block), at_once)]
+    names_of = [dict.fromkeys(name for key in run for name in family.tensor_names(key)) for run in runs]
     tensors: dict[str, Tensor] = {}
-    for run in (block[first : first + at_once] for block in blocks for first in range(0, len(block), at_once)):
-        names = dict.fromkeys(name for key in run for name in family.tensor_names(key))
+    for run, names, soon in zip(runs, names_of, [*names_of[1:], {}], strict=True):
+        checkpoint.will_read([name for name in soon if name not in names])
         # a mapped tensor is dropped with its pages; a decoded one is kept while more of its experts are wanted
         tensors = {name: tensors[name] for name in names if name in tensors and checkpoint.tensors[name].encoding}
         tensors |= checkpoint.read([name for name in names if name not in tensors])

@@ -10,9 +10,12 @@ import contextlib
 import fcntl
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,28 @@ from torch import Tensor
 
 from pregate.config import SlabDtype, UsageError
 from pregate.engine.storage.aligned_memory import aligned_bytes, as_buffer
-from pregate.engine.storage.origin import SEEN, Unchanged, content, is_origin, read_experts, remember
+from pregate.engine.storage.origin import MAPPED_BYTES, SEEN, Unchanged, content, is_origin, read_experts, remember
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.system.console import say
-from pregate.system.durable import LOCK, clear_abandoned, free_bytes, partial_beside, put, write_json
+from pregate.system.durable import (
+    MARKS,
+    clear_abandoned,
+    flush_file,
+    free_bytes,
+    partial_beside,
+    put,
+    write_all,
+    write_json,
+)
 from pregate.system.sizes import human_bytes
+from pregate.system.unfinished import Unfinished, reclaimable_bytes, unfinished_beside
 
 SLABS, INDEX = "slabs.bin", "index.json"
 FORMAT = 4
+RECORDED_BYTES = 10**9
+"""So much is written between two points from which an interrupted packing goes on."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +107,28 @@ def refuse_output(setting: str, place: Path) -> None:
 def pack(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, pack_dir: Path) -> Path:
     """Write all slabs of `checkpoint` to `pack_dir`, or keep the pack there if it was made from the same content.
 
-    Appears whole or not at all, also where another process packs the same checkpoint. Raises `UsageError` if
-    something else lies there, if it cannot be written, if the disk is too small, or if the weights are written to
-    meanwhile.
+    Appears whole or not at all, also where another process packs the same checkpoint. Where it is stopped, the same
+    call goes on from the last `RECORDED_BYTES`. Raises `UsageError` if something else lies there, if it cannot be
+    written, if the disk is too small, or if the weights are written to meanwhile.
     """
-    clear_abandoned(pack_dir)
     if (reason := _mismatch(pack_dir, checkpoint, family, layout)) is None:
+        clear_abandoned(pack_dir)
         return pack_dir
     if pack_dir.exists() and not _is_pack(pack_dir):
         raise UsageError(f"{pack_dir} holds something that is not a pack of experts: choose another engine.pack_dir.")
     if (pack_dir / INDEX).is_file():
         say(f"{pack_dir} {reason}: the experts are packed again.")
     try:
-        _refuse_full_disk(pack_dir.parent, len(family.keys()) * layout.slab_bytes)
-        with partial_beside(pack_dir) as scratch:
-            _write_pack(scratch, checkpoint, family, layout)
-            _put_in_place(scratch, pack_dir, checkpoint, family, layout)
+        needed = len(family.keys()) * layout.slab_bytes - reclaimable_bytes(pack_dir)
+        _refuse_full_disk(pack_dir.parent, needed)
+        with unfinished_beside(pack_dir, _made_from(checkpoint, family, layout)) as unfinished:
+            try:
+                _write_pack(unfinished, checkpoint, family, layout)
+            except UsageError:  # the weights are not what they were
+                unfinished.forget()
+                raise
+            _put_in_place(unfinished.folder, pack_dir, checkpoint, family, layout)
+            unfinished.forget()  # another process may have put the same there
     except OSError as error:
         raise UsageError(
             f"The experts cannot be written to {pack_dir} ({error.strerror or error}): set engine.pack_dir to a "
@@ -116,15 +137,44 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, p
     return pack_dir
 
 
-def _write_pack(folder: Path, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> None:
-    slabs: list[dict[str, Any]] = []
-    slab = aligned_bytes(layout.slab_bytes)
-    with Unchanged(checkpoint) as signs, (folder / SLABS).open("wb") as file:
-        for number, (key, matrices) in enumerate(read_experts(checkpoint, family)):
+def _made_from(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> dict[str, Any]:
+    """What decides every byte of a pack."""
+    names = xxhash.xxh3_64_hexdigest(repr([family.slices(key) for key in family.keys()]).encode())  # noqa: SIM118
+    return {"format": FORMAT, "source": checkpoint.identity(), "experts": names, "layout": layout.to_json()}
+
+
+def _write_pack(unfinished: Unfinished, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout) -> None:
+    folder, slabs = unfinished.folder, list(unfinished.progress.get("slabs", []))
+    at_once = max(1, RECORDED_BYTES // layout.slab_bytes)
+    # one is written while the next is made, unless they are so large that memory would tell
+    buffers = [aligned_bytes(layout.slab_bytes) for _ in range(2 if layout.slab_bytes <= MAPPED_BYTES else 1)]
+    written: deque[Future[dict[str, Any]]] = deque()
+
+    def write(slab: Tensor, described: dict[str, Any]) -> dict[str, Any]:
+        write_all(file.fileno(), as_buffer(slab))
+        return described | {"xxh3_64": checksum(slab)}
+
+    def wait(left: int) -> None:
+        while len(written) > left:
+            slabs.append(written.popleft().result())
+            if len(slabs) % at_once == 0:
+                unfinished.finish_step(partial(flush_file, folder / SLABS), {"slabs": list(slabs)})
+
+    with (
+        Unchanged(checkpoint) as signs,
+        (folder / SLABS).open("r+b" if slabs else "wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        file.truncate(len(slabs) * layout.slab_bytes)
+        file.seek(0, os.SEEK_END)
+        for number, (key, matrices) in enumerate(read_experts(checkpoint, family, len(slabs)), len(slabs)):
+            wait(len(buffers) - 1)
+            slab = buffers[number % len(buffers)]
             layout.encode([matrix.to(layout.dtype) for matrix in matrices], slab)
-            file.write(as_buffer(slab))
-            sums = {"xxh3_64": checksum(slab), "source_xxh3_64": content(matrices)}
-            slabs.append({**key._asdict(), "offset": number * layout.slab_bytes, **sums})
+            place = {"offset": number * layout.slab_bytes, "source_xxh3_64": content(matrices)}
+            written.append(writer.submit(write, slab, key._asdict() | place))
+        wait(0)
+        unfinished.settle()
     write_json(folder / INDEX, {"format": FORMAT, **layout.to_json(), "slabs": slabs})
     remember(folder, read_index(folder).digest, signs, family)
 
@@ -162,7 +212,7 @@ def _is_pack(folder: Path) -> bool:
     """Whether `folder` may be replaced: it holds a pack, whole or damaged, or nothing at all."""
     # the last is what is left where writing it was cut short
     return folder.is_dir() and all(
-        path.name in (SLABS, INDEX, SEEN, LOCK) or path.name.startswith(f".{SEEN}.") for path in folder.iterdir()
+        path.name in (SLABS, INDEX, SEEN, *MARKS) or path.name.startswith(f".{SEEN}.") for path in folder.iterdir()
     )
 
 

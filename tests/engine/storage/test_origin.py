@@ -310,7 +310,8 @@ def test_weights_written_while_they_are_read(directory: Path, monkeypatch: pytes
     assert_served(directory)
 
 
-def test_several_that_open_it_at_once(directory: Path) -> None:
+def test_several_that_open_it_at_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "RECORDED_BYTES", 20_000)
     assert_served(directory)
     overwrite(directory / WEIGHTS, other_experts)
     faults: list[BaseException] = []
