@@ -182,8 +182,8 @@ class TrainConfig:
         whole = self.sharding == Sharding.none
         need(
             whole or self.optimizer in (Optimizer.adamw, Optimizer.adamw_scaled),
-            f"{prefix}optimizer={self.optimizer} needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
-            f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
+            f"{prefix}optimizer={self.optimizer} needs whole matrices, and {prefix}sharding={self.sharding} splits "
+            f"them: set {prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
         )
         need(
             whole or self.trainable is not Trainable.lora,

@@ -58,7 +58,7 @@ def targets_of(model: Any, lora: LoraConfig) -> tuple[list[str], list[str]]:
     modules, tensors = [], []
     for target in lora.targets:
         layers, held = [], []
-        for part in _parts(model, target):
+        for part in parts_of(model, target):
             layers += [m for m in part.modules() if isinstance(m, nn.Linear)]
             if target is LoraTarget.experts:
                 held += [f"{names[part]}.{name}" for name, p in part.named_parameters(recurse=False) if p.ndim == 3]
@@ -77,7 +77,7 @@ def targets_of(model: Any, lora: LoraConfig) -> tuple[list[str], list[str]]:
     return modules, tensors
 
 
-def _parts(model: Any, target: LoraTarget) -> Iterator[nn.Module]:
+def parts_of(model: Any, target: LoraTarget) -> Iterator[nn.Module]:
     """The modules that are `target` in each layer, with all that is in them."""
     blocks = {id(block.layer_module): block for block in model.moe_blocks()}
     for stack in dict.fromkeys(block.stack for block in blocks.values()):

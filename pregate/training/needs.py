@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from pregate.config import Experts, Optimizer, Run, Tier, Trainable, TrainConfig
+from pregate.config import Experts, LoraTarget, Optimizer, Run, Tier, Trainable, TrainConfig
 from pregate.engine.budget import host_buffers_within, resolve_tier
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import training_slots
@@ -25,7 +26,8 @@ from pregate.models.loading import open_model
 from pregate.models.pregated_models import without_experts
 from pregate.system.memory import free_memory
 from pregate.system.sizes import human_bytes
-from pregate.training.optim import autocast_dtype
+from pregate.training.lora import parts_of
+from pregate.training.optim import LEAST_8BIT, autocast_dtype
 
 STATES = 24
 """How many numbers of width D a layer keeps for each token, beside its experts."""
@@ -73,7 +75,12 @@ def needs_of(run: Run, config: Any, dtype: torch.dtype, device: torch.device) ->
     others = [tuple(p.shape) for p in model.parameters()]
     gates = [tuple(p.shape) for gate in model.gates() for p in gate.parameters()]
     experts = list(spec.matrices.values()) * len(spec.keys())
-    learning = {Trainable.all: others + experts, Trainable.gates: gates}.get(train.trainable, others)
+    learning = {
+        Trainable.all: others + experts,
+        Trainable.all_but_experts: others,
+        Trainable.gates: gates,
+        Trainable.lora: gates + _adapters(train, model, spec),
+    }[train.trainable]
     layout = SlabLayout.of(spec, dtype, run.engine.slab_dtype)
     optimizer = _optimizer_bytes(train, learning)
     needs = Needs()
@@ -117,8 +124,22 @@ def _count(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
+def _adapters(train: TrainConfig, model: Any, spec: ExpertSpec) -> list[tuple[int, ...]]:
+    """The shapes of what `train.lora` adds."""
+    rank, matrices = train.lora.rank, list[tuple[int, ...]]()
+    for target in train.lora.targets:
+        if target is LoraTarget.experts:
+            matrices += [shape for shape in spec.matrices.values() if len(shape) == 2] * len(spec.keys())
+        else:
+            linears = (module for part in parts_of(model, target) for module in part.modules())
+            matrices += [tuple(module.weight.shape) for module in linears if isinstance(module, nn.Linear)]
+    return [shape for rows, columns in matrices for shape in ((rank, columns), (rows, rank))]
+
+
 def _optimizer_bytes(train: TrainConfig, shapes: list[tuple[int, ...]]) -> int:
     """As `pregate.training.optim.optimizer_bytes`, of shapes."""
+    if train.optimizer is Optimizer.adamw_8bit:
+        return sum((2 if _count([shape]) >= LEAST_8BIT else 2 * FP32) * _count([shape]) for shape in shapes)
     if train.optimizer is not Optimizer.adafactor:
         return 2 * FP32 * _count(shapes)
     factored = [_count([shape[:-1], (*shape[:-2], shape[-1])]) for shape in shapes if len(shape) > 1]
