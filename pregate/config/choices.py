@@ -15,7 +15,7 @@ Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adamw_8bit", "adafac
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 Trainable = StrEnum("Trainable", ["all", "all_but_experts", "gates", "lora"])
-"""Which parameters learn: all, all that are not experts, gates alone, or gates and adapters; the rest stays as it is."""
+"""Which parameters learn: all, all but the experts, the gates alone, or gates and adapters. The rest stays as it is."""
 LoraTarget = StrEnum("LoraTarget", ["attention", "experts", "shared_experts", "dense"])
 """Which matrices get adapters; `dense`: those of feed-forward layers without experts."""
 Experts = StrEnum("Experts", ["resident", "offloaded"])
