@@ -16,6 +16,8 @@ Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 Trainable = StrEnum("Trainable", ["all", "gates"])
 """Which parameters learn: all, or the gates alone while the rest stays as it is."""
+Sharding = StrEnum("Sharding", ["none", "full"])
+"""What of a training is split over several processes: nothing, each holds all; or weights, gradients and optimizer."""
 Keep = StrEnum("Keep", ["best", "last"])
 """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])

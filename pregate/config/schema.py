@@ -29,6 +29,7 @@ from pregate.config.choices import (
     Policy,
     Precision,
     Schedule,
+    Sharding,
     SlabDtype,
     Tier,
     Tracker,
@@ -120,6 +121,7 @@ class TrainConfig:
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
     in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
+    `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2).
     """
 
     steps: int = setting(2048, at_least(0))
@@ -144,6 +146,7 @@ class TrainConfig:
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
+    sharding: Sharding = Sharding.none
     eval_every: int = setting(256, at_least(1))
     eval_examples: int = setting(256, at_least(1))
     save_every: int = setting(256, at_least(1))
@@ -165,6 +168,11 @@ class TrainConfig:
             weighted or self.teacher is None,
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
             f"above 0, or {prefix}teacher=null.",
+        )
+        need(
+            self.sharding == Sharding.none or self.optimizer != Optimizer.adafactor,
+            f"{prefix}optimizer=adafactor needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
+            f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
         )
 
 

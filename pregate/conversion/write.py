@@ -37,7 +37,6 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
-from pregate.models.family import family_named
 from pregate.models.loading import open_model
 from pregate.system.console import progress
 from pregate.system.durable import partial_beside, put
@@ -76,9 +75,9 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
+    plan, spelt = plan_tensors(checkpoint, target.config), spelling(checkpoint, target.family)
+    checkpoint = checkpoint.with_extras()
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
-    spelt = spelling(checkpoint, family_named(target.config.model_type))
     sides = _side_files(source, revision, tokenizer)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())

@@ -18,6 +18,27 @@ from pregate.models.expert_math import Factor, combine, group_by_expert
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.routing import DROPPED, Routing
 
+FEW_ROWS = 16
+"""Up to so many rows an expert computes as many as it has."""
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes in which a CPU compiles a kernel for each shape of a product."""
+
+
+def run_of(first: int, last: int, num_rows: int) -> tuple[int, int]:
+    """The rows that an expert on a CPU computes for its own, `first` to `last` of `num_rows`: these and neighbours,
+    whose results nobody reads, so that their number is one of eight between two powers of two.
+
+    In half precision oneDNN compiles a kernel for each number of rows and keeps it, about 1 MB, and compiling takes
+    longer than computing.
+    """
+    length = last - first
+    if length <= FEW_ROWS:
+        return first, last
+    step = max(FEW_ROWS, 1 << (length - 1).bit_length() - 4)
+    length = min(-(-length // step) * step, num_rows)
+    first = min(first, num_rows - length)
+    return first, first + length
+
 
 class SlotMatrices:
     """What the expert in a slot multiplies with, in the compute dtype. Matrices of quantised slabs pass through one
@@ -68,10 +89,14 @@ class OffloadedExperts(nn.Module):
         grouping = group_by_expert(expert_ids_TK)
         gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
         by_use = sorted(grouping.groups, key=lambda group: group[1] - group[2])
-        results = self._compute({expert: gathered_ND[first:last] for expert, first, last in by_use})
+        runs = {expert: (first, last) for expert, first, last in by_use}
+        if hidden_TD.device.type == "cpu" and hidden_TD.dtype in HALVES:
+            runs = {expert: run_of(*run, len(gathered_ND)) for expert, run in runs.items()}
+        results = self._compute({expert: gathered_ND[first:last] for expert, (first, last) in runs.items()})
         if not results:
             return torch.zeros_like(hidden_TD)
-        return combine(torch.cat([results[expert] for expert in grouping.experts()]), grouping, weights_TK, hidden_TD)
+        own = [results[expert][first - runs[expert][0] :][: last - first] for expert, first, last in grouping]
+        return combine(torch.cat(own), grouping, weights_TK, hidden_TD)
 
     def _one_token(self, hidden_1D: Tensor, experts: list[int], weights_1K: Tensor) -> Tensor:
         """Nothing to sort, gather or put back."""

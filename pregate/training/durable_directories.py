@@ -72,6 +72,11 @@ def _beside(directory: Path, what: str) -> Path:
     return directory.with_name(f".{directory.name}.{what}")
 
 
+def place_to_fill(directory: Path) -> Path:
+    """The directory that `replaced` gives for `directory`."""
+    return _beside(directory, "new")
+
+
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
     with replaced(directory) as fresh:
@@ -81,6 +86,10 @@ def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path
 def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     with silent_bars():
         model.save_pretrained(directory)
+    write_side_files(directory, tokenizer, carry)
+
+
+def write_side_files(directory: Path, tokenizer: Any, carry: Sequence[Path]) -> None:
     tokenizer.save_pretrained(directory)
     for path in carry:
         shutil.copy2(path, directory / path.name)

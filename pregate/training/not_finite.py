@@ -16,6 +16,7 @@ from pregate.system.console import first_of
 from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.session import Session
+from pregate.training.sharding import local
 
 MOST_NAMED = 8
 REMEDY = "lower its learning_rate, set clip_norm or use precision=fp32"
@@ -40,8 +41,8 @@ def check_finite(session: Session, loss: float, norm: float, totals: Sequence[Te
 
 
 def check_weights(session: Session) -> None:
-    """Raises `UsageError` for weights that are not finite: no state is good that holds them."""
-    spoilt = [name for name, value in session.model.named_parameters() if not torch.isfinite(value).all()]
+    """Raises `UsageError` for weights of this process that are not finite: no state is good that holds them."""
+    spoilt = [name for name, value in session.model.named_parameters() if not torch.isfinite(local(value)).all()]
     if spoilt:
         raise UsageError(
             f"Weights of {session.stage} became NaN or infinite by step {session.state.step} ({first_of(spoilt, 2)}), "

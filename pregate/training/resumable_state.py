@@ -49,14 +49,23 @@ def save_last(
     What lay there becomes the previous state, and so on, until there are `keep` states.
     """
     tensors, numbers = optimizer_state(optimizer, model)
-    earlier = [_numbered(directory, PREVIOUS, number) for number in range(1, keep)]
-    with replaced(directory, earlier) as fresh:
+    with replaced(directory, earlier := places_before(directory, keep)) as fresh:
         write_model(fresh, model, tokenizer, carry)
         save_file(tensors, fresh / OPTIMIZER_FILE)
         record = {"format": FORMAT, "state": asdict(state), "optimizer": numbers, "random": list(random_states)}
         (fresh / STATE_FILE).write_text(json.dumps(record))
         sums = {path.name: checksum(path) for path in sorted(fresh.iterdir())}
         (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": sums}, indent=2))
+    clear_superseded(directory, earlier)
+
+
+def places_before(directory: Path, keep: int) -> list[Path]:
+    """Where the states before the newest one in `directory` go, the latest first, if there are to be `keep` in all."""
+    return [_numbered(directory, PREVIOUS, number) for number in range(1, keep)]
+
+
+def clear_superseded(directory: Path, earlier: Sequence[Path]) -> None:
+    """After a save: remove what is damaged, and earlier states in other places than `earlier`."""
     for place in (*damaged_states(directory), *(place for place in earlier_states(directory) if place not in earlier)):
         remove(place)
 
@@ -173,10 +182,7 @@ def load_last(
     del loaded
     same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
     if not same or info["missing_keys"]:
-        raise UsageError(
-            f"{directory} holds a run of a different model: resume with the settings it was started with, "
-            "or choose another run_dir."
-        )
+        raise other_model(directory)
     model.load_state_dict(saved)
     load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
     return TrainState(**record["state"]), record["random"]
@@ -190,6 +196,18 @@ def processes_of(directory: Path) -> int | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """What the state file of a settled `directory` holds."""
+    return _read_record(directory)
+
+
+def other_model(directory: Path | str) -> UsageError:
+    return UsageError(
+        f"{directory} holds a run of a different model: resume with the settings it was started with, or choose "
+        "another run_dir."
+    )
 
 
 def steps_done(directory: Path) -> int:

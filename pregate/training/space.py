@@ -17,11 +17,12 @@ from pregate.system.sizes import human_bytes
 from pregate.training.optim import optimizer_bytes
 from pregate.training.resumable_state import damaged_states, earlier_states
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.state import tensors_of
 
 
 def model_bytes(model: nn.Module) -> int:
-    """The size of the weights of `model` in a file, tied ones once."""
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    """The size of the weights of `model` in files, of all processes together; tied ones once."""
+    return sum(tensor.nbytes for _, tensor in tensors_of(model))
 
 
 def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saves: int) -> None:

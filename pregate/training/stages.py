@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from pregate.config import Init, Run, UsageError
+from pregate.config import CalibrationConfig, Init, Run, UsageError
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
-from pregate.models.loading import load_resident, mark_conventional, open_model
+from pregate.models.loading import load_resident, mark_conventional, open_model, unfilled
 from pregate.models.pregating import PreGating
+from pregate.system.console import first_of
 from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
@@ -33,6 +34,8 @@ from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
+from pregate.training.sharded_state import Weights
+from pregate.training.sharding import splits
 
 
 def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any, tracker: Tracker) -> str:
@@ -111,9 +114,14 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
         )
     calibration = json.loads((converted / MANIFEST).read_text()).get("calibration")
-    if calibration is not None and calibration["settings"] != asdict(run.calibration):
+    if calibration is None:
+        return
+    # a manifest made before a setting existed was made with what is its default now
+    before, now = asdict(CalibrationConfig()) | calibration["settings"], asdict(run.calibration)
+    other = [f"calibration.{name}={value}" for name, value in before.items() if now.get(name) != value]
+    if other:
         raise UsageError(
-            f"{converted} was calibrated with other settings ({calibration['settings']}): resume with those, or choose "
+            f"{converted} was calibrated with other settings ({first_of(other, 8)}): resume with those, or choose "
             "another run_dir=DIR."
         )
 
@@ -154,8 +162,9 @@ def _fine_tune_converted(
     assert state.device is not None
     done = steps_done(run_dir / LAST) if run.resume else 0
     with PeakMemory(state.device) as peak:
+        in_parts = splits(run.train.sharding, state.num_processes)
         summary = fine_tune(
-            load_resident(converted, revision, dtype=torch.float32),
+            unfilled(converted, revision) if in_parts else load_resident(converted, revision, dtype=torch.float32),
             tokenizer,
             task,
             run.train,
@@ -164,6 +173,7 @@ def _fine_tune_converted(
             tracker=tracker,
             stage="train",
             carry=[manifest] if manifest.is_file() else [],
+            weights=Weights(converted, revision) if in_parts else None,
         )
     if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
         summary = replace(summary, peak_device_bytes=peak.num_bytes)

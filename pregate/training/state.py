@@ -6,6 +6,7 @@ Knows torch, NumPy and Python's generator; knows nothing about files.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,14 @@ class TrainState:
         if self.best_score is None or (score < self.best_score if lower else score > self.best_score):
             return True
         return score == self.best_score and (self.best_loss is None or loss < self.best_loss)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that files hold, tied ones once."""
+    kept = model.state_dict().keys()  # which also lets go what was gathered
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept:
+            yield name, tensor.detach()
 
 
 def optimizer_state(

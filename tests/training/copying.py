@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pregate.config import Run, TrainConfig
 from pregate.tasks.base import Example, Scores
 from pregate.training.loop import TrainSummary, fine_tune
+from tests.engine.olmoe import olmoe
 from tests.tiny import pregated_model
 
 SHALLOW = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
@@ -110,11 +111,14 @@ def train_tiny(
     tracker: Recorder | None = None,
     task: FirstWords | None = None,
     carry: Sequence[Path] = (),
+    model: Any = None,
     model_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, Recorder, TrainSummary]:
-    """Train a tiny pre-gated model on the toy task; the model, what was logged, and the summary."""
-    model = pregated_model(**{**SHALLOW, **(model_changes or {})})
+    """Train `model`, or a tiny pre-gated one, decoder-only where examples are packed, on the toy task; the model, what
+    was logged, and the summary."""
+    if model is None:
+        model = olmoe() if changes.get("packing") else pregated_model(**{**SHALLOW, **(model_changes or {})})
     tracker = tracker or Recorder()
     summary = fine_tune(
         model,

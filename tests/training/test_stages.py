@@ -23,6 +23,7 @@ from pregate.config import (
     ModelConfig,
     PreGateConfig,
     Run,
+    Through,
     TrainConfig,
     UsageError,
     to_dict,
@@ -324,8 +325,18 @@ def test_gates_are_calibrated_once_and_with_one_setting(tmp_path: Path, capsys: 
     manifest = (Path(directory) / MANIFEST).read_text()
     assert get_converted(calibrated_run(), *given) == directory  # type: ignore[arg-type]
     assert (Path(directory) / MANIFEST).read_text() == manifest and capsys.readouterr().out == ""
-    with pytest.raises(UsageError, match="was calibrated with other settings"):
+    other = r"was calibrated with other settings \(calibration.examples=1024\): resume"
+    with pytest.raises(UsageError, match=other):
         get_converted(calibrated_run(examples=12), *given)  # type: ignore[arg-type]
+    # as written before some settings existed: what is absent was the default
+    older = json.loads(manifest)
+    for name in ("through", "memory", "data", "text"):
+        del older["calibration"]["settings"][name]
+    (Path(directory) / MANIFEST).write_text(json.dumps(older))
+    assert get_converted(calibrated_run(), *given) == directory  # type: ignore[arg-type]
+    for changed in ({"examples": 12}, {"through": Through.engine}):
+        with pytest.raises(UsageError, match="was calibrated with other settings"):
+            get_converted(calibrated_run(**changed), *given)  # type: ignore[arg-type]
 
 
 def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) -> None:
