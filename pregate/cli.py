@@ -7,9 +7,11 @@ is reported within the first second.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from pregate.system.durable import FULL
 from pregate.system.launch import asked
 from pregate.system.peers import PeerFailedError, end_in_silence, lost_connection, may_tell
 from pregate.system.stopping import GOES_ON, stoppable
+from pregate.system.submitted import do_submitted
 
 ARMS_FROM_REFERENCE = ("shifted", "calibrated", "gates_only")
 """Members of the config group `arm` of which `reference` is the source."""
@@ -88,6 +91,7 @@ def _check_arm(cfg: Any, overrides: Sequence[str]) -> None:
         )
 
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
 HYDRAS_OWN = ("help", "hydra_help", "cfg", "info", "config_dir", "config_name", "config_path", "package")
 """Options with which composing the settings ahead of Hydra would be needless or wrong."""
 
@@ -103,6 +107,9 @@ def check_command_line(arguments: Sequence[str]) -> None:
         return
     if not given.multirun:
         compose_run(given.overrides)
+        starts = next((argument for argument in given.overrides if LAUNCHER.match(argument)), None)
+        if starts is not None:
+            raise UsageError(f"{starts} says where the jobs of a sweep run: add --multirun, or leave it out.")
         return
     variable, size = asked()
     if size > 1:
@@ -111,6 +118,9 @@ def check_command_line(arguments: Sequence[str]) -> None:
             "start each training by itself, or the sweep without a launcher."
         )
     composed(given.overrides, multirun=True)
+
+
+LAUNCHER = re.compile(r"\+?(launcher|hydra/launcher)=")
 
 
 @stoppable()
@@ -136,11 +146,27 @@ def entry_point(work: Callable[[Run], None]) -> None:
             ending_in_one_sentence(lambda: work(validated(cfg, HydraConfig.get().overrides.task)))
 
     try:
-        run_under_hydra()
+        with _raising_what_jobs_raise():
+            run_under_hydra()
+    except UsageError as error:
+        fail(str(error))
     finally:
         sweep.name_failed()
     if sweep.failed:
         sys.exit(sweep.status)
+
+
+@contextmanager
+def _raising_what_jobs_raise() -> Iterator[None]:
+    """Hydra would print the first failure of jobs in other processes as a traceback, and exit."""
+    asked_for = os.environ.get(FULL_ERROR)
+    if asked_for is None and {"--multirun", "-m"} & set(sys.argv[1:]):
+        os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if asked_for is None:
+            os.environ.pop(FULL_ERROR, None)
 
 
 def fail(message: str) -> None:
@@ -163,7 +189,7 @@ def ending_in_one_sentence(work: Callable[[], None]) -> None:
     except Exception as error:
         said = in_one_sentence(error)
         if said is not None:
-            if isinstance(error, UsageError) and os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if isinstance(error, UsageError) and os.environ.get(FULL_ERROR) == "1":
                 raise
             fail(said)
         if not may_tell():
@@ -200,10 +226,24 @@ class Sweep:
         OmegaConf.update(cfg, "run_dir", place)
         if cfg.output is None:  # evaluations of one checkpoint would overwrite each other's results
             OmegaConf.update(cfg, "output", place)
+        name = f"job {job.job.num} ({' '.join(overrides)})"
         if job.launcher["_target_"].endswith(".BasicLauncher"):
-            ending_in_one_sentence(lambda: self._try(f"job {job.job.num} ({' '.join(overrides)})", cfg, overrides))
-        else:  # a job in a process of its own
+            ending_in_one_sentence(lambda: self._try(name, cfg, overrides))
+        else:  # in a process of its own, perhaps on another machine
+            do_submitted(lambda: self._tell(name, job.sweep.dir, cfg, overrides))
+
+    def _tell(self, name: str, sweep_dir: str, cfg: Any, overrides: Sequence[str]) -> None:
+        """Raises `UsageError`, which the command that has started the sweep prints."""
+        try:
             self.work(validated(cfg, overrides))
+        except PeerFailedError:
+            raise
+        except Exception as error:
+            said = in_one_sentence(error)
+            if said is None:
+                raise
+            said = f"{name} failed: {said.rstrip('.')}. What every job has printed is in {sweep_dir}/.submitit."
+            raise UsageError(said) from error
 
     def _try(self, name: str, cfg: Any, overrides: Sequence[str]) -> None:
         try:

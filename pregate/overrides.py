@@ -168,6 +168,10 @@ class Reader:
         try:
             return cls(config_of(choices), multirun, searches)
         except Exception as error:
+            if "hydra/launcher/submitit" in str(error):
+                raise UsageError(
+                    "Launchers of sweeps come with an extra: pip install 'pregate[cluster]' (hydra-submitit-launcher)."
+                ) from error
             raise UsageError(f"{' '.join(choices)} cannot be used here: {first_line(error)}.") from error
 
     def faults(self, argument: str) -> list[Fault]:

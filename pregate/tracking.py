@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from pregate.config import Run, UsageError, WandbMode, to_dict
 from pregate.config import Tracker as TrackerKind
 from pregate.system.console import say
-from pregate.system.durable import flush, flush_file, make_directory, read_object, to_jsonable, write_json
+from pregate.system.durable import flush, flush_file, make_directory, read_object, to_jsonable, write_json, write_text
 from pregate.system.machine import environment
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,6 +71,20 @@ class Tracker:
         """Return once what was logged is on the disk: a run that resumes from a later state does not log it again."""
         if self._file is not None:
             flush(self._file.fileno())
+
+    def rewind(self, step: int, *groups: str) -> None:
+        """Take back what the file holds of `groups` behind `step`, as it is about to be logged again, and lines that a
+        power cut has spoilt. W&B keeps what it has: its repeated steps have equal values.
+        """
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _stays(line, step, groups)]
+        if len(kept) < len(lines):
+            self._file.close()
+            write_text(path, "".join(kept))
+            self._file = path.open("a", encoding="utf-8")
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table such as the engine's policies, one row a list in the order of `columns`; None is an empty cell."""
@@ -156,7 +170,7 @@ def open_tracker(run: Run, run_dir: Path, is_main: bool = True) -> Tracker:
     """The tracker of `run`, writing to `run_dir`; only the main process records.
 
     Lines are appended, so that a resumed run, or its evaluation, continues the file, and its clock goes on from
-    the last line. Where a step occurs twice (work that an interruption made the run repeat) the later line counts.
+    the last line. What a run logs again, `Tracker.rewind` takes back first, so that each step occurs once.
     """
     if not is_main:
         return Tracker()
@@ -182,6 +196,15 @@ def _mend(path: Path) -> float:
         return float(json.loads(whole.splitlines()[-1])["time"])
     except (IndexError, KeyError, TypeError, ValueError):  # empty, or a last line that is not ours
         return 0.0
+
+
+def _stays(line: str, step: int, groups: Sequence[str]) -> bool:
+    try:
+        record = json.loads(line)
+        behind = record["step"] > step and any(name.partition("/")[0] in groups for name in record)
+    except (KeyError, TypeError, ValueError):  # zeros, where a power cut came ahead of the text
+        return False
+    return not behind
 
 
 def _start_wandb(run: Run, run_dir: Path) -> Any:

@@ -1,7 +1,10 @@
 """Test-wide settings: one thread, because tiny tensors spend longer waking threads than computing."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 
@@ -9,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["PREGATE_CACHE"] = tempfile.mkdtemp(prefix="pregate-tokens-")
+atexit.register(shutil.rmtree, os.environ["PREGATE_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

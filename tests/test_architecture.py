@@ -24,7 +24,7 @@ PEERS = {"training", "measure"}
 
 ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "cli.py"}
 """They import inside functions, so that a typo in a setting is told before torch is loaded."""
-HEAVY = {"wandb", "matplotlib", "triton", "peft"}
+HEAVY = {"wandb", "matplotlib", "triton", "peft", "submitit"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""
 ENCODER_FILES = ("models/families/", "engine/device/steps/", "models/objectives.py")
 """Where the word may stand: what is particular to a family, or to models with two stacks."""

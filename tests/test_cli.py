@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import submitit
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from pregate.cli import entry_point
 from pregate.config import Run, UsageError
+from pregate.config.groups import config_dir
+from pregate.overrides import composed
+from pregate.system.stopping import Terminated
+from pregate.system.submitted import until_time_is_up
 
 pytestmark = pytest.mark.usefixtures("in_process_hydra")
 
@@ -212,3 +219,62 @@ def test_settings_are_no_options(
         start([flag, "seed=1"], monkeypatch, print)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"pregate: {said}\n"
+
+
+def test_a_sweep_on_a_cluster_is_composed_and_its_settings_are_slurms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["+launcher=slurm", "seed=0,1", "resume=true", "hydra.launcher.partition=gpu"]
+    composed(arguments, multirun=True)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        launcher = compose("config", ["+launcher=slurm", arguments[-1]], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher")
+    given = {key: value for key, value in launcher.items() if key not in ("_target_", "submitit_folder")}
+    assert (given.pop("max_num_timeout"), given["signal_delay_s"], given["partition"]) == (4, 300, "gpu")
+    shared = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    executor = submitit.AutoExecutor(tmp_path, cluster="slurm")
+    given["name"] = "sweep"
+    # it refuses what it does not know
+    executor.update_parameters(
+        **{
+            key if key in (*shared, "stderr_to_stdout") else f"slurm_{key}": value
+            for key, value in given.items()
+            if value is not None and key != "additional_parameters"
+        }
+    )
+
+
+def test_a_launcher_without_a_sweep_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Run] = []
+    for argument in ("+launcher=local", "hydra/launcher=submitit_slurm"):
+        with pytest.raises(SystemExit):
+            start([argument], monkeypatch, runs.append)
+        assert f"{argument} says where the jobs of a sweep run: add --multirun" in capsys.readouterr().err
+    assert not runs
+
+
+def test_a_submitted_job_saves_before_it_is_queued_again() -> None:
+    """Where submitit's own handler would have exited in the middle of the work."""
+    done: list[str] = []
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raise AssertionError("not reached")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, lambda *_: done.append("queued again"))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(Terminated):
+            until_time_is_up(work, signal.SIGUSR2)
+        with pytest.raises(Terminated):  # ended by its user
+            until_time_is_up(lambda: os.kill(os.getpid(), signal.SIGTERM), signal.SIGUSR2)
+        assert done == ["queued again"] and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

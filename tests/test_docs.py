@@ -4,8 +4,10 @@ that are named exist."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,61 @@ def test_the_tutorial_and_the_example_of_the_readme_run(tmp_path: Path) -> None:
         "predictions.jsonl",
         "report.html",
     } <= {path.name for path in (tmp_path / "runs" / "tutorial").iterdir()}
+
+
+FEW_STEPS = (
+    "train.steps=2 train.warmup_steps=0 source_train.steps=2 source_train.warmup_steps=0 train.eval_examples=4 "
+    "source_train.eval_examples=4 tracking=jsonl then_eval=false"
+)
+STAND_INS = {
+    "scontrol": "echo localhost",
+    "srun": '"$@" & "$@" & wait -n; wait -n',
+    "sbatch": (
+        'while [[ "$1" == --* ]]; do shift 2; done; script=$1; shift; '
+        'SLURM_NNODES=2 SLURM_JOB_NODELIST=two SLURM_JOB_ID=7 SLURM_GPUS_ON_NODE=1 exec bash "$ROOT/$script" "$@"'
+    ),
+}
+"""For SLURM's commands: two machines are two processes here."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_cluster_start_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few steps, on the CPU, and without a cluster. `+launcher=slurm` is composed in `test_cli`."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, text in STAND_INS.items():
+        (bin_dir / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (bin_dir / name).chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    script = text_of("scripts/slurm_train.sh").replace("29400", str(free_port()))
+    (tmp_path / "scripts" / "slurm_train.sh").write_text(script)
+    monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
+    for name, value in {"ROOT": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    blocks = [text.replace("switch_large_squad", "quickstart") for _, text in BLOCK.findall(text_of("docs/cluster.md"))]
+    assert len(blocks) == 6 and "+launcher=slurm" in blocks.pop()
+    for block in blocks:
+        joined = block.replace("\\\n", " ").replace("29400", str(free_port()))
+        commands = [f"{line} {FEW_STEPS}" if "+experiment" in line else line for line in joined.splitlines()]
+        text = "\n".join(commands)
+        run("bash", f"({text}) &\n({text}) &\nwait -n\nwait -n" if "--nnodes" in text else text, tmp_path)
+    found = {
+        path.parents[1].name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/last/train_state.json")
+    }
+    assert {name: len(state["random"]) for name, state in found.items()} == dict.fromkeys(
+        ("two", "accelerate", "parts", "machines", "quickstart"), 2
+    )
+    assert {name for name, state in found.items() if state.get("parts") == 2} == {"parts", "machines", "quickstart"}
+    swept = tmp_path / "runs" / "quickstart_sweep"
+    seeds = [OmegaConf.load(swept / job / "config.yaml").seed for job in ("0", "1")]
+    losses = [json.loads((swept / job / "summary.json").read_text())["train"]["metrics"]["train/loss"] for job in "01"]
+    assert seeds == [0, 1] and losses[0] != losses[1]
 
 
 def test_the_readme_is_short() -> None:

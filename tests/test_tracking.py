@@ -89,6 +89,25 @@ def test_resume_mends_a_torn_line_and_continues_the_clock(tmp_path):
     assert 100.0 <= second["time"] < 1e6
 
 
+def test_what_is_logged_again_is_taken_back_first(tmp_path):
+    logged = [("source", 4), ("train", 2), ("train", 3), ("train/eval", 3), ("train", 4), ("eval", 0)]
+    run = jsonl_run()
+    with tracking.open_tracker(run, tmp_path) as tracker:
+        for name, step in logged:
+            tracker.log({f"{name}/loss": 1.0}, step)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + bytes(64) + b'{"step": 5}\n')  # zeros that a power cut left
+    with tracking.open_tracker(run, tmp_path) as tracker:
+        tracker.rewind(2, "train")
+        tracker.log({"train/loss": 0.5}, 3)
+        tracker.rewind(-1, "eval")
+        tracker.log({"eval/loss": 0.5}, 0)
+    found = [(*[key for key in record if "loss" in key], record["step"]) for record in records(tmp_path)]
+    assert found == [("source/loss", 4), ("train/loss", 2), ("train/loss", 3), ("eval/loss", 0)]
+    assert records(tmp_path)[2]["train/loss"] == records(tmp_path)[3]["eval/loss"] == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_full_disk_is_told(fake_wandb, tmp_path):
     run = FakeRun(tmp_path)
     tracker = tracking.Tracker(Path("/dev/full").open("w"), run)  # noqa: SIM115

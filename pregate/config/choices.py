@@ -18,6 +18,8 @@ Trainable = StrEnum("Trainable", ["all", "all_but_experts", "gates"])
 """Which parameters learn: all, all that are not experts, or the gates alone; the rest stays as it is."""
 Experts = StrEnum("Experts", ["resident", "offloaded"])
 """Where the experts are in training: in memory with the rest, or frozen in the engine's store."""
+Sharding = StrEnum("Sharding", ["none", "full"])
+"""What of a training is split over several processes: nothing, each holds all; or weights, gradients and optimizer."""
 Keep = StrEnum("Keep", ["best", "last"])
 """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])

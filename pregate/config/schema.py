@@ -30,6 +30,7 @@ from pregate.config.choices import (
     Policy,
     Precision,
     Schedule,
+    Sharding,
     SlabDtype,
     Tier,
     Tracker,
@@ -101,9 +102,13 @@ class PreGateConfig:
 
 @dataclass
 class DataConfig:
+    """`cache`: where the tokens of the training examples are kept; null is `PREGATE_CACHE`, or else a folder `pregate`
+    in the cache of Hugging Face's libraries."""
+
     root: str | None = None
+    cache: str | None = None
     max_train_examples: int | None = None
-    num_workers: int = 0
+    num_workers: int = setting(0, at_least(0))
 
 
 DROPOUT = Limit(lambda rate: 0 <= rate < 1, "must lie in [0, 1), or be null to keep the model's own")
@@ -116,8 +121,9 @@ class TrainConfig:
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
-    in one row and do not see each other. `experts: offloaded`: those of the model and of its teacher stay frozen where
-    `engine` says.
+    in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
+    `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2). `experts: offloaded`:
+    those of the model and of its teacher stay frozen where `engine` says.
     """
 
     steps: int = setting(2048, at_least(0))
@@ -143,9 +149,11 @@ class TrainConfig:
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
+    sharding: Sharding = Sharding.none
     eval_every: int = setting(256, at_least(1))
     eval_examples: int = setting(256, at_least(1))
     save_every: int = setting(256, at_least(1))
+    keep_last: int = setting(2, at_least(1))
     log_every: int = setting(10, at_least(1))
 
     def check(self, prefix: str) -> None:
@@ -174,6 +182,11 @@ class TrainConfig:
             resident or self.expert_path is ExpertPath.grouped,
             f"{prefix}expert_path={self.expert_path} needs the experts in memory: leave it out, or set "
             f"{prefix}experts=resident.",
+        )
+        need(
+            self.sharding == Sharding.none or self.optimizer != Optimizer.adafactor,
+            f"{prefix}optimizer=adafactor needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
+            f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
         )
 
 
@@ -283,12 +296,17 @@ NAMED = {"empty": "give it a value, or leave it out"}
 
 @dataclass
 class Run:
-    """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line."""
+    """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line.
+
+    `allow_changes`: what a resumed run may have otherwise than before although its result changes: names of settings or
+    of sections, and `processes`.
+    """
 
     name: str = field(default="run", metadata=NAMED)
     run_dir: str = field(default="runs/run", metadata=NAMED)
     seed: int = 0
     resume: bool = False
+    allow_changes: list[str] = field(default_factory=list)
     then_eval: bool = True
     plan: bool = False
     source: str | None = None

@@ -78,11 +78,14 @@ def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
 
 def spelling(checkpoint: SourceCheckpoint, family: Family) -> Callable[[str], str]:
     """From the name of an output tensor to its name in a file: as in the files of the source, where the family has
-    other names for parts of it (`Family.renames`)."""
+    other names for parts of it (`Family.renames`). An extra tensor keeps its name."""
     stored = [info.key or name for name, info in checkpoint.tensors.items()]
     used = [(old, new) for old, new in family.renames if any(old in name for name in stored)]
+    extras = {name: info.key or name for name, info in checkpoint.extras.items()}
 
     def spelt(name: str) -> str:
+        if name in extras:
+            return extras[name]
         for old, new in used:
             name = name.replace(new, old)
         return name

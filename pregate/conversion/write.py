@@ -37,7 +37,6 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
-from pregate.models.family import family_of
 from pregate.models.loading import open_model
 from pregate.system.console import progress
 from pregate.system.durable import partial_beside, put
@@ -76,7 +75,8 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
+    plan, spelt = plan_tensors(checkpoint, target.config), spelling(checkpoint, target.family)
+    checkpoint = checkpoint.with_extras()
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     source_bytes = sum(file.stat().st_size for file in checkpoint.files)
@@ -86,7 +86,7 @@ def convert(
     bar = "converting", source_bytes + output_bytes, DownloadColumn()
     with _appearing(output) as unfinished, progress(*bar) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
-        write_shards(unfinished, checkpoint, plan, starts, max_shard_bytes, advance)
+        write_shards(unfinished, checkpoint, plan, starts, spelt, max_shard_bytes, advance)
         for file in sides:
             shutil.copyfile(file, unfinished / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
@@ -112,13 +112,13 @@ def write_shards(
     checkpoint: SourceCheckpoint,
     plan: TensorPlan,
     starts: Mapping[str, GateStart],
+    spelt: Callable[[str], str],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Weight files of the output tensors of `plan`, and their index if there are several. Each tensor is that of the
-    opened `checkpoint`, or what `starts` makes of it. No more than one file of tensors is in memory at a time;
-    `advance` is told the size of each."""
-    spelt = spelling(checkpoint, family_of(checkpoint.config))
+    opened `checkpoint`, or what `starts` makes of it, under its name as `spelt`. No more than one file of tensors is in
+    memory at a time; `advance` is told the size of each."""
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
     for file, names in shards.items():

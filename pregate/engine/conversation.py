@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from pregate.config import UsageError
 
 
 class Conversation:
     """Made by `OffloadEngine.conversation`. `tokens` and `mask` (B, T): all that was said so far by both sides, and
-    where it is no padding; None before the first turn."""
+    where it is no padding; None before the first turn.
+
+    Rows of different lengths have padding between turns. Full attention passes over it. A sliding window counts it, and
+    a recurrent state carries it on, so a model with such layers gets all padding moved to the left, and reads the text
+    again."""
 
     def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
         """`generate`: of the engine that serves `model`."""
@@ -30,7 +35,7 @@ class Conversation:
 
     def reply(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Append `input_ids` (B, S) to the text and go on from there: the new tokens (B, N). The model reads only what
-        it has not read in an earlier turn.
+        it has not read in an earlier turn, unless padding was moved.
 
         `attention_mask` (B, S): 0 for padding, which is on the left. `options`: of `generate`. A row that ends early is
         padded, and its padding is not part of the text. After an error or an interrupt the text is what it was before
@@ -38,15 +43,22 @@ class Conversation:
         turns before, and for options that do not give one text a row.
         """
         self._check(input_ids, options)
-        turn_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        turn_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         tokens_BT, mask_BT = _behind(self.tokens, input_ids), _behind(self.mask, turn_BS)
         # forgotten until this turn has ended well: what was read of it is not known otherwise
-        cache, self._cache = self._cache or DynamicCache(config=self._model.config), None
+        cache, self._cache = self._cache or self._empty_cache(), None
+        if any(type(layer) is not DynamicLayer for layer in cache.layers) and (mask_BT.diff() < 0).any():
+            order_BT = mask_BT.argsort(stable=True)
+            tokens_BT, mask_BT = tokens_BT.gather(1, order_BT), mask_BT.gather(1, order_BT)
+            cache = self._empty_cache()
         result = self._generate(input_ids=tokens_BT, attention_mask=mask_BT, past_key_values=cache, **options)
         whole_BT: Tensor = getattr(result, "sequences", result)
         new_BN = whole_BT[:, tokens_BT.shape[1] :]
         self.tokens, self.mask, self._cache = whole_BT, torch.cat([mask_BT, self._said(new_BN, options)], 1), cache
         return new_BN
+
+    def _empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._model.config)
 
     def _check(self, input_ids: Tensor, options: dict[str, Any]) -> None:
         if self.tokens is not None and len(self.tokens) != len(input_ids):

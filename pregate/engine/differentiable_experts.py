@@ -67,6 +67,12 @@ class DifferentiableExperts(OffloadedExperts):
         block = partial(self._all_tokens, grouping=grouping), partial(self._gradients, grouping=grouping)
         return _Block.apply(hidden_TD, weights_TK, *block, self._arithmetic())  # type: ignore[no-any-return]
 
+    def _runs(self, grouping: Grouping, gathered_ND: Tensor) -> dict[int, tuple[int, int]]:
+        if not self.training:
+            return super()._runs(grouping, gathered_ND)
+        # the backward pass computes the same rows, and drops the same of them
+        return {expert: (first, last) for expert, first, last in by_use(grouping)}
+
     def _keys(self, grouping: Grouping) -> list[ExpertKey]:
         return [ExpertKey(self._stack, self._block, expert) for expert, _, _ in by_use(grouping)]
 

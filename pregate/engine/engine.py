@@ -33,7 +33,10 @@ class OffloadEngine(Engine):
     def __init__(self, *served: Any, prefill_chunk: int | None) -> None:
         super().__init__(*served)
         self.prefill_chunk = prefill_chunk
-        self._continues_prompts = family_of_model(self.model).objective.continues_prompts
+        objective = family_of_model(self.model).objective
+        self._continues_prompts = objective.continues_prompts
+        # upstream masks no padding in a call of one token, and layers that carry a state would carry it on
+        self._least_chunk = 1 if objective.packs else 2
 
     @classmethod
     def open(
@@ -124,9 +127,10 @@ class OffloadEngine(Engine):
         is_cached = inputs.get("use_cache", config.use_cache) is not False
         if not (self._continues_prompts and self.prefill_chunk and is_cached) or config.prefill_chunk_size:
             return inputs
-        if ids is None or ids.shape[1] <= self.prefill_chunk:
+        chunk = max(self.prefill_chunk, self._least_chunk)
+        if ids is None or ids.shape[1] <= chunk:
             return inputs
-        return {"prefill_chunk_size": self.prefill_chunk, **inputs}
+        return {"prefill_chunk_size": chunk, **inputs}
 
     @property
     def trace(self) -> Trace:

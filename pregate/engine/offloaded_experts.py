@@ -20,6 +20,26 @@ from pregate.models.routing import DROPPED, Routing
 
 Arithmetic = Callable[[ExpertKey, Sequence[Factor], Tensor], Tensor]
 """An expert, its matrices and its tokens (N, D) to its results (N, D)."""
+FEW_ROWS = 16
+"""Up to so many rows an expert computes as many as it has."""
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes in which a CPU compiles a kernel for each shape of a product."""
+
+
+def run_of(first: int, last: int, num_rows: int) -> tuple[int, int]:
+    """The rows that an expert on a CPU computes for its own, `first` to `last` of `num_rows`: these and neighbours,
+    whose results nobody reads, so that their number is one of eight between two powers of two.
+
+    In half precision oneDNN compiles a kernel for each number of rows and keeps it, about 1 MB, and compiling takes
+    longer than computing.
+    """
+    length = last - first
+    if length <= FEW_ROWS:
+        return first, last
+    step = max(FEW_ROWS, 1 << (length - 1).bit_length() - 4)
+    length = min(-(-length // step) * step, num_rows)
+    first = min(first, num_rows - length)
+    return first, first + length
 
 
 class SlotMatrices:
@@ -80,11 +100,19 @@ class OffloadedExperts(nn.Module):
 
     def _all_tokens(self, hidden_TD: Tensor, grouping: Grouping, weights_TK: Tensor, arithmetic: Arithmetic) -> Tensor:
         gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
-        tokens = {expert: gathered_ND[first:last] for expert, first, last in by_use(grouping)}
-        results = self._compute(tokens, arithmetic)
+        runs = self._runs(grouping, gathered_ND)
+        results = self._compute({expert: gathered_ND[first:last] for expert, (first, last) in runs.items()}, arithmetic)
         if not results:
             return torch.zeros_like(hidden_TD)
-        return combine(torch.cat([results[expert] for expert in grouping.experts()]), grouping, weights_TK, hidden_TD)
+        own = [results[expert][first - runs[expert][0] :][: last - first] for expert, first, last in grouping]
+        return combine(torch.cat(own), grouping, weights_TK, hidden_TD)
+
+    def _runs(self, grouping: Grouping, gathered_ND: Tensor) -> dict[int, tuple[int, int]]:
+        """The rows that each expert computes, those of the most used one first."""
+        runs = {expert: (first, last) for expert, first, last in by_use(grouping)}
+        if gathered_ND.device.type == "cpu" and gathered_ND.dtype in HALVES:
+            runs = {expert: run_of(*run, len(gathered_ND)) for expert, run in runs.items()}
+        return runs
 
     def _one_token(self, hidden_1D: Tensor, experts: list[int], weights_1K: Tensor) -> Tensor:
         """Nothing to sort, gather or put back."""

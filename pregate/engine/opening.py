@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pregate.config import SlabDtype, Tier, UsageError
 from pregate.config.validators import chosen
@@ -23,7 +22,7 @@ from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.experts import ExpertSpec
 from pregate.models.family import config_of, dtype_name, experts_of, family_named
 from pregate.models.loading import checked, generation_config, open_model
-from pregate.models.pregated_models import compute_buffers, without_experts
+from pregate.models.pregated_models import compute_buffers, place, without_experts
 from pregate.system.console import first_of
 from pregate.system.machine import compute_device
 
@@ -86,7 +85,6 @@ class Opened:
         with without_experts(), torch.device("meta"):
             model = family_named(config.model_type).model_class(config)
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
-        wider = model._get_dtype_plan(dtype)  # what upstream keeps in float32: part of a name -> dtype
         # one at a time and the largest first: a tensor's mapped pages are resident memory beside its copy
         for name in sorted(wanted, key=source.num_bytes, reverse=True):
             found = source.tensors[name].shape
@@ -95,13 +93,7 @@ class Opened:
                     f"{source.directory} holds {name} of shape {tuple(found)}, not {tuple(wanted[name])}: use the "
                     "complete weights of the model that its config.json describes."
                 )
-            own = next((own for part, own in wider.items() if part in name), dtype)
-            owned = source.read([name])[name].to(device=device, dtype=own, copy=True)
-            # load_state_dict would walk all modules for each tensor
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            is_buffer = leaf in module._buffers
-            setattr(module, leaf, owned if is_buffer else nn.Parameter(owned, requires_grad=False))
+            place(model, name, source.read([name])[name], device, dtype)
         compute_buffers(model, device)
         # as from_pretrained: tables that are there and differ stay apart
         model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)

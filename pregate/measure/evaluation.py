@@ -360,6 +360,7 @@ def publish(
     summary |= routing_scalars(evaluation.get("routing", {}))
     for policy, record in evaluation["engine"].items():
         summary |= {f"engine/{policy}/{name}": float(value) for name, value in record.items()}
+    tracker.rewind(-1, *(name.partition("/")[0] for name in summary))
     tracker.log(summary, 0)
     tracker.summary(summary)
     parity = evaluation.get("parity", {})

@@ -49,7 +49,8 @@ def record_routes(
 
     Two models given the same examples and batch size list the same tokens in the same order.
     """
-    device, objective = engine.model.device, family_of_model(engine.model).objective
+    device, family = engine.model.device, family_of_model(engine.model)
+    objective = family.objective
     parts: dict[str, list[list[BlockRoutes]]] = {}
     done = 0
     for batch in length_sorted_batches(examples, batch_size):
@@ -64,7 +65,7 @@ def record_routes(
             rows = parts.setdefault(stack, [[] for _ in blocks])
             for row, logits_BTE, ids_BTK in zip(rows, blocks, chosen[stack], strict=True):
                 logits_TE = logits_BTE[mask_BT].float().cpu()
-                row.append(BlockRoutes(logits_TE.softmax(-1), ids_BTK[mask_BT].cpu(), sequences_T))
+                row.append(BlockRoutes(family.scores.probabilities(logits_TE), ids_BTK[mask_BT].cpu(), sequences_T))
         done += len(batch)
     return {stack: [_joined(row) for row in rows] for stack, rows in parts.items()}
 

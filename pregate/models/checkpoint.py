@@ -25,6 +25,8 @@ from pregate.config import UsageError
 from pregate.system.console import first_of
 
 CONFIG = "config.json"
+TEXT = "text_config"
+"""The section of a config.json that describes the language model, where the whole also reads images or sound."""
 QUANTISATION = "quantization_config"
 """The section of a config.json that says how the weights are quantised. `pregate.models.encodings` reads it."""
 TOKENIZER_FILES = (
@@ -192,11 +194,16 @@ def _fills_storage(tensor: Tensor) -> bool:
 
 
 def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
-    """The `config.json` of a directory or hub id; of a hub id, nothing else is downloaded.
+    """The `config.json` of a directory or hub id; of a hub id, nothing else is downloaded. Where the model has other
+    parts beside the language model, the settings of the language model, with those that are told for the whole.
 
     Raises `UsageError` where there is no such directory or id, or no readable config in it.
     """
-    return _read_json(_directory(source, revision, [CONFIG]) / CONFIG, source)
+    whole = _read_json(_directory(source, revision, [CONFIG]) / CONFIG, source)
+    text = whole.get(TEXT)
+    if not isinstance(text, dict) or "model_type" not in text:
+        return whole
+    return {name: value for name, value in whole.items() if name != TEXT} | text
 
 
 def read_generation_settings(source: str, revision: str | None = None) -> dict[str, Any]:

@@ -66,6 +66,9 @@ class TopKGate(Gate):
     def read(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD if self.norm is None else self.norm(hidden_BTD)
 
+    def choices(self, logits_TE: Tensor) -> Tensor:
+        return _choices(self.router, type(self.router), logits_TE)
+
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return _routing(self.router, self.read(hidden_BTD))
 
@@ -86,6 +89,9 @@ class _OwnGate(Gate):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.linear.named_parameters(recurse=False)
 
+    def choices(self, logits_TE: Tensor) -> Tensor:
+        return _choices(self.linear, self.linear.router_class, logits_TE)
+
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return _routing(self.linear.forward_of_router, hidden_BTD)
 
@@ -94,6 +100,16 @@ def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
     B, T, _ = hidden_BTD.shape
     logits, weights, ids = router(hidden_BTD.flatten(0, 1))
     return Routing(ids.view(B, T, -1), weights.view(B, T, -1), logits.view(B, T, -1))
+
+
+def _choices(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
+    """By upstream's own rule, the class `rule`: of a router that reads logits, and whose linear map is the identity."""
+    E = logits_TE.shape[-1]
+    reader: Any = copy.copy(router)
+    bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}
+    reader._parameters = {"weight": torch.eye(E, dtype=logits_TE.dtype, device=logits_TE.device), **bias}
+    reader.hidden_dim = E
+    return rule.forward(reader, logits_TE)[2]
 
 
 class TopKGates(BlockGates):
@@ -301,7 +317,9 @@ class PreGatedCausalLM(ServedModel):
             loss = nn.functional.cross_entropy(*shifted, ignore_index=IGNORED)
             if routed:
                 pairs = zip(routed, outputs.expert_ids, strict=True)
-                balance = torch.stack([balance_loss(block, attention_mask, ids) for block, ids in pairs]).mean()
+                scores = family_named(self.config.model_type).scores
+                blocks = [balance_loss(block, attention_mask, ids, scores) for block, ids in pairs]
+                balance = torch.stack(blocks).mean()
                 loss = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * balance
         return RoutedOutput(
             loss=loss,

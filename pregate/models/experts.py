@@ -56,9 +56,10 @@ class ExpertSpec:
     matrices: name and shape of each matrix or bias of one expert. layers: the layer numbers of the MoE blocks of each
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
-    name of that arithmetic among the kernels of the device-driven engine. joined: names of matrices that `apply` takes
-    as one with the matrix before them, their rows behind its rows. dropout: the rate of a resident expert's own dropout
-    in training; `apply` then takes a third argument, the function that drops. None for experts without one.
+    name of that arithmetic among the kernels of the device-driven engine. constants: the numbers that it takes. joined:
+    names of matrices that `apply` takes as one with the matrix before them, their rows behind its rows. dropout: the
+    rate of a resident expert's own dropout in training; `apply` then takes a third argument, the function that drops.
+    None for experts without one.
     """
 
     num_experts: int
@@ -69,6 +70,7 @@ class ExpertSpec:
     layouts: tuple[ExpertLayout, ...]
     apply: Callable[..., Tensor]
     activation: str
+    constants: tuple[float, ...] = ()
     joined: tuple[str, ...] = ()
     dropout: float | None = None
 

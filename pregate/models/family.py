@@ -28,6 +28,7 @@ from pregate.models.checkpoint import QUANTISATION
 from pregate.models.experts import ExpertSpec
 from pregate.models.objectives import Objective
 from pregate.models.pregating import PreGating
+from pregate.models.routing import ScoreFunction
 from pregate.system.console import reason_of
 
 
@@ -92,6 +93,8 @@ class Family(ABC):
     """The settings of a config that count layers."""
     experts_setting: ClassVar[str] = "num_experts"
     """The one that counts the experts of a block."""
+    scores: ClassVar[ScoreFunction] = ScoreFunction.softmax
+    """How its routers score experts."""
     gate_parts: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """The tensors of a gate, all of which move with it; a model may have fewer."""
     input_tables: ClassVar[tuple[str, ...]]

@@ -51,6 +51,12 @@ def apart(experts: str, names: Sequence[str] = MATRICES) -> ExpertLayout:
     return layout
 
 
+def clamped_product(gate_NF: Tensor, up_NF: Tensor, alpha: float, limit: float) -> Tensor:
+    """What is between matrices whose results are clamped: (up + 1) * gate * sigmoid(alpha * gate)."""
+    gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(min=-limit, max=limit)
+    return (up_NF + 1) * (gate_NF * (gate_NF * alpha).sigmoid())
+
+
 def gated_unit(activation: str) -> Callable[[Sequence[Factor], Tensor], Tensor]:
     """What one expert computes: down(activation(gate x) * up x). `activation`: as upstream's configs name it. Gate and
     up are given as one matrix or as two."""

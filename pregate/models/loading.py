@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import (
@@ -126,6 +127,23 @@ def load_resident(directory: str | Path, revision: str | None = None, **options:
         )
     if "generation_config" not in options:
         model.generation_config = generation_config(source)
+    return model.eval()
+
+
+def unfilled(directory: str | Path, revision: str | None = None) -> Any:
+    """The model of a checkpoint in float32 and in evaluation mode, without its weights. Raises `UsageError` as
+    `open_model` does.
+
+    Memory that nobody has written to takes no room. So of a model that is larger than memory a part can be chosen and
+    then filled, see `pregate.training.sharded_state.fill`.
+    """
+    source = open_model(str(directory), revision)
+    family = family_of(source.config)
+    with no_init_weights():
+        model = family.model_class(family.config(source.config))
+    # as from_pretrained does: tables of which a checkpoint holds several, with other bits, are not tied
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(source.tensors))
+    model.generation_config = generation_config(source)
     return model.eval()
 
 

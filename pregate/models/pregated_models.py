@@ -51,6 +51,18 @@ def compute_buffers(model: Any, device: torch.device) -> None:
             model._init_weights(module)
 
 
+def place(model: Any, name: str, stored: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a copy of `stored` where `model`, which was built on the meta device, has the parameter or buffer `name`: in
+    `dtype`, or in float32 where upstream keeps it so, such as a correction bias."""
+    wider = model._get_dtype_plan(dtype)  # part of a name -> dtype
+    dtype = next((wide for part, wide in wider.items() if part in name), dtype)
+    owned = stored.to(device=device, dtype=dtype, copy=True)
+    # load_state_dict would walk all modules for each tensor
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, leaf, owned if leaf in module._buffers else nn.Parameter(owned, requires_grad=False))
+
+
 class PreGatedConfig:
     """A config with a `pregate` section, in which the stacks are named. Raises `UsageError` for a stack that the model
     cannot have."""
@@ -155,6 +167,10 @@ class Gate(nn.Module):
     def read(self, hidden_BTD: Tensor) -> Tensor:
         """The states that the linear map sees, before any jitter."""
         return hidden_BTD
+
+    def choices(self, logits_TE: Tensor) -> Tensor:
+        """The experts (T, K) that its rule chooses by these logits, before any capacity."""
+        raise NotImplementedError
 
 
 class ServedModel:

@@ -8,13 +8,30 @@ Letters: B batch, T tokens of a sequence, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DROPPED = -1
 """Expert id of a token that its expert had no capacity left for."""
+
+
+class ScoreFunction(StrEnum):
+    """From a router's logits to the scores of experts. softmax: of all experts together. sigmoid: of each expert by
+    itself, so that the scores of a token need not add up to one."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+    def probabilities(self, logits_TE: Tensor) -> Tensor:
+        """The scores as shares of one, in the logits' dtype. Sigmoid scores are divided by their sum (DeepSeek-V3,
+        arXiv:2412.19437, equation 19)."""
+        if self is ScoreFunction.softmax:
+            return logits_TE.softmax(-1)
+        return nn.functional.logsigmoid(logits_TE).softmax(-1)  # the exponential of it is the score
 
 
 class Routing(NamedTuple):
@@ -64,9 +81,18 @@ def slot_agreement(expert_ids_TK: Tensor, reference_TK: Tensor) -> float:
     return slots_in_common(expert_ids_TK, reference_TK).mean().item()
 
 
-def logits_agreement(logits_TE: Tensor, reference_TE: Tensor, top_k: int) -> float:
-    """The slot agreement of the `top_k` largest logits."""
-    return slot_agreement(choose_experts(logits_TE, top_k)[0], choose_experts(reference_TE, top_k)[0])
+Choose = Callable[[Tensor], Tensor]
+"""From logits_TE to expert_ids_TK: what a router chooses, whatever its weights are."""
+
+
+def first_choice(logits_TE: Tensor) -> Tensor:
+    """The expert (T, 1) with the largest logit."""
+    return choose_experts(logits_TE, 1)[0]
+
+
+def logits_agreement(logits_TE: Tensor, reference_TE: Tensor, choose: Choose) -> float:
+    """The slot agreement of what `choose` chooses by both logits."""
+    return slot_agreement(choose(logits_TE), choose(reference_TE))
 
 
 def apply_capacity(expert_ids_BTK: Tensor, num_experts: int, capacity: int) -> Tensor:

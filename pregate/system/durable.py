@@ -24,6 +24,7 @@ from typing import Any
 LOCK = ".lock"
 """Held in a directory that is being filled, for as long as the process that fills it lives."""
 PARTIAL = re.compile(r"\.partial-\d+-[0-9a-f]{8}")
+SCRATCH = re.compile(r"\..+\.\d+\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSALS = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
@@ -173,6 +174,22 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory so that nobody who comes after a kill takes what is left of it for the whole."""
+    gone = directory.with_name(f".{directory.name}.gone")
+    remove(gone)
+    if directory.exists():
+        directory.rename(gone)
+        remove(gone)
+
+
+def clear_scratch(directory: Path) -> None:
+    """Remove what `write_text` left in `directory` when it was killed. Nobody else may be writing there."""
+    for path in directory.glob(".*.tmp"):
+        if SCRATCH.fullmatch(path.name):
+            remove(path)
 
 
 def free_bytes(place: Path) -> int:

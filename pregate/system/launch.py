@@ -65,9 +65,14 @@ def check_launch() -> None:
     _check_launcher("train")
     for name, variable in PLUGINS.items():
         if asked_for(variable):
+            instead = (
+                "train.sharding=full is how a model is split over processes (FSDP2)"
+                if name == "FSDP"
+                else "training is data parallel"
+            )
             raise UsageError(
-                f"{name} was asked for ({variable}={os.environ[variable]}), but training is plain data parallel "
-                f"(DDP): leave it out of the launcher's options and configuration, or start {SEVERAL}."
+                f"{name} was asked for ({variable}={os.environ[variable]}), but {instead}: leave it out of the "
+                f"launcher's options and configuration, or start {SEVERAL}."
             )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":

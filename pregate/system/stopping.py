@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from pregate.system.peers import may_tell
 
 GOES_ON = "a training or a benchmark goes on with the same command and resume=true."
+"""What is said where the work itself says nothing: see `going_on`."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,11 +37,24 @@ def stoppable() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         if may_tell():
-            print(f"pregate: {'terminated' if terminated else 'stopped'}; {GOES_ON}", file=sys.stderr)
+            told = next(iter(getattr(stop, "__notes__", ())), GOES_ON)
+            print(f"pregate: {'terminated' if terminated else 'stopped'}; {told}", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def going_on(how: Callable[[], str | None]) -> Iterator[None]:
+    """For work that goes on in another way than `GOES_ON` says: `how` is asked when it is stopped inside, and gives the
+    sentence, or None where there is nothing to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if (sentence := how()) is not None:
+            stop.add_note(sentence)
+        raise
 
 
 class Termination:

@@ -6,7 +6,7 @@ where the rows lie (`records`). A kind is a small subclass of `Task` with one ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,10 +14,12 @@ from pregate.config import Run, UsageError
 from pregate.tasks.cells import identity
 from pregate.tasks.metrics import TextMetric
 from pregate.tasks.prompts import prompt_fields, prompt_of
-from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.records import Chunk, fingerprint, read_columns
 from pregate.tasks.sources import OTHER_SPLIT, check_source, key_of
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
+SHOWN = 3
+"""Ids that a message names."""
 
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -99,29 +101,59 @@ class Task:
         Raises `UsageError` for data that is missing or cannot be read, a missing column, a null in a column
         that the prompt shows, a cell that is no text, an empty split, and examples without a reference.
         """
+        return list(self.stream(split, limit))
+
+    def stream(self, split: str, limit: int | None = None) -> Iterator[Example]:
+        """What `examples` gives, one at a time. It raises at the end what concerns several of them."""
         if limit is not None and limit < 1:
             raise UsageError(f"{limit} examples of split {split!r} are too few: ask for at least 1, or null for all.")
-        found: list[Example] = []
-        previous: Any = None
+        count, bad, shown = 0, 0, []
+        for example in self._merged(split, limit):
+            count += 1
+            if not example.references:
+                bad += 1
+                shown += [" ".join(example.id.split())[:40]] if bad <= SHOWN else []
+            yield example
+        if not count:
+            raise UsageError(f"Split {split!r} of task {self.name!r} is empty: add rows to it, or {OTHER_SPLIT}.")
+        if bad:
+            raise UsageError(
+                f"{bad} of {count} examples in split {split!r} of task {self.name!r} {self.no_reference} "
+                f"(id {', '.join(shown)}{', …' if bad > SHOWN else ''}): repair or remove them, choose another split, "
+                f"or name the right column with {key_of(self.config, 'columns', self.target_field)}=COLUMN."
+            )
+
+    def _merged(self, split: str, limit: int | None) -> Iterator[Example]:
+        """At most `limit` examples, rows that belong together as one."""
+        found, last, previous = 0, None, None
         # One row beyond the limit shows that the last group is complete.
         chunk_rows = CHUNK_ROWS if limit is None else min(limit + 1, CHUNK_ROWS)
         rows = 0
         for chunk in read_columns(self.config, self.data_root, split, self._columns(), chunk_rows):
             for row in range(len(chunk)):
                 key = chunk.read(row, self.config.group_by, lambda cell: cell) if self.config.group_by else None
-                grouped = bool(found) and key is not None and key == previous
-                if not grouped and len(found) == limit:
-                    return self._checked(found, split)
+                grouped = last is not None and key is not None and key == previous
+                if last is not None and not grouped:
+                    yield last
+                    found += 1
+                    if found == limit:
+                        return
                 read = self.example(chunk, row, split)
                 if grouped:
-                    merged = tuple(dict.fromkeys(found[-1].references + read.references))
-                    found[-1] = replace(found[-1], references=merged, target=merged[0] if merged else "")
+                    assert last is not None
+                    merged = tuple(dict.fromkeys(last.references + read.references))
+                    last = replace(last, references=merged, target=merged[0] if merged else "")
                 else:
                     own = own_id(chunk, row)
-                    found.append(replace(read, id=f"{split}-{rows + row}" if own is None else own))
+                    last = replace(read, id=f"{split}-{rows + row}" if own is None else own)
                 previous = key
             rows += len(chunk)
-        return self._checked(found, split)
+        if last is not None:
+            yield last
+
+    def fingerprint(self, split: str) -> str:
+        """What the content of a split is known by, wherever it lies. Raises `UsageError`."""
+        return fingerprint(self.config, self.data_root, split)
 
     def check(self, tokenizer: Any, splits: Mapping[str, int | None]) -> None:
         """Refuse data that nothing can be learned from: reads so many examples of each split, all of them for None.
@@ -129,7 +161,8 @@ class Task:
         Raises `UsageError`.
         """
         for split, limit in splits.items():
-            self.examples(split, limit)
+            for _ in self.stream(split, limit):
+                pass
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         """Score predictions, in percent; each counts against the best of its references.
@@ -152,16 +185,3 @@ class Task:
         needed = [*self.prompt_fields, self.target_field, *(["id"] if "id" in named else [])]
         needed += [self.config.group_by] if self.config.group_by else []
         return {field: named.get(field, field) for field in needed}
-
-    def _checked(self, examples: list[Example], split: str) -> list[Example]:
-        if not examples:
-            raise UsageError(f"Split {split!r} of task {self.name!r} is empty: add rows to it, or {OTHER_SPLIT}.")
-        bad = [" ".join(example.id.split())[:40] for example in examples if not example.references]
-        if bad:
-            shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
-            raise UsageError(
-                f"{len(bad)} of {len(examples)} examples in split {split!r} of task {self.name!r} {self.no_reference} "
-                f"(id {shown}): repair or remove them, choose another split, or name the right column with "
-                f"{key_of(self.config, 'columns', self.target_field)}=COLUMN."
-            )
-        return examples

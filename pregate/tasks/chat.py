@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pregate.config import UsageError
-from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message, Task, own_id
+from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message, Task
 from pregate.tasks.cells import CellError, of_type, whole_text
 from pregate.tasks.metrics import Overlap
 from pregate.tasks.records import Chunk
@@ -25,11 +24,7 @@ class Chat(Task):
     no_reference = "have an empty last answer"
 
     def example(self, chunk: Chunk, row: int, split: str) -> Example:
-        try:
-            messages = chunk.read(row, self.target_field, conversation)
-        except UsageError as error:
-            name = own_id(chunk, row)
-            raise error if name is None else UsageError(f"Conversation {name!r}: {error}") from error
+        messages = chunk.read(row, self.target_field, conversation)
         before, answer = messages[:-1], messages[-1].content
         source = "\n".join(f"{role}: {content}" for role, content in before)
         return Example("", source, answer, (answer,) if answer.strip() else (), messages)

@@ -7,7 +7,8 @@ Every source gives the same values for the same rows. A caller that stops early 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from pregate.config import TaskConfig, UsageError
 from pregate.system.console import first_of, reason_of
-from pregate.tasks.cells import CellError, of_type
+from pregate.tasks.cells import CellError, identity, of_type
 from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
 from pregate.tasks.sources import TABLES, check_source, files_of, key_of
@@ -72,8 +74,14 @@ class Chunk:
         return field in self.columns.of_field
 
     def place(self, row: int) -> str:
-        line = self.records[row][0]
-        return f"row {self.first + row + 1}{'' if line is None else f' (line {line})'} of {self.columns.where}"
+        """Where a row is, with its line and its id where it has these."""
+        line, record = self.records[row]
+        known = [] if line is None else [f"line {line}"]
+        with suppress(CellError):
+            own = identity(_cell(record, self.columns.of_field["id"])) if self.has("id") else None
+            known += [] if own is None else [f"id {' '.join(own.split())[:40]!r}"]
+        shown = f" ({', '.join(known)})" if known else ""
+        return f"row {self.first + row + 1}{shown} of {self.columns.where}"
 
     def read(self, row: int, field: str, meaning: Callable[[Any], Meaning]) -> Meaning:
         """What the cell says; `meaning` may raise `CellError`. Raises `UsageError`, naming row, column and type."""
@@ -123,7 +131,9 @@ def _file_chunks(columns: Columns, path: Path, chunk_rows: int) -> Iterator[Chun
     header = columns.task.header
     try:
         if path.suffix == ".parquet":
-            yield from _parquet_chunks(columns, path, chunk_rows)
+            for chunk in _parquet_chunks(columns, path, chunk_rows):
+                yield chunk
+                advice = f"what is behind row {chunk.first + len(chunk)} is damaged: repair the file"
         elif path.suffix in TABLES:
             yield from _row_chunks(columns, table_rows(path, header), chunk_rows, may_lack_header=not header)
         else:
@@ -175,9 +185,16 @@ def _parquet_chunks(columns: Columns, path: Path, chunk_rows: int) -> Iterator[C
 
 
 def _hub_chunks(columns: Columns, split: str, chunk_rows: int, shuffle: Sequence[int] | None) -> Iterator[Chunk]:
-    task = columns.task
+    task, data = columns.task, _hub_split(columns.task, split)
+    table = data.select_columns(_heads(columns, data.features.arrow_schema)).with_format("arrow")
+    of_split = Columns(task, columns.of_field, f"split {split!r} of {task.hub}")
+    for start in _ordered(range(0, len(table), chunk_rows), shuffle):
+        yield Chunk(of_split, start, _arrow_records(table[start : start + chunk_rows]))
+
+
+def _hub_split(task: TaskConfig, split: str) -> Any:
     try:
-        data: Any = datasets.load_dataset(str(task.hub), task.hub_config, split=split, revision=task.hub_revision)
+        return datasets.load_dataset(str(task.hub), task.hub_config, split=split, revision=task.hub_revision)
     except Exception as error:
         reason = reason_of(error)
         if isinstance(error, ValueError) and "split" in reason.lower():
@@ -189,10 +206,26 @@ def _hub_chunks(columns: Columns, split: str, chunk_rows: int, shuffle: Sequence
             f"files with data.root=DIR (holding {task.name}/{split}.parquet) or "
             f"{key_of(task, 'files', split)}=FILE."
         ) from error
-    table = data.select_columns(_heads(columns, data.features.arrow_schema)).with_format("arrow")
-    of_split = Columns(task, columns.of_field, f"split {split!r} of {task.hub}")
-    for start in _ordered(range(0, len(table), chunk_rows), shuffle):
-        yield Chunk(of_split, start, _arrow_records(table[start : start + chunk_rows]))
+
+
+def fingerprint(task: TaskConfig, data_root: str | None, split: str) -> str:
+    """What the content of a split is known by, wherever it lies: a hash of its files, or what it is made of.
+
+    Raises `UsageError` as `read_columns` does.
+    """
+    check_source(task, data_root)
+    if task.generated is not None:
+        return f"generated {sorted(asdict(task.generated).items())}"
+    files = files_of(task, data_root, split)
+    if files is None:
+        return f"hub {_hub_split(task, split)._fingerprint}"
+    digest = xxhash.xxh3_128()
+    for path in files:
+        digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"files {digest.hexdigest()}"
 
 
 def _heads(columns: Columns, schema: pa.Schema) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from pregate.config import Run, UsageError
 from pregate.tasks.cells import document
-from pregate.tasks.records import Chunk, read_columns
+from pregate.tasks.records import Chunk, fingerprint, read_columns
 from pregate.tasks.sources import check_source
 
 BLOCK_DOCUMENTS = 1024
@@ -63,6 +63,10 @@ class TextStream(Generic[PackedRow]):
         """What makes one batch of rows. Raises `UsageError` for a tokenizer that cannot be used."""
         raise NotImplementedError
 
+    def fingerprint(self, split: str) -> str:
+        """What the content of a split is known by, wherever it lies. Raises `UsageError`."""
+        return fingerprint(self.config, self.data_root, split)
+
     def opening(self, tokenizer: Any) -> list[int]:
         """The tokens that every document begins with."""
         return []
@@ -96,7 +100,7 @@ class TextStream(Generic[PackedRow]):
         seed = self.seed & 0xFFFFFFFF if shuffled else 0
         while True:
             found = first_block > 0
-            order = [seed, 0, epoch] if shuffled else None
+            order = self._order(epoch) if shuffled else None
             blocks = self._chunks(split, order)
             for block, chunk in enumerate(islice(blocks, first_block, None), first_block):
                 rng = np.random.default_rng([seed, 1, epoch, block]) if shuffled else None
@@ -112,6 +116,15 @@ class TextStream(Generic[PackedRow]):
                     "tokens: add text, or lower task.max_source_tokens."
                 )
             epoch, first_block = epoch + 1, 0
+
+    def place(self, split: str, position: Position) -> str:
+        """The rows of the data that the packed rows behind `position` begin with, those of one block."""
+        chunks = self._chunks(split, self._order(position.epoch))
+        chunk = next(islice(chunks, position.block, None))
+        return f"{chunk.place(0)} and the {len(chunk) - 1} rows behind it"
+
+    def _order(self, epoch: int) -> list[int]:
+        return [self.seed & 0xFFFFFFFF, 0, epoch]
 
     def _packed(self, texts: list[str], tokenizer: Any, rng: np.random.Generator | None) -> np.ndarray:
         """(R, L): the documents one behind the other, each closed by EOS."""

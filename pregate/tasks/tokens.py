@@ -182,16 +182,28 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
-        return self.objective.batch(self.rows(examples), self.tokenizer.pad_token_id)
+        return self.of_rows(self.rows(examples))
 
     def packed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The same with several examples in a row, see `Objective.packed`."""
-        most = self.max_source_tokens + self.max_target_tokens
-        return self.objective.packed(self.rows(examples), self.tokenizer.pad_token_id, most)
+        return self.packed_rows(self.rows(examples))
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
         return self.objective.prompts(self._prompts(examples), self.tokenizer.pad_token_id)
+
+    def of_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """A batch of examples that are in tokens already; `packed_rows` likewise."""
+        return self.objective.batch(rows, self.tokenizer.pad_token_id)
+
+    def packed_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        most = self.max_source_tokens + self.max_target_tokens
+        return self.objective.packed(rows, self.tokenizer.pad_token_id, most)
+
+    def forget(self) -> None:
+        """Let the tokens that are kept go."""
+        self._kept.clear()
+        self._kept_tokens = 0
 
     def source_lengths(self, examples: Sequence[Example]) -> list[int]:
         """How many source tokens each example has, cut and closed as in a batch."""

@@ -20,7 +20,9 @@ from pregate.config import TrainConfig, UsageError
 from pregate.models.family import family_named, family_of, family_of_model
 from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
+from pregate.models.routing import ScoreFunction
 from pregate.training.losses import real_rows
+from pregate.training.sharding import shard
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,32 @@ def kl_sum(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> 
     return F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
 
 
+def binary_kl_sum(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
+    """Sum over rows and experts of p log(p / q) + (1 - p) log((1 - p) / (1 - q)), in fp32, with p = sigmoid(teacher)
+    and q = sigmoid(student); the arguments are logits.
+
+    Where a router scores each expert by itself, the scores of a token are E distributions of two outcomes. This is the
+    KL of all of them together. A softmax would not see a constant that is added to a token's logits, but such a router
+    gives other scores for it, and with a correction bias other experts. As for the softmax, the gradient to a logit is
+    q - p.
+    """
+    student, teacher = student_NE.float(), teacher_NE.float()
+    p = teacher.sigmoid()
+    yes = F.logsigmoid(teacher) - F.logsigmoid(student)
+    no = F.logsigmoid(-teacher) - F.logsigmoid(-student)
+    return (p * yes + (1 - p) * no).sum()
+
+
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher and how much weight its two lessons have."""
+    """A teacher and how much weight its two lessons have. scores: of both models' routers."""
 
     teacher: Any
     objective: Objective
     logits_weight: float
     routing_weight: float
     temperature: float
+    scores: ScoreFunction = ScoreFunction.softmax
 
     def parts(self) -> list[str]:
         """The names of the terms that have weight, in their order."""
@@ -83,7 +102,7 @@ class Distillation:
         if self.logits_weight:
             parts["kl"] = logits_share(student, teacher, batch, step, self.temperature)
         if self.routing_weight:
-            parts["routing"] = routing_share(student, teacher, batch, step, self.objective)
+            parts["routing"] = routing_share(student, teacher, batch, step, self.objective, self.scores)
         weights = {"kl": self.logits_weight, "routing": self.routing_weight}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return DistillShare(total, parts)
@@ -99,31 +118,42 @@ def logits_share(
 
 
 def routing_share(
-    student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts, objective: Objective
+    student: Any,
+    teacher: Any,
+    batch: Mapping[str, Tensor],
+    step: TokenCounts,
+    objective: Objective,
+    scores: ScoreFunction = ScoreFunction.softmax,
 ) -> Tensor:
     """The micro batch's part of KL(teacher's router || student's gate), mean over tokens, then over all MoE blocks.
 
     For block i the teacher's distribution is that of its router on x_i, the student's that of whichever gate decides
-    for block i, wherever it sits. It is `kl_sum` at temperature 1 whatever softens the output: the probability of the
-    chosen expert is also its combine weight, so it has to be met and not only its rank. A mean over tokens, as of any
-    other loss here, makes micro batches add up; a mean over blocks keeps the weight's meaning when models get deeper.
+    for block i, wherever it sits. It is `kl_sum` at temperature 1 whatever softens the output, or `binary_kl_sum` where
+    `scores` are sigmoids: the score of the chosen expert is also its combine weight, so it has to be met and not only
+    its rank. A mean over tokens, as of any other loss here, makes micro batches add up; a mean over blocks keeps the
+    weight's meaning when models get deeper.
     """
     masks, counts = objective.real_tokens(batch), objective.tokens_by_stack(step)
     mine, theirs = objective.router_logits(student), objective.router_logits(teacher)
+    divergence = kl_sum if scores is ScoreFunction.softmax else binary_kl_sum
     losses = []
     for stack, mask in masks.items():
         pairs = zip(mine[stack], theirs[stack], strict=True)
-        losses += [kl_sum(one[mask], other[mask]) / counts[stack] for one, other in pairs]
+        losses += [divergence(one[mask], other[mask]) / counts[stack] for one, other in pairs]
     return torch.stack(losses).mean()
 
 
 def load_distillation(
-    train: TrainConfig, device: torch.device, dtype: torch.dtype | None, teacher: Any | None = None
+    train: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    num_processes: int = 1,
+    teacher: Any | None = None,
 ) -> Distillation | None:
     """The teacher of `train` on `device`, frozen and in evaluation mode, with the weights of its lessons; or None.
 
-    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32. `teacher`:
-    the model, if it is there already.
+    `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32. The teacher
+    is split over the `num_processes` as the model is. `teacher`: the model, if it is there already.
     """
     if train.teacher is None:
         return None
@@ -131,10 +161,11 @@ def load_distillation(
         teacher = load_resident(train.teacher, dtype=dtype or torch.float32)
         teacher.requires_grad_(False)
         teacher.set_expert_path(train.expert_path)
-        teacher.to(device)
-    objective = family_of_model(teacher).objective
+        if shard(teacher, train.sharding, device, num_processes) is None:
+            teacher.to(device)
+    family = family_of_model(teacher)
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
-    return Distillation(teacher, objective, *weights)
+    return Distillation(teacher, family.objective, *weights, family.scores)
 
 
 def check_teacher(teacher: str, student: Any) -> None:

@@ -18,14 +18,14 @@ from pregate.training.learnt import lacks_experts, write_learnt
 
 
 @contextmanager
-def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
+def replaced(directory: Path, earlier: Sequence[Path] = ()) -> Iterator[Path]:
     """Give an empty directory to fill; on success it takes the place of `directory`, on failure nothing changes.
 
-    The old directory stays until the new one is on the disk, and becomes `previous` if that is given. A process killed
-    between the two renames leaves the old one beside, where `recover` or `settle` finds it. Raises `UsageError` if the
-    disk takes no more.
+    The old directory stays until the new one is on the disk, and moves to the first place of `earlier` if there is one,
+    what lies there to the next, and so on. A process killed between the renames leaves the old one beside, where
+    `recover` or `settle` finds it. Raises `UsageError` if the disk takes no more.
     """
-    fresh, old = _beside(directory, "new"), previous or _beside(directory, "old")
+    fresh, old = _beside(directory, "new"), _beside(directory, "old")
     recover(directory)
     try:
         make_directory(directory.parent)
@@ -42,12 +42,19 @@ def replaced(directory: Path, previous: Path | None = None) -> Iterator[Path]:
             "go on with the same command and resume=true."
         ) from error
     if directory.exists():
-        remove(old)
-        directory.rename(old)
+        _move_on([directory, *(earlier or [old])])
     fresh.rename(directory)
     flush_file(directory.parent)
-    if previous is None:
+    if not earlier:
         remove(old)
+
+
+def _move_on(places: Sequence[Path]) -> None:
+    """Move what lies in each place to the next, as far as the first empty one; the last loses what it holds."""
+    end = next((number for number, place in enumerate(places) if not place.exists()), len(places) - 1)
+    remove(places[end])
+    for number in range(end, 0, -1):
+        places[number - 1].rename(places[number])
 
 
 def recover(directory: Path) -> None:
@@ -66,6 +73,11 @@ def _beside(directory: Path, what: str) -> Path:
     return directory.with_name(f".{directory.name}.{what}")
 
 
+def place_to_fill(directory: Path) -> Path:
+    """The directory that `replaced` gives for `directory`."""
+    return _beside(directory, "new")
+
+
 def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
     """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`."""
     with replaced(directory) as fresh:
@@ -79,6 +91,10 @@ def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Pat
         return
     with silent_bars():
         model.save_pretrained(directory)
+    write_side_files(directory, tokenizer, carry)
+
+
+def write_side_files(directory: Path, tokenizer: Any, carry: Sequence[Path]) -> None:
     tokenizer.save_pretrained(directory)
     for path in carry:
         shutil.copy2(path, directory / path.name)

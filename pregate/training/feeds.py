@@ -1,4 +1,4 @@
-"""Where the batches of a training run come from: examples held in memory, or rows packed from a stream of text.
+"""Where the batches of a training run come from: examples in tokens on the disk, or rows packed from a stream of text.
 
 Knows tasks, data loaders and which process takes which part of a step; knows nothing about models or updates. Both
 kinds give the same batches to a resumed run, and the same steps to any number of processes.
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pregate.config import Run, TrainConfig, UsageError
 from pregate.models.objectives import Objective
-from pregate.tasks.base import Example, Task
+from pregate.tasks.base import Task
 from pregate.tasks.text_stream import Position, TextStream
+from pregate.tasks.token_cache import TokenRows, token_rows
 from pregate.tasks.tokens import Collator
 from pregate.training.batch_order import Batching, MicroBatchSampler
 from pregate.training.state import TrainState
@@ -28,9 +29,11 @@ MEASURED = 512
 
 
 class Feed(Protocol):
-    """`predicts`: validation generates answers and scores them; otherwise its loss is all there is, and judges."""
+    """`predicts`: validation generates answers and scores them; otherwise its loss is all there is, and judges.
+    `fingerprint`: what the content of the training split is known by."""
 
     predicts: bool
+    fingerprint: str
     eval_examples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Batch]
 
@@ -40,6 +43,10 @@ class Feed(Protocol):
 
     def mark(self, state: TrainState) -> None:
         """Note in `state`, which counts its sequences already, where the data stand after the latest step."""
+        ...
+
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        """The examples in this process's micro batches `numbers` of the step behind `state`, for a message."""
         ...
 
 
@@ -72,59 +79,63 @@ def build_feed(task: Task | TextStream, tokenizer: Any, share: Share) -> Feed:
 
 
 class ExampleFeed:
-    """All examples of the training split in memory; batches of like length."""
+    """The examples of the training split, whose tokens lie on the disk; batches of like length."""
 
     predicts = True
 
     def __init__(self, task: Task, tokenizer: Any, share: Share) -> None:
         run = share.run
         self.share = share
-        self.examples = task.examples(run.task.train_split, run.data.max_train_examples)
+        self.collate = Collator.for_task(run.task, tokenizer, share.objective)
+        self.fingerprint = task.fingerprint(run.task.train_split)
+        limit = run.data.max_train_examples
+        self.rows = token_rows(run, task, run.task.train_split, self.fingerprint, limit, self.collate)
         self.eval_examples = task.examples(run.task.eval_split, share.train.eval_examples)
-        for split, found in ((run.task.train_split, self.examples), (run.task.eval_split, self.eval_examples)):
+        for split, found in ((run.task.train_split, self.rows), (run.task.eval_split, self.eval_examples)):
             if not found:
                 raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
-        self.collate = Collator.for_task(run.task, tokenizer, share.objective)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
-        packing = self.share.train.packing
-        sampler = MicroBatchSampler(
-            _Alike(self.examples) if packing else _SourceLengths(self.examples, self.collate),
-            self.share.batching,
-            seed=self.share.run.seed,
-            first_step=state.step,
-            last_step=self.share.train.steps,
-            rank=self.share.rank,
-        )
         workers = self.share.run.data.num_workers
-        collate = self.collate.packed if packing else self.collate
-        return iter(self.share.loader(self.examples, workers, batch_sampler=sampler, collate_fn=collate))
+        collate = self.collate.packed_rows if self.share.train.packing else self.collate.of_rows
+        sampler = self._sampler(state.step, self.share.train.steps)
+        return iter(self.share.loader(self.rows, workers, batch_sampler=sampler, collate_fn=collate))
+
+    def _sampler(self, first_step: int, last_step: int) -> MicroBatchSampler:
+        share = self.share
+        lengths = _Alike(self.rows) if share.train.packing else _PromptLengths(self.rows)
+        return MicroBatchSampler(
+            lengths, share.batching, seed=share.run.seed, first_step=first_step, last_step=last_step, rank=share.rank
+        )
+
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        micro_batches = list(self._sampler(state.step, state.step + 1))
+        indices = [index for number in numbers for index in micro_batches[number]]
+        return [f"example {own!r}" for own in self.rows.ids(indices)]
 
     def mark(self, state: TrainState) -> None:
-        state.epoch = state.sequences / len(self.examples)
+        state.epoch = state.sequences / len(self.rows)
 
 
-class _SourceLengths:
-    """Source lengths in tokens. The collator keeps what it tokenizes, so that nothing is tokenized for this alone."""
-
-    def __init__(self, examples: Sequence[Example], collate: Collator) -> None:
-        self.examples, self.collate = examples, collate
+class _PromptLengths:
+    def __init__(self, rows: TokenRows) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
     def of(self, indices: Sequence[int]) -> list[int]:
-        return self.collate.source_lengths([self.examples[index] for index in indices])
+        return self.rows.prompt_lengths(indices)
 
 
 class _Alike:
     """Lengths of packed examples: no row needs neighbours of like length, so they keep their random order."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    def __init__(self, rows: TokenRows) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
     def of(self, indices: Sequence[int]) -> list[int]:
         return [0] * len(indices)
@@ -149,6 +160,7 @@ class StreamFeed:
         run = share.run
         self.task, self.tokenizer, self.share = task, tokenizer, share
         self.collate = task.collator(tokenizer)
+        self.fingerprint = task.fingerprint(run.task.train_split)
         self.eval_examples = task.first_rows(run.task.eval_split, tokenizer, share.train.eval_examples)
         self._position = Position()
 
@@ -169,6 +181,10 @@ class StreamFeed:
     def mark(self, state: TrainState) -> None:
         state.position = list(self._position)
         state.epoch = float(self._position.epoch)
+
+    def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
+        place = self.task.place(self.share.run.task.train_split, Position(*state.position))
+        return [f"text from {place}"] if numbers else []
 
 
 class _StepStream(torch.utils.data.IterableDataset[Batch]):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,26 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.models.family import family_of_model
 from pregate.models.objectives import TokenCounts
 from pregate.system.processes import main_only
 from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
+from pregate.training import sharded_state
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
+from pregate.training.not_finite import check_finite, check_weights
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.resumable_state import save_last
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.session import Session, prepare
-from pregate.training.space import make_room, saved_bytes
+from pregate.training.sharded_state import Weights
+from pregate.training.space import make_room, model_bytes, saved_bytes
 from pregate.training.state import random_state
 from pregate.training.validation import validate
 
@@ -71,6 +75,7 @@ def fine_tune(
     tracker: Tracker,
     stage: str,
     carry: Sequence[Path] = (),
+    weights: Weights | None = None,
     offloaded: Offloaded | None = None,
 ) -> TrainSummary:
     """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
@@ -79,10 +84,11 @@ def fine_tune(
     of which `pregate.training.offloaded.complete` makes the checkpoint.
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
-    every saved directory. With `run.resume`, training continues from `out_dir/last` if that exists, as if it had
-    never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise `KeyboardInterrupt` and `Terminated`, in every
-    process after the same step, whichever got the signal. Raises `UsageError` for settings that cannot work, for a loss
-    that is no longer finite, and for a disk that is full or holds no whole state to resume from.
+    every saved directory; `weights` are those of a model that is not filled. With `run.resume`, training continues from
+    `out_dir/last` if that exists, as if it had never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise
+    `KeyboardInterrupt` and `Terminated`, in every process after the same step, whichever got the signal. Raises
+    `UsageError` for settings that cannot work, for a loss or for weights that are no longer finite, and for a disk that
+    is full or holds no whole state to resume from.
     """
     session = prepare(
         model,
@@ -94,9 +100,11 @@ def fine_tune(
         tracker=tracker,
         stage=stage,
         carry=carry,
+        weights=weights,
         offloaded=offloaded,
     )
     state, main = session.state, session.accelerator.is_main_process
+    tracker.rewind(state.step, stage)
     begun = time.perf_counter() - state.elapsed_seconds
     with Interrupts() as interrupts, Progress(stage, state.step, train.steps, train.log_every, main) as progress:
         while state.step < train.steps:
@@ -164,20 +172,37 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
     sums = torch.zeros(len(part_names(session)), device=accelerator.device)
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(session.wrapped), session.passes():
+    totals: list[Tensor] = []
+    for batch, weight, no_sync in micro_steps(session, micro_batches):
+        with no_sync, session.passes():
             total, parts = forward(session, batch, tokens)
-            # DDP averages gradients over processes, while shares are meant to add up
-            accelerator.backward(total * accelerator.num_processes)
-        sums += parts
+            # DDP and FSDP average gradients over processes, while shares are meant to add up
+            accelerator.backward(total * weight * accelerator.num_processes)
+        sums += weight * parts
+        totals += [total.detach()] * weight
+    if session.sharded:
+        session.sharded.drop_unused()
     losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
     fetched = session.offloaded.figures() if session.offloaded else {}
-    check_finite(session, losses["loss"], norm)
+    check_finite(session, losses["loss"], norm, totals)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**losses, "grad_norm": norm, "lr": rate, **fetched}
+
+
+def micro_steps(
+    session: Session, micro_batches: list[dict[str, Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], int, AbstractContextManager[Any]]]:
+    """The micro batches of a step, the weight of each, and the context to run it in.
+
+    DDP sums gradients with the last one. A sharded model sums them with each, because it would have to keep all of them
+    whole; and its processes must run equally many, so the last one is repeated with no weight where there is one less.
+    """
+    for index in range(session.batching.accumulation_steps if session.sharded else len(micro_batches)):
+        batch, last = micro_batches[min(index, len(micro_batches) - 1)], index == len(micro_batches) - 1
+        alone = nullcontext() if last or session.sharded else session.accelerator.no_sync(session.wrapped)
+        yield batch, int(index < len(micro_batches)), alone
 
 
 def part_names(session: Session) -> list[str]:
@@ -209,20 +234,12 @@ def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> 
         objective=session.objective,
         balance_weight=train.balance_loss,
         z_weight=train.z_loss,
+        scores=family_of_model(session.model).scores,
     )
     if distillation is None:
         return share.total, share.parts()
     lesson = distillation.share(outputs, taught, batch, tokens)
     return share.total + lesson.total, torch.cat([share.parts(), torch.stack([*lesson.parts.values()]).detach()])
-
-
-def check_finite(session: Session, loss: float, norm: float) -> None:
-    for what, value in (("loss", loss), ("gradient norm", norm)):
-        if not abs(value) < float("inf"):
-            raise UsageError(
-                f"The {what} of {session.stage} became {value} at step {session.state.step + 1}: lower its "
-                f"learning_rate, set clip_norm or use precision=fp32 (what {session.out_dir} holds so far is kept)."
-            )
 
 
 def advance(session: Session, metrics: dict[str, float], tokens: TokenCounts, seconds: float) -> None:
@@ -259,6 +276,7 @@ def evaluate(session: Session) -> str:
             max_new_tokens=session.run.task.max_target_tokens,
             accelerator=session.accelerator,
             autocast=session.autocast,
+            sharded=session.sharded,
         )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
@@ -272,7 +290,10 @@ def evaluate(session: Session) -> str:
             kept = KEPT if session.offloaded else CHECKPOINT
             save_model(session.out_dir / kept, session.model, session.tokenizer, session.carry)
 
-        main_only(write, "writing the checkpoint")
+        if session.sharded:
+            save_sharded_checkpoint(session)
+        else:
+            main_only(write, "writing the checkpoint")
     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
     return f"step {state.step}  validation {shown}" + ("  (best)" if best else "")
 
@@ -280,8 +301,12 @@ def evaluate(session: Session) -> str:
 def save(session: Session) -> None:
     """Write `out_dir/last`, from which `run.resume` continues."""
     random_states = gather_object([random_state()])
+    if session.sharded:
+        save_parts(session, random_states)
+        return
 
     def write() -> None:
+        check_weights(session)
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
         make_room(session.out_dir / LAST, saved_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
@@ -292,9 +317,30 @@ def save(session: Session) -> None:
             session.state,
             random_states,
             session.carry,
+            session.train.keep_last,
         )
 
     main_only(write, "saving the state")
+
+
+def save_parts(session: Session, random_states: list[dict[str, Any]]) -> None:
+    """As `save`, where every process has a part of the model."""
+    directory, model, optimizer = session.out_dir / LAST, session.model, session.optimizer
+
+    def make_ready() -> None:
+        session.tracker.sync()
+        make_room(directory, model_bytes(model) + optimizer_bytes(optimizer))
+
+    sharded_state.of_all(lambda: check_weights(session) or [])
+    main_only(make_ready, "looking for space on the disk")
+    sharded_state.save_last(directory, model, optimizer, session.state, random_states, session.train.keep_last)
+
+
+def save_sharded_checkpoint(session: Session) -> None:
+    assert session.sharded
+    model, layers = session.model, session.sharded.layers
+    main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
+    sharded_state.save_checkpoint(session.out_dir / CHECKPOINT, model, layers, session.tokenizer, session.carry)
 
 
 def finish(session: Session) -> TrainSummary:

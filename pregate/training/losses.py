@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pregate.models.head import IGNORED
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.router_losses import balance_loss, z_loss
+from pregate.models.routing import ScoreFunction
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def loss_share(
     objective: Objective,
     balance_weight: float,
     z_weight: float,
+    scores: ScoreFunction = ScoreFunction.softmax,
 ) -> LossShare:
     """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
 
@@ -68,7 +70,7 @@ def loss_share(
     tokens, and where a router weight is not zero, the router logits that `objective` finds there, one (B, S or T, E) a
     block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch
     exactly. The balance loss is not linear in its tokens: it is evaluated per micro batch and weighted by that micro
-    batch's share of the step's tokens. Router losses are means over the blocks of all stacks.
+    batch's share of the step's tokens. Router losses are means over the blocks of all stacks. `scores`: of the routers.
     """
     summed = outputs.loss if outputs.logits is None else cross_entropy_sum(outputs.logits, batch["labels"])
     cross_entropy = summed / step.target
@@ -77,7 +79,7 @@ def loss_share(
         blocks = _blocks_with_masks(outputs, batch, step, objective)
         if balance_weight:
             balance = _mean_over_blocks(
-                [balance_loss(logits, mask, ids) * share for logits, ids, mask, share in blocks]
+                [balance_loss(logits, mask, ids, scores) * share for logits, ids, mask, share in blocks]
             )
         if z_weight:
             z = _mean_over_blocks([z_loss(logits, mask) * share for logits, _, mask, share in blocks])

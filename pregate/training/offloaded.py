@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pregate.config import Drive, Experts, Run, UsageError
-from pregate.conversion.plan import TensorPlan
+from pregate.conversion.plan import TensorPlan, spelling
 from pregate.conversion.write import GateStart, write_shards
 from pregate.engine.budget import host_buffers_within
 from pregate.engine.storage.pack import default_pack_dir
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import TrainingEngine, training_slots
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint, side_files
-from pregate.models.family import experts_of
+from pregate.models.family import experts_of, family_of
 from pregate.models.loading import open_model
 from pregate.system.console import say
 from pregate.system.durable import write_json
@@ -142,11 +142,11 @@ def complete(run_dir: Path, source: SourceCheckpoint, tokenizer: Any, carry: Seq
     if not kept.is_dir():  # complete since an earlier command
         return
     found = load_file(kept / LEARNT)
-    source = source.with_extras()
+    spelt, source = spelling(source, family_of(source.config)), source.with_extras()
     plan = TensorPlan({name: name for name in source.names()}, (), ())
     assert found.keys() <= plan.origins.keys(), found.keys() - plan.origins.keys()
     with replaced(run_dir / CHECKPOINT) as fresh:
-        write_shards(fresh, source, plan, {name: _in_place_of(tensor) for name, tensor in found.items()})
+        write_shards(fresh, source, plan, {name: _in_place_of(tensor) for name, tensor in found.items()}, spelt)
         for file in side_files(str(source.directory)):
             shutil.copyfile(file, fresh / file.name)
         # the code that auto_map points to is not copied

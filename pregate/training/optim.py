@@ -7,14 +7,16 @@ functions of the step, so there is no scheduler state to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from pregate.config import Optimizer, Precision, Schedule, TrainConfig
+from pregate.training.sharding import local, whole
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -96,7 +98,7 @@ class ScaledAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         rates = [group["lr"] for group in self.param_groups]
         parameters = [group["params"][0] for group in self.param_groups]
-        norms = torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in parameters]).tolist()
+        norms = norms_of(parameters).tolist()
         for group, parameter, rate, norm in zip(self.param_groups, parameters, rates, norms, strict=True):
             group["lr"] = rate * max(self.LEAST_RMS, norm / math.sqrt(parameter.numel()))
         try:
@@ -106,10 +108,20 @@ class ScaledAdamW(torch.optim.AdamW):
                 group["lr"] = rate
 
 
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor, in fp32. Of sharded ones all processes must ask, and one message tells all norms."""
+    norms = torch.stack([torch.linalg.vector_norm(local(tensor), dtype=torch.float32) for tensor in tensors])
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return norms
+    squares = norms.square()
+    torch.distributed.all_reduce(squares)
+    return squares.sqrt()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
     """Scale gradients down to `clip_norm` if it is given; return the norm they had before."""
     parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm
@@ -132,5 +144,6 @@ def set_dropout(model: nn.Module, probability: float) -> None:
     for holder in model.modules():
         if isinstance(holder, nn.Dropout):
             holder.p = probability
-        elif isinstance(getattr(holder, "dropout", None), float | int):
-            holder.dropout = probability
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(holder, name, None), float | int):
+                setattr(holder, name, probability)

@@ -30,9 +30,9 @@ CHECKSUMS_FILE = "checksums.json"
 FORMAT = 2
 """Of `STATE_FILE`; the first named no format and had no checksums beside it."""
 PREVIOUS = "previous"
-"""The state before the newest one, beside it."""
+"""The state before the newest one, beside it; `previous_2` is the one before that, and so on."""
 DAMAGED = "damaged"
-"""Where a newest state goes that is not as it was saved; the next one that is saved removes it."""
+"""Where a newest state goes that is not as it was saved, `damaged_2` the one before it; the next save removes them."""
 
 
 def save_last(
@@ -43,20 +43,52 @@ def save_last(
     state: TrainState,
     random_states: Sequence[dict[str, Any]],
     carry: Sequence[Path] = (),
+    keep: int = 2,
 ) -> None:
     """Replace `directory` by everything `load_last` needs; `random_states` has one entry a process.
 
-    What lay there becomes the previous state.
+    What lay there becomes the previous state, and so on, until there are `keep` states.
     """
     tensors, numbers = optimizer_state(optimizer, model)
-    with replaced(directory, directory.with_name(PREVIOUS)) as fresh:
+    with replaced(directory, earlier := places_before(directory, keep)) as fresh:
         write_model(fresh, model, tokenizer, carry)
         save_file(tensors, fresh / OPTIMIZER_FILE)
         record = {"format": FORMAT, "state": asdict(state), "optimizer": numbers, "random": list(random_states)}
         (fresh / STATE_FILE).write_text(json.dumps(record))
         sums = {path.name: checksum(path) for path in sorted(fresh.iterdir())}
         (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": sums}, indent=2))
-    remove(directory.with_name(DAMAGED))
+    clear_superseded(directory, earlier)
+
+
+def places_before(directory: Path, keep: int) -> list[Path]:
+    """Where the states before the newest one in `directory` go, the latest first, if there are to be `keep` in all."""
+    return [_numbered(directory, PREVIOUS, number) for number in range(1, keep)]
+
+
+def clear_superseded(directory: Path, earlier: Sequence[Path]) -> None:
+    """After a save: remove what is damaged, and earlier states in other places than `earlier`."""
+    for place in (*damaged_states(directory), *(place for place in earlier_states(directory) if place not in earlier)):
+        remove(place)
+
+
+def _numbered(directory: Path, name: str, number: int) -> Path:
+    return directory.with_name(name if number == 1 else f"{name}_{number}")
+
+
+def _lying_beside(directory: Path, name: str) -> list[Path]:
+    found = {path.name for path in directory.parent.glob(f"{name}*")}
+    numbers = {int(rest) for other in found if (rest := other.removeprefix(f"{name}_")).isdecimal()}
+    places = [_numbered(directory, name, number) for number in sorted({1, *numbers})]
+    return [place for place in places if place.name in found]
+
+
+def earlier_states(directory: Path) -> list[Path]:
+    """The states before the newest one in `directory`, the latest first."""
+    return _lying_beside(directory, PREVIOUS)
+
+
+def damaged_states(directory: Path) -> list[Path]:
+    return _lying_beside(directory, DAMAGED)
 
 
 def checksum(path: Path) -> str:
@@ -103,33 +135,36 @@ def _read_record(directory: Path) -> dict[str, Any]:
 def settle(directory: Path) -> None:
     """Put the newest whole state into `directory`, if one was ever saved.
 
-    Where it is damaged, the state before it takes its place and a notice says so: training repeats some steps, which is
-    better than ending, and the damaged one stays beside until the next is saved. Raises `UsageError` where no state is
-    whole: training would start at step 0 and replace what can perhaps be mended.
+    Where it is damaged, the latest whole state before it takes its place and a notice says so: training repeats some
+    steps, which is better than ending, and what is damaged stays beside until the next is saved. Raises `UsageError`
+    where no state is whole: training would start at step 0 and replace what can perhaps be mended.
     """
     recover(directory)
-    previous, aside = directory.with_name(PREVIOUS), directory.with_name(DAMAGED)
-    if not directory.exists():
-        if not previous.exists():
-            return
-        previous.rename(directory)  # a replacement was cut between its two renames
-        flush_file(directory.parent)
-    wrong = damage(directory)
-    if wrong is None:
-        return
-    if not previous.exists() or damage(previous):
+    # without the newest, a replacement was cut between its renames
+    states = [place for place in (directory, *earlier_states(directory)) if place.exists()]
+    wrong: list[str] = []
+    while len(wrong) < len(states) and (found := damage(states[len(wrong)])):
+        wrong.append(found)
+    if states and len(wrong) == len(states):
+        before = ", ".join(map(str, states[1:])) or str(directory.with_name(PREVIOUS))
         raise UsageError(
-            f"{wrong} and there is no whole state before it in {previous}: put the file back from a copy, or choose "
+            f"{wrong[0]} and there is no whole state before it in {before}: put the file back from a copy, or choose "
             "another run_dir=DIR to start anew."
         )
-    remove(aside)
-    directory.rename(aside)
-    previous.rename(directory)
-    flush_file(directory.parent)
-    say(
-        f"{wrong}: going on from the state before it, that of step {steps_done(directory)} (the damaged one lies in "
-        f"{aside} until the next is saved)."
-    )
+    if wrong:
+        for place in damaged_states(directory):
+            remove(place)
+    aside = [_numbered(directory, DAMAGED, number) for number in range(1, len(wrong) + 1)]
+    for place, there in zip(states, aside, strict=False):
+        place.rename(there)
+    if states and states[len(wrong)] != directory:
+        states[len(wrong)].rename(directory)
+        flush_file(directory.parent)
+    if wrong:
+        say(
+            f"{'; '.join(wrong)}: going on from the state before it, that of step {steps_done(directory)} (what is "
+            f"damaged lies in {', '.join(map(str, aside))} until the next is saved)."
+        )
 
 
 def load_last(
@@ -161,11 +196,30 @@ def _load_whole(directory: Path, model: Any) -> None:
     del loaded
     same = {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in model.state_dict().items()}
     if not same or info["missing_keys"]:
-        raise UsageError(
-            f"{directory} holds a run of a different model: resume with the settings it was started with, "
-            "or choose another run_dir."
-        )
+        raise other_model(directory)
     model.load_state_dict(saved)
+
+
+def processes_of(directory: Path) -> int | None:
+    """How many processes trained what `save_last` left in `directory`; None if that cannot be told."""
+    for place in (directory, *earlier_states(directory)):
+        try:
+            return len(_read_record(place)["random"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """What the state file of a settled `directory` holds."""
+    return _read_record(directory)
+
+
+def other_model(directory: Path | str) -> UsageError:
+    return UsageError(
+        f"{directory} holds a run of a different model: resume with the settings it was started with, or choose "
+        "another run_dir."
+    )
 
 
 def steps_done(directory: Path) -> int:
@@ -173,7 +227,7 @@ def steps_done(directory: Path) -> int:
 
     Raises `UsageError` if that cannot be told.
     """
-    for place in (directory, directory.with_name(PREVIOUS)):
+    for place in (directory, *earlier_states(directory)):
         try:
             return int(_read_record(place)["state"]["step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

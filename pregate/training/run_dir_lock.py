@@ -1,6 +1,6 @@
 """The directory of one run: what lies where in it, and that one command at a time works in it.
 
-Knows locks and `config.yaml`; knows nothing about what a run does.
+Knows locks; what a resumed run may change is in `resume_changes`. Knows nothing about what a run does.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ import fcntl
 import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from pregate.config import Run, UsageError, save_run
+from pregate.system.durable import FULL, clear_scratch, make_directory
+from pregate.system.processes import join, main_only
+from pregate.training.resumable_state import processes_of
+from pregate.training.resume_changes import check_changes
 
-from pregate.config import Run, UsageError, save_run, to_dict
-from pregate.models.family import family_named
-from pregate.system.console import first_of, say
-from pregate.system.durable import FULL, make_directory
-from pregate.system.processes import main_only
-from pregate.tracking import flatten
-
+CONFIG = "config.yaml"
 SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
 """The model trained as a source, a random one, and the converted one."""
 CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
@@ -30,7 +26,7 @@ KEPT = "kept"
 
 def claim_run_dir(run: Run) -> Path:
     """The run directory, new or to be resumed, with `config.yaml` in it. Prints which settings of a resumed run have
-    changed. Raises `UsageError` if the directory is in use."""
+    changed. Raises `UsageError` if the directory is in use, or the changes give another result and are not allowed."""
     run_dir = Path(run.run_dir)
     main_only(lambda: _claim(run, run_dir), "claiming the run directory")
     return run_dir
@@ -40,22 +36,32 @@ def _claim(run: Run, run_dir: Path) -> None:
     used = f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
     if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
         raise UsageError(used)
-    config = run_dir / "config.yaml"
     try:
         make_directory(run_dir)
         _lock(run_dir)
         if not run.resume and any(run_dir.iterdir()):  # another process was faster, and has ended
             raise UsageError(used)
-        changes = _changes(config, run)
-        if changes:
-            say(f"{config} was written with other settings: {first_of(changes, 8, '; ')}")
-        save_run(run, config)
+        begun = any((run_dir / name).exists() for name in (SOURCE, INITIAL, CONVERTED, LAST, CHECKPOINT))
+        processes = processes_of(run_dir / LAST) or processes_of(run_dir / SOURCE / LAST)
+        check_changes(run, run_dir / CONFIG, (processes, join().num_processes), begun)
+        for place in (run_dir, run_dir / CHECKPOINT, run_dir / SOURCE, run_dir / SOURCE / CHECKPOINT):
+            clear_scratch(place)
+        save_run(run, run_dir / CONFIG)
     except OSError as error:
         way = "make room" if error.errno in FULL else "choose another run_dir=DIR"
         raise UsageError(f"{run_dir} cannot be written ({error.strerror}): {way}.") from error
 
 
 _locked: dict[Path, int] = {}
+
+
+def _let_go() -> None:
+    """In a forked process: a loader's worker that outlives its killed parent must not keep the directory locked."""
+    while _locked:
+        os.close(_locked.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(run_dir: Path) -> None:
@@ -76,18 +82,3 @@ def _lock(run_dir: Path) -> None:
         os.close(handle)
         return
     _locked[place] = handle
-
-
-def _changes(config: Path, run: Run) -> list[str]:
-    """Each setting of `run` that differs from what `config` holds, as "key old, now new"."""
-
-    try:
-        before = flatten(OmegaConf.to_container(OmegaConf.load(config)), separator=".")  # type: ignore[arg-type]
-    except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
-        return []
-    now = flatten(to_dict(run), separator=".")
-    stacks = "pregate.stacks"
-    if now.get(stacks) is None and before.get(stacks) == list(family_named(run.model.family).stacks):
-        before[stacks] = None  # all stacks by name are the same as all stacks
-    shared = [key for key in now if key in before and key not in ("resume", "overrides", "run_dir")]
-    return [f"{key} {before[key]}, now {now[key]}" for key in shared if before[key] != now[key]]

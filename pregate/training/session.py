@@ -33,15 +33,19 @@ from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.learnt import lacks_experts
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-from pregate.training.resumable_state import load_last, settle
+from pregate.training.resumable_state import settle
+from pregate.training.resume_changes import check_data
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
+from pregate.training.sharded_state import Weights, fill, open_last
+from pregate.training.sharding import ShardedModel, shard
 from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
 
 
 @dataclass
 class Session:
-    """The live objects of one training run; `wrapped` is `model` as Accelerate runs it, a teacher stays bare."""
+    """The live objects of one training run; `wrapped` is `model` as Accelerate runs it, a teacher stays bare.
+    `sharded`: the same model where it is split over the processes."""
 
     model: Any
     wrapped: Any
@@ -63,6 +67,7 @@ class Session:
     state: TrainState
     distillation: Distillation | None = None
     offloaded: Offloaded | None = None
+    sharded: ShardedModel | None = None
 
     @property
     def rank(self) -> int:
@@ -84,9 +89,11 @@ def prepare(
     tracker: Tracker,
     stage: str,
     carry: Sequence[Path],
+    weights: Weights | None = None,
     offloaded: Offloaded | None = None,
 ) -> Session:
-    """Build everything a step needs, or bring it back from `out_dir/last`. Raises `UsageError`."""
+    """Build everything a step needs, or bring it back from `out_dir/last`. `weights`: of a model that is not filled.
+    Raises `UsageError`."""
     join()
     # autocast is ours and per run, because Accelerate fixes its precision once per process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
@@ -99,14 +106,20 @@ def prepare(
     feed = build_feed(task, tokenizer, share)
     set_seed(run.seed + accelerator.process_index)
     configure(model, train)
-    model.to(accelerator.device)
+    sharded = shard(model, train.sharding, accelerator.device, accelerator.num_processes)
+    if sharded is None:
+        model.to(accelerator.device)
+    if weights is not None:
+        fill(model, *weights)
     optimizer = build_optimizer(model, train)
     checkpoint = None if offloaded is None else offloaded.checkpoint_bytes
-    state = restore(model, optimizer, train, run, out_dir, accelerator, checkpoint)
+    state = restore(model, optimizer, train, run, out_dir, accelerator, sharded, checkpoint)
+    check_data(run, out_dir / LAST, state.data, feed.fingerprint)
+    state.data = feed.fingerprint
     dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        wrapped = accelerator.prepare_model(model)
+        wrapped = model if sharded else accelerator.prepare_model(model)
     return Session(
         model=model,
         wrapped=wrapped,
@@ -120,14 +133,20 @@ def prepare(
         carry=carry,
         accelerator=accelerator,
         optimizer=optimizer,
-        autocast=functools.partial(torch.autocast, device, dtype=dtype) if dtype else nullcontext,
+        # its cache would keep a copy of every weight that was gathered, until the end of the forward pass
+        autocast=functools.partial(torch.autocast, device, dtype=dtype, cache_enabled=sharded is None)
+        if dtype
+        else nullcontext,
         objective=objective,
         feed=feed,
         batching=batching,
         micro_batches=feed.micro_batches(state),
         state=state,
-        distillation=load_distillation(train, accelerator.device, dtype, offloaded and offloaded.teacher),
+        distillation=load_distillation(
+            train, accelerator.device, dtype, accelerator.num_processes, offloaded and offloaded.teacher
+        ),
         offloaded=offloaded,
+        sharded=sharded,
     )
 
 
@@ -154,6 +173,7 @@ def restore(
     run: Run,
     out_dir: Path,
     accelerator: Accelerator,
+    sharded: ShardedModel | None = None,
     checkpoint_bytes: int | None = None,
 ) -> TrainState:
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
@@ -165,7 +185,7 @@ def restore(
             settle(out_dir / LAST)
 
     main_only(tidy, "looking for a saved state")
-    found = load_last(out_dir / LAST, model, optimizer) if run.resume else None
+    found = open_last(out_dir / LAST, model, optimizer, sharded) if run.resume else None
     state, random_states = found or (TrainState(), [])
     saves = -(-(train.steps - state.step) // train.save_every)
     main_only(lambda: check_space(out_dir, model, optimizer, saves, checkpoint_bytes), "looking for space on the disk")

@@ -16,13 +16,14 @@ from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
 from pregate.training.learnt import lacks_experts, learnt
 from pregate.training.optim import optimizer_bytes
-from pregate.training.resumable_state import DAMAGED, PREVIOUS
+from pregate.training.resumable_state import damaged_states, earlier_states
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.state import tensors_of
 
 
 def model_bytes(model: nn.Module) -> int:
-    """The size of the weights of `model` in a file, tied ones once."""
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    """The size of the weights of `model` in files, of all processes together; tied ones once."""
+    return sum(tensor.nbytes for _, tensor in tensors_of(model))
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -42,7 +43,7 @@ def check_space(
     """
     weights, last = saved_bytes(model), out_dir / LAST
     state = weights + optimizer_bytes(optimizer)
-    held = sum(num_bytes(out_dir / name) for name in (LAST, PREVIOUS, DAMAGED, CHECKPOINT))
+    held = sum(map(num_bytes, (last, *earlier_states(last), *damaged_states(last), out_dir / CHECKPOINT)))
     checkpoint = weights if checkpoint is None else checkpoint
     needed = checkpoint + state * (2 if saves > 1 or last.exists() else 1) - held
     free = free_bytes(out_dir)
@@ -55,12 +56,13 @@ def check_space(
 
 
 def make_room(directory: Path, needed: int) -> None:
-    """Let a damaged state and the one before that in `directory` go if the disk has no room for `needed` bytes.
+    """Let damaged states and those before that in `directory` go, the oldest first, if the disk has no room for
+    `needed` bytes.
 
     Raises `UsageError` if there is too little even so.
     """
-    for spare in (directory.with_name(DAMAGED), directory.with_name(PREVIOUS)):
-        if free_bytes(directory) < needed and directory.exists() and spare.exists():
+    for spare in (*reversed(damaged_states(directory)), *reversed(earlier_states(directory))):
+        if free_bytes(directory) < needed and directory.exists():
             say(f"the disk is nearly full: {spare} is removed to make room, {directory} stays.")
             remove(spare)
     free = free_bytes(directory)

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from pregate.config import Experts, Init, Run, UsageError
+from pregate.config import CalibrationConfig, Experts, Init, Run, UsageError
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
-from pregate.models.loading import load_resident, mark_conventional, open_model
+from pregate.models.loading import load_resident, mark_conventional, open_model, unfilled
 from pregate.models.pregating import PreGating
-from pregate.system.durable import read_object, write_json
+from pregate.system.console import first_of
+from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
 from pregate.system.processes import join, main_only
@@ -34,6 +35,8 @@ from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
+from pregate.training.sharded_state import Weights
+from pregate.training.sharding import splits
 
 
 def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any, tracker: Tracker) -> str:
@@ -112,9 +115,14 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
             f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
         )
     calibration = json.loads((converted / MANIFEST).read_text()).get("calibration")
-    if calibration is not None and calibration["settings"] != asdict(run.calibration):
+    if calibration is None:
+        return
+    # a manifest made before a setting existed was made with what is its default now
+    before, now = asdict(CalibrationConfig()) | calibration["settings"], asdict(run.calibration)
+    other = [f"calibration.{name}={value}" for name, value in before.items() if now.get(name) != value]
+    if other:
         raise UsageError(
-            f"{converted} was calibrated with other settings ({calibration['settings']}): resume with those, or choose "
+            f"{converted} was calibrated with other settings ({first_of(other, 8)}): resume with those, or choose "
             "another run_dir=DIR."
         )
 
@@ -156,7 +164,7 @@ def _fine_tune_converted(
     done = steps_done(run_dir / LAST) if run.resume else 0
     carry = [manifest] if manifest.is_file() else []
 
-    def tuned(model: Any, offloaded: Offloaded | None = None) -> TrainSummary:
+    def tuned(model: Any, weights: Weights | None = None, offloaded: Offloaded | None = None) -> TrainSummary:
         return fine_tune(
             model,
             tokenizer,
@@ -167,15 +175,18 @@ def _fine_tune_converted(
             tracker=tracker,
             stage="train",
             carry=carry,
+            weights=weights,
             offloaded=offloaded,
         )
 
     with PeakMemory(state.device) as peak:
-        if run.train.experts is Experts.resident:
-            summary = tuned(load_resident(converted, revision, dtype=torch.float32))
-        else:
+        if run.train.experts is Experts.offloaded:
             with open_offloaded(run, open_model(converted, revision), state.device) as offloaded:
-                summary = tuned(offloaded.model, offloaded)
+                summary = tuned(offloaded.model, offloaded=offloaded)
+        elif splits(run.train.sharding, state.num_processes):
+            summary = tuned(unfilled(converted, revision), Weights(converted, revision))
+        else:
+            summary = tuned(load_resident(converted, revision, dtype=torch.float32))
     if run.train.experts is Experts.offloaded:
         complete(run_dir, open_model(converted, revision), tokenizer, carry)
         if Path(converted) == run_dir / CONVERTED:
@@ -238,4 +249,4 @@ def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluati
         summary |= {key: evaluation[key] for key in ("scores", "parity", "engine", "environment") if key in evaluation}
     write_json(run_dir / SUMMARY, summary)
     for untrained in (INITIAL, CONVERTED):
-        shutil.rmtree(run_dir / untrained, ignore_errors=True)
+        discard(run_dir / untrained)

@@ -6,6 +6,7 @@ Knows torch, NumPy and Python's generator; knows nothing about files.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,8 @@ class TrainState:
     """How far a run has come. Separate from its configuration, saved with every checkpoint.
 
     `epoch` counts passes over the training examples (fractional) or over a stream (whole ones), whose `position` is
-    that of `tasks.span_corruption`. The token counts leave padding out,
-    `elapsed_seconds` adds up over resumed runs, `metrics` holds the latest logged values.
+    that of `tasks.span_corruption`. The token counts leave padding out, `data` is the fingerprint of what was trained
+    on, `elapsed_seconds` adds up over resumed runs, `metrics` holds the latest logged values.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class TrainState:
     source_tokens: int = 0
     target_tokens: int = 0
     position: list[int] = field(default_factory=list)
+    data: str = ""
     best_score: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
@@ -42,6 +44,14 @@ class TrainState:
         if self.best_score is None or (score < self.best_score if lower else score > self.best_score):
             return True
         return score == self.best_score and (self.best_loss is None or loss < self.best_loss)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that files hold, tied ones once."""
+    kept = model.state_dict().keys()  # which also lets go what was gathered
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept:
+            yield name, tensor.detach()
 
 
 def optimizer_state(

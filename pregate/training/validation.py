@@ -7,7 +7,7 @@ evaluation of a finished checkpoint is elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pregate.config import UsageError
 from pregate.models.family import family_of_model
 from pregate.models.finite import finite_logits
 from pregate.models.objectives import Objective
+from pregate.training.sharding import ShardedModel
 
 
 @torch.no_grad()
@@ -33,12 +34,15 @@ def validate(
     max_new_tokens: int,
     accelerator: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
+    sharded: ShardedModel | None = None,
 ) -> dict[str, float]:
     """Loss per target token and the task's metrics (percent) of the unwrapped `model` on `examples`.
 
     `collate` makes the batches; `generate` is given its `prompts`. Without `predicts` nothing is generated and the loss
     is all. Examples are split over the processes and the predictions gathered; every process returns the same numbers.
-    Raises `UsageError`, in every process, for a loss or for logits of a generation that are not finite.
+    With a `sharded` model all of them make the same calls: one that has a batch less repeats an example, and one whose
+    answers have ended goes on until all have. Raises `UsageError`, in every process, for a loss or for logits of a
+    generation that are not finite.
     """
     was_training, objective = model.training, family_of_model(model).objective
     model.eval()
@@ -50,22 +54,28 @@ def validate(
     predictions: list[tuple[int, str]] = []
     broken: list[int] = []
     sums = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, len(mine), batch_size):
-        chosen = mine[start : start + batch_size]
-        rows = [examples[i] for i in chosen]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    if sharded:
+        batches += [[]] * (-(-len(order[::world]) // batch_size) - len(batches))
+    for chosen in batches:
+        rows = [examples[i] for i in chosen or order[:1]]
         batch = _on(accelerator.device, collate(rows))
         with autocast():
             inputs = objective.inputs(batch)
             loss = model(**inputs, labels=batch["labels"], loss_only=True, use_cache=False).loss.item()
-            sums += torch.tensor([loss, objective.count(batch).target], dtype=torch.float64)
+            if chosen:
+                sums += torch.tensor([loss, objective.count(batch).target], dtype=torch.float64)
             if not abs(loss) < float("inf"):
                 broken += chosen
             if predicts:
                 prompts = _on(accelerator.device, collate.prompts(rows))
-                tokens_BT, not_finite = _generate(model, objective, prompts, max_new_tokens)
-                broken += [chosen[row] for row in not_finite]
-                texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+                with sharded.generating() if sharded else nullcontext():
+                    tokens_BT, not_finite = _generate(model, objective, prompts, max_new_tokens, sharded is not None)
+                broken += [chosen[row] for row in not_finite if chosen]
+                texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)[: len(chosen)]
                 predictions += zip(chosen, (text.strip() for text in texts), strict=True)
+    if sharded:
+        sharded.let_go()
     model.train(was_training)
     _refuse_broken(gather_object(broken), examples)
     totals = torch.tensor(gather_object([sums.tolist()])).sum(0)
@@ -82,11 +92,14 @@ def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generate(
-    model: Any, objective: Objective, prompts: dict[str, Tensor], max_new_tokens: int
+    model: Any, objective: Objective, prompts: dict[str, Tensor], max_new_tokens: int, together: bool
 ) -> tuple[Tensor, list[int]]:
-    """The new tokens (B, T) of greedy generation, and the rows in which logits were not finite."""
+    """The new tokens (B, T) of greedy generation, and the rows in which logits were not finite. `together`: with as
+    many calls as every other process makes."""
     with finite_logits(model) as finite:
-        tokens_BT = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        tokens_BT = model.generate(
+            **prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
+        )
         return objective.new_tokens(tokens_BT, prompts["input_ids"]), finite.rows_not_finite()
 
 

@@ -87,7 +87,9 @@ class Cell:
 def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
     arm (e) gives without pre-gating, how far apart the routes of two seeds are, ablations."""
-    cells = [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
+    cells = (
+        [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
+    )
     for seeds in SEEDS:
         cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in size.arms]
     if size.main_only:

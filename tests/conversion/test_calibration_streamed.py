@@ -37,6 +37,7 @@ from pregate.engine.opening import Opened
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.families.olmoe import FAMILY
 from pregate.models.loading import load_resident, mark_conventional, open_model
+from pregate.system.stopping import GOES_ON, Terminated, stoppable
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator
 from tests import test_made_up_family as made_up
@@ -164,7 +165,8 @@ class KilledError(BaseException):
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have the pass end abruptly in the middle of its `number`-th layer; returns the layers that were begun."""
 
-    def prepare(number: int) -> list[Any]:
+    def prepare(number: int, error: type[BaseException] = KilledError) -> list[Any]:
+        monkeypatch.undo()
         begun: list[Any] = []
         run_one, run_layer = streamed.StreamedFit._run, streamed.run_layer
 
@@ -175,7 +177,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
         def one(*arguments: Any) -> Any:
             result = run_layer(*arguments)
             if len(begun) == number:
-                raise KilledError
+                raise error
             return result
 
         monkeypatch.setattr(streamed.StreamedFit, "_run", run)
@@ -195,15 +197,40 @@ def test_a_killed_calibration_goes_on_and_finds_the_same_gates(
     with pytest.raises(KilledError):
         calibrated(run, source, tmp_path / "again")
     assert not (tmp_path / "again").exists() and work_of(tmp_path / "again").is_dir() and len(begun) == at
-    monkeypatch.undo()
+    progress = max(work_of(tmp_path / "again").glob("step-?")) / "progress.pt"
+    told = torch.load(progress)
+    assert whole.peak_bytes is None or 10**8 < told["peak_bytes"] < 10**12
+    torch.save({**told, "peak_bytes": told["peak_bytes"] and told["peak_bytes"] + 10**12}, progress)
     rest = killed_at(0)
     found = calibrated(run, source, tmp_path / "again")
     assert rest[0] == begun[-1] and not set(rest[1:]) & set(begun)
     assert_same_gates(tmp_path / "whole", tmp_path / "again", tolerance=0)
     assert (found.before, found.after) == (whole.before, whole.after) and found.seconds > 0
+    # of whichever process had more
+    assert found.peak_bytes is None or found.peak_bytes > 10**12
     # what was read for the layer that was cut short is read again
     assert whole.bytes_read is not None and found.bytes_read is not None and whole.bytes_read <= found.bytes_read
     assert not work_of(tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "word"), [(KeyboardInterrupt, 130, "stopped"), (Terminated, 143, "terminated")]
+)
+def test_a_stopped_calibration_says_how_it_goes_on(
+    stop: Any, status: int, word: str, sources: dict[str, Path], tmp_path: Path, killed_at: Any, capsys: Any
+) -> None:
+    def stopped(at: int) -> str:
+        killed_at(at, stop)
+        with pytest.raises(SystemExit) as ended, stoppable():
+            calibrated(settings(), sources["olmoe"], tmp_path / "out")
+        assert ended.value.code == status
+        return capsys.readouterr().err.splitlines()[-1]
+
+    # nothing is done yet
+    assert stopped(1) == f"pregate: {word}; {GOES_ON}" and not work_of(tmp_path / "out").exists()
+    told = f"the calibration in {work_of(tmp_path / 'out')} goes on with the same command"
+    assert stopped(3).startswith(f"pregate: {word}; {told}")
+    assert stopped(1).startswith(f"pregate: {word}; {told}")  # the third layer of all: it went on
 
 
 def test_other_settings_begin_anew(

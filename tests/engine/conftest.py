@@ -23,6 +23,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `families.checkpoint` makes checkpoints."""
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="session")
 def expected(served: Served) -> tuple[Tensor, Tensor]:
     """What `hostile.serve` gives with the resident model."""
     return generated(served.model.generate, request(2))

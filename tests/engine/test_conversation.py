@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.engine.engine import OffloadEngine
+from tests.engine.families import SOURCES, Source, checkpoint
 from tests.engine.hostile import Streamer
 from tests.engine.olmoe import olmoe, prompts
 from tests.engine.serving import Served
 
+PAD = 5
+"""A word like any other, whose embedding is not zero."""
 PLAIN: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -117,3 +121,40 @@ def test_a_cache_of_ones_own_works_with_generate(model: Any, engine: Any) -> Non
         input_ids=text, attention_mask=mask, past_key_values=first.past_key_values, **PLAIN, eos_token_id=None
     )
     assert torch.equal(second[:, text.shape[1] :], fresh(model, text, mask, eos_token_id=None))
+
+
+def side_by_side(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Rows of different lengths, padded on the left."""
+    longest = max(map(len, rows))
+    missing = [longest - len(row) for row in rows]
+    ids = [[PAD] * number + row for number, row in zip(missing, rows, strict=True)]
+    mask = [[0] * number + [1] * len(row) for number, row in zip(missing, rows, strict=True)]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.form == "float32"], ids=str)
+def test_every_family_answers_each_row_as_if_it_were_alone(families: Path, source: Source) -> None:
+    """Turns of different lengths, rows that end early, and prompts in chunks shorter than the padding."""
+    directory, model = checkpoint(families, source)
+    draw = torch.Generator().manual_seed(3)
+
+    def alone(text: list[int], ends: Any) -> list[int]:
+        return fresh(model, *side_by_side([text]).values(), eos_token_id=ends, pad_token_id=PAD)[0].tolist()
+
+    texts: list[list[int]] = [[], [], []]
+    ends = None
+    with OffloadEngine.open(directory, device_budget="40%") as engine:
+        talk = engine.conversation()
+        for chunk, lengths in (1, (3, 8, 12)), (3, (9, 6, 2)), (4096, (2, 2, 5)):
+            engine.prefill_chunk = chunk
+            said = [torch.randint(2, 61, (length,), generator=draw).tolist() for length in lengths]
+            texts = [text + turn for text, turn in zip(texts, said, strict=True)]
+            ends = ends or [alone(texts[0], None)[1]]  # the first row ends after two tokens
+            replies = talk.reply(**side_by_side(said), **PLAIN, eos_token_id=ends, pad_token_id=PAD).tolist()
+            expected = [alone(text, ends) for text in texts]
+            assert [reply[: len(row)] for reply, row in zip(replies, expected, strict=True)] == expected
+            assert [text.tolist() for text in map(torch.masked_select, talk.tokens, talk.mask.bool())] == [
+                text + row for text, row in zip(texts, expected, strict=True)
+            ]
+            texts = [text + row for text, row in zip(texts, expected, strict=True)]
+        assert engine.counters.bytes_moved > 0 and len({token for row in expected for token in row}) > 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -19,7 +20,7 @@ from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move
 from pregate.engine.io.threads import ThreadMover
-from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, routed_experts
+from pregate.engine.offloaded_experts import FEW_ROWS, OffloadedExperts, SlotMatrices, routed_experts, run_of
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
@@ -72,11 +73,12 @@ def make_bench(
     seed: int = 0,
     num_threads: int = 2,
     before_read: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Bench:
     family, generator = family_of(num_experts, top_k), torch.Generator().manual_seed(seed)
-    layout = SlabLayout.of(family, torch.float32, stored)
+    layout = SlabLayout.of(family, dtype, stored)
     random = {
-        key: [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in family.matrices.values()]
+        key: [(torch.randn(s, generator=generator) / s[1] ** 0.5).to(dtype) for s in family.matrices.values()]
         for key in family.keys()  # noqa: SIM118 - not a mapping
     }
     store = MemoryStore(layout, random)
@@ -119,6 +121,43 @@ def choices(T: int, K: int, num_experts: int, dropped: float, seed: int) -> tupl
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5), f"engine:\n{got}\nnaive loop:\n{expected}"
+
+
+def test_in_half_precision_a_cpu_computes_few_numbers_of_rows() -> None:
+    """Rows of neighbours fill up, and their results are not used."""
+    bench, computed, asked = make_bench(6, 2, 3, dtype=torch.bfloat16), [], []
+
+    def counted(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+        computed.append(len(hidden_ND))
+        return gated(matrices, hidden_ND)
+
+    bench.experts._family = replace(bench.experts._family, apply=counted)
+    wide = {expert: [matrix.float() for matrix in held] for expert, held in bench.matrices.items()}
+    try:
+        for T in (*range(2, 9), *range(40, 400, 24)):
+            hidden_TD, ids_TK, weights_TK = choices(T, 2, 6, 0.1, T)
+            hidden_TD = hidden_TD.bfloat16()
+            asked += ids_TK[ids_TK != DROPPED].unique(return_counts=True)[1].tolist()
+            found = bench.experts(hidden_TD, ids_TK, weights_TK)
+            assert found.dtype is torch.bfloat16
+            torch.testing.assert_close(
+                found.float(), naive(wide, hidden_TD.float(), ids_TK, weights_TK), rtol=0.05, atol=0.05
+            )
+    finally:
+        bench.mover.close()
+    assert len(computed) == len(asked) and sum(computed) > sum(asked)
+    many, few = ({rows for rows in each if rows > FEW_ROWS} for each in (asked, computed))
+    assert len(few) <= 12 < len(many) and {rows for rows in asked if rows <= FEW_ROWS} <= set(computed)
+
+
+@pytest.mark.parametrize("first", [0, 5, 700])
+def test_the_rows_that_are_computed_hold_those_that_are_wanted(first: int) -> None:
+    for rows in range(1, 1000):
+        for all_rows in (first + rows, first + rows + 9, 5000):
+            begin, end = run_of(first, first + rows, all_rows)
+            assert 0 <= begin <= first and first + rows <= end <= all_rows
+            assert end - begin <= max(rows * 9 / 8, rows + FEW_ROWS)
+    assert len({run_of(0, rows, 10**6)[1] for rows in range(FEW_ROWS + 1, 4097)}) <= 50
 
 
 @given(

@@ -9,7 +9,7 @@ import torch
 
 from pregate.models.expert_math import group_by_expert, grouped_experts, reference_experts
 from pregate.models.router_losses import balance_loss, z_loss
-from pregate.models.routing import DROPPED, apply_capacity, choose_experts, route
+from pregate.models.routing import DROPPED, ScoreFunction, apply_capacity, choose_experts, route
 
 
 def test_equal_probabilities_choose_the_first_expert() -> None:
@@ -77,20 +77,23 @@ def test_losses_ignore_padding_and_equal_a_naive_loop() -> None:
     assert gradient[mask == 1].abs().max() > 0
 
 
-def test_every_choice_of_a_token_counts_in_the_balance_loss() -> None:
+@pytest.mark.parametrize("scores", ScoreFunction)
+def test_every_choice_of_a_token_counts_in_the_balance_loss(scores: ScoreFunction) -> None:
     logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 1], [1, 0, 1, 0, 1]])
     ids = logits.topk(2).indices
     tokens = [(b, t) for b in range(2) for t in range(5) if mask[b, t]]
     share, mean = [0.0] * 4, torch.zeros(4)
     for place in tokens:
-        mean += logits[place].softmax(0) / len(tokens)
+        each = logits[place].exp() if scores is ScoreFunction.softmax else 1 / (1 + (-logits[place]).exp())
+        mean += each / each.sum() / len(tokens)
         for expert in ids[place].tolist():
             share[expert] += 0.5 / len(tokens)
     expected = 4 * sum(s * m for s, m in zip(share, mean, strict=True))
-    torch.testing.assert_close(balance_loss(logits, mask, ids), expected)
-    assert balance_loss(logits, mask).item() != pytest.approx(float(expected), rel=1e-3)
-    assert balance_loss(logits, mask, ids[..., :1]).item() == balance_loss(logits, mask).item()
+    torch.testing.assert_close(balance_loss(logits, mask, ids, scores), expected)
+    assert balance_loss(logits, mask, scores=scores).item() != pytest.approx(float(expected), rel=1e-3)
+    first = ids[..., :1]
+    assert balance_loss(logits, mask, first, scores).item() == balance_loss(logits, mask, scores=scores).item()
 
 
 def test_losses_of_an_empty_mask_are_zero() -> None:

@@ -69,8 +69,9 @@ def test_a_row_is_there_once_it_was_added(tmp_path: Path) -> None:
     assert {tree["rows"] for tree in disk.outcomes} == {b"1\n", b"1\n2\n"}
 
 
-def test_a_saved_state_is_whole_at_every_moment(tmp_path: Path) -> None:
-    """And the one before it, between two savings."""
+@pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_saved_state_is_whole_at_every_moment(keep: int, tmp_path: Path) -> None:
+    """And those before it, between two savings."""
     model = pregated_model(**SHALLOW)
     optimizer = build_optimizer(model, recipe())
     model(**batch()).loss.backward()
@@ -88,13 +89,18 @@ def test_a_saved_state_is_whole_at_every_moment(tmp_path: Path) -> None:
     with Disk(out_dir).watched() as disk:
         for step in (1, 2, 3):
             disk.forget()
-            save_last(out_dir / "last", model, word_tokenizer(), optimizer, TrainState(step=step), [random_state()])
+            state = TrainState(step=step)
+            save_last(out_dir / "last", model, word_tokenizer(), optimizer, state, [random_state()], keep=keep)
             assert {check(step, tree) for tree in disk.outcomes} == {step - 1, step}
             assert len(disk.outcomes) > 5
         disk.forget()
     (after,) = disk.outcomes
-    assert check(4, after) == 3 and set(after) == {"last", PREVIOUS}
-    assert steps_done(lay(after, tmp_path / "end") / PREVIOUS) == 2 and damage(tmp_path / "end" / PREVIOUS) is None
+    assert check(4, after) == 3
+    lay(after, tmp_path / "end")
+    kept = ["last", PREVIOUS, f"{PREVIOUS}_2"][:keep]
+    assert set(after) == set(kept)
+    assert [steps_done(tmp_path / "end" / name) for name in kept] == [3, 2, 1][:keep]
+    assert all(damage(tmp_path / "end" / name) is None for name in kept)
     other = pregated_model(seed=1, **SHALLOW)
     loaded = load_last(tmp_path / "end" / "last", other, build_optimizer(other, recipe()))
     assert loaded is not None and loaded[0].step == 3

@@ -42,7 +42,10 @@ def given(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP was asked for .* leave it out .*`torchrun --nproc_per_node N"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            r"FSDP was asked for .*train\.sharding=full .* leave it out .*`torchrun --nproc_per_node N",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM was asked for"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "A parallelism config was asked for"),

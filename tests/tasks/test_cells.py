@@ -165,7 +165,7 @@ def expected(kind: str, rows: list[dict[str, Any]]) -> list[Example] | str:
                 raise RefusedError("struct" if isinstance(cell, dict) else "a list")
             own = said(math.floor(cell) if whole else cell, "id")
         except RefusedError as refused:
-            return rf"^Row {number} (\(line \d+\) )?of \S.* holds .*({refused}).* in column '{name}', but "
+            return rf"^Row {number} (\((line \d+)?.*\) )?of \S.* holds .*({refused}).* in column '{name}', but "
         without += not right
         identity = own[0] if own else f"train-{number - 1}"
         source = PROMPTS[kind].format(*shown)
@@ -282,7 +282,7 @@ def expected_of_table(kind: str, rows: list[dict[str, Any]]) -> list[Example] | 
     for number, row in enumerate(rows, start=1):
         for name in (*COLUMNS[kind], "id"):
             if row[name].startswith(("['", '["', "[]", "{'")):
-                return rf"^Row {number} \(line \d+\) of \S* holds {WRITTEN_OUT} in column '{name}'"
+                return rf"^Row {number} \(line \d+.*\) of \S* holds {WRITTEN_OUT} in column '{name}'"
     return expected(kind, rows)
 
 

@@ -199,7 +199,7 @@ def test_bad_conversations_are_refused_by_their_id(case: str, tmp_path: Path) ->
     messages, words = BAD[case]
     arguments = records(tmp_path, {"key": "fine", "messages": GOOD}, {"key": "x7", "messages": messages})
     task = build_task(compose_run([*arguments, "task.columns.id=key"]))
-    with pytest.raises(UsageError, match=rf"Conversation 'x7': Row 2 \(line 2\).*{words}"):
+    with pytest.raises(UsageError, match=rf"Row 2 \(line 2, id 'x7'\).*{words}"):
         task.examples("train")
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pregate.config import Run, TrainConfig
 from pregate.tasks.base import Example, Scores
 from pregate.training.loop import TrainSummary, fine_tune
+from tests.engine.olmoe import olmoe
 from tests.tiny import pregated_model
 
 SHALLOW = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
@@ -48,6 +49,12 @@ class FirstWords:
             made.append(Example(str(index), " ".join(words), target, (target,)))
         return made[:limit]
 
+    def stream(self, split: str, limit: int | None = None) -> list[Example]:
+        return self.examples(split, limit)
+
+    def fingerprint(self, split: str) -> str:
+        return f"first words of {split}"
+
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         hits = [100.0 * (p in r) for p, r in zip(predictions, references, strict=True)]
         overall = self.scripted.pop(0) if self.scripted else sum(hits) / len(hits)
@@ -67,6 +74,9 @@ class Recorder:
         if step == self.interrupt_at:
             self.interrupt_at = None
             signal.raise_signal(self.signal_number)
+
+    def rewind(self, step: int, *groups: str) -> None:
+        """Nothing was written."""
 
     def sync(self) -> None:
         """Nothing is written."""
@@ -101,11 +111,14 @@ def train_tiny(
     tracker: Recorder | None = None,
     task: FirstWords | None = None,
     carry: Sequence[Path] = (),
+    model: Any = None,
     model_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, Recorder, TrainSummary]:
-    """Train a tiny pre-gated model on the toy task; the model, what was logged, and the summary."""
-    model = pregated_model(**{**SHALLOW, **(model_changes or {})})
+    """Train `model`, or a tiny pre-gated one, decoder-only where examples are packed, on the toy task; the model, what
+    was logged, and the summary."""
+    if model is None:
+        model = olmoe() if changes.get("packing") else pregated_model(**{**SHALLOW, **(model_changes or {})})
     tracker = tracker or Recorder()
     summary = fine_tune(
         model,

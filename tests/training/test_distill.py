@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from pregate.config import TrainConfig, UsageError
+from pregate.config import PreGateConfig, TrainConfig, UsageError
+from pregate.conversion.write import convert
+from pregate.models.loading import load_resident
+from pregate.models.routing import ScoreFunction
 from pregate.training.distill import (
     Distillation,
+    binary_kl_sum,
     check_teacher,
     kl_sum,
     load_distillation,
@@ -104,6 +109,62 @@ def test_kl_differs_from_the_cross_entropy_of_soft_targets_by_the_teachers_entro
     entropy = -(p * p.log()).sum()
     assert kl_sum(student, teacher).item() == pytest.approx((cross_entropy - entropy).item(), rel=1e-5)
     assert kl_sum(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sigmoid_scores_are_met_expert_by_expert(tmp_path: Path) -> None:
+    """A model whose routers score by sigmoid against one with other gates: the loss and its gradients equal those of a
+    loop over real tokens and experts."""
+    settings = {
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    narrow = {"hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12, "num_attention_heads": 2}
+    small = {"vocab_size": 67, "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(**settings, **narrow, **small, num_experts_per_tok=2)
+    Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    lessons = TrainConfig(teacher=str(tmp_path / "teacher"), distill_routing=1.0)
+    distillation = load_distillation(lessons, torch.device("cpu"), None)
+    assert distillation is not None and distillation.scores is ScoreFunction.sigmoid
+    convert(str(tmp_path / "teacher"), tmp_path / "student", PreGateConfig())
+    student, objective = load_resident(tmp_path / "student"), distillation.objective
+    student.requires_grad_(True)
+    ids_BT = torch.randint(2, 67, (2, 5))
+    mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT.masked_fill(mask_BT == 0, -100)}
+    taught = distillation.answer(batch)
+
+    def naive(outputs: Any) -> Tensor:
+        blocks = []
+        for mine, theirs in zip(outputs.router_logits, taught.router_logits, strict=True):
+            terms = []
+            for b, t in mask_BT.nonzero().tolist():
+                for z, other in zip(mine[b, t], theirs[b, t], strict=True):
+                    p, q = 1 / (1 + (-other).exp()), 1 / (1 + (-z).exp())
+                    terms.append(p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+            blocks.append(torch.stack(terms).sum() / 8)
+        return torch.stack(blocks).mean()
+
+    def answered() -> Any:
+        return student(**objective.inputs(batch), output_router_logits=True, use_cache=False)
+
+    expected = naive(answered())
+    expected_gradients = gradients(expected, student)
+    found = distillation.share(answered(), taught, batch, objective.count(batch)).parts["routing"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4) and found > 0.01
+    assert_same(gradients(found, student), expected_gradients)
+    assert any(slope.abs().max() > 1e-3 for name, slope in expected_gradients.items() if "pre_gate" in name)
+
+
+def test_sigmoid_scores_of_large_logits_stay_finite() -> None:
+    student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+    loss = binary_kl_sum(student, torch.tensor([[-200.0, -200.0, 0.0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(200.0) and student.grad is not None
+    torch.testing.assert_close(student.grad, torch.tensor([[1.0, 0.0, 0.0]]))
 
 
 def test_t_squared_keeps_the_size_of_gradients() -> None:

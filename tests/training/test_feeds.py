@@ -13,12 +13,16 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformersForConditionalGeneration
 
-from pregate.cli import entry_point
+from pregate.cli import compose_run, entry_point
+from pregate.config import TaskKind
+from pregate.config.choices import PRE_TRAINING
 from pregate.tasks import text_stream
+from pregate.tasks.language_modelling import LanguageModelling
 from pregate.training.batch_order import derive_batching
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.state import TrainState
+from tests.engine.olmoe import olmoe
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
 from tests.tiny import SEQ2SEQ, pregated_model
 from tests.training.copying import SHALLOW, Recorder, recipe, short_run
@@ -80,16 +84,26 @@ def test_a_worker_reads_ahead_without_moving_the_position(root: Path) -> None:
 
 
 def pre_train(
-    out_dir: Path, root: Path, *, resume: bool = False, tracker: Recorder | None = None, **changes: Any
+    out_dir: Path,
+    root: Path,
+    *,
+    kind: TaskKind = TaskKind.denoising,
+    resume: bool = False,
+    tracker: Recorder | None = None,
+    **changes: Any,
 ) -> tuple[Any, Recorder, TrainSummary]:
     run = short_run(resume)
     run.task.max_source_tokens, run.task.max_target_tokens = 16, 16
-    model = pregated_model(lookahead=0, **SHALLOW)
+    if kind is TaskKind.denoising:
+        model, task = pregated_model(lookahead=0, **SHALLOW), corpus_task(root)
+    else:
+        settings = [f"data.root={root}", "task=language_modelling", "task.max_source_tokens=16"]
+        model, task = olmoe(lookahead=0), LanguageModelling(compose_run(settings))
     tracker = tracker or Recorder()
     summary = fine_tune(
         model,
         sentinel_tokenizer(),
-        corpus_task(root),
+        task,
         recipe(**changes),
         run=run,
         out_dir=out_dir,
@@ -99,8 +113,9 @@ def pre_train(
     return model, tracker, summary
 
 
-def test_a_resumed_run_sees_the_batches_of_one_that_never_stopped(tmp_path: Path, root: Path) -> None:
-    settings = {"steps": 24, "dropout": 0.1, "eval_every": 8, "save_every": 100}
+@pytest.mark.parametrize("kind", sorted(PRE_TRAINING))
+def test_a_resumed_run_sees_the_batches_of_one_that_never_stopped(tmp_path: Path, root: Path, kind: TaskKind) -> None:
+    settings = {"kind": kind, "steps": 24, "dropout": 0.1, "eval_every": 8, "save_every": 100}
     straight, logged, summary = pre_train(tmp_path / "straight", root, **settings)
     assert summary.metrics["tiny/epoch"] >= 1
     with pytest.raises(KeyboardInterrupt):
@@ -111,6 +126,7 @@ def test_a_resumed_run_sees_the_batches_of_one_that_never_stopped(tmp_path: Path
     resumed, second, again = pre_train(tmp_path / "halves", root, resume=True, **settings)
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+    assert {step for name, step in second.at if name == "tiny/loss"} == set(range(12, 25))
     for key, value in second.at.items():
         assert "tokens_per_s" in key[0] or logged.at[key] == value, (key, logged.at[key], value)
     assert (again.best_score, again.best_step) == (summary.best_score, summary.best_step)

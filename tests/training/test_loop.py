@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from pregate.config import UsageError
 from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
-from pregate.training.batch_order import derive_batching
+from pregate.training.batch_order import MicroBatchSampler, derive_batching
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
 from pregate.training.resumable_state import steps_done
@@ -40,13 +40,27 @@ def assert_same_parameters(one: torch.nn.Module, other: torch.nn.Module, **toler
         torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance.get("atol", 0.0), msg=lambda m, n=name: f"{n}: {m}")
 
 
+class Sources:
+    """The lengths of the toy task's training examples: their words and the token that ends them."""
+
+    def __len__(self) -> int:
+        return len(FirstWords().examples("train"))
+
+    def of(self, indices: Sequence[int]) -> list[int]:
+        examples = FirstWords().examples("train")
+        return [len(examples[index].source.split()) + 1 for index in indices]
+
+
 def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], float]:
     return {k: v for k, v in recorder.at.items() if "tokens_per_s" not in k[0] and k[1] >= from_step}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_scaled", "adafactor"])
-def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "packing"), [("adamw", False), ("adamw_scaled", False), ("adafactor", False), ("adamw", True)]
+)
+def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str, packing: bool) -> None:
     settings = {"optimizer": optimizer, "dropout": 0.1, "schedule": "cosine", "warmup_steps": 1, "eval_every": 2}
+    settings["packing"] = packing
     straight, logged, summary = train_tiny(tmp_path / "straight", steps=4, **settings)
     interrupted = Recorder(interrupt_at=2)
     with pytest.raises(KeyboardInterrupt):
@@ -54,7 +68,7 @@ def test_two_steps_and_two_resumed_equal_four(tmp_path: Path, optimizer: str) ->
     assert max(step for _, step in interrupted.at) == 2
     resumed, second, resumed_summary = train_tiny(tmp_path / "halves", resume=True, steps=4, **settings)
     assert_same_parameters(straight, resumed)
-    assert timeless(second) == timeless(logged, from_step=3)
+    assert timeless(second) == timeless(logged, from_step=3) and {("tiny/loss", 3), ("tiny/loss", 4)} < second.at.keys()
     assert (resumed_summary.best_score, resumed_summary.best_step) == (summary.best_score, summary.best_step)
     assert resumed_summary.target_tokens == summary.target_tokens
 
@@ -299,15 +313,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     def poisoned(*args: object, **kwargs: object) -> object:
         share = honest(*args, **kwargs)  # type: ignore[arg-type]
         calls.append(1)
-        return type(share)(*(getattr(share, f) * math.nan for f in ("total", "cross_entropy", "balance", "z")))
+        factor = math.nan if len(calls) == 2 else 1.0
+        return type(share)(*(getattr(share, f) * factor for f in ("total", "cross_entropy", "balance", "z")))
 
     train_tiny(tmp_path, steps=1)
     kept = (tmp_path / "last" / "model.safetensors").read_bytes()
     monkeypatch.setattr(loop, "loss_share", poisoned)
-    with pytest.raises(UsageError, match="loss of tiny became nan at step 2: lower"):
+    sampler = MicroBatchSampler(Sources(), derive_batching(recipe(), 10, 1), seed=0, first_step=1, last_step=2, rank=0)
+    second = ", ".join(f"example '{index}'" for index in list(sampler)[1])
+    with pytest.raises(
+        UsageError,
+        match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is "
+        rf"that of step 1 in {tmp_path}/last; the best model so far, of step 1, lies in {tmp_path}/checkpoint\)\.",
+    ):
         train_tiny(tmp_path, steps=3, save_every=1, resume=True)
     assert calls
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    train_tiny(tmp_path, steps=1, save_every=1)
+    with pytest.raises(
+        UsageError, match=r"Weights of tiny became NaN or infinite by step 2 .*last good state is that of"
+    ):
+        train_tiny(tmp_path, steps=3, save_every=1, resume=True, learning_rate=1e39)
+    assert steps_done(tmp_path / "last") == 1
 
 
 def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
@@ -337,13 +367,16 @@ import sys
 from pathlib import Path
 from tests.training.copying import train_tiny
 settings = {"distill_logits": 0.5, "distill_routing": 0.5} if sys.argv[2] else {}
-train_tiny(Path(sys.argv[1]), steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0, z_loss=0.1,
-           eval_every=1, teacher=sys.argv[2] or None, trainable=sys.argv[3], **settings)
+for sharding in ("none", "full"):
+    train_tiny(Path(sys.argv[1]) / sharding, steps=2, batch_sequences=5, micro_batch_tokens=10, balance_loss=0.0,
+               z_loss=0.1, eval_every=1, keep="last", teacher=sys.argv[2] or None, trainable=sys.argv[3],
+               sharding=sharding, **settings)
 """
 
 
-def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: int) -> None:
-    """Run the Python program `text` as two processes of one training; both end with `status`."""
+def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: int) -> list[str]:
+    """Run the Python program `text` as two processes of one training; both end with `status`. Returns what they told
+    as errors."""
     script = tmp_path / "script.py"
     script.write_text(text)
     with socket.socket() as probe:
@@ -364,9 +397,10 @@ def in_two_processes(tmp_path: Path, text: str, arguments: list[str], status: in
         )
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=280)
+    told = [process.communicate(timeout=280)[1] for process in processes]
+    for process, errors in zip(processes, told, strict=True):
         assert process.returncode == status, errors
+    return told
 
 
 ONE_IS_ASKED_TO_END = """
@@ -390,6 +424,7 @@ def test_all_processes_end_after_the_same_step_when_one_gets_sigterm(tmp_path: P
 
 @pytest.mark.parametrize("trainable", ["all", pytest.param("gates", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
+    """Each with the whole model (DDP), and each with a part of it (FSDP2)."""
     settings: dict[str, Any] = {"trainable": trainable}
     terms = ["loss", "z", "grad_norm", "eval/loss", "eval/accuracy"]
     if trainable == "gates":
@@ -404,14 +439,18 @@ def test_two_processes_train_like_one(tmp_path: Path, trainable: str) -> None:
         balance_loss=0.0,
         z_loss=0.1,
         eval_every=1,
+        keep="last",
         **settings,
     )
     in_two_processes(tmp_path, TWO_PROCESSES, [str(tmp_path / "two"), settings.get("teacher", ""), trainable], 0)
-    two = type(one).from_pretrained(tmp_path / "two" / "last")
-    # AdamW divides each gradient by its own size, so rounding in small ones shows: allow 1 % of one update
-    assert_same_parameters(one, two, atol=0.01 * recipe().learning_rate)
-    state = json.loads((tmp_path / "two" / "last" / "train_state.json").read_text())
-    assert len(state["random"]) == 2
-    assert state["state"]["target_tokens"] == summary.target_tokens
-    for term in terms:
-        assert state["state"]["metrics"][f"tiny/{term}"] == pytest.approx(logged.at[f"tiny/{term}", 2], rel=1e-4), term
+    for sharding in ("none", "full"):
+        run = tmp_path / "two" / sharding
+        # AdamW divides each gradient by its own size, so rounding in small ones shows: allow 1 % of one update
+        two = type(one).from_pretrained(run / "checkpoint")
+        assert_same_parameters(one, two, atol=0.01 * recipe().learning_rate)
+        state = json.loads((run / "last" / "train_state.json").read_text())
+        assert len(state["random"]) == 2 and state.get("parts") == {"none": None, "full": 2}[sharding]
+        assert state["state"]["target_tokens"] == summary.target_tokens
+        for term in terms:
+            value = state["state"]["metrics"][f"tiny/{term}"]
+            assert value == pytest.approx(logged.at[f"tiny/{term}", 2], rel=1e-4), (sharding, term)

@@ -182,7 +182,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     settle(run / "last")
     assert capsys.readouterr().err == (
         f"pregate: {run / 'last' / OPTIMIZER_FILE} is not as it was saved: going on from the state before it, that of "
-        f"step 1 (the damaged one lies in {run / DAMAGED} until the next is saved).\n"
+        f"step 1 (what is damaged lies in {run / DAMAGED} until the next is saved).\n"
     )
     assert tree_of(run) == {"last": saved[PREVIOUS], DAMAGED: spoilt}
     settle(run / "last")
@@ -193,6 +193,36 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     assert found is not None and found[0].step == 1 and optimizer.state
     save_last(run / "last", model, word_tokenizer(), optimizer, TrainState(step=2), [random_state()])
     assert {path.name: steps_done(path) for path in run.iterdir()} == {"last": 2, PREVIOUS: 1}
+
+
+def test_so_many_states_are_kept_and_the_latest_whole_one_is_used(
+    saved: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pregated_model(**SHALLOW)
+    optimizer = build_optimizer(model, TrainConfig())
+    last = tmp_path / "last"
+
+    def save(step: int, keep: int) -> dict[str, int]:
+        save_last(last, model, word_tokenizer(), optimizer, TrainState(step=step), [random_state()], keep=keep)
+        return {path.name: steps_done(path) for path in tmp_path.iterdir()}
+
+    for step in range(1, 5):
+        found = save(step, 3)
+    assert found == {"last": 4, PREVIOUS: 3, "previous_2": 2}
+    (last / OPTIMIZER_FILE).write_bytes(b"")
+    (tmp_path / PREVIOUS / STATE_FILE).unlink()
+    settle(last)
+    told = capsys.readouterr().err
+    assert f"{last / OPTIMIZER_FILE} is not as it was saved; {tmp_path / PREVIOUS / STATE_FILE} is missing" in told
+    assert "that of step 2" in told and told.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last", DAMAGED, f"{DAMAGED}_2"} and steps_done(last) == 2
+    assert save(3, 3) == {"last": 3, PREVIOUS: 2}
+    assert [save(step, 3) for step in (4, 5)][1] == {"last": 5, PREVIOUS: 4, "previous_2": 3}
+    (tmp_path / PREVIOUS).rename(tmp_path / "moved")  # as where a rotation was killed: its gap is filled again
+    (tmp_path / "moved").rename(tmp_path / "previous_3")
+    assert save(6, 3) == {"last": 6, PREVIOUS: 5, "previous_2": 3}
+    assert save(7, 2) == {"last": 7, PREVIOUS: 6}
+    assert save(8, 1) == {"last": 8}
 
 
 def test_without_a_whole_state_nothing_is_touched(saved: Tree, tmp_path: Path) -> None:

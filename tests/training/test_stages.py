@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import SwitchTransformersForConditionalGeneration
 
-from pregate.config import CalibrationConfig, Entry, Init, ModelConfig, PreGateConfig, Run, TrainConfig, UsageError
+from pregate.config import (
+    CalibrationConfig,
+    Entry,
+    Init,
+    ModelConfig,
+    PreGateConfig,
+    Run,
+    Through,
+    TrainConfig,
+    UsageError,
+    to_dict,
+)
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.tracking import flatten
 from pregate.training.checks import check_model, check_teachers
 from pregate.training.resumable_state import steps_done
-from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, claim_run_dir
+from pregate.training.resume_changes import OTHER_RESULT, SAME_RESULT
+from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, claim_run_dir
 from pregate.training.stages import get_converted, get_source, train_converted
 from tests.tiny import geometry, pregated_model, upstream_model
 from tests.training.copying import FirstWords, Recorder, short_run, train_tiny, word_tokenizer
@@ -56,6 +70,67 @@ def test_a_run_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot be written .*: choose another run_dir=DIR\."):
         claim_run_dir(Run(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_resumed_run_refuses_changes_of_its_result_unless_they_are_allowed(tmp_path: Path, capsys: Any) -> None:
+    run_dir = tmp_path / "run"
+    run = Run(run_dir=str(run_dir))
+    claim_run_dir(run)
+    written = (run_dir / CONFIG).read_text()
+    train_tiny(run_dir, steps=1)
+    capsys.readouterr()
+    run.resume, run.train.log_every, run.tracking.project, run.engine.io_threads = True, 3, "p", 4
+    claim_run_dir(run)
+    told = capsys.readouterr().err
+    assert "train.log_every 10, now 3" in told and "tracking.project pregate, now p" in told and told.count("\n") == 1
+    run = Run(run_dir=str(run_dir), resume=True, source_train=TrainConfig())
+    (run_dir / CONFIG).write_text(written)
+    run.train.learning_rate, run.model.geometry, run.train.log_every = 0.5, {"d_model": 8}, 3
+    record = json.loads((run_dir / "last" / "train_state.json").read_text())
+    record["random"] *= 2
+    (run_dir / "last" / "train_state.json").write_text(json.dumps(record))
+    names = "model.geometry.d_model,train.learning_rate,source_train,processes"
+    with pytest.raises(UsageError) as error:
+        claim_run_dir(run)
+    said = str(error.value)
+    assert "train.learning_rate 0.0001, now 0.5" in said and "processes 2, now 1" in said and "log_every" not in said
+    assert said.endswith(f"or go on all the same with 'allow_changes=[{names}]'.") and "\n" not in said
+    assert (run_dir / CONFIG).read_text() == written
+    run.allow_changes = ["model", "train.learning_rate", "processes"]
+    with pytest.raises(UsageError, match=r"result \(source_train None, now set\)"):
+        claim_run_dir(run)
+    run.allow_changes = names.split(",")
+    claim_run_dir(run)
+    assert "processes 2, now 1" in capsys.readouterr().err
+    assert "learning_rate: 0.5" in (run_dir / CONFIG).read_text()
+
+
+def test_what_does_not_change_a_result_is_a_setting() -> None:
+    now = flatten(to_dict(Run(source_train=TrainConfig())), separator=".")
+    for name in (*SAME_RESULT, *OTHER_RESULT):
+        assert any(key == name or key.startswith(f"{name}.") for key in now), name
+
+
+def test_a_worker_that_outlives_its_killed_parent_does_not_lock_the_run_directory(tmp_path: Path) -> None:
+    run = Run(run_dir=str(tmp_path / "run"), resume=True)
+    told, tell = os.pipe()
+    parent = os.fork()
+    if not parent:
+        claim_run_dir(run)
+        worker = os.fork()
+        if worker:
+            os.write(tell, str(worker).encode())
+        signal.pause()
+    worker = int(os.read(told, 9))
+    with pytest.raises(UsageError, match="Another process works in"):
+        claim_run_dir(run)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        os.kill(worker, 0)
+        claim_run_dir(run)
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> None:
@@ -250,8 +325,18 @@ def test_gates_are_calibrated_once_and_with_one_setting(tmp_path: Path, capsys: 
     manifest = (Path(directory) / MANIFEST).read_text()
     assert get_converted(calibrated_run(), *given) == directory  # type: ignore[arg-type]
     assert (Path(directory) / MANIFEST).read_text() == manifest and capsys.readouterr().out == ""
-    with pytest.raises(UsageError, match="was calibrated with other settings"):
+    other = r"was calibrated with other settings \(calibration.examples=1024\): resume"
+    with pytest.raises(UsageError, match=other):
         get_converted(calibrated_run(examples=12), *given)  # type: ignore[arg-type]
+    # as written before some settings existed: what is absent was the default
+    older = json.loads(manifest)
+    for name in ("through", "memory", "data", "text"):
+        del older["calibration"]["settings"][name]
+    (Path(directory) / MANIFEST).write_text(json.dumps(older))
+    assert get_converted(calibrated_run(), *given) == directory  # type: ignore[arg-type]
+    for changed in ({"examples": 12}, {"through": Through.engine}):
+        with pytest.raises(UsageError, match="was calibrated with other settings"):
+            get_converted(calibrated_run(**changed), *given)  # type: ignore[arg-type]
 
 
 def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) -> None:

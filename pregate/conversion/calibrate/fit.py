@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pregate.models.routing import logits_agreement
+from pregate.models.routing import Choose, ScoreFunction, first_choice, logits_agreement
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties on the distance from the start, in units of the features' mean square."""
-TEMPERATURES = (1.0, 0.5, 0.25)
-"""Of both softmaxes, in units of the logits' standard deviation: from like the regression to like top-1 alone."""
+TEMPERATURES = {ScoreFunction.softmax: (1.0, 0.5, 0.25), ScoreFunction.sigmoid: (1.0,)}
+"""Of both softmaxes, in units of the logits' standard deviation: from like the regression to like top-1 alone. Of both
+sigmoids, as they are: colder ones would ask which scores are above one half, which decides nothing."""
 CHUNK_TOKENS = 4096
 """Tokens whose states are in float64 at once."""
 
@@ -48,43 +50,50 @@ class GateFit:
 
 
 def fit_gate(
-    weight_ED: Tensor, bias_E: Tensor | None, fit: Tokens, held_out: Tokens, steps: int, top_k: int = 1
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    fit: Tokens,
+    held_out: Tokens,
+    steps: int,
+    choose: Choose = first_choice,
+    scores: ScoreFunction = ScoreFunction.softmax,
 ) -> GateFit:
     """The gate that agrees most with the source on `held_out`, of several fitted on `fit` and the given start itself.
 
-    `steps`: most iterations at each temperature; 0 leaves the ridge fits alone. `top_k`: experts of a token. On
-    equal agreement the simpler fit wins, so the result is never worse than the start on the tokens held out.
+    `steps`: most iterations at each temperature; 0 leaves the ridge fits alone. `choose`: the router's rule. `scores`:
+    its score function. On equal agreement the simpler fit wins, so the result is never worse than the start on the
+    tokens held out.
     """
     start_EF = weight_ED if bias_E is None else torch.cat([weight_ED, bias_E[:, None]], dim=1)
     start_EF = start_EF.double()
     states_TF, judged_TF = (_features(tokens.states_TD, bias_E is not None) for tokens in (fit, held_out))
 
     def agreement(gate_EF: Tensor) -> float:
-        return logits_agreement(judged_TF @ gate_EF.to(judged_TF.dtype).T, held_out.logits_TE, top_k)
+        return logits_agreement(judged_TF @ gate_EF.to(judged_TF.dtype).T, held_out.logits_TE, choose)
 
     copy = agreement(start_EF)
     gates: dict[str, Tensor] = {"copy": start_EF}
-    scores = {"copy": copy}
-    regression = Regression(start_EF, states_TF, fit.logits_TE)
+    agreements = {"copy": copy}
+    regression = Regression(start_EF, states_TF, fit.logits_TE, scores)
     for penalty in reversed(RIDGES):
         name = f"ridge {penalty:g}"
         gates[name] = regression.ridge(penalty)
-        scores[name] = agreement(gates[name])
-    closed = max((name for name in scores if name != "copy"), key=scores.__getitem__)
-    refined, gate_EF = scores[closed], gates[closed]
-    for temperature in TEMPERATURES if steps else ():
+        agreements[name] = agreement(gates[name])
+    closed = max((name for name in agreements if name != "copy"), key=agreements.__getitem__)
+    refined, gate_EF = agreements[closed], gates[closed]
+    for temperature in TEMPERATURES[scores] if steps else ():
         name = f"temperature {temperature:g}"
         gate_EF = regression.refine(gate_EF, temperature, float(closed.split()[1]), steps)
-        gates[name], scores[name] = gate_EF, agreement(gate_EF)
-        refined = max(refined, scores[name])
-    chosen = max(scores, key=scores.__getitem__)
+        gates[name], agreements[name] = gate_EF, agreement(gate_EF)
+        refined = max(refined, agreements[name])
+    chosen = max(agreements, key=agreements.__getitem__)
     result_EF = gates[chosen].to(weight_ED.dtype)
     D = weight_ED.shape[1]
     return GateFit(
         weight_ED=result_EF[:, :D].contiguous(),
         bias_E=None if bias_E is None else result_EF[:, D].contiguous(),
         copy=copy,
-        ridge=scores[closed],
+        ridge=agreements[closed],
         refined=refined,
         chosen=chosen,
     )
@@ -94,23 +103,31 @@ class Regression:
     """Fits of a gate to `logits_TE`, beginning at `start_EF` (float64). What they share is computed once, in float64, a
     part of the tokens at a time: all states in float64 would take twice their memory."""
 
-    def __init__(self, start_EF: Tensor, states_TF: Tensor, logits_TE: Tensor) -> None:
-        self._start_EF, self._states_TF = start_EF, states_TF
+    def __init__(
+        self,
+        start_EF: Tensor,
+        states_TF: Tensor,
+        logits_TE: Tensor,
+        scores: ScoreFunction = ScoreFunction.softmax,
+    ) -> None:
+        self._start_EF, self._states_TF, self._scores = start_EF, states_TF, scores
+        # a softmax does not see a constant that is added to a token's logits
+        seen = _centred if scores is ScoreFunction.softmax else _unchanged
         F = states_TF.shape[1]
         self._moments_FF = torch.zeros(F, F, dtype=torch.float64, device=states_TF.device)
         self._products_FE = torch.zeros_like(start_EF.T)
-        self._wanted_TE = _centred(logits_TE.double())
+        self._wanted_TE = seen(logits_TE.double())
         self._begin_TE = torch.empty_like(self._wanted_TE)
         for rows, part_TF in self._parts():
             self._moments_FF.addmm_(part_TF.T, part_TF)
             self._begin_TE[rows] = part_TF @ start_EF.T
-            self._products_FE += part_TF.T @ _centred(self._wanted_TE[rows] - self._begin_TE[rows])
+            self._products_FE += part_TF.T @ seen(self._wanted_TE[rows] - self._begin_TE[rows])
         self._moments_FF /= len(states_TF)
         self._products_FE /= len(states_TF)
         self._whitened: tuple[float, Tensor, Tensor] | None = None
 
     def ridge(self, penalty: float) -> Tensor:
-        """The gate whose logits are nearest to those wanted, up to a constant for each token, which routes do not see.
+        """The gate whose logits are nearest to those wanted; for a softmax up to a constant for each token.
 
         Minimises |states (gate - start) - (logits - start logits)|^2 + penalty m T |gate - start|^2, with m the mean
         square of the features. In float64.
@@ -118,17 +135,22 @@ class Regression:
         return self._start_EF + torch.linalg.solve(self._penalised(penalty), self._products_FE).T
 
     def refine(self, gate_EF: Tensor, temperature: float, penalty: float, steps: int) -> Tensor:
-        """Lower the cross-entropy between the source's routing probabilities and the gate's, beginning at `gate_EF`.
+        """Lower the cross-entropy between the source's routing scores and the gate's, beginning at `gate_EF`.
 
         Both softmaxes are taken at `temperature` standard deviations of the logits, so that the gate keeps the source's
-        scale, which is that of its combine weights, whatever the temperature. The penalty is that of `ridge`, which
+        scale, which is that of its combine weights, whatever the temperature. Sigmoids are taken at `temperature`, and
+        their cross-entropy is the sum over experts of that of two outcomes. The penalty is that of `ridge`, which
         this turns into as the temperature rises. Full-batch L-BFGS in coordinates in which the features are white: in
         their own, a few directions of the residual stream carry almost all the variance and it stops far from the
         minimum.
         """
         dtype, num_experts = self._states_TF.dtype, len(gate_EF)
-        scale = temperature * self._wanted_TE.std().clamp_min(1e-6).item()
-        wanted_TE = (self._wanted_TE / scale).softmax(-1).to(dtype)
+        softmax = self._scores is ScoreFunction.softmax
+        scale = temperature * (self._wanted_TE.std().clamp_min(1e-6).item() if softmax else 1.0)
+        wanted_TE = self._wanted_TE / scale
+        wanted_TE = (wanted_TE.softmax(-1) if softmax else wanted_TE.sigmoid()).to(dtype)
+        # the curvature of the cross-entropy where all logits are zero
+        curvature = 1 / num_experts if softmax else 1 / 4
         root64_FF, white_TF = self._white(penalty)
         mean_square = self._moments_FF.diagonal().mean().item()
         begin_TE = (self._begin_TE / scale).to(dtype)
@@ -140,9 +162,13 @@ class Regression:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            entropy = -(wanted_TE * (begin_TE + white_TF @ step_EF.T).log_softmax(-1)).sum(-1).mean()
+            logits_TE = begin_TE + white_TF @ step_EF.T
+            if softmax:
+                entropy = -(wanted_TE * logits_TE.log_softmax(-1)).sum(-1).mean()
+            else:
+                entropy = binary_cross_entropy_with_logits(logits_TE, wanted_TE, reduction="sum") / len(logits_TE)
             moved_EF = torch.linalg.solve_triangular(root_FF, step_EF, upper=False, left=False)
-            loss = entropy + penalty * mean_square / (2 * num_experts) * moved_EF.square().sum()
+            loss = entropy + penalty * mean_square * curvature / 2 * moved_EF.square().sum()
             loss.backward()
             return loss
 
@@ -178,3 +204,7 @@ def _features(states_TD: Tensor, bias: bool) -> Tensor:
 
 def _centred(logits_TE: Tensor) -> Tensor:
     return logits_TE - logits_TE.mean(-1, keepdim=True)
+
+
+def _unchanged(logits_TE: Tensor) -> Tensor:
+    return logits_TE

@@ -28,6 +28,7 @@ from pregate.conversion.calibrate.states import (
     gates_to_fit,
     mean_agreement,
     router_logits,
+    rules_of,
     states_read,
     tensors_of,
 )
@@ -120,8 +121,8 @@ def fit_gates(
     gates = gates_to_fit(model)
     copies = [(gate, gate.weights()) for gate in gates]
     family = family_of_model(model)
-    top_k = family.experts(config).top_k
-    before = agreement_of(router_logits(model, batches.held_out), wanted_held, top_k)
+    rules = rules_of(source)
+    before = agreement_of(router_logits(model, batches.held_out), wanted_held, rules)
     fitted: list[FittedGate] = []
     for stack in family.stacks:
         for wave in _waves([gate for gate in gates if gate.stack == stack and not gate.exact]):
@@ -131,12 +132,12 @@ def fit_gates(
                 fit = Tokens(fit_TD, wanted_fit[stack][gate.block])
                 held = Tokens(held_TD, wanted_held[stack][gate.block])
                 with torch.enable_grad():
-                    found = fit_gate(*gate.weights(), fit, held, steps, top_k)
+                    found = fit_gate(*gate.weights(), fit, held, steps, rules[stack][gate.block], family.scores)
                 gate.set_weights(found.weight_ED, found.bias_E)
                 fitted.append(FittedGate(stack, gate.block, found))
         for batch in (*batches.fit, *batches.held_out):
             batch.settled |= family.objective.settled(model, stack, batch.inputs)
-    after = agreement_of(router_logits(model, batches.held_out), wanted_held, top_k)
+    after = agreement_of(router_logits(model, batches.held_out), wanted_held, rules)
     kept = mean_agreement(after) >= mean_agreement(before)
     for gate, weights in () if kept else copies:
         gate.set_weights(*weights)

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from pregate.conversion.calibrate.states import GateToFit, gates_to_fit
 from pregate.conversion.plan import TensorPlan
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import family_named
-from pregate.models.pregated_models import compute_buffers, without_experts
+from pregate.models.pregated_models import compute_buffers, place, without_experts
 
 
 class GatesAlone:
@@ -29,9 +28,7 @@ class GatesAlone:
         names = _gate_tensors(self.model)
         stored = source.read({plan.origins[name] for name in names})
         for name in names:
-            tensor = stored[plan.origins[name]].to(device=device, dtype=dtype, copy=True)
-            module, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+            place(self.model, name, stored[plan.origins[name]], device, dtype)
         compute_buffers(self.model, device)
         self.model.eval()
         self.to_fit: dict[tuple[str, int], GateToFit] = {

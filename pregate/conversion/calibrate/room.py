@@ -26,6 +26,11 @@ COPIES = 6
 """How many (T, K, D) tensors the experts of a block hold at once."""
 
 
+KERNELS = 128 << 20
+"""What the libraries below torch compile and keep on a CPU while passes run: about 1 MB for each shape of a product in
+half precision."""
+
+
 @dataclass(frozen=True)
 class Room:
     """num_slots: for experts on the compute device. batch_size: examples that pass through a layer at once."""
@@ -47,7 +52,7 @@ def room_for(
     in_memory = total if device.type == "cpu" and resolve_tier(tier, device) is Tier.dram else 0
     weights = _bytes_beside_experts(opened) + in_memory * slab
     fit, example = _fit_bytes(settings, opened), longest * _bytes_per_token(opened)
-    fixed = bytes_in_use(device) + weights
+    fixed = bytes_in_use(device) + weights + (KERNELS if device.type == "cpu" else 0)
     left = given - fixed - max(fit, example)
     if left < slab:
         raise UsageError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pregate.conversion.calibrate.examples import Batch
 from pregate.models.family import family_of_model
 from pregate.models.pregated_models import Gate
-from pregate.models.routing import logits_agreement
+from pregate.models.routing import Choose, logits_agreement
 
 Agreement = dict[str, list[float]]
 """stack -> for each MoE block, the slot agreement of both models."""
@@ -126,10 +126,21 @@ def states_read(model: Any, stack: str, wave: Sequence[GateToFit], batches: Sequ
     return [torch.cat(rows) for rows in caught]
 
 
-def agreement_of(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]], top_k: int = 1) -> Agreement:
-    """Of the `top_k` largest of the logits_TE of each block."""
+def rules_of(source: Any) -> dict[str, list[Choose]]:
+    """stack -> how the router of each MoE block of a conventional model chooses. A gate that decides for the block
+    elsewhere chooses in the same way."""
+    rules: dict[str, list[Choose]] = {}
+    for block in source.moe_blocks():
+        rules.setdefault(block.stack, []).append(block.gates.router.choices)
+    return rules
+
+
+def agreement_of(
+    one: dict[str, list[Tensor]], other: dict[str, list[Tensor]], rules: dict[str, list[Choose]]
+) -> Agreement:
+    """Of what the rule of each block chooses by its logits_TE."""
     return {
-        stack: [logits_agreement(a, b, top_k) for a, b in zip(blocks, other[stack], strict=True)]
+        stack: [logits_agreement(*block) for block in zip(blocks, other[stack], rules[stack], strict=True)]
         for stack, blocks in one.items()
     }
 

@@ -24,7 +24,7 @@ from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.fit import GateFit, Tokens, fit_gate
 from pregate.conversion.calibrate.gates_alone import GatesAlone
 from pregate.conversion.calibrate.one_layer import GateListener, run_end, run_layer
-from pregate.conversion.calibrate.states import GateToFit
+from pregate.conversion.calibrate.states import GateToFit, rules_of
 from pregate.conversion.calibrate.work_dir import WorkDir
 from pregate.engine.engine import OffloadEngine
 from pregate.models.family import family_of_model
@@ -48,16 +48,23 @@ class Place(NamedTuple):
 
 class StreamedFit:
     """One pass over the layers of the source in `engine`, which fits the gates of `gates`[FITTED]; `gates`[COPIED] stay
-    as they are. `fits`, `agreement` (of each model, by stack and block), `bytes_read` and `seconds` say what was found;
-    those of a pass that is taken up again count too."""
+    as they are. `fits`, `agreement` (of each model, by stack and block), `bytes_read`, `peak_bytes` and `seconds` say
+    what was found; those of a pass that is taken up again count too. `highest`: the most memory of this process so far.
+    """
 
     def __init__(
-        self, engine: OffloadEngine, gates: dict[str, GatesAlone], batches: Batches, steps: int, work: WorkDir
+        self,
+        engine: OffloadEngine,
+        gates: dict[str, GatesAlone],
+        batches: Batches,
+        steps: int,
+        work: WorkDir,
+        highest: Callable[[], int | None],
     ) -> None:
         self._engine, self._gates, self._steps, self._work = engine, gates, steps, work
         self._batches, self._num_held = [*batches.fit, *batches.held_out], len(batches.held_out)
         self._model, self._family = engine.model, family_of_model(engine.model)
-        self._top_k = engine.family.top_k
+        self._rules = rules_of(engine.model)
         self._advance: Callable[[int], None] = lambda _: None
         self._listener = GateListener(engine.model, self._family.stacks)
         done = work.progress
@@ -66,6 +73,7 @@ class StreamedFit:
             "agreement", {name: {stack: [] for stack in self._family.stacks} for name in (FITTED, COPIED)}
         )
         self.bytes_read, self.seconds = done.get("bytes_read", 0), done.get("seconds", 0.0)
+        self.peak_bytes, self._highest = done.get("peak_bytes"), highest
         for key, fit in self.fits.items():
             gates[FITTED].to_fit[key].set_weights(fit.weight_ED, fit.bias_E)
 
@@ -105,11 +113,14 @@ class StreamedFit:
 
     def _finish_step(self) -> None:
         return_free_memory()
+        if (highest := self._highest()) is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, highest)
         self._work.finish_step(
             {
                 "fits": {key: asdict(fit) for key, fit in self.fits.items()},
                 "agreement": self.agreement,
                 "bytes_read": self.bytes_read,
+                "peak_bytes": self.peak_bytes,
                 "seconds": self.seconds,
             }
         )
@@ -134,7 +145,7 @@ class StreamedFit:
         for name in (FITTED, COPIED):
             found = self._each(name, place, lambda n: self._counted(stack, n, self._listener.logits))
             held, wanted_held = (torch.cat(logits[-self._num_held :]) for logits in (found, wanted))
-            self.agreement[name][stack].append(logits_agreement(held, wanted_held, self._top_k))
+            self.agreement[name][stack].append(logits_agreement(held, wanted_held, self._rules[stack][place.block]))
 
     def _fit(self, gate: GateToFit, states: list[Tensor], wanted: list[Tensor]) -> None:
         """`states` (T, D) and `wanted` (T, E) of each batch."""
@@ -144,7 +155,8 @@ class StreamedFit:
         fit = Tokens(torch.cat(states[:cut]), torch.cat(wanted[:cut]))
         states.clear()
         with torch.enable_grad():
-            found = fit_gate(*gate.weights(), fit, held, self._steps, self._top_k)
+            rule = self._rules[gate.stack][gate.block]
+            found = fit_gate(*gate.weights(), fit, held, self._steps, rule, self._family.scores)
         gate.set_weights(found.weight_ED, found.bias_E)
         self.fits[gate.stack, gate.block] = found
 

@@ -6,7 +6,7 @@ Knows settings, the engine and the work directory; `streamed` knows the order of
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from pregate.engine.opening import Opened
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.objectives import Row
 from pregate.system.memory import PeakMemory, bytes_in_use
+from pregate.system.stopping import going_on
 from pregate.tasks.base import Task
 from pregate.tasks.tokens import Collator
 
@@ -61,9 +62,15 @@ def fit_through_engine(
     room = room_for(run.calibration, opened, layout, run.engine.tier, longest, device)
     rows = rows_of(run, task, collate)
     slot_bytes = room.num_slots * layout.slab_bytes
+
+    def highest() -> int | None:
+        above = peak.read()
+        return None if above is None else before + above
+
     with (
         PeakMemory(device) as peak,
         closing(WorkDir(folder, _made_from(run, source, config, rows), room.batch_size)) as work,
+        going_on(work.going_on),
         _open_engine(run, source, device, slot_bytes) as engine,
     ):
         settings = replace(run.calibration, batch_size=work.batch_size)
@@ -71,9 +78,7 @@ def fit_through_engine(
             rows = _answers(engine, rows, collate, settings, work)
         batches = Batches.of_rows(rows, collate, settings)
         batches.to(device)
-        tensors, found = _fit(engine, source, config, plan, batches, settings.steps, work)
-    peak_bytes = None if peak.num_bytes is None else before + peak.num_bytes
-    return tensors, {**found, "peak_bytes": peak_bytes}
+        return _fit(engine, source, config, plan, batches, settings.steps, work, highest)
 
 
 def _open_engine(run: Run, source: SourceCheckpoint, device: torch.device, slot_bytes: int) -> OffloadEngine:
@@ -117,10 +122,11 @@ def _fit(
     batches: Batches,
     steps: int,
     work: WorkDir,
+    highest: Callable[[], int | None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = engine.model
     gates = {name: GatesAlone(source, config, plan, model.device, model.dtype) for name in (FITTED, COPIED)}
-    found = StreamedFit(engine, gates, batches, steps, work)
+    found = StreamedFit(engine, gates, batches, steps, work, highest)
     found.run()
     before, after = found.agreement[COPIED], found.agreement[FITTED]
     kept = mean_agreement(after) >= mean_agreement(before)
@@ -128,7 +134,8 @@ def _fit(
     tensors = tensors_of(chosen.model, [gate for gate in chosen.to_fit.values() if not gate.exact])
     fitted = [FittedGate(*key, fit) for key, fit in found.fits.items()]
     told = outcome(list(before), fitted, batches, before, after, kept)
-    return tensors, {**told, "seconds": found.seconds, "bytes_read": found.bytes_read}
+    sizes = {"bytes_read": found.bytes_read, "peak_bytes": found.peak_bytes}
+    return tensors, {**told, "seconds": found.seconds, **sizes}
 
 
 def _made_from(run: Run, source: SourceCheckpoint, config: Any, rows: Sequence[Row]) -> dict[str, Any]:

@@ -106,9 +106,15 @@ class WorkDir:
 
     def close(self) -> None:
         """Leave it as it is, for another attempt; remove it if there is nothing to go on from."""
-        if not self.num_done and not any(self._folder.glob("*.pt")):
+        if self.going_on() is None:
             remove(self._folder)
         self._lock.close()
+
+    def going_on(self) -> str | None:
+        """How an interrupted calibration goes on, in a sentence; None where nothing is done."""
+        if not self.num_done and not any(self._folder.glob("*.pt")):
+            return None
+        return f"the calibration in {self._folder} goes on with the same command (a training also needs resume=true)."
 
     def _begin(self) -> None:
         self._next = self._folder / f"step-{self.num_done + 1}.part"

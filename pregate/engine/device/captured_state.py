@@ -16,8 +16,8 @@ def state_of(gates: Iterable[nn.Module], parts: Iterable[nn.Module]) -> list[Any
         for module in gate.modules():
             state += [module, *_settings(module)]
     for part in parts:
-        for parameter in part.parameters():
-            state += [parameter, parameter.data_ptr()]
+        for tensor in (*part.parameters(), *part.buffers()):
+            state += [tensor, tensor.data_ptr()]
     return state
 
 

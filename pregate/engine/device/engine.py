@@ -24,7 +24,7 @@ from pregate.engine.device.device_addresses import device_addresses
 from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.limits import refuse_settings, slots_for
-from pregate.engine.device.ops.expert_outputs import into_and_out
+from pregate.engine.device.ops.expert_forms import into_and_out
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampler_state import Sampling, StepKind
@@ -71,6 +71,7 @@ class DeviceEngine(Engine):
             self.family.top_k,
             batch,
             self.family.activation,
+            self.family.constants,
         )
         self._experts = make_experts(policy, memory, blocks, side_stream(self._device))
         self.decoder = step_of(opened.config)(

@@ -46,13 +46,14 @@ class SlabMemory:
 @dataclass(frozen=True)
 class BlockShape:
     """What is the same for all blocks of a step. first_slab: of each block, the number of expert 0's slab in
-    `family.keys()`."""
+    `family.keys()`. activation, constants: of the `ExpertSpec`."""
 
     first_slab: Sequence[int]
     num_experts: int
     top_k: int
     batch: int
     activation: str
+    constants: Sequence[float]
 
     @property
     def num_choices(self) -> int:
@@ -108,6 +109,7 @@ class Resident:
             self._out_BD,
             memory.layout.text,
             self._blocks.activation,
+            self._blocks.constants,
         )
         return self._out_BD
 

@@ -145,7 +145,8 @@ class EngineRows:
         if spec.device_driven:
             lengths = {"max_source_len": spec.prompt_len, "max_new_tokens": spec.new_tokens}
             return DeviceEngine.open(self.model.source, batch=spec.batch, **lengths, **shared)
-        return OffloadEngine.open(self.model.source, host_budget=spec.host_budget, **vars(ground.reading), **shared)
+        own = {"host_budget": spec.host_budget, "prefill_chunk": spec.prefill_chunk}
+        return OffloadEngine.open(self.model.source, **own, **vars(ground.reading), **shared)
 
     def _link_probe(self, spec: RowSpec, ground: Ground, engine: Any) -> Callable[[int], float] | None:
         """Measures the link as the row uses it; None for a row that moves nothing."""

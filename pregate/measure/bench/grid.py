@@ -17,6 +17,7 @@ from pregate.config import Baseline, CacheRule, Drive, Policy, Run, Tier, UsageE
 from pregate.engine.budget import resolve_tier
 from pregate.engine.device.limits import MOST_ROWS
 from pregate.measure.bench.models import BenchModel, drives_of
+from pregate.models.family import family_of
 
 RESIDENT = "resident"
 """The whole model in memory through Hugging Face `generate`."""
@@ -46,6 +47,7 @@ class RowSpec:
     host_budget: str | None = None
     drive: str | None = None
     blocks: str | None = None
+    prefill_chunk: int | None = None
 
     @property
     def device_driven(self) -> bool:
@@ -101,6 +103,8 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
     for tier, slab_dtype, load in product(tiers, bench.slab_dtypes, loads):
         for drive in drives:
             served = replace(load, tier=str(tier), slab_dtype=str(slab_dtype), drive=str(drive))
+            if drive is Drive.host:
+                served = replace(served, prefill_chunk=_prefill_chunk(run, model))
             rows += filter(_can_be_driven, _engine_rows(run, served))
     if Drive.device in drives and not any(row.device_driven for row in rows):
         raise UsageError(
@@ -113,6 +117,13 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
 def _can_be_driven(row: RowSpec) -> bool:
     served = row.tier == Tier.dram and row.cache in (None, CacheRule.none, CacheRule.lru) and row.batch <= MOST_ROWS
     return served or not row.device_driven
+
+
+def _prefill_chunk(run: Run, model: BenchModel) -> int | None:
+    """None where prompts are read at once."""
+    chunk = run.engine.prefill_chunk
+    is_long = chunk is not None and chunk < run.bench.prompt_len
+    return chunk if is_long and family_of(model.source.config).objective.continues_prompts else None
 
 
 def _accelerate_rows(

@@ -44,7 +44,8 @@ def write_plan(
 ) -> list[dict[str, Any]]:
     """Predict every row of the grid that the engine would serve; returns what `plan.json` holds."""
     loads: list[dict[str, Any]] = []
-    host = host_gb_per_s()
+    # on a CPU the experts compute there whatever moves
+    host = None if device.type == "cpu" else host_gb_per_s()
     for model, specs in rows.items():
         grouped: dict[tuple[Any, ...], list[RowSpec]] = {}
         for spec in filter(is_predictable, specs):
@@ -63,15 +64,22 @@ def write_plan(
     return loads
 
 
-def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile, host_gb_per_s: float) -> dict[str, Any]:
-    """The predicted rows of one model, tier, slab dtype and batch, and what was measured for them."""
+def _load(
+    model: BenchModel, specs: Sequence[RowSpec], profiled: Profile, host_gb_per_s: float | None
+) -> dict[str, Any]:
+    """The predicted rows of one model, tier, slab dtype and batch, and what was measured for them. `host_gb_per_s`:
+    of host memory; None where experts are computed there anyway."""
     first, found = specs[0], []
     for spec in specs:
         row = {**spec.to_dict(), **predicted_row(model, spec, profiled)}
         row["link_ms"] = row["bytes_per_step"] / profiled.link_gb_per_s / 1e6
         row["compute_ms"] = profiled.durations.compute_ms(row["active_experts"])
         found.append(row)
-    on_cpu = cpu_advice(model, found, profiled, host_gb_per_s, free_memory(torch.device("cpu")))
+    verdicts, measured = [advice(found)], {}
+    if host_gb_per_s is not None:
+        on_cpu = cpu_advice(model, found, profiled, host_gb_per_s, free_memory(torch.device("cpu")))
+        verdicts += [on_cpu] if on_cpu else []
+        measured["host_gb_per_s"] = host_gb_per_s
     return {
         "model": model.name,
         "blocks": model.blocks,
@@ -82,10 +90,10 @@ def _load(model: BenchModel, specs: Sequence[RowSpec], profiled: Profile, host_g
         "slab_dtype": first.slab_dtype,
         "batch": first.batch,
         "link_gb_per_s": profiled.link_gb_per_s,
-        "host_gb_per_s": host_gb_per_s,
+        **measured,
         "slab_bytes": profiled.slab_bytes,
         "durations_ms": vars(profiled.durations),
-        "verdicts": [advice(found), *([on_cpu] if on_cpu else [])],
+        "verdicts": verdicts,
         "rows": found,
     }
 

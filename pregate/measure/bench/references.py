@@ -69,5 +69,5 @@ class References:
 
 def resident_of(spec: RowSpec, new_tokens: int) -> RowSpec:
     """The row of the whole model under the load of `spec`."""
-    plain = dict.fromkeys(("tier", "slab_dtype", "cache", "budget", "host_budget", "drive"))
+    plain = dict.fromkeys(("tier", "slab_dtype", "cache", "budget", "host_budget", "drive", "prefill_chunk"))
     return replace(spec, policy=RESIDENT, new_tokens=new_tokens, **plain)

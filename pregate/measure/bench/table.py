@@ -77,6 +77,7 @@ COLUMNS = (
     Column("slots", _slots, "slots {}", on_terminal=True),
     Column("host cache", text("host_budget"), "host cache {}"),
     Column("prompt", text("prompt_len"), "prompts of {} tokens"),
+    Column("chunk", text("prefill_chunk"), "read in chunks of {}"),
     Column("new tokens", text("new_tokens"), "{} new tokens"),
     Column("experts/block", short("active_experts"), "experts a block and step: {}", on_terminal=True),
     Column("block ms", number("block_ms")),

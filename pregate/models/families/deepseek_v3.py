@@ -14,6 +14,7 @@ from pregate.models.dense_first import LatentAttentionFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
+from pregate.models.routing import ScoreFunction
 
 
 @strict
@@ -48,6 +49,7 @@ class PreGatedDeepseekV3ForCausalLM(
 class DeepseekV3Family(LatentAttentionFamily):
     source_type, source_class = DeepseekV3Config.model_type, "DeepseekV3ForCausalLM"
     config_class, model_class = PreGatedDeepseekV3Config, PreGatedDeepseekV3ForCausalLM
+    scores = ScoreFunction.sigmoid
     gate_parts = ("weight", "e_score_correction_bias")
 
 

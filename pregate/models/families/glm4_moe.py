@@ -14,6 +14,7 @@ from pregate.models.dense_first import DenseFirstFamily
 from pregate.models.family import register_family
 from pregate.models.pregated_models import PreGatedConfig
 from pregate.models.pregating import PreGating
+from pregate.models.routing import ScoreFunction
 
 
 @strict
@@ -48,6 +49,8 @@ class PreGatedGlm4MoeForCausalLM(
 class Glm4MoeFamily(DenseFirstFamily):
     source_type, source_class = Glm4MoeConfig.model_type, "Glm4MoeForCausalLM"
     config_class, model_class = PreGatedGlm4MoeConfig, PreGatedGlm4MoeForCausalLM
+    step = "rotary"
+    scores = ScoreFunction.sigmoid
     gate_parts = ("weight", "e_score_correction_bias")
 
 

@@ -56,6 +56,7 @@ class PreGatedGptOssForCausalLM(
 class GptOssFamily(DecoderOnlyFamily):
     source_type, source_class = GptOssConfig.model_type, "GptOssForCausalLM"
     config_class, model_class = PreGatedGptOssConfig, PreGatedGptOssForCausalLM
+    step = "rotary"
     experts_setting = "num_local_experts"
     router = "mlp.router"
 
@@ -83,6 +84,7 @@ class GptOssFamily(DecoderOnlyFamily):
             layouts=(fused,),
             apply=clamped_unit(config.swiglu_alpha, config.swiglu_limit),
             activation="gated_clamped",
+            constants=(config.swiglu_alpha, config.swiglu_limit),
         )
 
 
@@ -91,9 +93,9 @@ def clamped_unit(alpha: float, limit: float) -> Callable[[Sequence[Factor], Tens
 
     def apply(matrices: Sequence[Any], hidden_ND: Tensor) -> Tensor:
         gate_FD, up_FD, down_DF, gate_bias_F, up_bias_F, down_bias_D = matrices
-        gate_NF = (project(hidden_ND, gate_FD) + gate_bias_F).clamp(max=limit)
-        up_NF = (project(hidden_ND, up_FD) + up_bias_F).clamp(min=-limit, max=limit)
-        return project((up_NF + 1) * (gate_NF * (gate_NF * alpha).sigmoid()), down_DF) + down_bias_D
+        gate_NF, up_NF = project(hidden_ND, gate_FD) + gate_bias_F, project(hidden_ND, up_FD) + up_bias_F
+        hidden_NF = gated_experts.clamped_product(gate_NF, up_NF, alpha, limit)
+        return project(hidden_NF, down_DF) + down_bias_D
 
     return apply
 

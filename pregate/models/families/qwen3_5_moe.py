@@ -1,4 +1,7 @@
-"""The Qwen3.5-MoE family, text alone: layers with linear attention, and a shared expert with a gate of its own."""
+"""The Qwen3.5-MoE family: layers with linear attention, and a shared expert with a gate of its own.
+
+Published checkpoints also hold a visual part, which is carried along and not read.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,11 @@ class Qwen35MoeFamily(DecoderOnlyFamily):
     config_class, model_class = PreGatedQwen35MoeConfig, PreGatedQwen35MoeForCausalLM
     objective = Causal(STACK, packs=False)  # linear attention carries its state along the row
     width_setting = "moe_intermediate_size"
+    renames = (("model.language_model.", "model."),)
+
+    def extras(self, config: Any) -> list[str]:
+        """Also the part that reads images."""
+        return [*super().extras(config), r"^model\.visual\."]
 
     def hidden_width_setting(self, name: str) -> str:
         return "shared_expert_intermediate_size" if ".shared_expert." in name else self.width_setting

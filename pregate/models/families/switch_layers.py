@@ -20,7 +20,7 @@ from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
 from pregate.models.pregated_models import Gate, experts_elsewhere
 from pregate.models.routes import BlockGates, Routes
-from pregate.models.routing import Routing, jitter, route
+from pregate.models.routing import Routing, first_choice, jitter, route
 
 
 class SwitchGate(Gate):
@@ -62,6 +62,9 @@ class SwitchGate(Gate):
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
         """The family's rule."""
         return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
+
+    def choices(self, logits_TE: Tensor) -> Tensor:
+        return first_choice(logits_TE)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)

@@ -14,13 +14,18 @@ from pregate.engine.device.ops.expert_outputs import ExpertScratch
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.expert_math import Factor, grouped_experts, project
 from pregate.models.experts import ExpertSpec, TensorSlice
+from pregate.models.families.gpt_oss import clamped_unit
 from pregate.models.gated_experts import gated_unit
 
 NOT_A_NUMBER = 255
 """As a byte, in every place: NaN in all dtypes, or a scale of NaN."""
 
 
-def family_of(activation: str = "relu", **matrices: tuple[int, int]) -> ExpertSpec:
+CLAMP = (1.702, 0.7)
+"""A limit that every third number of these cases is beyond."""
+
+
+def family_of(activation: str = "relu", **matrices: tuple[int, ...]) -> ExpertSpec:
     return ExpertSpec(
         num_experts=2,
         top_k=1,
@@ -29,7 +34,8 @@ def family_of(activation: str = "relu", **matrices: tuple[int, int]) -> ExpertSp
         layers={"decoder": [0]},
         layouts=(lambda _, __, expert: [TensorSlice(f"{expert}.{matrix}") for matrix in matrices],),
         activation=activation,
-        apply=gated_unit("silu") if activation == "gated_silu" else relu_unit,
+        constants=CLAMP if activation == "gated_clamped" else (),
+        apply={"relu": relu_unit, "gated_silu": gated_unit("silu"), "gated_clamped": clamped_unit(*CLAMP)}[activation],
     )
 
 
@@ -37,9 +43,11 @@ def relu_unit(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
     return project(torch.relu(project(hidden_ND, matrices[0])), matrices[1])
 
 
-def shapes_of(activation: str, width: int, hidden: int) -> dict[str, tuple[int, int]]:
-    into = ("gate", "up") if activation == "gated_silu" else ("wi",)
-    return {**dict.fromkeys(into, (hidden, width)), "wo": (width, hidden)}
+def shapes_of(activation: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    into = ("wi",) if activation == "relu" else ("gate", "up")
+    matrices = {**dict.fromkeys(into, (hidden, width)), "wo": (width, hidden)}
+    biases = {f"{name}_bias": shape[:1] for name, shape in matrices.items() if activation == "gated_clamped"}
+    return {**matrices, **biases}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class ExpertsCase:
         layout = SlabLayout.of(family, dtype, stored)
         slots_SB = torch.full((max(*slots, 0, 1) + 2, layout.slab_bytes), NOT_A_NUMBER, dtype=torch.uint8)
         for slot in set(slots) - {-1}:
-            matrices = [normal(*shape, spread=shape[1] ** -0.5) for shape in family.matrices.values()]
+            shapes = family.matrices.values()
+            matrices = [normal(*shape, spread=shape[-1] ** -0.5 if shape[1:] else 0.5) for shape in shapes]
             layout.encode([matrix.to(dtype) for matrix in matrices], slots_SB[slot])
         num_tokens = len(slots) // top_k
         scratch = ExpertScratch.empty(len(slots), layout, "cpu")
@@ -107,7 +116,7 @@ class ExpertsCase:
     @property
     def arguments(self) -> tuple[Any, ...]:
         tensors = self.hidden_BD, self.slot_N, self.weights_N, self.slots_SB, *self.scratch, self.out_BD
-        return *tensors, self.layout.text, self.family.activation
+        return *tensors, self.layout.text, self.family.activation, self.family.constants
 
     def resident(self) -> Tensor:
         """What the resident experts of a model make of it, each slot an expert."""

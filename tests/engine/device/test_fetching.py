@@ -72,7 +72,7 @@ def experts(policy: Policy, side: Any, batch: int = 2) -> Any:
         DeviceSlots.empty(slabs, slots, "cpu"),
         keep=True,
     )
-    blocks = BlockShape([FIRST + b * EXPERTS for b in range(BLOCKS)], EXPERTS, 1, batch, "relu")
+    blocks = BlockShape([FIRST + b * EXPERTS for b in range(BLOCKS)], EXPERTS, 1, batch, "relu", ())
     return make_experts(policy, memory, blocks, side)
 
 

@@ -114,6 +114,7 @@ def static_step(model: Any, policy: Policy) -> Any:
         family.top_k,
         BATCH,
         family.activation,
+        family.constants,
     )
     experts = make_experts(policy, memory, blocks, InOrder())
     sizes = {"batch": BATCH, "max_source_len": 7, "max_new_tokens": 5}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +29,9 @@ from transformers import (
 )
 
 from pregate import OffloadEngine
-from pregate.config import Policy, PreGateConfig, Tier
+from pregate.config import Policy, PreGateConfig
 from pregate.conversion.plan import plan_moves
 from pregate.conversion.write import convert
-from pregate.engine.opening import open_store
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import TrainingEngine
 from pregate.models.family import Family, family_named
@@ -423,28 +421,6 @@ def test_every_layout_is_converted_bit_by_bit(row: Row, layout: str, shards: boo
     expected.save_pretrained(again)  # a model that was never on disk is saved as the hub has it
     one_layout = len(row.family.experts(expected.config).layouts) == 1
     assert (stored_names(again) == after) == (layout == "hub" or one_layout)
-
-
-@every_family
-def test_every_policy_gives_the_tokens_of_the_whole_model(row: Row, tmp_path: Path) -> None:
-    upstream_model(row, 50).save_pretrained(tmp_path / "source")
-    directory = tmp_path / "converted"
-    convert(str(tmp_path / "source"), directory, PreGateConfig(lookahead=2))
-    whole = load_resident(directory)
-    requests = [{**batch(LEFT, rows), "max_new_tokens": 5, "do_sample": False} for rows in (1, 4)]
-    expected = [
-        (whole.generate(**request), whole(**batch(LEFT, len(request["input_ids"]))).logits) for request in requests
-    ]
-    for tier, policies in ((Tier.disk, list(Policy)), (Tier.dram, [Policy.pre_gated])):
-        with closing(open_store(directory, tier=tier, pack_dir=tmp_path / "pack")) as store:
-            for policy in policies:
-                with OffloadEngine.open(directory, policy=policy, store=store) as engine:
-                    for request, (tokens, logits) in zip(requests, expected, strict=True):
-                        assert torch.equal(engine.generate(**request), tokens)
-                        found = engine.forward(**batch(LEFT, len(tokens))).logits
-                        assert found.isfinite().all()
-                        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-                    assert (engine.counters.bytes_moved > 0) == (policy is not Policy.gpu_only)
 
 
 @every_family

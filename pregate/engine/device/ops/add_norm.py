@@ -15,14 +15,18 @@ from pregate.engine.device.ops.registry import operation
 
 
 @operation(fake=lambda hidden_B1D, *_: torch.empty_like(hidden_B1D))
-def norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0) -> Tensor:
+def norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0, rounds_last: bool = False) -> Tensor:
     """`hidden` divided by its root mean square and scaled by `weight_D`, then by `factor`.
 
-    In the dtype of `hidden_B1D`, rounded where the family's own norm rounds; the mean is taken in float32 (T5's layer
-    norm: no mean subtracted, no bias).
+    In the dtype of `hidden_B1D`, rounded where the family's own norm rounds: before and behind the product with
+    `weight_D`, or behind it alone if it `rounds_last`; the mean is taken in float32 (T5's layer norm: no mean
+    subtracted, no bias).
     """
     variance_B11 = hidden_B1D.float().pow(2).mean(-1, keepdim=True)
     normed_B1D = hidden_B1D * torch.rsqrt(variance_B11 + eps)
+    if rounds_last:
+        normed_B1D = (weight_D * normed_B1D.float()).to(hidden_B1D.dtype)
+        return normed_B1D if factor == 1.0 else normed_B1D * factor
     if weight_D.dtype in (torch.float16, torch.bfloat16):
         normed_B1D = normed_B1D.to(weight_D.dtype)
     normed_B1D = weight_D * normed_B1D
@@ -50,6 +54,7 @@ def add_norm_kernel(
     D: tl.constexpr,
     ADDS: tl.constexpr,
     SCALES: tl.constexpr,
+    ROUNDS_LAST: tl.constexpr,
     KIND: tl.constexpr,
     NATIVE: tl.constexpr,
     TILE: tl.constexpr,
@@ -64,17 +69,22 @@ def add_norm_kernel(
         tl.store(summed + row + column, stored(value, KIND), mask=inside)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / D + eps)
     weight = numbers(tl.load(weight_D + column, mask=inside, other=0), KIND)
-    result = rounded(weight * rounded(value * scale, KIND, NATIVE), KIND, NATIVE)
+    result = value * scale
+    if not ROUNDS_LAST:
+        result = rounded(result, KIND, NATIVE)
+    result = rounded(weight * result, KIND, NATIVE)
     if SCALES:
         result = rounded(result * factor, KIND, NATIVE)
     tl.store(normed + row + column, stored(result, KIND), mask=inside)
 
 
 @norm.on_cuda
-def launch_norm(hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0) -> Tensor:
+def launch_norm(
+    hidden_B1D: Tensor, weight_D: Tensor, eps: float, factor: float = 1.0, rounds_last: bool = False
+) -> Tensor:
     if weight_D.dtype != hidden_B1D.dtype:
-        return norm.reference(hidden_B1D, weight_D, eps, factor)
-    return _launch(hidden_B1D, None, weight_D, eps, factor)[1]
+        return norm.reference(hidden_B1D, weight_D, eps, factor, rounds_last)
+    return _launch(hidden_B1D, None, weight_D, eps, factor, rounds_last)[1]
 
 
 @add_norm.on_cuda
@@ -83,11 +93,11 @@ def launch_add_norm(
 ) -> tuple[Tensor, Tensor]:
     if weight_D.dtype != hidden_B1D.dtype:
         return add_norm.reference(hidden_B1D, added_B1D, weight_D, eps, factor)
-    return _launch(hidden_B1D, added_B1D, weight_D, eps, factor)
+    return _launch(hidden_B1D, added_B1D, weight_D, eps, factor, False)
 
 
 def _launch(
-    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float
+    hidden_B1D: Tensor, added_B1D: Tensor | None, weight_D: Tensor, eps: float, factor: float, rounds_last: bool
 ) -> tuple[Tensor, Tensor]:
     width, kind = hidden_B1D.shape[-1], FLOATS[hidden_B1D.dtype]
     raw, tile = RAW[kind], triton.next_power_of_2(width)
@@ -106,6 +116,7 @@ def _launch(
         D=width,
         SCALES=factor != 1.0,
         ADDS=added_B1D is not None,
+        ROUNDS_LAST=rounds_last,
         KIND=kind,
         NATIVE=isinstance(add_norm_kernel, triton.JITFunction),
         TILE=tile,

@@ -12,55 +12,23 @@ hidden width. Choice n belongs to token n // K.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pregate.config import UsageError
+from pregate.engine.device.ops.expert_forms import ACTIVATIONS, Linear, into_and_out
+from pregate.engine.device.ops.expert_tiles import activated, biases_of, scales_of, weights_of, with_bias
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, operand, rounded, stored
 from pregate.engine.device.ops.registry import operation
-from pregate.engine.storage.slabs import MatrixPlace, SlabLayout
+from pregate.engine.storage.slabs import SlabLayout
 
 NUM_WARPS = 4
-
-
-class Activation(NamedTuple):
-    """What is between an expert's matrices. GATED: the result of a gate matrix passes through `apply`, and is
-    multiplied with that of the up matrix."""
-
-    apply: Callable[[Tensor], Tensor]
-    gated: bool
-
-
-ACTIVATIONS = {"relu": Activation(torch.relu, gated=False), "gated_silu": Activation(F.silu, gated=True)}
-"""By the names of `ExpertSpec.activation`."""
-
-
-def into_and_out(layout: SlabLayout, activation: str) -> tuple[Sequence[MatrixPlace], MatrixPlace]:
-    """The matrices (F, D) of an expert that read its input, gate first where there is one, and the one (D, F) that
-    makes its output. Raises `UsageError` for experts of another form."""
-    check_activation(activation)
-    shapes = [place.shape for place in layout.matrices]
-    gated = ACTIVATIONS[activation].gated
-    if len(shapes) != 2 + gated or len(shapes[0]) != 2 or len({*shapes[:-1], shapes[-1][::-1]}) != 1:
-        named = ", ".join(f"{place.name} {place.shape}" for place in layout.matrices)
-        wanted = "a gate, an up and a down matrix" if gated else "an up and a down matrix"
-        raise UsageError(f"Experts of {named} cannot be computed on the device, only {wanted}: use the host engine.")
-    return layout.matrices[:-1], layout.matrices[-1]
-
-
-def check_activation(activation: str) -> None:
-    """Raises `UsageError` for an activation, by its name in a model's config, that no kernel has."""
-    if activation not in ACTIVATIONS:
-        raise UsageError(
-            f"Experts with the activation {activation!r} cannot be computed on the device, only "
-            f"{', '.join(ACTIVATIONS)}: use the host engine."
-        )
 
 
 class ExpertScratch(NamedTuple):
@@ -99,19 +67,21 @@ def expert_outputs(
     weighted_ND: Tensor,
     out_BD: Tensor,
     layout_text: str,
-    activation: str = "relu",
+    activation: str,
+    constants: Sequence[float],
 ) -> None:
     """Into `out_BD`: for each token the sum over its choices of weight * down(activation(up(hidden))), or of weight *
-    down(activation(gate(hidden)) * up(hidden)).
+    down(activation(gate(hidden), up(hidden))).
 
     hidden_BD, out_BD: in the layout's dtype. weights_N: in that or in float32. slot_N: int32, where each choice's slab
     is; a choice with -1 adds nothing. hidden_NF, weighted_ND: an `ExpertScratch`. layout_text: `SlabLayout.text`.
-    Rounds to the dtype where the resident expert does: after each matrix, after the activation and the product with it,
-    after weighting, after the sum; dequantised weights are rounded to it as well. Raises `UsageError` for an activation
-    or experts it lacks.
+    activation, constants: of the family's `ExpertSpec`. Rounds to the dtype where the resident expert does: after each
+    matrix and its bias, after each operation of the activation, after weighting, after the sum; dequantised weights are
+    rounded to it as well. Raises `UsageError` for an activation or experts it lacks.
     """
     layout = _layout(layout_text)
-    into_and_out(layout, activation)
+    into, _ = into_and_out(layout, activation)
+    form, num_sides = ACTIVATIONS[activation], len(into.matrices)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
     top_k = num_choices // num_tokens
     # one choice after the other, without reading a slot's number back
@@ -119,58 +89,20 @@ def expert_outputs(
         token = choice // top_k
         slot_1 = slot_N[choice : choice + 1]
         slab_B = slots_SB.index_select(0, slot_1.clamp_min(0).long())[0]
-        first_FD, *gated_FD, down_DF = layout.decode(slab_B)
+        parts = layout.decode(slab_B)
+        *sides, down = zip_longest(parts[: num_sides + 1], parts[num_sides + 1 :])
         hidden_1D = hidden_BD[token : token + 1]
-        hidden_1F = ACTIVATIONS[activation].apply(F.linear(hidden_1D, first_FD))
-        for up_FD in gated_FD:
-            hidden_1F = hidden_1F * F.linear(hidden_1D, up_FD)
-        weighted_1D = F.linear(hidden_1F, down_DF) * weights_N[choice : choice + 1, None]
+        hidden_1F = form.apply(*(_linear_of(hidden_1D, *side) for side in sides), *constants)
+        weighted_1D = _linear_of(hidden_1F, *down) * weights_N[choice : choice + 1, None]
         weighted_ND[choice : choice + 1] = torch.where(slot_1[:, None] >= 0, weighted_1D, 0)
     weighted_ND = weighted_ND[:num_choices]
     out_BD.copy_(weighted_ND if top_k == 1 else weighted_ND.view(num_tokens, top_k, -1).sum(1))
 
 
-@triton.jit
-def weights_of(
-    matrix,
-    scales,
-    row,
-    column,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    STORED: tl.constexpr,
-    KIND: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """A tile of the (R, C) matrix in a slot, in float32, rounded to `KIND`. `scales`: one a row of the tile."""
-    inside = (row[:, None] < R) & (column[None, :] < C)
-    weight = numbers(tl.load(matrix + row[:, None] * C + column[None, :], mask=inside, other=0), STORED)
-    if STORED != KIND:
-        weight = rounded(weight * scales[:, None], KIND, NATIVE)
-    return weight
-
-
-@triton.jit
-def scales_of(scales, row, R: tl.constexpr, STORED: tl.constexpr):
-    """One scale a row of a tile; 1 where slabs hold numbers as they are."""
-    if STORED == "int8" or STORED == "fp8":
-        scale = tl.load(scales + row, mask=row < R, other=0.0)
-    else:
-        scale = tl.full(row.shape, 1.0, tl.float32)
-    return scale
-
-
-@triton.jit
-def activated(sums, gated, ACTIVATION: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """What is between the matrices, rounded where torch rounds. `gated`: the sums of the up matrix behind a gate."""
-    sums = rounded(sums, KIND, NATIVE)
-    if ACTIVATION == "relu":
-        sums = tl.where(sums < 0, 0.0, sums)
-    else:
-        tl.static_assert(ACTIVATION == "gated_silu")
-        passed = rounded(sums / (1.0 + tl.exp(-sums)), KIND, NATIVE)
-        sums = rounded(passed * rounded(gated, KIND, NATIVE), KIND, NATIVE)
-    return sums
+def _linear_of(hidden_1C: Tensor, matrix_RC: Tensor, bias_R: Tensor | None) -> Tensor:
+    # not one operation, which would round once
+    result_1R = F.linear(hidden_1C, matrix_RC)
+    return result_1R if bias_R is None else result_1R + bias_R
 
 
 @triton.jit
@@ -180,6 +112,7 @@ def slot_linear_kernel(
     weights_N,
     slabs,
     scales,
+    biases,
     outputs,
     num_choices: tl.constexpr,
     SHARE: tl.constexpr,
@@ -191,10 +124,15 @@ def slot_linear_kernel(
     SCALE_SLAB: tl.constexpr,
     SCALE: tl.constexpr,
     UP_SCALE: tl.constexpr,
+    BIAS_SLAB: tl.constexpr,
+    BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     STORED: tl.constexpr,
     KIND: tl.constexpr,
     WEIGHED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     NATIVE: tl.constexpr,
     CHOICES: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -203,9 +141,10 @@ def slot_linear_kernel(
     """outputs (N, R) = inputs (N / SHARE, C) times the transposed (R, C) matrix of each choice's slot.
 
     Program (r, n) makes TILE_R columns of the outputs for all choices that share the slot of choice n, if n is the
-    first of them. ACTIVATION: what follows the matrix; behind the last one it is none, and the combine weights, of the
-    kind WEIGHED, do. SLAB, MATRIX, UP: numbers to a slab, and from its start to the matrix and to the up matrix, read
-    beside it if UP is above 0; SCALE_SLAB, SCALE, UP_SCALE: likewise in float32, for a quantised one.
+    first of them. ACTIVATION: what follows the matrix, with ALPHA and LIMIT; behind the last one it is none, and the
+    combine weights, of the kind WEIGHED, do. SLAB, MATRIX, UP: numbers to a slab, and from its start to the matrix and
+    to the up matrix, read beside it if UP is above 0; SCALE_SLAB, SCALE, UP_SCALE: likewise in float32, for a quantised
+    one; BIAS_SLAB, BIAS, UP_BIAS: likewise in the compute dtype, read if BIAS is above 0.
     """
     choice = tl.program_id(1)
     row = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
@@ -221,6 +160,9 @@ def slot_linear_kernel(
         slab_scales = scales + slot.to(tl.int64) * SCALE_SLAB
         scale = scales_of(slab_scales + SCALE, row, R, STORED)
         up_scale = scales_of(slab_scales + UP_SCALE, row, R, STORED)
+        slab_biases = biases + slot.to(tl.int64) * BIAS_SLAB
+        bias = biases_of(slab_biases + BIAS, row, R, BIAS > 0, KIND)
+        up_bias = biases_of(slab_biases + UP_BIAS, row, R, UP_BIAS > 0, KIND)
         if CHOICES == 1:
             products = tl.zeros((TILE_R, TILE_C), tl.float32)
             gated = tl.zeros((TILE_R, TILE_C), tl.float32)
@@ -233,12 +175,13 @@ def slot_linear_kernel(
                 products += weights_of(slab + MATRIX, scale, row, column, R, C, STORED, KIND, NATIVE) * seen
                 if UP > 0:
                     gated += weights_of(slab + UP, up_scale, row, column, R, C, STORED, KIND, NATIVE) * seen
-            sums = tl.sum(products, axis=1)
+            sums = with_bias(tl.sum(products, axis=1), bias, BIAS > 0, KIND, NATIVE)
             if ACTIVATION == "":
                 combine = numbers(tl.load(weights_N), WEIGHED)
-                result = rounded(rounded(sums, KIND, NATIVE) * combine, KIND, NATIVE)
+                result = rounded(sums * combine, KIND, NATIVE)
             else:
-                result = activated(sums, tl.sum(gated, axis=1), ACTIVATION, KIND, NATIVE)
+                up = with_bias(tl.sum(gated, axis=1), up_bias, UP_BIAS > 0, KIND, NATIVE)
+                result = activated(sums, up, ACTIVATION, ALPHA, LIMIT, KIND, NATIVE)
             tl.store(outputs + row, stored(result, KIND), mask=row < R)
         else:
             sums = tl.zeros((CHOICES, TILE_R), tl.float32)
@@ -253,11 +196,13 @@ def slot_linear_kernel(
                 if UP > 0:
                     weight = weights_of(slab + UP, up_scale, row, column, R, C, STORED, KIND, NATIVE)
                     gated = tl.dot(seen, tl.trans(operand(weight, KIND, NATIVE)), gated, input_precision="ieee")
+            sums = with_bias(sums, bias[None, :], BIAS > 0, KIND, NATIVE)
             if ACTIVATION == "":
                 combine = numbers(tl.load(weights_N + order, mask=is_mine, other=0), WEIGHED)
-                result = rounded(rounded(sums, KIND, NATIVE) * combine[:, None], KIND, NATIVE)
+                result = rounded(sums * combine[:, None], KIND, NATIVE)
             else:
-                result = activated(sums, gated, ACTIVATION, KIND, NATIVE)
+                up = with_bias(gated, up_bias[None, :], UP_BIAS > 0, KIND, NATIVE)
+                result = activated(sums, up, ACTIVATION, ALPHA, LIMIT, KIND, NATIVE)
             tl.store(
                 outputs + order[:, None] * R + row[None, :],
                 stored(result, KIND),
@@ -275,53 +220,66 @@ def launch_expert_outputs(
     weighted_ND: Tensor,
     out_BD: Tensor,
     layout_text: str,
-    activation: str = "relu",
+    activation: str,
+    constants: Sequence[float],
 ) -> None:
     layout = _layout(layout_text)
     assert hidden_BD.is_contiguous() and out_BD.is_contiguous() and weights_N.is_contiguous()
     into, out = into_and_out(layout, activation)
     num_tokens, num_choices = hidden_BD.shape[0], slot_N.shape[0]
+    assert len(constants) == ACTIVATIONS[activation].constants, constants
     assert hidden_NF.shape[0] >= num_choices == weights_N.numel(), (hidden_NF.shape, num_choices)
     top_k = num_choices // num_tokens
     weighted_ND = out_BD if top_k == 1 else weighted_ND[:num_choices]
-    _linear(hidden_BD, slot_N, weights_N, slots_SB, layout, into, hidden_NF, share=top_k, activation=activation)
-    _linear(hidden_NF, slot_N, weights_N, slots_SB, layout, [out], weighted_ND, share=1, activation="")
+    given, between = (slot_N, weights_N, slots_SB, layout), {"activation": activation, "constants": constants}
+    _launch(hidden_BD, *given, into, hidden_NF, share=top_k, **between)
+    _launch(hidden_NF, *given, out, weighted_ND, share=1, activation="", constants=())
     if top_k > 1:
         torch.sum(weighted_ND.view(num_tokens, top_k, -1), 1, out=out_BD)
 
 
-def _linear(
+def _launch(
     inputs: Tensor,
     slot_N: Tensor,
     weights_N: Tensor,
     slots_SB: Tensor,
     layout: SlabLayout,
-    places: Sequence[MatrixPlace],
+    linear: Linear,
     outputs: Tensor,
     *,
     share: int,
     activation: str,
+    constants: Sequence[float],
 ) -> None:
-    constants = linear_constants(layout, places, slot_N.shape[0], share, activation, FLOATS[weights_N.dtype])
-    raw = RAW[constants["KIND"]]
-    slot_linear_kernel[(triton.cdiv(constants["R"], constants["TILE_R"]), slot_N.shape[0])](
+    compiled = linear_constants(layout, linear, slot_N.shape[0], share, activation, constants, FLOATS[weights_N.dtype])
+    raw = RAW[compiled["KIND"]]
+    slot_linear_kernel[(triton.cdiv(compiled["R"], compiled["TILE_R"]), slot_N.shape[0])](
         inputs.view(raw),
         slot_N,
-        weights_N.view(RAW[constants["WEIGHED"]]),
-        slots_SB.view(RAW[constants["STORED"]]),
+        weights_N.view(RAW[compiled["WEIGHED"]]),
+        slots_SB.view(RAW[compiled["STORED"]]),
         slots_SB.view(torch.float32),
+        slots_SB.view(raw),
         outputs.view(raw),
-        **constants,
+        **compiled,
         num_warps=NUM_WARPS,
     )
 
 
 def linear_constants(
-    layout: SlabLayout, places: Sequence[MatrixPlace], num_choices: int, share: int, activation: str, weighed: str
+    layout: SlabLayout,
+    linear: Linear,
+    num_choices: int,
+    share: int,
+    activation: str,
+    constants: Sequence[float],
+    weighed: str,
 ) -> dict[str, Any]:
-    """What `slot_linear_kernel` is compiled for, by the names of its arguments. `places`: of one matrix, or of a gate
-    and an up matrix. activation: what follows, "" behind the last matrix. weighed: the kind of the combine weights."""
-    place, *up = places
+    """What `slot_linear_kernel` is compiled for, by the names of its arguments. activation: what follows, "" behind the
+    last matrix. weighed: the kind of the combine weights."""
+    place, *up = linear.matrices
+    bias, up_bias = [*(found.offset // layout.dtype.itemsize for found in linear.biases), 0, 0][:2]
+    alpha, limit = constants or (0.0, 0.0)
     rows, columns = place.shape
     kind = FLOATS[layout.dtype]
     stored_kind = str(layout.stored) if layout.is_quantised else kind
@@ -339,10 +297,15 @@ def linear_constants(
         "SCALE_SLAB": layout.slab_bytes // scale_size,
         "SCALE": (place.scale_offset or 0) // scale_size,
         "UP_SCALE": (up[0].scale_offset or 0) // scale_size if up else 0,
+        "BIAS_SLAB": layout.slab_bytes // layout.dtype.itemsize,
+        "BIAS": bias,
+        "UP_BIAS": up_bias,
         "STORED": stored_kind,
         "KIND": kind,
         "WEIGHED": weighed,
         "ACTIVATION": activation,
+        "ALPHA": alpha,
+        "LIMIT": limit,
         "NATIVE": isinstance(slot_linear_kernel, triton.JITFunction),
         "CHOICES": choices,
         "TILE_R": tile_rows,
@@ -354,10 +317,13 @@ def _tile(rows: int, columns: int, choices: int) -> tuple[int, int]:
     """Rows and columns of a matrix that a program looks at together. One choice: 4096 numbers, 32 a thread, and
     enough programs for the multiprocessors of a large GPU. Several: what the tensor cores take at a time."""
     widest = 1024 if choices == 1 else max(16, min(128, 4096 // choices))
-    dividing = columns & -columns
-    # whole tiles where the width allows it, else a masked one
-    tile_columns = min(widest, dividing if dividing >= 64 else 1 << (columns - 1).bit_length())
-    tile_columns = max(16, tile_columns)
+    widest = min(widest, max(16, 1 << (columns - 1).bit_length()))
+    narrowest = min(widest, 256 if choices == 1 else 64)
+    tile_columns = min(widest, columns & -columns)
+    if tile_columns < narrowest:
+        # whole tiles would be too narrow: masked ones, with as few columns too many as can be
+        sizes = [narrowest << power for power in range((widest // narrowest).bit_length())]
+        tile_columns = min(sizes, key=lambda size: (-columns % size, -size))
     tile_rows = max(4, 4096 // tile_columns) if choices == 1 else 32
     while choices == 1 and tile_rows > 4 and rows // tile_rows < 192:
         tile_rows //= 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.config import UsageError
-from pregate.engine.device.ops.expert_outputs import check_activation
+from pregate.engine.device.ops.expert_forms import check_activation
 from pregate.engine.device.steps.base import StaticStep
 from pregate.engine.device.steps.rotary import RotaryDecoder
 from pregate.engine.device.steps.t5 import StaticDecoder

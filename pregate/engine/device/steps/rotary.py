@@ -24,11 +24,11 @@ from pregate.engine.device.captured_state import is_same, state_of
 from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 from pregate.engine.device.steps.base import Run, StepExperts
 from pregate.engine.device.steps.shadow import shadow
+from pregate.engine.device.steps.static_norm import static_norm
 from pregate.engine.device.steps.static_rotary_attention import (
     Places,
     PromptLayer,
     StaticRotaryAttention,
-    static_norm,
 )
 from pregate.models.decoder_only import STACK
 from pregate.models.routes import Routes

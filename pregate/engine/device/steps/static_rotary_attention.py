@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from pregate.engine.device.ops.add_norm import norm
 from pregate.engine.device.ops.rotary_attention import rotary_attention
-from pregate.models.linear import has_hooks
+from pregate.engine.device.steps.static_norm import static_norm
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,6 @@ class Places:
         self.seen_BT[:rows, :places] = is_token_BS
         self.padding_B.zero_()
         self.padding_B[:rows] = (~is_token_BS).sum(1)
-
-
-def static_norm(module: Any, dtype: torch.dtype) -> Any:
-    """A norm of one launch in the place of `module`, if that is a root-mean-square norm like T5's in `dtype`; else
-    `module`."""
-    named = dict(module.named_parameters())
-    is_known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    if not is_known or named.keys() != {"weight"} or named["weight"].dtype != dtype or has_hooks(module):
-        return module
-    return lambda hidden: norm(hidden, module.weight, module.variance_epsilon)
 
 
 class StaticRotaryAttention:

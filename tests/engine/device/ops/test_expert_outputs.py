@@ -9,21 +9,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pregate.config import SlabDtype, UsageError
+from pregate.engine.device.ops.expert_forms import into_and_out
 from pregate.engine.device.ops.expert_outputs import (
     NUM_WARPS,
     ExpertScratch,
     expert_outputs,
-    into_and_out,
     launch_expert_outputs,
     linear_constants,
     slot_linear_kernel,
 )
 from pregate.engine.storage.slabs import SlabLayout
-from tests.engine.device.experts_cases import ExpertsCase, assert_close, family_of, shapes_of
+from tests.engine.device.experts_cases import CLAMP, ExpertsCase, assert_close, family_of, shapes_of
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["relu", "gated_silu"]
-COMPILED_BY_DEFAULT = [("relu", 1, 90), ("relu", 8, 80), ("gated_silu", 1, 80), ("gated_silu", 8, 100)]
+ACTIVATIONS = ["relu", "gated_silu", "gated_clamped"]
+COMPILED_BY_DEFAULT = [("relu", 1, 90), ("relu", 8, 80), ("gated_silu", 1, 80), ("gated_clamped", 8, 100)]
 SHARED_BYTES = 99 * 1024
 """The least that GPUs of these architectures give a program."""
 
@@ -72,8 +72,8 @@ def test_weights_may_be_float32(activation: str) -> None:
 
 def test_experts_of_another_form_are_refused() -> None:
     case = ExpertsCase.random(0, [1, 0], width=24, hidden=56)
-    with pytest.raises(UsageError, match=r"'gelu'.*only relu, gated_silu"):
-        expert_outputs(*case.arguments[:-1], "gelu")
+    with pytest.raises(UsageError, match=r"'gelu'.*only relu, gated_silu, gated_clamped"):
+        expert_outputs(*case.arguments[:-2], "gelu", ())
     gated = family_of(wi_0=(56, 24), wi_1=(56, 24), wo=(24, 56))
     for family in (gated, family_of(wi=(56, 24), wo=(24, 55)), family_of(only=(3, 3))):
         with pytest.raises(UsageError, match="only an up and a down matrix"):
@@ -82,6 +82,12 @@ def test_experts_of_another_form_are_refused() -> None:
     for family in (plain, family_of(gate=(56, 24), up=(55, 24), wo=(24, 56))):
         with pytest.raises(UsageError, match="only a gate, an up and a down matrix"):
             into_and_out(SlabLayout.of(family, torch.float32), "gated_silu")
+    biased = shapes_of("gated_clamped", 24, 56)
+    for shapes in (shapes_of("gated_silu", 24, 56), biased | {"wo_bias": (56,)}):
+        with pytest.raises(UsageError, match="only a gate, an up and a down matrix, and then a bias for each"):
+            into_and_out(SlabLayout.of(family_of(**shapes), torch.float32), "gated_clamped")
+    with pytest.raises(UsageError, match="only a gate, an up and a down matrix: use"):
+        into_and_out(SlabLayout.of(family_of(**biased), torch.float32), "gated_silu")
 
 
 @pytest.mark.parametrize("stored", list(SlabDtype))
@@ -124,7 +130,8 @@ def test_many_experts_a_token(kernel_device: str) -> None:
     """More choices than rows of a tile that holds 128 columns."""
     slots = (torch.randint(20, (9 * 8,), generator=torch.Generator().manual_seed(0)) - 1).tolist()
     sizes = {"width": 80, "hidden": 48, "top_k": 8, "dtype": torch.bfloat16}
-    hold_to_reference(ExpertsCase.random(0, slots, activation="gated_silu", **sizes), kernel_device)
+    for activation in ("gated_silu", "gated_clamped"):
+        hold_to_reference(ExpertsCase.random(0, slots, activation=activation, **sizes), kernel_device)
 
 
 @pytest.mark.parametrize(
@@ -167,23 +174,27 @@ def test_weights_of_a_real_size_are_read_16_bytes_at_a_time(
     """One choice straight into registers, without a barrier between tiles; more through the tensor cores."""
     from tests.engine.device.compiling import compiled
 
+    # of gpt-oss-20b, which no wide power of two divides, or of Switch-Base
+    sizes = (2880, 2880) if activation == "gated_clamped" else (768, 3072)
     for slab_dtype, last in itertools.product(SlabDtype, (False, True)):
-        layout = SlabLayout.of(family_of(activation, **shapes_of(activation, 768, 3072)), torch.bfloat16, slab_dtype)
+        layout = SlabLayout.of(family_of(activation, **shapes_of(activation, *sizes)), torch.bfloat16, slab_dtype)
         into, out = into_and_out(layout, activation)
-        places, following = ([out], "") if last else (into, activation)
-        constants = linear_constants(layout, places, num_choices, share=1, activation=following, weighed="bf16")
+        linear, following = (out, "") if last else (into, activation)
+        clamp = CLAMP if following == "gated_clamped" else ()
+        constants = linear_constants(layout, linear, num_choices, 1, following, clamp, weighed="bf16")
         raw = {"bf16": "*i16", "int8": "*i8", "fp8": "*u8"}[constants["STORED"]]
         pointers = {"inputs": "*i16", "slot_N": "*i32", "weights_N": "*i16", "slabs": raw, "scales": "*fp32"}
-        kernel = compiled(slot_linear_kernel, {**pointers, "outputs": "*i16"}, constants, NUM_WARPS, architecture)
+        pointers |= {"biases": "*i16", "outputs": "*i16"}
+        kernel = compiled(slot_linear_kernel, pointers, constants, NUM_WARPS, architecture)
         ptx = kernel.asm["ptx"]
         if num_choices == 1:
-            weights = len(places) * constants["R"] * constants["C"]
+            weights = len(linear.matrices) * constants["R"] * constants["C"]
             programs = constants["R"] // constants["TILE_R"]
             loads = weights * slots_itemsize(layout) // programs // (NUM_WARPS * 32 * 16)
             assert ptx.count("ld.global.v4.b32") >= loads > 0, (loads, ptx)
-            narrow = 4 + len(places) * constants["TILE_R"]
+            narrow = 4 + (len(linear.matrices) + len(linear.biases)) * constants["TILE_R"]
             assert len([line for line in ptx.splitlines() if "ld.global.b" in line]) <= narrow, ptx
-            assert ptx.count("bar.sync") <= 6 * len(places), ptx
+            assert ptx.count("bar.sync") <= 6 * len(linear.matrices), ptx
         else:
             assert any(name in ptx for name in ("mma.sync", "wgmma.mma", "tcgen05.mma")), ptx
             assert "cp.async.cg.shared.global" in ptx, ptx

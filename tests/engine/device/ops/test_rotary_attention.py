@@ -123,13 +123,15 @@ def test_kernels(kernel_device: str, dtype: torch.dtype, heads: int, groups: int
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("window", [0, 128])
-def test_the_cache_is_read_in_wide_loads(compiler: None, architecture: int, window: int) -> None:
-    """Of Qwen3-30B-A3B, whose heads are read through the tensor cores."""
+@pytest.mark.parametrize(("heads", "groups", "width", "window"), [(32, 4, 128, 0), (64, 8, 64, 128)])
+def test_the_cache_is_read_in_wide_loads(
+    compiler: None, architecture: int, heads: int, groups: int, width: int, window: int
+) -> None:
+    """Of Qwen3-30B-A3B and gpt-oss, whose heads are read through the tensor cores."""
     from tests.engine.device.compiling import compiled
 
-    cache = torch.empty(2, 4, 4, 768, 128, dtype=torch.bfloat16, device="meta")
-    constants = attention_constants(cache, 32, 64, window)
+    cache = torch.empty(2, 4, groups, 768, width, dtype=torch.bfloat16, device="meta")
+    constants = attention_constants(cache, heads, width // 2, window)
     names = ("queries", "new_keys", "new_values", "cos", "sin", "cache")
     pointers = dict.fromkeys(names, "*i16") | {"place_1": "*i64", "seen_BT": "*u8"}
     pointers |= {"sums_BHPC": "*fp32", "stats_BHP2": "*fp32"}

@@ -52,7 +52,12 @@ def test_norm(kernel_device: str, dtype: torch.dtype, width: int, adds: bool, fa
     hidden, weight = random(3, 1, width, seed=0, dtype=dtype), random(width, seed=1, dtype=dtype)
     moved = hidden.to(kernel_device), weight.to(kernel_device)
     if not adds:
-        assert_close(launch_norm(*moved, 1e-6, factor), norm.reference(hidden, weight, 1e-6, factor))
+        for rounds_last in (False, True):
+            got = launch_norm(*moved, 1e-6, factor, rounds_last)
+            expected = norm.reference(hidden, weight, 1e-6, factor, rounds_last)
+            assert_close(got, expected)
+            # a step of a rounding more or less would move every third number
+            assert dtype is torch.float32 or (got.cpu() == expected).float().mean() > 0.95
         return
     added = random(3, 1, width, seed=2, dtype=dtype)
     expected = add_norm.reference(hidden, added, weight, 1e-6, factor)

@@ -1,0 +1,113 @@
+"""Every decoder-only family from every form of its weights, under every policy, cache, tier and slab dtype, for one row
+and for four: the engine gives the resident model's tokens and logits.
+
+Every pair of these choices stands in the default suite, and every combination in the slow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from functools import lru_cache
+from itertools import combinations, groupby, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pregate.config import CacheRule, Policy, SlabDtype, Tier
+from pregate.engine.engine import OffloadEngine
+from pregate.engine.opening import Opened, open_store
+from pregate.engine.storage.store import Store
+from tests.engine.families import SOURCES, Source, checkpoint
+from tests.engine.hostile import poison_slots
+from tests.engine.serving import as_stored, assert_same, generated
+from tests.models.families.test_decoder_only import LEFT, batch
+
+LENGTH = 7
+WITHIN = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 2e-2, "atol": 5e-2}}
+
+
+class Combination(NamedTuple):
+    source: Source
+    slab_dtype: SlabDtype
+    tier: Tier
+    policy: Policy
+    cache: CacheRule
+
+    def pairs(self) -> set[Any]:
+        """Of its choices, where the family and the form of its weights are two."""
+        return set(combinations(enumerate([*self.source, *self[1:]]), 2))
+
+
+PRODUCT = list(map(Combination._make, product(SOURCES, SlabDtype, (Tier.dram, Tier.disk), Policy, CacheRule)))
+
+
+def covering() -> Iterator[Combination]:
+    """Few combinations that hold every pair of choices: each time one that holds the most pairs which are left."""
+    pairs = {row: row.pairs() for row in PRODUCT}
+    left = set().union(*pairs.values())
+    while left:
+        row = max(pairs, key=lambda row: len(pairs[row] & left))
+        left -= pairs[row]
+        yield row
+
+
+DEFAULT = {source: list(rows) for source, rows in groupby(sorted(covering()), key=lambda row: row.source)}
+
+
+def asked(rows: int) -> dict[str, Any]:
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    return batch(LEFT, rows, LENGTH) | options | {"return_dict_in_generate": True, "output_logits": True}
+
+
+@lru_cache(maxsize=8)
+def resident(root: Path, source: Source, slab_dtype: SlabDtype) -> dict[int, tuple[Tensor, Tensor]]:
+    """What the resident model with the weights that slabs hold gives, for each number of rows."""
+    directory, model = checkpoint(root, source)
+    whole = as_stored(model, Opened(directory).layout(slab_dtype))
+    return {rows: generated(whole.generate, asked(rows)) for rows in (1, 4)}
+
+
+def assert_row(root: Path, row: Combination, store: Store) -> None:
+    directory, model = checkpoint(root, row.source)
+    budget = None if row.policy is Policy.gpu_only else "40%"
+    options: dict[str, Any] = {"policy": row.policy, "cache": row.cache, "device_budget": budget, "store": store}
+    with OffloadEngine.open(directory, **options) as engine:
+        poison_slots(engine)
+        for rows, expected in resident(root, row.source, row.slab_dtype).items():
+            engine.reset_counters()
+            tokens, logits = generated(engine.generate, asked(rows))
+            assert logits.isfinite().all() and len(tokens[:, LENGTH:].unique()) > 1, row
+            assert_same((tokens, logits), expected, **WITHIN[model.dtype])
+            assert (engine.counters.bytes_moved > 0) == (row.policy is not Policy.gpu_only), row
+
+
+def test_every_choice_stands_beside_every_other() -> None:
+    rows = [row for rows in DEFAULT.values() for row in rows]
+    assert len(set(rows)) == len(rows) < 50 and list(DEFAULT) == sorted(SOURCES)
+    assert set().union(*(row.pairs() for row in rows)) == set().union(*(row.pairs() for row in PRODUCT))
+
+
+@pytest.mark.parametrize("source", DEFAULT, ids=str)
+def test_the_engine_equals_the_resident_model(families: Path, source: Source) -> None:
+    directory, _ = checkpoint(families, source)
+    for row in DEFAULT[source]:
+        with closing(open_store(directory, tier=row.tier, slab_dtype=row.slab_dtype)) as store:
+            assert_row(families, row, store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slab_dtype", SlabDtype)
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_the_engine_equals_the_resident_model_everywhere(families: Path, source: Source, slab_dtype: SlabDtype) -> None:
+    directory, _ = checkpoint(families, source)
+    for tier in (Tier.dram, Tier.disk):
+        with closing(open_store(directory, tier=tier, slab_dtype=slab_dtype)) as store:
+            for row in PRODUCT:
+                # a gpu_only engine has one cache, whatever it is asked for
+                unlike = row.policy is not Policy.gpu_only or row.cache is CacheRule.none
+                if row[:3] == (source, slab_dtype, tier) and unlike:
+                    assert_row(families, row, store)
