@@ -208,7 +208,7 @@ COLUMNS: dict[str, CellWriter] = {
     "peak memory, GB": number("peak", 1e9),
     "of it slots": number("slots", 1e9),
     "weights, gradients, optimizer": number("state", 1e9),
-    "the rest, activations": number("activations", 1e9),
+    "the rest: activations, examples, libraries": number("activations", 1e9),
     "predicted before the run, GB": number("predicted", 1e9),
     "loss of the last step": number("loss"),
 }

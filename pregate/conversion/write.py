@@ -72,7 +72,7 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
+    plan = plan_tensors(checkpoint, target.config)
     files = Shards.of(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(files.sizes.values())

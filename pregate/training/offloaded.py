@@ -144,8 +144,7 @@ def complete(run_dir: Path, source: SourceCheckpoint, tokenizer: Any, carry: Seq
     if not kept.is_dir():  # complete since an earlier command
         return
     found = load_file(kept / LEARNT)
-    source = source.with_extras()
-    plan = TensorPlan({name: name for name in source.names()}, (), ())
+    plan = TensorPlan({name: name for name in source.with_extras().names()}, (), ())
     assert found.keys() <= plan.origins.keys(), found.keys() - plan.origins.keys()
     with replaced(run_dir / CHECKPOINT) as fresh:
         files = Shards.of(source, plan, MAX_SHARD_BYTES)

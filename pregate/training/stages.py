@@ -162,10 +162,9 @@ def _fine_tune_converted(
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
     done = steps_done(run_dir / LAST) if run.resume else 0
-    in_parts = splits(run.train.sharding, state.num_processes)
     carry = [manifest] if manifest.is_file() else []
 
-    def tuned(model: Any, offloaded: Offloaded | None = None) -> TrainSummary:
+    def tuned(model: Any, weights: Weights | None = None, offloaded: Offloaded | None = None) -> TrainSummary:
         return fine_tune(
             model,
             tokenizer,
@@ -176,19 +175,18 @@ def _fine_tune_converted(
             tracker=tracker,
             stage="train",
             carry=carry,
-            weights=Weights(converted, revision) if in_parts else None,
+            weights=weights,
             offloaded=offloaded,
         )
 
     with PeakMemory(state.device) as peak:
-        if run.train.experts is Experts.resident:
-            filled = not in_parts
-            summary = tuned(
-                load_resident(converted, revision, dtype=torch.float32) if filled else unfilled(converted, revision)
-            )
-        else:
+        if run.train.experts is Experts.offloaded:
             with open_offloaded(run, open_model(converted, revision), state.device) as offloaded:
-                summary = tuned(offloaded.model, offloaded)
+                summary = tuned(offloaded.model, offloaded=offloaded)
+        elif splits(run.train.sharding, state.num_processes):
+            summary = tuned(unfilled(converted, revision), Weights(converted, revision))
+        else:
+            summary = tuned(load_resident(converted, revision, dtype=torch.float32))
     if run.train.experts is Experts.offloaded:
         complete(run_dir, open_model(converted, revision), tokenizer, carry)
         if Path(converted) == run_dir / CONVERTED:

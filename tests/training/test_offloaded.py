@@ -29,7 +29,6 @@ from pregate.training.stages import get_converted, train_converted
 from tests.tiny import upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, short_run, word_tokenizer
 
-RESIDENT = {"experts": Experts.resident, "trainable": Trainable.all_but_experts}
 OFFLOADED = {"experts": Experts.offloaded, "trainable": Trainable.all_but_experts}
 
 
@@ -159,8 +158,8 @@ def test_a_teacher_with_other_experts_has_slots_of_its_own(source: str, tmp_path
         (["engine.device_budget=1kB"], r"engine.device_budget=1kB is 1.00 kB, less than one expert"),
         (["model.source=null"], r"takes the experts of a checkpoint: set model.source=DIR_OR_ID"),
         (
-            ["+experiment=quickstart", "source_train.experts=offloaded"],
-            r"source_train.experts=offloaded leaves experts",
+            ["+experiment=quickstart", "source_train.experts=offloaded", "source_train.trainable=gates"],
+            r"source_train.experts=offloaded leaves experts as they are",
         ),
     ],
 )
