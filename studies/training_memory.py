@@ -73,8 +73,14 @@ def measure(run: Run) -> dict[str, Any]:
         for _ in range(STEPS):
             inputs = objective.inputs(batch) | {"labels": batch["labels"], "loss_only": True}
             outputs = model(**inputs, output_router_logits=True, use_cache=False)
-            weights = {"balance_weight": run.train.balance_loss, "z_weight": run.train.z_loss}
-            share = loss_share(outputs, batch, objective.count(batch), objective=objective, **weights)
+            share = loss_share(
+                outputs,
+                batch,
+                objective.count(batch),
+                objective=objective,
+                balance_weight=run.train.balance_loss,
+                z_weight=run.train.z_loss,
+            )
             share.total.backward()
             norm = clip_gradients(model.parameters(), run.train.clip_norm)
             assert share.total.isfinite() and norm.isfinite() and norm > 0

@@ -158,11 +158,12 @@ def load_distillation(
     if train.teacher is None:
         return None
     if teacher is None:
-        teacher = load_resident(train.teacher, dtype=dtype or torch.float32)
-        teacher.requires_grad_(False)
-        teacher.set_expert_path(train.expert_path)
-        if shard(teacher, train.sharding, device, num_processes) is None:
-            teacher.to(device)
+        loaded: Any = load_resident(train.teacher, dtype=dtype or torch.float32)
+        loaded.requires_grad_(False)
+        loaded.set_expert_path(train.expert_path)
+        if shard(loaded, train.sharding, device, num_processes) is None:
+            loaded.to(device)
+        teacher = loaded
     family = family_of_model(teacher)
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
     return Distillation(teacher, family.objective, *weights, family.scores)
