@@ -199,7 +199,9 @@ def test_gates_that_do_worse_together_are_not_kept(
 
 
 @pytest.mark.parametrize("where", ["fit_gate", "router_logits"])
-def test_whole_or_not_at_all(where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_is_whole_or_not_there(
+    where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -211,7 +213,12 @@ def test_whole_or_not_at_all(where: str, source: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(conversion, "_write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrated(settings(), source, tmp_path / "new" / "out")
-    assert list(tmp_path.iterdir()) == []
+    # the weights are written by now, and the same command goes on with them
+    (left,) = (tmp_path / "new").iterdir()
+    assert ".partial-" in left.name
+    monkeypatch.undo()
+    calibrated(settings(), source, tmp_path / "new" / "out")
+    assert [place.name for place in (tmp_path / "new").iterdir()] == ["out"]
 
 
 def test_refusals_come_before_any_example_is_read(source: Path, tmp_path: Path) -> None:

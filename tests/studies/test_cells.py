@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pregate.cli import compose_run
-from studies.accuracy.cells import ARMS, BOTH, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
+from studies.accuracy.cells import ARMS, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
 
 
 def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
@@ -53,7 +53,7 @@ def test_every_command_composes_to_its_cell(size: str) -> None:
             continue
         assert (run.task.name, run.seed) == (cell.task, cell.seed)
         assert (run.pregate.lookahead, run.pregate.init, run.pregate.entry) == (cell.lookahead, cell.init, cell.entry)
-        assert tuple(run.pregate.stacks or BOTH) == cell.stacks
+        assert tuple(run.pregate.stacks or SIZES[size].stacks) == cell.stacks
         starts_from_reference = cell.arm in ("shifted", "calibrated", "gates_only")
         assert run.model.source == ("some/reference" if starts_from_reference else "some/source")
         assert run.train.teacher == ("some/reference" if cell.arm in ("distilled", "gates_only") else None)
