@@ -199,9 +199,7 @@ def test_gates_that_do_worse_together_are_not_kept(
 
 
 @pytest.mark.parametrize("where", ["fit_gate", "router_logits"])
-def test_the_output_is_whole_or_not_there(
-    where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_or_not_at_all(where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
