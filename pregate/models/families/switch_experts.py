@@ -17,11 +17,16 @@ from transformers import SwitchTransformersConfig
 from transformers.activations import ACT2FN
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
+from pregate.models.dropout import FastDropout
 from pregate.models.expert_math import Factor, grouped_experts, project, reference_experts
 from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.families.switch_config import STACKS, moe_layers
 from pregate.models.linear import has_hooks, is_plain
 from pregate.models.training_experts import learn_grouped, learn_sorted
+
+
+DROPOUTS = (nn.Dropout, FastDropout)
+"""Those that act on the tokens of all experts together as on each expert's own."""
 
 
 class SwitchExperts(nn.ModuleDict):
@@ -41,8 +46,9 @@ class SwitchExperts(nn.ModuleDict):
         return run(hidden_TD, expert_ids_TK, weights_TK, self.num_experts, lambda e, x: self[f"expert_{e}"](x))
 
     def _are_plain(self) -> bool:
-        """Whether calling the experts is no more than their matrices."""
-        return all(
+        """Whether calling the experts is no more than their matrices and one dropout for all."""
+        rates = {expert.dropout.p if type(expert.dropout) in DROPOUTS else None for expert in self.values()}
+        return len(rates - {None}) == len(rates) == 1 and all(
             type(expert) is upstream.SwitchTransformersDenseActDense
             and not has_hooks(expert)
             and is_plain(expert.wi)
