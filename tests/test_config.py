@@ -94,7 +94,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("train.distill_temperature=inf", "must be above 0"),
         ("train.distill_logits=1", "need a teacher: set train.teacher=DIR_OR_ID"),
         ("train.teacher=some/model", "teaches nothing: set train.distill_logits"),
-        ("train.trainable=experts", "expected one of [all, gates, lora]"),
+        ("train.trainable=experts", "expected one of [all, all_but_experts, gates, lora]"),
         ("train.keep=first", "expected one of [best, last]"),
         ("train.warmup_steps=9999", "between 0 and train.steps"),
         ("train.learning_rate=-1", "above 0"),

@@ -24,7 +24,6 @@ from pregate.models.families.switch_config import STACKS, moe_layers
 from pregate.models.linear import has_hooks, is_plain
 from pregate.models.training_experts import learn_grouped, learn_sorted
 
-
 DROPOUTS = (nn.Dropout, FastDropout)
 """Those that act on the tokens of all experts together as on each expert's own."""
 
