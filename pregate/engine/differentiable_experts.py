@@ -67,10 +67,6 @@ class DifferentiableExperts(OffloadedExperts):
         block = partial(self._all_tokens, grouping=grouping), partial(self._gradients, grouping=grouping)
         return _Block.apply(hidden_TD, weights_TK, *block, self._arithmetic())  # type: ignore[no-any-return]
 
-    def _run(self, first: int, last: int, gathered_ND: Tensor) -> tuple[int, int]:
-        """No neighbours: the backward pass computes the expert's own rows again, with the same random numbers."""
-        return first, last
-
     def _keys(self, grouping: Grouping) -> list[ExpertKey]:
         return [ExpertKey(self._stack, self._block, expert) for expert, _, _ in by_use(grouping)]
 

@@ -72,7 +72,13 @@ class SlotMatrices:
 
 
 class OffloadedExperts(nn.Module):
-    """One block's experts. Fetches what the policy has not fetched already, and computes in the order of arrival."""
+    """One block's experts. Fetches what the policy has not fetched already, and computes in the order of arrival.
+
+    few_sizes: in half precision on a CPU, let experts compute one of few numbers of rows (`run_of`). It saves memory
+    and rounds otherwise than the resident model.
+    """
+
+    few_sizes = False
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class OffloadedExperts(nn.Module):
     def _run(self, first: int, last: int, gathered_ND: Tensor) -> tuple[int, int]:
         """The rows of `gathered_ND` that an expert computes for its own, `first` to `last`."""
         halves_on_cpu = gathered_ND.device.type == "cpu" and gathered_ND.dtype in HALVES
-        return run_of(first, last, len(gathered_ND)) if halves_on_cpu else (first, last)
+        return run_of(first, last, len(gathered_ND)) if self.few_sizes and halves_on_cpu else (first, last)
 
     def _all_tokens(self, hidden_TD: Tensor, grouping: Grouping, weights_TK: Tensor, arithmetic: Arithmetic) -> Tensor:
         gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]

@@ -83,7 +83,7 @@ def fit_through_engine(
 
 def _open_engine(run: Run, source: SourceCheckpoint, device: torch.device, slot_bytes: int) -> OffloadEngine:
     engine = run.engine
-    return OffloadEngine.open(
+    opened = OffloadEngine.open(
         source,
         policy=Policy.on_demand,
         cache=CacheRule.lru,
@@ -96,6 +96,9 @@ def _open_engine(run: Run, source: SourceCheckpoint, device: torch.device, slot_
         io_uring=engine.io_uring,
         slab_dtype=engine.slab_dtype,
     )
+    for block in opened.model.moe_blocks():
+        block.module.experts.few_sizes = True
+    return opened
 
 
 def _answers(
