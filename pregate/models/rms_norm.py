@@ -29,11 +29,13 @@ class _RMSNorm(torch.autograd.Function):
         x_ND = x.reshape(-1, x.shape[-1])
         norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
         scale_N1 = norm_N1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        result_ND = torch.empty_like(x_ND)
+        # no view: callers may change the result in place
+        result = torch.empty(x.shape, dtype=x.dtype)
+        result_ND = result.view(x_ND.shape)
         for part in _blocks(x_ND):
             torch.mul(x_ND[part], scale_N1[part], out=result_ND[part]).mul_(weight_D)
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
-        return result_ND.view(x.shape)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
