@@ -18,13 +18,17 @@ def main(run: Run) -> None:
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import checks, stages
+    from pregate.training.needs import needs_of
+    from pregate.training.offloaded import check_offloaded
     from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
 
     state = join()
     checks.check_precision(run)
     refuse_output("run_dir", Path(run.run_dir))
     checks.check_model(run)
-    check_engine(run, *checks.trained_config(run))
+    trained = checks.trained_config(run)
+    check_engine(run, *trained)
+    check_offloaded(run, *trained)
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
@@ -33,16 +37,18 @@ def main(run: Run) -> None:
     task.check(tokenizer, splits_read(run))
     run_dir = claim_run_dir(run)
     is_main = state.is_main_process
+    if is_main and run.train.steps:
+        print(needs_of(run, *trained, state.device).line(state.device), flush=True)
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)
-        trained = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
+        tuned = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
         leave()
         evaluation = None
         if run.then_eval and is_main:
             reference = run.reference or (source if run.source_train is not None else None)
-            evaluation = evaluate(prepare(run, trained.checkpoint, reference), run_dir, tracker)
-        stages.finish(run, run_dir, source, trained, evaluation)
+            evaluation = evaluate(prepare(run, tuned.checkpoint, reference), run_dir, tracker)
+        stages.finish(run, run_dir, source, tuned, evaluation)
         if run.tracking.log_checkpoint:
             tracker.artifact(run_dir / CHECKPOINT)
     if is_main:

@@ -14,8 +14,10 @@ Learn = StrEnum("Learn", ["answers", "last_answer", "everything"])
 Optimizer = StrEnum("Optimizer", ["adamw", "adamw_scaled", "adafactor"])
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
-Trainable = StrEnum("Trainable", ["all", "gates"])
-"""Which parameters learn: all, or the gates alone while the rest stays as it is."""
+Trainable = StrEnum("Trainable", ["all", "all_but_experts", "gates"])
+"""Which parameters learn: all, all that are not experts, or the gates alone; the rest stays as it is."""
+Experts = StrEnum("Experts", ["resident", "offloaded"])
+"""Where the experts are in training: in memory with the rest, or frozen in the engine's store."""
 Sharding = StrEnum("Sharding", ["none", "full"])
 """What of a training is split over several processes: nothing, each holds all; or weights, gradients and optimizer."""
 Keep = StrEnum("Keep", ["best", "last"])

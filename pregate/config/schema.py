@@ -23,6 +23,7 @@ from pregate.config.choices import (
     Drive,
     Entry,
     ExpertPath,
+    Experts,
     Init,
     Keep,
     Optimizer,
@@ -121,7 +122,8 @@ class TrainConfig:
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
     in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
-    `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2).
+    `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2). `experts: offloaded`:
+    those of the model and of its teacher stay frozen where `engine` says.
     """
 
     steps: int = setting(2048, at_least(0))
@@ -143,6 +145,7 @@ class TrainConfig:
     distill_routing: float = setting(0.0, WEIGHT)
     distill_temperature: float = setting(1.0, TEMPERATURE)
     trainable: Trainable = Trainable.all
+    experts: Experts = Experts.resident
     keep: Keep = Keep.best
     expert_path: ExpertPath = ExpertPath.grouped
     gradient_checkpointing: bool = False
@@ -173,6 +176,17 @@ class TrainConfig:
             self.sharding == Sharding.none or self.optimizer != Optimizer.adafactor,
             f"{prefix}optimizer=adafactor needs whole matrices, and {prefix}sharding={self.sharding} splits them: set "
             f"{prefix}optimizer=adamw or adamw_scaled, or {prefix}sharding=none.",
+        )
+        resident = self.experts is Experts.resident
+        need(
+            resident or self.trainable is not Trainable.all,
+            f"{prefix}experts=offloaded leaves the experts as they are, which {prefix}trainable=all would train: set "
+            f"{prefix}trainable=all_but_experts or gates, or {prefix}experts=resident.",
+        )
+        need(
+            resident or self.expert_path is ExpertPath.grouped,
+            f"{prefix}expert_path={self.expert_path} needs the experts in memory: leave it out, or set "
+            f"{prefix}experts=resident.",
         )
 
 
@@ -328,6 +342,11 @@ class Run:
         )
         # a run may leave its converted model as it is, but a source must be trained
         need(source is None or source.steps > 0, "source_train.steps=0 must be at least 1.")
+        need(
+            source is None or source.experts is Experts.resident,
+            "source_train.experts=offloaded leaves experts as they are, and a model that is trained from scratch has "
+            "none on the disk: set source_train.experts=resident.",
+        )
 
 
 def to_dict(run: Run) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
 from pregate.conversion.gate_starts import GateFitter, GateStart, gate_starts
-from pregate.conversion.plan import plan_shards, plan_tensors, spelling
+from pregate.conversion.plan import TensorPlan, plan_shards, plan_tensors, spelling
 from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
 from pregate.conversion.space import refuse_full_disk, refuse_occupied
@@ -37,6 +37,7 @@ from pregate.models.checkpoint import (
     read_config,
     side_files,
 )
+from pregate.models.family import family_of
 from pregate.models.loading import open_model
 from pregate.system.console import progress
 from pregate.system.durable import partial_beside, put
@@ -75,22 +76,17 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan, spelt = plan_tensors(checkpoint, target.config), spelling(checkpoint, target.family)
-    checkpoint = checkpoint.with_extras()
+    plan, checkpoint = plan_tensors(checkpoint, target.config), checkpoint.with_extras()
     shards = plan_shards(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
-    sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
-    source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(sizes.values())
-    refuse_full_disk(output, sizes.values())
+    source_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    output_bytes = sum(checkpoint.num_bytes(origin) for origin in plan.origins.values())
+    refuse_full_disk(output, [output_bytes])
     starts, account = gate_starts(plan, target, seed, fit)
     bar = "converting", source_bytes + output_bytes, DownloadColumn()
     with _appearing(output) as unfinished, progress(*bar) as advance:
         hashes = {file.name: _sha256(file, advance) for file in checkpoint.files}
-        for file, names in shards.items():
-            origins = {name: plan.origins[name] for name in names}
-            _write_shard(unfinished / file, origins, checkpoint, starts, spelt)
-            advance(sizes[file])
-        _write_index(unfinished, {file: [*map(spelt, names)] for file, names in shards.items()}, output_bytes)
+        write_shards(unfinished, checkpoint, plan, starts, max_shard_bytes, advance)
         for file in sides:
             shutil.copyfile(file, unfinished / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
@@ -109,6 +105,27 @@ def convert(
         has_tokenizer=any(file.name in TOKENIZER_FILES for file in sides),
         seconds=time.perf_counter() - began,
     )
+
+
+def write_shards(
+    directory: Path,
+    checkpoint: SourceCheckpoint,
+    plan: TensorPlan,
+    starts: Mapping[str, GateStart],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Weight files of the output tensors of `plan`, and their index if there are several. Each tensor is that of the
+    opened `checkpoint`, or what `starts` makes of it. No more than one file of tensors is in memory at a time;
+    `advance` is told the size of each."""
+    spelt = spelling(checkpoint, family_of(checkpoint.config))
+    shards = plan_shards(checkpoint, plan, max_shard_bytes)
+    sizes = {file: sum(checkpoint.num_bytes(plan.origins[n]) for n in names) for file, names in shards.items()}
+    for file, names in shards.items():
+        origins = {name: plan.origins[name] for name in names}
+        _write_shard(directory / file, origins, checkpoint, starts, spelt)
+        advance(sizes[file])
+    _write_index(directory, {file: [*map(spelt, names)] for file, names in shards.items()}, sum(sizes.values()))
 
 
 def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = None) -> ConversionReport:

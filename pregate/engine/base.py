@@ -16,6 +16,7 @@ from pregate.config import CacheRule, Policy
 from pregate.engine.budget import allocate_slots
 from pregate.engine.host import HostDriver
 from pregate.engine.io.base import CLOSED
+from pregate.engine.offloaded_experts import OffloadedExperts
 from pregate.engine.opening import Opened
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store
@@ -48,18 +49,22 @@ class Engine:
         io_threads: int = 1,
         host_buffers: int = 0,
         io_uring: bool = False,
+        experts: Callable[..., OffloadedExperts] = OffloadedExperts,
+        dtype: torch.dtype | None = None,
         **own: Any,
     ) -> Self:
-        """`store`: one that stays open when the engine closes, or how to open one. `own` goes to the class."""
+        """`store`: one that stays open when the engine closes, or how to open one. `experts`: see `HostDriver`.
+        `dtype`: see `Opened.model`. `own` goes to the class."""
         closers: list[Callable[[], None]] = []
         try:
             if callable(store):
                 store = store()
                 closers.append(store.close)
-            model = opened.model(device)
+            model = opened.model(device, dtype)
             slots_NB = allocate_slots(num_slots, layout, device)
             buffers = 0 if store.in_host_memory else host_buffers
-            host = HostDriver(model, opened.family, store, slots_NB, policy, cache, io_threads, buffers, io_uring)
+            reads = io_threads, buffers, io_uring
+            host = HostDriver(model, opened.family, store, slots_NB, policy, cache, *reads, experts)
             closers.append(host.close)
             if policy is Policy.gpu_only:
                 host.load_all()

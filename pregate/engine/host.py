@@ -6,7 +6,8 @@ model's MoE blocks; knows nothing about requests or whose turn it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from pregate.models.routing import Routing
 
 
 class HostDriver:
-    """Puts offloaded experts into `model`, which it computes with over `slots_NB` (slots, bytes) until `close`."""
+    """Puts offloaded experts into `model`, which it computes with over `slots_NB` (slots, bytes) until `close`.
+    `experts`: their class, or what makes one with the same arguments."""
 
     def __init__(
         self,
@@ -38,24 +40,32 @@ class HostDriver:
         io_threads: int,
         host_buffers: int,
         io_uring: bool,
+        experts: Callable[..., OffloadedExperts] = OffloadedExperts,
     ) -> None:
         self.trace, self.counters = Trace(slots_NB.device), Counters()
         self.mover = make_mover(store, self.trace, self.counters, io_threads, slots_NB, host_buffers, io_uring)
         self.matrices = SlotMatrices(slots_NB, store.layout)
         self.num_slots = len(slots_NB)
-        self._model, self._keys, self._slots_NB = model, family.keys(), slots_NB
+        self._family, self._keys, self._slots_NB = family, family.keys(), slots_NB
         self._is_resident = policy is Policy.gpu_only
         table = SlotTable(self.num_slots, CacheRule.lru if self._is_resident else cache)
         self.scheduler = Scheduler(list(slots_NB), table, self.mover, self.trace, self.counters)
         self._fetcher = Fetcher(policy, family, self.scheduler)
         self._hooks: list[Any] = []
+        self._models: list[Any] = []
+        self._experts = experts
+        self.put_into(model)
+        self._cut_short = False
+
+    def put_into(self, model: Any) -> None:
+        """Put the experts into a model. Several models with the same experts may take turns."""
         for block in model.moe_blocks():
-            block.module.experts = OffloadedExperts(
-                family, block.stack, block.index, self.matrices, self.scheduler, self._fetcher, self.trace
-            )
+            block.module.experts = self._experts(
+                self._family, block.stack, block.index, self.matrices, self.scheduler, self._fetcher, self.trace
+            ).train(model.training)
             self._time_layer(block)
         model.set_listener(self.on_route)
-        self._cut_short = False
+        self._models.append(model)
 
     def on_route(self, stack: str, block: int, routing: Routing) -> None:
         """What the model's listener is."""
@@ -65,19 +75,24 @@ class HostDriver:
     @torch.inference_mode()
     def run(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """A call of the model, or of a part of it. After an error or an interrupt the next call is served as well."""
+        with self.serving():
+            return call(**inputs)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """For one or several calls of the model: whatever they leave under way has come to an end behind them."""
         # a second interrupt can cut the reset below short as well
         if self._cut_short:
             self.scheduler.reset()
         self._cut_short = True
         try:
-            result = call(**inputs)
+            yield
             self.scheduler.settle()
         except BaseException:
             self.scheduler.reset()
             self._cut_short = False
             raise
         self._cut_short = False
-        return result
 
     def load_all(self) -> None:
         """For `gpu_only`: slot i holds the i-th of `family.keys()` from now on."""
@@ -102,7 +117,8 @@ class HostDriver:
     def expected_bytes(self) -> dict[str, int]:
         """What this takes by its own account, without activations: the weights that are not experts, the slots, the
         scratch for dequantised experts, and the host memory that slabs move through (`staging`)."""
-        weights = {id(p): p.nbytes for p in [*self._model.parameters(), *self._model.buffers()]}
+        parts = [part for model in self._models for part in (*model.parameters(), *model.buffers())]
+        weights = {id(part): part.nbytes for part in parts}
         return {
             "non_expert": sum(weights.values()),
             "slots": self._slots_NB.nbytes,
@@ -117,7 +133,8 @@ class HostDriver:
         self.scheduler.forget_slots()
         self.matrices.forget_slots()
         self._slots_NB = self._slots_NB[:0].clone()
-        self._model.set_listener(None)
+        for model in self._models:
+            model.set_listener(None)
         for hook in self._hooks:
             hook.remove()
 

@@ -5,7 +5,7 @@ Knows nothing about model families beyond `ExpertSpec`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
-from pregate.models.expert_math import Factor, combine, group_by_expert
+from pregate.models.expert_math import Factor, Grouping, combine, group_by_expert
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.routing import DROPPED, Routing
 
+Arithmetic = Callable[[ExpertKey, Sequence[Factor], Tensor], Tensor]
+"""An expert, its matrices and its tokens (N, D) to its results (N, D)."""
 FEW_ROWS = 16
 """Up to so many rows an expert computes as many as it has."""
 HALVES = (torch.bfloat16, torch.float16)
@@ -50,6 +52,10 @@ class SlotMatrices:
         self._scratch = layout.scratch(slots_NB.device)
         if not layout.is_quantised:
             self._views = [layout.views(slab_B, layout.products) for slab_B in slots_NB]
+
+    @property
+    def device(self) -> torch.device:
+        return self._slots_NB.device
 
     @property
     def scratch_bytes(self) -> int:
@@ -86,13 +92,22 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if len(hidden_TD) == 1:
             return self._one_token(hidden_TD, expert_ids_TK[0].tolist(), weights_TK)
-        grouping = group_by_expert(expert_ids_TK)
+        return self._all_tokens(hidden_TD, group_by_expert(expert_ids_TK), weights_TK, self._arithmetic())
+
+    def _arithmetic(self) -> Arithmetic:
+        """What an expert computes in this call."""
+        return lambda _, matrices, hidden_ND: self._family.apply(matrices, hidden_ND)
+
+    def _run(self, first: int, last: int, gathered_ND: Tensor) -> tuple[int, int]:
+        """The rows of `gathered_ND` that an expert computes for its own, `first` to `last`."""
+        halves_on_cpu = gathered_ND.device.type == "cpu" and gathered_ND.dtype in HALVES
+        return run_of(first, last, len(gathered_ND)) if halves_on_cpu else (first, last)
+
+    def _all_tokens(self, hidden_TD: Tensor, grouping: Grouping, weights_TK: Tensor, arithmetic: Arithmetic) -> Tensor:
         gathered_ND = hidden_TD[grouping.order // weights_TK.shape[1]]
-        by_use = sorted(grouping.groups, key=lambda group: group[1] - group[2])
-        runs = {expert: (first, last) for expert, first, last in by_use}
-        if hidden_TD.device.type == "cpu" and hidden_TD.dtype in HALVES:
-            runs = {expert: run_of(*run, len(gathered_ND)) for expert, run in runs.items()}
-        results = self._compute({expert: gathered_ND[first:last] for expert, (first, last) in runs.items()})
+        runs = {expert: self._run(first, last, gathered_ND) for expert, first, last in by_use(grouping)}
+        tokens = {expert: gathered_ND[first:last] for expert, (first, last) in runs.items()}
+        results = self._compute(tokens, arithmetic)
         if not results:
             return torch.zeros_like(hidden_TD)
         own = [results[expert][first - runs[expert][0] :][: last - first] for expert, first, last in grouping]
@@ -100,7 +115,7 @@ class OffloadedExperts(nn.Module):
 
     def _one_token(self, hidden_1D: Tensor, experts: list[int], weights_1K: Tensor) -> Tensor:
         """Nothing to sort, gather or put back."""
-        results = self._compute({expert: hidden_1D for expert in experts if expert != DROPPED})
+        results = self._compute({expert: hidden_1D for expert in experts if expert != DROPPED}, self._arithmetic())
         if not results:
             return torch.zeros_like(hidden_1D)
         if len(experts) == 1:
@@ -109,23 +124,29 @@ class OffloadedExperts(nn.Module):
         result_KD = torch.cat([results.get(expert, nothing) for expert in experts])
         return (result_KD * weights_1K.T).sum(0, keepdim=True).to(hidden_1D.dtype)
 
-    def _compute(self, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _compute(self, tokens: dict[int, Tensor], arithmetic: Arithmetic) -> dict[int, Tensor]:
         """The output of each expert for its tokens. Experts are asked for in the order of `tokens`."""
         stack, block = self._stack, self._block
         wanted = [ExpertKey(stack, block, expert) for expert in tokens]
         self._fetcher.on_enter(stack, block, wanted)
         results = {
-            key.expert: self._apply(key, tokens[key.expert]) for key in self._scheduler.in_order_of_arrival(wanted)
+            key.expert: self._one_expert(key, tokens[key.expert], arithmetic)
+            for key in self._scheduler.in_order_of_arrival(wanted)
         }
         self._scheduler.finish_block(stack, block)
         return results
 
-    def _apply(self, key: ExpertKey, hidden_ND: Tensor) -> Tensor:
+    def _one_expert(self, key: ExpertKey, hidden_ND: Tensor, arithmetic: Arithmetic) -> Tensor:
         slot = self._scheduler.acquire(key)
         with self._trace.span("compute", key.label):
-            result_ND = self._family.apply(self._matrices[slot], hidden_ND)
+            result_ND = arithmetic(key, self._matrices[slot], hidden_ND)
         self._scheduler.release(key)
         return result_ND
+
+
+def by_use(grouping: Grouping) -> list[tuple[int, int, int]]:
+    """The runs of a grouping, those of most tokens first."""
+    return sorted(grouping.groups, key=lambda group: group[1] - group[2])
 
 
 def routed_experts(routing: Routing) -> Sequence[int]:

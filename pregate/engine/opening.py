@@ -77,10 +77,11 @@ class Opened:
             return DiskStore(packed, signs.identity)
         return DramStore(self.source, self.family, layout, page_locked=device.type == "cuda")
 
-    def model(self, device: torch.device) -> Any:
-        """The model with everything but its experts on `device`; the experts' tensors stay unread."""
+    def model(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+        """The model with everything but its experts on `device`, in the dtype it is served in or in another; the
+        experts' tensors stay unread."""
         config, source = self.config, self.source
-        config.dtype = self.dtype
+        config.dtype = dtype = dtype or self.dtype
         with without_experts(), torch.device("meta"):
             model = family_named(config.model_type).model_class(config)
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name in source.tensors}
@@ -92,7 +93,7 @@ class Opened:
                     f"{source.directory} holds {name} of shape {tuple(found)}, not {tuple(wanted[name])}: use the "
                     "complete weights of the model that its config.json describes."
                 )
-            place(model, name, source.read([name])[name], device, self.dtype)
+            place(model, name, source.read([name])[name], device, dtype)
         compute_buffers(model, device)
         # as from_pretrained: tables that are there and differ stay apart
         model.tie_weights(missing_keys=set(model.state_dict()) - set(wanted), recompute_mapping=False)

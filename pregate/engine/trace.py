@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -52,13 +52,16 @@ class Trace:
 
     device: torch.device
     enabled: bool = False
+    _lanes: Collection[str] | None = None
     _origin: Any = None
     _spans: list[tuple[str, str, Any, Any]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(self) -> None:
+    def start(self, lanes: Collection[str] | None = None) -> None:
+        """`lanes`: those to collect, by default all."""
         with self._lock:
             self._spans.clear()
+        self._lanes = lanes
         self._origin = self.mark()
         self.enabled = True
 
@@ -84,12 +87,14 @@ class Trace:
         return event
 
     def add(self, lane: str, name: str, begin: Any, end: Any) -> None:
+        if self._lanes is not None and lane not in self._lanes:
+            return
         with self._lock:
             self._spans.append((lane, name, begin, end))
 
     @contextmanager
     def span(self, lane: str, name: str) -> Iterator[None]:
-        if not self.enabled:
+        if not self.enabled or (self._lanes is not None and lane not in self._lanes):
             yield
             return
         begin = self.mark()

@@ -32,6 +32,13 @@ Factor = Tensor | RowScaled
 """A matrix (R, C) that an expert multiplies its tokens with."""
 
 
+def in_dtype(factor: Factor, dtype: torch.dtype) -> Factor:
+    """The factor for tokens in `dtype`, itself where it has that already."""
+    if isinstance(factor, RowScaled):
+        return RowScaled(factor.values_RC.to(dtype), factor.scale_R.to(dtype))
+    return factor.to(dtype)
+
+
 def project(hidden_NC: Tensor, factor: Factor) -> Tensor:
     """`hidden` times the transposed matrix: (N, R)."""
     if isinstance(factor, RowScaled):

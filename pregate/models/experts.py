@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pregate.models.expert_math import Factor
-
 
 class ExpertKey(NamedTuple):
     """One expert of one MoE block of one stack."""
@@ -59,7 +57,9 @@ class ExpertSpec:
     stack, in order. layouts: every way in which checkpoints hold experts; the model's own parameters have the first.
     apply: (matrices, hidden_ND) to (N, D), with the arithmetic of the resident expert in evaluation. activation: the
     name of that arithmetic among the kernels of the device-driven engine. constants: the numbers that it takes. joined:
-    names of matrices that `apply` takes as one with the matrix before them, their rows behind its rows.
+    names of matrices that `apply` takes as one with the matrix before them, their rows behind its rows. dropout: the
+    rate of a resident expert's own dropout in training; `apply` then takes a third argument, the function that drops.
+    None for experts without one.
     """
 
     num_experts: int
@@ -68,10 +68,11 @@ class ExpertSpec:
     matrices: dict[str, tuple[int, ...]]
     layers: dict[str, list[int]]
     layouts: tuple[ExpertLayout, ...]
-    apply: Callable[[Sequence[Factor], Tensor], Tensor]
+    apply: Callable[..., Tensor]
     activation: str
     constants: tuple[float, ...] = ()
     joined: tuple[str, ...] = ()
+    dropout: float | None = None
 
     @cached_property
     def products(self) -> tuple[tuple[str, ...], ...]:

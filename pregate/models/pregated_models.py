@@ -127,9 +127,14 @@ class PreGatedModel:
         self._refuse_without_experts()
         return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the experts are part of the model; an engine holds them elsewhere."""
+        blocks = (module for module in self.modules() if getattr(module, "holds_experts", False))
+        return all(next(block.experts.parameters(), None) is not None for block in blocks)
+
     def _refuse_without_experts(self) -> None:
-        experts = (module for module in self.modules() if getattr(module, "holds_experts", False))
-        if any(next(block.experts.parameters(), None) is None for block in experts):
+        if not self.has_experts:
             raise UsageError(
                 "This model cannot be saved, because an engine holds its experts: copy the directory that the engine "
                 "was opened with, or load that with load_resident and save what it gives."

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import PRE_TRAINING, Learn, Run, TaskKind, UsageError
+from pregate.config import PRE_TRAINING, Experts, Learn, Run, TaskKind, UsageError
 from pregate.config.task import OWN_TEMPLATE
 from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
@@ -147,6 +147,6 @@ def trained_config(run: Run) -> tuple[Any, torch.dtype]:
     config, family = config_of(opened.config), family_of(opened.config)
     if not family.is_pregated(opened.config) and gating.lookahead:
         config = family.config(family.pregated_json(opened.config, gating))
-    if run.train.steps:
+    if run.train.steps and run.train.experts is Experts.resident:
         return config, torch.float32  # in which weights are trained and saved
     return config, serving_dtype(config, opened, experts_of(config).as_found_in(opened.tensors))

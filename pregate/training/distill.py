@@ -144,22 +144,27 @@ def routing_share(
 
 
 def load_distillation(
-    train: TrainConfig, device: torch.device, dtype: torch.dtype | None, num_processes: int = 1
+    train: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    num_processes: int = 1,
+    teacher: Any | None = None,
 ) -> Distillation | None:
     """The teacher of `train` on `device`, frozen and in evaluation mode, with the weights of its lessons; or None.
 
     `dtype` is what the forward pass is autocast to, in which the teacher's weights are kept; None is fp32. The teacher
-    is split over the `num_processes` as the model is.
+    is split over the `num_processes` as the model is. `teacher`: the model, if it is there already.
     """
     if train.teacher is None:
         return None
-    teacher: Any = load_resident(train.teacher, dtype=dtype or torch.float32)
-    teacher.requires_grad_(False)
-    teacher.set_expert_path(train.expert_path)
+    if teacher is None:
+        teacher = load_resident(train.teacher, dtype=dtype or torch.float32)
+        teacher.requires_grad_(False)
+        teacher.set_expert_path(train.expert_path)
+        if shard(teacher, train.sharding, device, num_processes) is None:
+            teacher.to(device)
     family = family_of_model(teacher)
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
-    if shard(teacher, train.sharding, device, num_processes) is None:
-        teacher.to(device)
     return Distillation(teacher, family.objective, *weights, family.scores)
 
 

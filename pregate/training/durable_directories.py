@@ -14,6 +14,7 @@ from typing import Any
 from pregate.config import UsageError
 from pregate.system.console import silent_bars
 from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
+from pregate.training.learnt import lacks_experts, write_learnt
 
 
 @contextmanager
@@ -84,6 +85,10 @@ def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path
 
 
 def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
+    """Of a model whose experts are elsewhere only what it has learnt."""
+    if lacks_experts(model):
+        write_learnt(directory, model)
+        return
     with silent_bars():
         model.save_pretrained(directory)
     write_side_files(directory, tokenizer, carry)

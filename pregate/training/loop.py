@@ -32,13 +32,14 @@ from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
 from pregate.training.not_finite import check_finite, check_weights
+from pregate.training.offloaded import Offloaded
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.resumable_state import save_last
-from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.session import Session, prepare
 from pregate.training.sharded_state import Weights
-from pregate.training.space import make_room, model_bytes
+from pregate.training.space import make_room, model_bytes, saved_bytes
 from pregate.training.state import random_state
 from pregate.training.validation import validate
 
@@ -75,8 +76,12 @@ def fine_tune(
     stage: str,
     carry: Sequence[Path] = (),
     weights: Weights | None = None,
+    offloaded: Offloaded | None = None,
 ) -> TrainSummary:
     """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
+
+    `offloaded`: where the experts of `model` are, if that is elsewhere. Then `out_dir/kept` holds what it has learnt,
+    of which `pregate.training.offloaded.complete` makes the checkpoint.
 
     Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
     every saved directory; `weights` are those of a model that is not filled. With `run.resume`, training continues from
@@ -96,6 +101,7 @@ def fine_tune(
         stage=stage,
         carry=carry,
         weights=weights,
+        offloaded=offloaded,
     )
     state, main = session.state, session.accelerator.is_main_process
     tracker.rewind(state.step, stage)
@@ -161,12 +167,14 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
     Raises `UsageError`, before the update, if loss or gradients are no longer finite.
     """
     accelerator, optimizer, train = session.accelerator, session.optimizer, session.train
+    if session.offloaded:
+        session.offloaded.start_clock()
     rate = learning_rate(train, session.state.step)
     set_learning_rate(optimizer, rate)
     sums = torch.zeros(len(part_names(session)), device=accelerator.device)
     totals: list[Tensor] = []
     for batch, weight, no_sync in micro_steps(session, micro_batches):
-        with no_sync:
+        with no_sync, session.passes():
             total, parts = forward(session, batch, tokens)
             # DDP and FSDP average gradients over processes, while shares are meant to add up
             accelerator.backward(total * weight * accelerator.num_processes)
@@ -176,10 +184,11 @@ def train_step(session: Session, micro_batches: list[dict[str, Tensor]], tokens:
         session.sharded.drop_unused()
     losses = dict(zip(part_names(session), accelerator.reduce(sums, "sum").tolist(), strict=True))  # type: ignore[union-attr]
     norm = clip_gradients(session.model.parameters(), train.clip_norm).item()
+    fetched = session.offloaded.figures() if session.offloaded else {}
     check_finite(session, losses["loss"], norm, totals)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**losses, "grad_norm": norm, "lr": rate}
+    return {**losses, "grad_norm": norm, "lr": rate, **fetched}
 
 
 def micro_steps(
@@ -255,19 +264,20 @@ def log(session: Session, metrics: dict[str, float], prefix: str = "") -> None:
 def evaluate(session: Session) -> str:
     """Validate, log, and keep the model in `out_dir/checkpoint` if it is the one to keep so far; a line to print."""
     state, train = session.state, session.train
-    metrics = validate(
-        session.model,
-        session.tokenizer,
-        session.task,
-        session.feed.eval_examples,
-        collate=session.feed.collate,
-        predicts=session.feed.predicts,
-        batch_size=session.run.eval.batch_size,
-        max_new_tokens=session.run.task.max_target_tokens,
-        accelerator=session.accelerator,
-        autocast=session.autocast,
-        sharded=session.sharded,
-    )
+    with session.passes():
+        metrics = validate(
+            session.model,
+            session.tokenizer,
+            session.task,
+            session.feed.eval_examples,
+            collate=session.feed.collate,
+            predicts=session.feed.predicts,
+            batch_size=session.run.eval.batch_size,
+            max_new_tokens=session.run.task.max_target_tokens,
+            accelerator=session.accelerator,
+            autocast=session.autocast,
+            sharded=session.sharded,
+        )
     log(session, metrics, prefix="eval/")
     score, loss = metrics[session.task.primary_metric], metrics["loss"]
     best = state.improves(score, loss, lower=not session.feed.predicts)
@@ -276,8 +286,9 @@ def evaluate(session: Session) -> str:
     if best if train.keep == Keep.best else state.step == train.steps:
 
         def write() -> None:
-            make_room(session.out_dir / LAST, model_bytes(session.model))
-            save_model(session.out_dir / CHECKPOINT, session.model, session.tokenizer, session.carry)
+            make_room(session.out_dir / LAST, saved_bytes(session.model))
+            kept = KEPT if session.offloaded else CHECKPOINT
+            save_model(session.out_dir / kept, session.model, session.tokenizer, session.carry)
 
         if session.sharded:
             save_sharded_checkpoint(session)
@@ -297,7 +308,7 @@ def save(session: Session) -> None:
     def write() -> None:
         check_weights(session)
         session.tracker.sync()  # first: what a durable state has behind it is not logged again
-        make_room(session.out_dir / LAST, model_bytes(session.model) + optimizer_bytes(session.optimizer))
+        make_room(session.out_dir / LAST, saved_bytes(session.model) + optimizer_bytes(session.optimizer))
         save_last(
             session.out_dir / LAST,
             session.model,
@@ -335,7 +346,7 @@ def save_sharded_checkpoint(session: Session) -> None:
 def finish(session: Session) -> TrainSummary:
     """The summary; the model is left in evaluation mode. Raises `UsageError` for a lost checkpoint."""
     state, checkpoint = session.state, session.out_dir / CHECKPOINT
-    if not checkpoint.is_dir():
+    if not checkpoint.is_dir() and not (session.offloaded and (session.out_dir / KEPT).is_dir()):
         raise UsageError(
             f"{checkpoint} is gone, and no step is left that could make it again: put it back, or train in another "
             "run_dir=DIR."

@@ -21,6 +21,7 @@ from pregate.config import UsageError
 from pregate.system.console import say, silent_bars
 from pregate.system.durable import flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
+from pregate.training.learnt import LEARNT, lacks_experts, load_learnt
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state
 
 STATE_FILE = "train_state.json"
@@ -176,6 +177,19 @@ def load_last(
     if not directory.exists():
         return None
     record = _read_record(directory)
+    if lacks_experts(model):
+        load_learnt(directory, model)
+    else:
+        _load_whole(directory, model)
+    load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
+    return TrainState(**record["state"]), record["random"]
+
+
+def _load_whole(directory: Path, model: Any) -> None:
+    if (directory / LEARNT).exists():
+        raise UsageError(
+            f"{directory} holds a run with train.experts=offloaded: resume with that, or choose another run_dir."
+        )
     with silent_bars():
         loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     saved = loaded.state_dict()
@@ -184,8 +198,6 @@ def load_last(
     if not same or info["missing_keys"]:
         raise other_model(directory)
     model.load_state_dict(saved)
-    load_optimizer_state(optimizer, model, load_file(directory / OPTIMIZER_FILE), record["optimizer"])
-    return TrainState(**record["state"]), record["random"]
 
 
 def processes_of(directory: Path) -> int | None:

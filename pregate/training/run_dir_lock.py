@@ -20,6 +20,8 @@ SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
 """The model trained as a source, a random one, and the converted one."""
 CHECKPOINT, LAST, SUMMARY = "checkpoint", "last", "summary.json"
 """The model that training leaves, the state to resume from, and the outcome."""
+KEPT = "kept"
+"""With `train.experts=offloaded`: what the model to keep has learnt, until the checkpoint is made of it."""
 
 
 def claim_run_dir(run: Run) -> Path:

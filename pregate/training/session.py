@@ -30,10 +30,12 @@ from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
+from pregate.training.learnt import lacks_experts
+from pregate.training.offloaded import Offloaded
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resumable_state import settle
 from pregate.training.resume_changes import check_data
-from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.sharded_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.space import check_space
@@ -65,10 +67,15 @@ class Session:
     state: TrainState
     distillation: Distillation | None = None
     sharded: ShardedModel | None = None
+    offloaded: Offloaded | None = None
 
     @property
     def rank(self) -> int:
         return self.accelerator.process_index
+
+    def passes(self) -> AbstractContextManager[None]:
+        """For a forward and a backward pass of the model, or for a validation."""
+        return nullcontext() if self.offloaded is None else self.offloaded.passes()
 
 
 def prepare(
@@ -83,6 +90,7 @@ def prepare(
     stage: str,
     carry: Sequence[Path],
     weights: Weights | None = None,
+    offloaded: Offloaded | None = None,
 ) -> Session:
     """Build everything a step needs, or bring it back from `out_dir/last`. `weights`: of a model that is not filled.
     Raises `UsageError`."""
@@ -104,7 +112,8 @@ def prepare(
     if weights is not None:
         fill(model, *weights)
     optimizer = build_optimizer(model, train)
-    state = restore(model, optimizer, train, run, out_dir, accelerator, sharded)
+    checkpoint = None if offloaded is None else offloaded.checkpoint_bytes
+    state = restore(model, optimizer, train, run, out_dir, accelerator, sharded, checkpoint)
     check_data(run, out_dir / LAST, state.data, feed.fingerprint)
     state.data = feed.fingerprint
     dtype, device = autocast_dtype(train.precision, accelerator.device), accelerator.device.type
@@ -133,8 +142,11 @@ def prepare(
         batching=batching,
         micro_batches=feed.micro_batches(state),
         state=state,
-        distillation=load_distillation(train, accelerator.device, dtype, accelerator.num_processes),
+        distillation=load_distillation(
+            train, accelerator.device, dtype, accelerator.num_processes, offloaded and offloaded.teacher
+        ),
         sharded=sharded,
+        offloaded=offloaded,
     )
 
 
@@ -142,10 +154,13 @@ def configure(model: Any, train: TrainConfig) -> None:
     """Apply the settings of `train` that live in the model."""
     if train.dropout is not None:
         set_dropout(model, train.dropout)
-    if hasattr(model, "set_expert_path"):
+    if hasattr(model, "set_expert_path") and not lacks_experts(model):
         model.set_expert_path(train.expert_path)
     if train.trainable == Trainable.gates:
         freeze_all_but(model, model.gates())
+    elif train.trainable == Trainable.all_but_experts:
+        for block in model.moe_blocks():
+            block.module.experts.requires_grad_(False)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -159,11 +174,13 @@ def restore(
     out_dir: Path,
     accelerator: Accelerator,
     sharded: ShardedModel | None = None,
+    checkpoint_bytes: int | None = None,
 ) -> TrainState:
     """The state to start from: that of `out_dir/last` when resuming and it exists, a fresh one otherwise."""
 
     def tidy() -> None:
-        recover(out_dir / CHECKPOINT)
+        for kept in (CHECKPOINT, KEPT):
+            recover(out_dir / kept)
         if run.resume:
             settle(out_dir / LAST)
 
@@ -171,10 +188,10 @@ def restore(
     found = open_last(out_dir / LAST, model, optimizer, sharded) if run.resume else None
     state, random_states = found or (TrainState(), [])
     saves = -(-(train.steps - state.step) // train.save_every)
-    main_only(lambda: check_space(out_dir, model, optimizer, saves), "looking for space on the disk")
+    main_only(lambda: check_space(out_dir, model, optimizer, saves, checkpoint_bytes), "looking for space on the disk")
     if found is None:
         return state
-    if train.keep == Keep.best and not (out_dir / CHECKPOINT).is_dir():
+    if train.keep == Keep.best and not any((out_dir / kept).is_dir() for kept in (CHECKPOINT, KEPT)):
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):
         set_random_state(random_states[accelerator.process_index])

@@ -14,6 +14,7 @@ from pregate.config import UsageError
 from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
+from pregate.training.learnt import lacks_experts, learnt
 from pregate.training.optim import optimizer_bytes
 from pregate.training.resumable_state import damaged_states, earlier_states
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
@@ -25,20 +26,31 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for _, tensor in tensors_of(model))
 
 
-def check_space(out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saves: int) -> None:
+def saved_bytes(model: nn.Module) -> int:
+    """The size of the weights that a saved state holds: without experts that are elsewhere, what learns."""
+    if lacks_experts(model):
+        return sum(tensor.nbytes for tensor in learnt(model).values())
+    return model_bytes(model)
+
+
+def check_space(
+    out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saves: int, checkpoint: int | None = None
+) -> None:
     """Refuse, before its first step, a run that will save `saves` times more and finds no room for that.
 
-    It needs room for a checkpoint and two states, as the newest stays while another is written. Raises `UsageError`.
+    It needs room for a checkpoint and two states, as the newest stays while another is written. `checkpoint`: its size,
+    where that is not the size of the weights in a state. Raises `UsageError`.
     """
-    weights, last = model_bytes(model), out_dir / LAST
+    weights, last = saved_bytes(model), out_dir / LAST
     state = weights + optimizer_bytes(optimizer)
     held = sum(map(num_bytes, (last, *earlier_states(last), *damaged_states(last), out_dir / CHECKPOINT)))
-    needed = weights + state * (2 if saves > 1 or last.exists() else 1) - held
+    checkpoint = weights if checkpoint is None else checkpoint
+    needed = checkpoint + state * (2 if saves > 1 or last.exists() else 1) - held
     free = free_bytes(out_dir)
     if saves > 0 and needed > free:
         raise UsageError(
             f"Training writes {human_bytes(needed)} to {out_dir} (states of {human_bytes(state)} to resume from and a "
-            f"checkpoint of {human_bytes(weights)}), which has {human_bytes(free)} free: make room, or choose a "
+            f"checkpoint of {human_bytes(checkpoint)}), which has {human_bytes(free)} free: make room, or choose a "
             "run_dir=DIR on another disk."
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import CalibrationConfig, Init, Run, UsageError
+from pregate.config import CalibrationConfig, Experts, Init, Run, UsageError
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
@@ -32,6 +32,7 @@ from pregate.tracking import Tracker
 from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
+from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 from pregate.training.sharded_state import Weights
@@ -161,10 +162,12 @@ def _fine_tune_converted(
     manifest = Path(converted) / MANIFEST
     assert state.device is not None
     done = steps_done(run_dir / LAST) if run.resume else 0
-    with PeakMemory(state.device) as peak:
-        in_parts = splits(run.train.sharding, state.num_processes)
-        summary = fine_tune(
-            unfilled(converted, revision) if in_parts else load_resident(converted, revision, dtype=torch.float32),
+    in_parts = splits(run.train.sharding, state.num_processes)
+    carry = [manifest] if manifest.is_file() else []
+
+    def tuned(model: Any, offloaded: Offloaded | None = None) -> TrainSummary:
+        return fine_tune(
+            model,
             tokenizer,
             task,
             run.train,
@@ -172,9 +175,24 @@ def _fine_tune_converted(
             out_dir=run_dir,
             tracker=tracker,
             stage="train",
-            carry=[manifest] if manifest.is_file() else [],
+            carry=carry,
             weights=Weights(converted, revision) if in_parts else None,
+            offloaded=offloaded,
         )
+
+    with PeakMemory(state.device) as peak:
+        if run.train.experts is Experts.resident:
+            filled = not in_parts
+            summary = tuned(
+                load_resident(converted, revision, dtype=torch.float32) if filled else unfilled(converted, revision)
+            )
+        else:
+            with open_offloaded(run, open_model(converted, revision), state.device) as offloaded:
+                summary = tuned(offloaded.model, offloaded)
+    if run.train.experts is Experts.offloaded:
+        complete(run_dir, open_model(converted, revision), tokenizer, carry)
+        if Path(converted) == run_dir / CONVERTED:
+            hand_on_pack(run, Path(converted), run_dir / CHECKPOINT)
     if summary.steps > done:  # else nothing was trained here, and the figure would be that of loading
         summary = replace(summary, peak_device_bytes=peak.num_bytes)
     return summary

@@ -12,15 +12,17 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
-from pregate.engine.storage.origin import Unchanged
+from pregate.engine.storage.origin import LONG_CHECK, Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.system.console import say
 from pregate.system.sizes import human_bytes
 
 CHUNK = 1 << 30
@@ -58,6 +60,18 @@ class Store(Protocol):
     def slab(self, key: ExpertKey) -> Tensor | None:
         """The slab itself where it lies in (page-locked) host memory, else None."""
         ...
+
+    def is_held(self, key: ExpertKey, slab_B: Tensor) -> bool:
+        """Whether the store's slab of `key` is this CPU slab."""
+        ...
+
+    def holds(self, checkpoint: SourceCheckpoint, family: ExpertSpec) -> bool:
+        """Whether the experts of a checkpoint, as slabs of this layout, are those of the store. They are read until one
+        differs."""
+        size = len(family.keys()) * self.layout.slab_bytes
+        if size > LONG_CHECK:
+            say(f"comparing the experts of {checkpoint.directory} with those that are packed.")
+        return all(self.is_held(key, slab) for key, slab in read_slabs(checkpoint, family, self.layout))
 
     def close(self) -> None: ...
 
@@ -108,6 +122,9 @@ class DramStore(Store):
 
     def arrived(self, key: ExpertKey, slab_B: Tensor) -> None:
         return None
+
+    def is_held(self, key: ExpertKey, slab_B: Tensor) -> bool:
+        return torch.equal(self.slab(key), slab_B)
 
     def close(self) -> None:
         for chunk in self._registered:
@@ -182,6 +199,9 @@ class DiskStore(Store):
             )
         with self._lock:
             self._unverified.discard(key)
+
+    def is_held(self, key: ExpertKey, slab_B: Tensor) -> bool:
+        return checksum(slab_B) == self._checksums[key]
 
     def failed(self, key: ExpertKey, error: OSError) -> SlabReadError:
         """The error to raise where reading `key` gave `error`."""

@@ -8,7 +8,7 @@ Letters: N tokens of one expert, D model width, F expert hidden width, T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,9 +44,10 @@ def expert_spec(config: Any) -> ExpertSpec:
         prefix = f"{feed_forward(stack, layer)}.mlp.experts.expert_{expert}"
         return [TensorSlice(f"{prefix}.wi.weight"), TensorSlice(f"{prefix}.wo.weight")]
 
-    def apply(matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+    def apply(matrices: Sequence[Factor], hidden_ND: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         wi_FD, wo_DF = matrices
-        return project(activation(project(hidden_ND, wi_FD)), wo_DF)
+        active_NF = activation(project(hidden_ND, wi_FD))
+        return project(active_NF if drop is None else drop(active_NF), wo_DF)
 
     return ExpertSpec(
         num_experts=config.num_experts,
@@ -57,6 +58,7 @@ def expert_spec(config: Any) -> ExpertSpec:
         layouts=(layout,),
         apply=apply,
         activation=config.dense_act_fn,
+        dropout=config.dropout_rate,
     )
 
 

@@ -32,6 +32,8 @@ from pregate import OffloadEngine
 from pregate.config import Policy, PreGateConfig
 from pregate.conversion.plan import plan_moves
 from pregate.conversion.write import convert
+from pregate.engine.storage.slabs import SlabLayout
+from pregate.engine.training_engine import TrainingEngine
 from pregate.models.family import Family, family_named
 from pregate.models.loading import load_resident
 from pregate.models.objectives import predicting
@@ -445,3 +447,25 @@ def test_a_smaller_model_can_be_built(row: Row) -> None:
     dense = getattr(config, "first_k_dense_replace", 0)
     assert len(model.model.layers) == dense + round(0.75 * (config.num_hidden_layers - dense))
     assert [len(block.module.experts.down_proj) for block in model.moe_blocks()] == [2] * len(list(model.moe_blocks()))
+
+
+@every_family
+def test_gradients_through_offloaded_experts_are_those_of_the_resident_model(row: Row, tmp_path: Path) -> None:
+    """With fewer slots than a block uses, frozen experts, and routes of a block before."""
+    model = pregated(row, upstream_model(row, 3), gating(1))
+    model.save_pretrained(tmp_path)
+    for block in model.moe_blocks():
+        block.module.experts.requires_grad_(False)
+    expected, theirs = gradients(model, batch(RIGHT))
+    theirs = {name: slope for name, slope in theirs.items() if slope is not None}
+    budget = f"{3 * SlabLayout.of(row.family.experts(model.config), torch.float32).slab_bytes}B"
+    with TrainingEngine.open(tmp_path, device_budget=budget) as engine, engine.step():
+        logits, slopes = gradients(engine.model, batch(RIGHT))
+        assert engine.counters.bytes_moved > 0
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert slopes.keys() == theirs.keys()
+    for name, slope in theirs.items():
+        found = slopes[name]
+        assert found is not None and found.isfinite().all()
+        torch.testing.assert_close(found, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()) + 1e-6, msg=name)
+    assert all(slope.any() for name, slope in theirs.items() if "pre_gate" in name)
