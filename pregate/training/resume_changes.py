@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pregate.config import Run, UsageError, to_dict
+from pregate.config import Run, Schedule, UsageError, to_dict
 from pregate.models.family import family_named
 from pregate.system.console import first_of, say
 from pregate.tracking import flatten
@@ -43,7 +43,7 @@ def check_changes(run: Run, config: Path, processes: tuple[int | None, int], beg
     before, now = processes
     if before not in (None, now):
         changes[PROCESSES] = f"{PROCESSES} {before}, now {now}"
-    refused = [name for name in changes if not _within(name, run.allow_changes) and _changes_result(name)]
+    refused = [name for name in changes if not _within(name, run.allow_changes) and _changes_result(name, run)]
     if refused and begun:
         told = first_of([changes[name] for name in refused], MOST_TOLD, "; ")
         raise UsageError(
@@ -104,5 +104,7 @@ def _within(name: str, names: Any) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in names)
 
 
-def _changes_result(name: str) -> bool:
+def _changes_result(name: str, run: Run) -> bool:
+    if name == "train.steps" and run.train.schedule is Schedule.constant:
+        return False  # the steps that are there already would have been the same
     return name in OTHER_RESULT or not _within(name, SAME_RESULT)

@@ -23,6 +23,7 @@ from pregate.config import (
     ModelConfig,
     PreGateConfig,
     Run,
+    Schedule,
     Through,
     TrainConfig,
     UsageError,
@@ -80,8 +81,10 @@ def test_a_resumed_run_refuses_changes_of_its_result_unless_they_are_allowed(tmp
     train_tiny(run_dir, steps=1)
     capsys.readouterr()
     run.resume, run.train.log_every, run.tracking.project, run.engine.io_threads = True, 3, "p", 4
+    run.train.steps = 9
     claim_run_dir(run)
     told = capsys.readouterr().err
+    assert "train.steps 2048, now 9" in told
     assert "train.log_every 10, now 3" in told and "tracking.project pregate, now p" in told and told.count("\n") == 1
     run = Run(run_dir=str(run_dir), resume=True, source_train=TrainConfig())
     (run_dir / CONFIG).write_text(written)
@@ -99,6 +102,10 @@ def test_a_resumed_run_refuses_changes_of_its_result_unless_they_are_allowed(tmp
     run.allow_changes = ["model", "train.learning_rate", "processes"]
     with pytest.raises(UsageError, match=r"result \(source_train None, now set\)"):
         claim_run_dir(run)
+    longer = Run(run_dir=str(run_dir), resume=True, allow_changes=["processes", "train.schedule"])
+    longer.train.schedule, longer.train.steps = Schedule.linear, 9
+    with pytest.raises(UsageError, match=r"result \(train.steps 2048, now 9\)"):
+        claim_run_dir(longer)
     run.allow_changes = names.split(",")
     claim_run_dir(run)
     assert "processes 2, now 1" in capsys.readouterr().err
