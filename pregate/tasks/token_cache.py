@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import datasets.config
 import numpy as np
 import pyarrow as pa
 import tokenizers
