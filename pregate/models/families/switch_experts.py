@@ -46,7 +46,8 @@ class SwitchExperts(nn.ModuleDict):
 
     def _are_plain(self) -> bool:
         """Whether calling the experts is no more than their matrices and one dropout for all."""
-        rates = {expert.dropout.p if type(expert.dropout) in DROPOUTS else None for expert in self.values()}
+        dropouts: list[Any] = [expert.dropout for expert in self.values()]
+        rates = {dropout.p if type(dropout) in DROPOUTS else None for dropout in dropouts}
         return len(rates - {None}) == len(rates) == 1 and all(
             type(expert) is upstream.SwitchTransformersDenseActDense
             and not has_hooks(expert)
