@@ -184,7 +184,8 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def files(run_dir: Path) -> set[str]:
-    return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
+    """All but what a pack notes beside it when its source has other times and the same content."""
+    return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.name != "source.json"}
 
 
 def undisturbed(run: Run, run_dir: Path) -> tuple[list[dict[str, Any]], float, int]:
