@@ -29,7 +29,7 @@ def main(run: Run) -> None:
     trained = checks.trained_config(run)
     check_engine(run, *trained)
     check_offloaded(run, *trained)
-    checks.check_memory_savers(run)
+    checks.check_memory_savers(run, trained[0])
     task, tokenizer = build_training_task(run), load_tokenizer(run)
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))

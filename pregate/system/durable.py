@@ -58,6 +58,13 @@ def write_all(opened: int, data: bytes | memoryview) -> None:
         left = left[os.write(opened, left) :]
 
 
+def digest_file(digest: Any, path: Path) -> None:
+    """Update a hash with the content of a file, a small part of it in memory at a time."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
 def flush_tree(directory: Path) -> None:
     """Return once everything below `directory` is on the disk; its own name, in its parent, is not."""
     for folder, _, files in os.walk(directory, topdown=False):

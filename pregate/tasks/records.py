@@ -21,6 +21,7 @@ import xxhash
 
 from pregate.config import TaskConfig, UsageError
 from pregate.system.console import first_of, reason_of
+from pregate.system.durable import digest_file
 from pregate.tasks.cells import CellError, identity, of_type
 from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
@@ -222,9 +223,7 @@ def fingerprint(task: TaskConfig, data_root: str | None, split: str) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest_file(digest, path)
     return f"files {digest.hexdigest()}"
 
 

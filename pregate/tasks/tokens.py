@@ -189,19 +189,16 @@ class Collator:
         """`input_ids`, `attention_mask` and `labels` padded with -100, all int64, see `Objective.batch`."""
         return self.of_rows(self.rows(examples))
 
-    def packed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The same with several examples in a row, see `Objective.packed`."""
-        return self.packed_rows(self.rows(examples))
-
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
         return self.objective.prompts(self._prompts(examples), self.tokenizer.pad_token_id)
 
     def of_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """A batch of examples that are in tokens already; `packed_rows` likewise."""
+        """A batch of examples that are in tokens already."""
         return self.objective.batch(rows, self.tokenizer.pad_token_id, self.multiple)
 
     def packed_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The same with several examples in a row, see `Objective.packed`."""
         most = self.max_source_tokens + self.max_target_tokens
         return self.objective.packed(rows, self.tokenizer.pad_token_id, most)
 

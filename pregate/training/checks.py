@@ -99,16 +99,15 @@ def check_objective(run: Run, family: Family) -> None:
         )
 
 
-def check_memory_savers(run: Run) -> None:
+def check_memory_savers(run: Run, config: Any) -> None:
     """Refuse, before any work, adapters and an optimizer whose packages are missing, and adapters that the model has no
-    place for. Raises `UsageError`."""
+    place for. `config`: that which the trained checkpoint will have. Raises `UsageError`."""
     trains = [train for train in (run.train, run.source_train) if train is not None]
     for train in trains:
         check_8bit(train)
     adapted = [train.lora for train in trains if train.trainable is Trainable.lora]
     if adapted:
         check_installed()
-        config, _ = trained_config(run)
         with torch.device("meta"):
             model = family_named(config.model_type).model_class(config)
         for lora in adapted:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pregate.config import Experts, LoraTarget, Optimizer, Run, Tier, Trainable, TrainConfig
+from pregate.config import Experts, LoraTarget, Run, Tier, Trainable, TrainConfig
 from pregate.engine.budget import host_buffers_within, resolve_tier
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import training_slots
@@ -27,7 +27,7 @@ from pregate.models.pregated_models import without_experts
 from pregate.system.memory import free_memory
 from pregate.system.sizes import human_bytes
 from pregate.training.lora import parts_of
-from pregate.training.optim import LEAST_8BIT, autocast_dtype
+from pregate.training.optim import autocast_dtype, state_bytes
 
 STATES = 24
 """How many numbers of width D a layer keeps for each token, beside its experts."""
@@ -82,7 +82,7 @@ def needs_of(run: Run, config: Any, dtype: torch.dtype, device: torch.device) ->
         Trainable.lora: gates + _adapters(train, model, spec),
     }[train.trainable]
     layout = SlabLayout.of(spec, dtype, run.engine.slab_dtype)
-    optimizer = _optimizer_bytes(train, learning)
+    optimizer = state_bytes(train.optimizer, learning)
     needs = Needs()
     needs.device["weights"] = FP32 * _count(others if offloaded else others + experts)
     needs.device["gradients"] = FP32 * _count(learning)
@@ -134,16 +134,6 @@ def _adapters(train: TrainConfig, model: Any, spec: ExpertSpec) -> list[tuple[in
             linears = (module for part in parts_of(model, target) for module in part.modules())
             matrices += [tuple(module.weight.shape) for module in linears if isinstance(module, nn.Linear)]
     return [shape for rows, columns in matrices for shape in ((rank, columns), (rows, rank))]
-
-
-def _optimizer_bytes(train: TrainConfig, shapes: list[tuple[int, ...]]) -> int:
-    """As `pregate.training.optim.optimizer_bytes`, of shapes."""
-    if train.optimizer is Optimizer.adamw_8bit:
-        return sum((2 if _count([shape]) >= LEAST_8BIT else 2 * FP32) * _count([shape]) for shape in shapes)
-    if train.optimizer is not Optimizer.adafactor:
-        return 2 * FP32 * _count(shapes)
-    factored = [_count([shape[:-1], (*shape[:-2], shape[-1])]) for shape in shapes if len(shape) > 1]
-    return FP32 * (sum(factored) + _count(shape for shape in shapes if len(shape) < 2))
 
 
 def _activations(run: Run, config: Any, model: Any, spec: ExpertSpec) -> int:

@@ -32,7 +32,7 @@ from pregate.models.loading import open_model
 from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.processes import join
-from pregate.training.durable_directories import replaced
+from pregate.training.durable_directories import replaced, write_side_files
 from pregate.training.learnt import LEARNT
 from pregate.training.optim import autocast_dtype
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT
@@ -153,9 +153,7 @@ def complete(run_dir: Path, source: SourceCheckpoint, tokenizer: Any, carry: Seq
             shutil.copyfile(file, fresh / file.name)
         # the code that auto_map points to is not copied
         write_json(fresh / CONFIG, {name: value for name, value in source.config.items() if name != "auto_map"})
-        tokenizer.save_pretrained(fresh)
-        for file in carry:
-            shutil.copy2(file, fresh / file.name)
+        write_side_files(fresh, tokenizer, carry)
     shutil.rmtree(kept)
 
 

@@ -81,17 +81,28 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The size that the state of `optimizer` will have, which is made in its first step; but for a few scalars."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, torch.optim.AdamW):
-        return sum(2 * p.nbytes for p in parameters)
-    if has_8bit_state(optimizer):
+        return state_bytes(Optimizer.adamw, shapes)
+    return state_bytes(Optimizer.adamw_8bit if has_8bit_state(optimizer) else Optimizer.adafactor, shapes)
+
+
+def state_bytes(kind: Optimizer, shapes: Iterable[tuple[int, ...]]) -> int:
+    """The size of the state of an optimizer for float32 parameters of these shapes; but for a few scalars."""
+    return sum(_state_bytes(kind, shape) for shape in shapes)
+
+
+def _state_bytes(kind: Optimizer, shape: tuple[int, ...]) -> int:
+    size = math.prod(shape)
+    if kind is Optimizer.adafactor and len(shape) > 1:
+        # second moments: of a matrix the means of its rows and of its columns
+        return 4 * (size // shape[-1] + size // shape[-2])
+    if kind is Optimizer.adafactor:
+        return 4 * size
+    if kind is Optimizer.adamw_8bit and size >= LEAST_8BIT:
         # two code books of 256 numbers, and a scale for each 256 moments
-        sizes = (p.numel() for p in parameters)
-        return sum(8 * n if n < LEAST_8BIT else 2 * n + 8 * -(-n // 256) + 2048 for n in sizes)
-    # Adafactor's second moments: of a matrix the means of its rows and of its columns
-    factored = [p for p in parameters if p.ndim >= 2]
-    means = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in factored)
-    return 4 * (means + sum(p.numel() for p in parameters if p.ndim < 2))
+        return 2 * size + 8 * -(-size // 256) + 2048
+    return 8 * size
 
 
 def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:

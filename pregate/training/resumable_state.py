@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.config import UsageError
 from pregate.system.console import say, silent_bars
-from pregate.system.durable import flush_file, remove
+from pregate.system.durable import digest_file, flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
 from pregate.training.learnt import LEARNT, lacks_experts, load_learnt
 from pregate.training.lora import load_weights
@@ -54,11 +54,25 @@ def save_last(
     with replaced(directory, earlier := places_before(directory, keep)) as fresh:
         write_model(fresh, model, tokenizer, carry)
         save_file(tensors, fresh / OPTIMIZER_FILE)
-        record = {"format": FORMAT, "state": asdict(state), "optimizer": numbers, "random": list(random_states)}
-        (fresh / STATE_FILE).write_text(json.dumps(record))
-        sums = {path.name: checksum(path) for path in sorted(fresh.iterdir())}
-        (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": sums}, indent=2))
+        write_record(fresh, state, numbers, random_states)
+        write_checksums(fresh, {path.name: checksum(path) for path in fresh.iterdir()})
     clear_superseded(directory, earlier)
+
+
+def write_record(
+    directory: Path,
+    state: TrainState,
+    numbers: dict[str, Any],
+    random_states: Sequence[dict[str, Any]],
+    **more: Any,
+) -> None:
+    """The scalars of a state: how far the run is, `numbers` of the optimizer, and the random states."""
+    record = {"format": FORMAT, **more, "state": asdict(state), "optimizer": numbers, "random": list(random_states)}
+    (directory / STATE_FILE).write_text(json.dumps(record))
+
+
+def write_checksums(directory: Path, sums: dict[str, str]) -> None:
+    (directory / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": dict(sorted(sums.items()))}, indent=2))
 
 
 def places_before(directory: Path, keep: int) -> list[Path]:
@@ -95,9 +109,7 @@ def damaged_states(directory: Path) -> list[Path]:
 def checksum(path: Path) -> str:
     """XXH3-64 of a file, in hexadecimal digits."""
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    digest_file(digest, path)
     return digest.hexdigest()
 
 
@@ -108,7 +120,7 @@ def damage(directory: Path) -> str | None:
     """
     name = STATE_FILE
     try:
-        record = _read_record(directory)
+        record = record_of(directory)
         if record.get("format", 1) == 1 and not (directory / CHECKSUMS_FILE).exists():
             for name in sorted({OPTIMIZER_FILE, *(path.name for path in directory.glob("*.safetensors"))}):
                 with safe_open(directory / name, "pt"):
@@ -126,7 +138,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
+def record_of(directory: Path) -> dict[str, Any]:
     """What `STATE_FILE` holds. Raises one of several errors if that is not what was once written there."""
     record = json.loads((directory / STATE_FILE).read_text())
     TrainState(**record["state"])
@@ -177,7 +189,7 @@ def load_last(
     """
     if not directory.exists():
         return None
-    record = _read_record(directory)
+    record = record_of(directory)
     if lacks_experts(model):
         load_learnt(directory, model)
     else:
@@ -203,15 +215,10 @@ def processes_of(directory: Path) -> int | None:
     """How many processes trained what `save_last` left in `directory`; None if that cannot be told."""
     for place in (directory, *earlier_states(directory)):
         try:
-            return len(_read_record(place)["random"])
+            return len(record_of(place)["random"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
-
-
-def record_of(directory: Path) -> dict[str, Any]:
-    """What the state file of a settled `directory` holds."""
-    return _read_record(directory)
 
 
 def other_model(directory: Path | str) -> UsageError:
@@ -228,7 +235,7 @@ def steps_done(directory: Path) -> int:
     """
     for place in (directory, *earlier_states(directory)):
         try:
-            return int(_read_record(place)["state"]["step"])
+            return int(record_of(place)["state"]["step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     if directory.exists():

@@ -11,7 +11,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,8 +34,6 @@ from pregate.system.peers import PeerFailedError
 from pregate.system.processes import join, main_only
 from pregate.training.durable_directories import place_to_fill, replaced, write_side_files
 from pregate.training.resumable_state import (
-    CHECKSUMS_FILE,
-    FORMAT,
     OPTIMIZER_FILE,
     STATE_FILE,
     checksum,
@@ -45,6 +42,8 @@ from pregate.training.resumable_state import (
     other_model,
     places_before,
     record_of,
+    write_checksums,
+    write_record,
 )
 from pregate.training.sharding import ShardedModel, whole
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, tensors_of
@@ -86,10 +85,8 @@ def save_last(
         own = f"shard-{join().process_index + 1:05}-*"
         sums = dict(of_all(lambda: [(path.name, checksum(path)) for path in fresh.glob(own)]))
         if join().is_main_process:
-            record = {"format": FORMAT, PARTS: join().num_processes, "state": asdict(state), "optimizer": numbers}
-            (fresh / STATE_FILE).write_text(json.dumps({**record, "random": list(random_states)}))
-            sums[STATE_FILE] = checksum(fresh / STATE_FILE)
-            (fresh / CHECKSUMS_FILE).write_text(json.dumps({"xxh3_64": dict(sorted(sums.items()))}, indent=2))
+            write_record(fresh, state, numbers, random_states, **{PARTS: join().num_processes})
+            write_checksums(fresh, sums | {STATE_FILE: checksum(fresh / STATE_FILE)})
     if join().is_main_process:
         clear_superseded(directory, earlier)
 

@@ -15,7 +15,7 @@ from pregate.config import LoraConfig, LoraTarget, Run, TaskConfig, Trainable, T
 from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
 from pregate.models.loading import load_resident
 from pregate.training import lora
-from pregate.training.checks import check_memory_savers
+from pregate.training.checks import check_memory_savers, trained_config
 from pregate.training.loop import fine_tune
 from tests.tiny import batch, pregated_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, short_run, word_tokenizer
@@ -129,7 +129,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path, monkeypatch: pytest.M
         run = Run(train=TrainConfig(trainable=Trainable.lora, lora=LoraConfig(**settings)), task=TaskConfig())
         run.model.source = str(tmp_path / source)
         with pytest.raises(UsageError) as error:
-            check_memory_savers(run)
+            check_memory_savers(run, trained_config(run)[0])
         return str(error.value)
 
     assert "targets names shared_experts, of which this model has no" in refused(

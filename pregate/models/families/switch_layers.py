@@ -1,8 +1,7 @@
 """The layers of a Switch model: gates, MoE blocks, whole layers, and a faster attention for training.
 
-A layer gets the `Routes` of the call as an argument. Norms, dense layers and, but for its arithmetic, attention are
-upstream's. Knows nothing
-about stacks, generation or where experts are stored.
+A layer gets the `Routes` of the call as an argument. Dense layers are upstream's, and so are norms and attention, but
+for their arithmetic in training. Knows nothing about stacks, generation or where experts are stored.
 
 Letters: B batch, T tokens of a sequence, D model width, E experts, K experts per token.
 """

@@ -383,6 +383,16 @@ def test_every_way_to_the_loss_agrees(row: Row) -> None:
 # --- how they are stored --------------------------------------------------------------------------------------------
 
 
+def assert_opens_and_saves_again(row: Row, converted: Path, again: Path, expected: Any) -> None:
+    """`converted` holds the model `expected` in bfloat16, and so does what upstream saves of it to `again`."""
+    assert_equal_states(load_resident(converted), expected)
+    opened = AutoModelForCausalLM.from_pretrained(converted)
+    assert type(opened) is row.family.model_class and opened.dtype is torch.bfloat16
+    assert_equal_states(opened, expected)
+    opened.save_pretrained(again)
+    assert_equal_states(AutoModelForCausalLM.from_pretrained(again), expected)
+
+
 def stored_names(directory: Path) -> set[str]:
     names: set[str] = set()
     for file in directory.glob("*.safetensors"):
@@ -406,12 +416,7 @@ def test_every_layout_is_converted_bit_by_bit(row: Row, layout: str, shards: boo
     convert(str(source), converted, PreGateConfig(lookahead=2), max_shard_bytes=size)
     assert all((len(list(place.glob("*.safetensors"))) > 1) == shards for place in (source, converted))
     expected = pregated(row, upstream, gating(2))
-    assert_equal_states(load_resident(converted), expected)
-    opened = AutoModelForCausalLM.from_pretrained(converted)
-    assert type(opened) is row.family.model_class and opened.dtype is torch.bfloat16
-    assert_equal_states(opened, expected)
-    opened.save_pretrained(again)
-    assert_equal_states(AutoModelForCausalLM.from_pretrained(again), expected)
+    assert_opens_and_saves_again(row, converted, again, expected)
     # named as upstream names them, but for the gates that are in other blocks
     before, after = stored_names(source), stored_names(converted)
     moved = [origin for origin in moves(row, upstream, gating(2))[0].values() if origin in upstream.state_dict()]

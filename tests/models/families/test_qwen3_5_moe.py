@@ -21,6 +21,7 @@ from tests.models.families.test_decoder_only import (
     FAMILIES,
     LEFT,
     assert_equal_states,
+    assert_opens_and_saves_again,
     batch,
     gating,
     geometry,
@@ -71,12 +72,7 @@ def test_a_published_directory_is_converted_bit_by_bit(layout: str, tmp_path: Pa
     convert(str(source), converted, PreGateConfig(lookahead=2))
     assert f"holds {len(extras)} tensors that this model does not read" in capsys.readouterr().err
     expected = pregated(ROW, upstream, gating(2))
-    assert_equal_states(load_resident(converted), expected)
-    opened = AutoModelForCausalLM.from_pretrained(converted)
-    assert type(opened) is ROW.family.model_class and opened.dtype is torch.bfloat16
-    assert_equal_states(opened, expected)
-    opened.save_pretrained(again)
-    assert_equal_states(AutoModelForCausalLM.from_pretrained(again), expected)
+    assert_opens_and_saves_again(ROW, converted, again, expected)
     assert_equal_states(load_resident(again), expected)
 
     written = load_file(converted / "model.safetensors")
