@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +158,31 @@ def locked_beside(target: Path) -> Iterator[Path]:
     A lock marks it as in use. The process number in its name is not enough: the number of a killed process is used
     again, in a container on every run, and another machine may share the disk.
     """
-    folder = target.with_name(f"{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    hidden = folder.with_name(f".{folder.name}")  # hidden until it is locked
     make_directory(target.parent)
-    try:
-        hidden.mkdir()
-        with (hidden / LOCK).open("w") as lock:
-            with suppress(OSError):  # a file system without locks: it would never look abandoned, and stays
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            flush_file(hidden)
-            hidden.rename(folder)
-            yield folder
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with ExitStack() as stack:
+        yield _locked(stack, target)
+
+
+def _locked(stack: ExitStack, target: Path) -> Path:
+    """Hidden until it is locked: what is seen and not locked has been abandoned. Who clears up takes a hidden one for
+    abandoned too, since a kill can come that early; then it is made again under another name."""
+    while True:
+        folder = target.with_name(f"{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+        hidden = folder.with_name(f".{folder.name}")
+        with ExitStack() as attempt:
+            attempt.callback(shutil.rmtree, hidden, ignore_errors=True)
+            hidden.mkdir()
+            try:
+                lock = attempt.enter_context((hidden / LOCK).open("w"))
+                with suppress(OSError):  # a file system without locks: it would never look abandoned, and stays
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flush_file(hidden)
+                hidden.rename(folder)
+            except FileNotFoundError:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            stack.push(attempt.pop_all())
+            return folder
 
 
 def put(folder: Path, target: Path) -> None:
@@ -187,6 +200,10 @@ def abandoned(target: Path) -> Generator[Path]:
     one that a process still fills is none."""
     if not target.parent.is_dir():
         return
+    for hidden in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if PARTIAL.fullmatch(hidden.name.removeprefix(f".{target.name}")):
+            with suppress(OSError):
+                hidden.rename(hidden.with_name(hidden.name[1:]))
     for folder in sorted(target.parent.iterdir()):
         if folder.name.startswith(target.name) and PARTIAL.fullmatch(folder.name.removeprefix(target.name)):
             with suppress(OSError):

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,6 +247,52 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_fills_stays(tmp_p
     assert len(left) == 4 and len(list(tmp_path.glob("outer.partial-*"))) == 1
 
 
+@pytest.mark.parametrize("after", ["mkdir", "open", "flock"])
+def test_what_is_killed_before_it_is_locked_goes_too(
+    after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+
+    def work() -> None:
+        def end(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        where = {"mkdir": (Path, "open"), "open": (durable.fcntl, "flock"), "flock": (Path, "rename")}
+        monkeypatch.setattr(*where[after], end)
+        with durable.partial_beside(target):
+            pass
+
+    os.waitpid(forked(work), 0)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-")
+    (tmp_path / ".out.partial-notes").mkdir()
+    durable.clear_abandoned(target)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial-notes"]
+
+
+@pytest.mark.parametrize("before", ["open", "flock", "rename"])
+def test_a_directory_that_another_process_clears_up_too_early_is_made_again(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, cleared = tmp_path / "out", []
+    owner, name = {"open": (Path, "open"), "flock": (durable.fcntl, "flock"), "rename": (Path, "rename")}[before]
+    real = getattr(owner, name)
+
+    def cleared_before(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, real)
+        cleared.extend(tmp_path.iterdir())
+        durable.clear_abandoned(target)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, cleared_before)
+    with durable.partial_beside(target) as folder:
+        assert len(cleared) == 1 and cleared[0].name != f".{folder.name}" and (folder / durable.LOCK).exists()
+        (folder / "whole").touch()
+        durable.clear_abandoned(target)
+        durable.put(folder, target)
+    assert list(tmp_path.iterdir()) == [target] and [path.name for path in target.iterdir()] == ["whole"]
+
+
 def test_the_next_conversion_and_the_next_pack_clear_up(tmp_path: Path) -> None:
     upstream_model(0).save_pretrained(tmp_path / "source")
     (tmp_path / "place").mkdir()
@@ -256,6 +303,9 @@ def test_the_next_conversion_and_the_next_pack_clear_up(tmp_path: Path) -> None:
     killed_while_filling(output / "experts")
     open_store(str(output), tier=Tier.disk).close()
     assert not list(output.glob("*.partial-*")) and (output / "experts" / "slabs.bin").is_file()
+    (output / "experts" / ".source.json.123.tmp").write_text("{")
+    open_store(str(output), tier=Tier.disk).close()
+    assert {path.name for path in (output / "experts").iterdir()} <= {"index.json", "slabs.bin", "source.json"}
 
 
 def test_a_file_system_without_locks_keeps_what_nobody_can_tell_to_be_abandoned(

@@ -32,6 +32,7 @@ from pregate.system.console import say
 from pregate.system.durable import (
     MARKS,
     clear_abandoned,
+    clear_scratch,
     flush_file,
     free_bytes,
     partial_beside,
@@ -113,6 +114,7 @@ def pack(checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, p
     """
     if (reason := _mismatch(pack_dir, checkpoint, family, layout)) is None:
         clear_abandoned(pack_dir)
+        clear_scratch(pack_dir)  # another process that writes there meanwhile writes the signs, and does without
         return pack_dir
     if pack_dir.exists() and not _is_pack(pack_dir):
         raise UsageError(f"{pack_dir} holds something that is not a pack of experts: choose another engine.pack_dir.")
