@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import device as Device
+from torch import dtype as DType
 
 from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier, UsageError
 from pregate.config.validators import chosen
@@ -59,6 +60,7 @@ class OffloadEngine(Engine):
         batch: int = 1,
         max_source_len: int = 512,
         max_new_tokens: int = 256,
+        dtype: DType | None = None,
     ) -> Any:
         """Open a pre-gated or conventional directory for serving: an `OffloadEngine`, or a `DeviceEngine`.
 
@@ -69,7 +71,8 @@ class OffloadEngine(Engine):
         same units, that keeps slabs of the disk tier. `io_threads`: slabs in flight from the disk. `io_uring`: let the
         kernel read by itself where it can (a CPU, no host budget), not threads. `prefill_chunk`: see `generate`.
         `tier`, `pack_dir`, `slab_dtype`: see `open_store`. `store`: an opened one of this checkpoint, used instead of
-        those three; it stays open when the engine closes. Enumerations may be given by name. Raises `UsageError` for a
+        those three; it stays open when the engine closes. `dtype`: to compute in, by default the checkpoint's; experts
+        keep theirs in slots (host). Enumerations may be given by name. Raises `UsageError` for a
         name or number that does not exist, and for a checkpoint or budget that cannot be served.
         """
         policy, tier = chosen("policy", Policy, policy), chosen("tier", Tier, tier)
@@ -77,6 +80,8 @@ class OffloadEngine(Engine):
         shared: dict[str, Any] = {"policy": policy, "cache": cache, "slab_dtype": slab_dtype, "store": store}
         shared |= {"tier": tier, "device": device, "device_budget": device_budget}
         if chosen("drive", Drive, drive) is Drive.device:
+            if dtype is not None:
+                raise UsageError("dtype is of an engine that the host drives: leave it out, or use drive=host.")
             sizes = {"batch": batch, "max_source_len": max_source_len, "max_new_tokens": max_new_tokens}
             return DeviceEngine.open(checkpoint, **sizes, **shared)
         for name, number in {"io_threads": io_threads, "prefill_chunk": prefill_chunk}.items():
@@ -96,6 +101,7 @@ class OffloadEngine(Engine):
             host_buffers=host_buffers_within(host_budget, opened.family, layout.slab_bytes),
             io_uring=io_uring,
             prefill_chunk=prefill_chunk,
+            dtype=dtype,
         )
 
     def forward(self, **inputs: Any) -> Any:

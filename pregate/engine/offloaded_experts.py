@@ -14,7 +14,7 @@ from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
-from pregate.models.expert_math import Factor, Grouping, combine, group_by_expert
+from pregate.models.expert_math import Factor, Grouping, combine, group_by_expert, in_dtype
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.routing import DROPPED, Routing
 
@@ -102,7 +102,11 @@ class OffloadedExperts(nn.Module):
 
     def _arithmetic(self) -> Arithmetic:
         """What an expert computes in this call."""
-        return lambda _, matrices, hidden_ND: self._family.apply(matrices, hidden_ND)
+
+        def apply(_: ExpertKey, matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+            return self._family.apply([in_dtype(matrix, hidden_ND.dtype) for matrix in matrices], hidden_ND)
+
+        return apply
 
     def _run(self, first: int, last: int, gathered_ND: Tensor) -> tuple[int, int]:
         """The rows of `gathered_ND` that an expert computes for its own, `first` to `last`."""

@@ -64,6 +64,16 @@ def compute_device(device: torch.device | str) -> torch.device:
     return found
 
 
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 where the device multiplies matrices in `dtype` without instructions for it, several times
+    slower than in float32: a CPU without AVX-512."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.float32 if device.type == "cpu" and dtype in supported and not supported[dtype]() else dtype
+
+
 def environment() -> dict[str, Any]:
     """JSON-able fingerprint of versions and hardware; what cannot be found out is absent.
 

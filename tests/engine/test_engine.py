@@ -17,7 +17,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Trace
 from pregate.models.loading import load_resident
 from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, request
-from tests.tiny import pregated_model
+from tests.tiny import batch, pregated_model
 
 DECODER_STEPS, BLOCKS = 5, 3
 
@@ -133,6 +133,19 @@ def test_settings_may_be_given_by_name(served: Served) -> None:
     names = {"policy": "prefetch_all", "tier": "dram", "cache": "lfu", "slab_dtype": "source", "device": "cpu"}
     with OffloadEngine.open(str(served.directory), **names) as engine:  # type: ignore[arg-type]
         assert_same(generated(engine.generate, request(1)), expected)
+
+
+def test_an_engine_computes_in_another_dtype_than_its_experts_have(tmp_path: Path) -> None:
+    pregated_model(3).to(torch.bfloat16).save_pretrained(tmp_path)
+    expected = load_resident(tmp_path, dtype=torch.float32).eval()
+    assert expected.dtype is torch.float32
+    with OffloadEngine.open(tmp_path, tier=Tier.dram, device_budget="40%", dtype=torch.float32) as engine:
+        with torch.inference_mode():
+            got, wanted = (forward(**batch(3)).logits for forward in (engine.forward, expected))
+        assert engine.counters.bytes_moved > 0 and engine.host.matrices[0][0].dtype is torch.bfloat16
+    assert got.dtype is torch.float32 and torch.equal(got, wanted) and wanted.isfinite().all()
+    with pytest.raises(UsageError, match="use drive=host"):
+        OffloadEngine.open(tmp_path, drive="device", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("drive", ["device", Drive.device])

@@ -73,3 +73,14 @@ def test_git_state_only_of_a_checkout_that_tracks_the_file(tmp_path):
     dirty = machine._git_state(tracked)
     assert dirty is not None
     assert dirty["dirty"] is True
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_half_precision_gives_way_where_a_cpu_has_no_instructions_for_it(
+    supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    cpu, expected = torch.device("cpu"), torch.bfloat16 if supported else torch.float32
+    assert machine.fast_dtype(torch.bfloat16, cpu) is expected
+    assert machine.fast_dtype(torch.bfloat16, torch.device("cuda")) is torch.bfloat16
+    assert machine.fast_dtype(torch.float32, cpu) is torch.float32

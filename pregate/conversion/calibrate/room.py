@@ -40,18 +40,27 @@ class Room:
 
 
 def room_for(
-    settings: CalibrationConfig, opened: Opened, layout: SlabLayout, tier: Tier, longest: int, device: torch.device
+    settings: CalibrationConfig,
+    opened: Opened,
+    layout: SlabLayout,
+    tier: Tier,
+    longest: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Room:
-    """`longest`: tokens of the longest example. One block of experts in slots comes first, because then each is read
-    once; what is left goes to larger batches and to the next block. Raises `UsageError` for too little memory."""
+    """`longest`: tokens of the longest example. `dtype`: that passes compute in. One block of experts in slots comes
+    first, because then each is read once; what is left goes to larger batches and to the next block. Raises
+    `UsageError` for too little memory."""
     family = opened.family
     total, block = len(family.keys()), family.num_experts
     if settings.memory is None:
         return Room(min(total, 2 * block), settings.batch_size)
     given, slab = parse_bytes(settings.memory), layout.slab_bytes
     in_memory = total if device.type == "cpu" and resolve_tier(tier, device) is Tier.dram else 0
-    weights = _bytes_beside_experts(opened) + in_memory * slab
-    fit, example = _fit_bytes(settings, opened), longest * _bytes_per_token(opened)
+    weights = _numbers_beside_experts(opened) * dtype.itemsize + in_memory * slab
+    if dtype != opened.dtype:  # an expert is cast while it computes
+        weights += sum(torch.Size(shape).numel() for shape in family.matrices.values()) * dtype.itemsize
+    fit, example = _fit_bytes(settings, opened), longest * _numbers_per_token(opened) * dtype.itemsize
     fixed = bytes_in_use(device) + weights + (KERNELS if device.type == "cpu" else 0)
     left = given - fixed - max(fit, example)
     if left < slab:
@@ -67,11 +76,11 @@ def room_for(
     return Room(max(num_slots, min(total, 2 * block, spare // slab)), fitting)
 
 
-def _bytes_beside_experts(opened: Opened) -> int:
+def _numbers_beside_experts(opened: Opened) -> int:
     names = {name for key in opened.family.keys() for name in opened.family.tensor_names(key)}  # noqa: SIM118
     rest = [torch.Size(info.shape).numel() for name, info in opened.source.tensors.items() if name not in names]
     # the largest is there twice while it is loaded
-    return (sum(rest) + max(rest)) * opened.dtype.itemsize
+    return sum(rest) + max(rest)
 
 
 def _fit_bytes(settings: CalibrationConfig, opened: Opened) -> int:
@@ -80,7 +89,7 @@ def _fit_bytes(settings: CalibrationConfig, opened: Opened) -> int:
     return FIT_BYTES * settings.tokens * D + FIT_SQUARES * D**2 + history
 
 
-def _bytes_per_token(opened: Opened) -> int:
+def _numbers_per_token(opened: Opened) -> int:
     D, K = opened.config.hidden_size, opened.family.top_k
     F = max(torch.Size(shape).numel() for shape in opened.family.matrices.values()) // D
-    return ((STATES + COPIES * K) * D + 3 * K * F) * opened.dtype.itemsize
+    return (STATES + COPIES * K) * D + 3 * K * F

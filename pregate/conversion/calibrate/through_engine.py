@@ -28,7 +28,9 @@ from pregate.conversion.plan import TensorPlan
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import Opened
 from pregate.models.checkpoint import SourceCheckpoint
+from pregate.models.family import dtype_name
 from pregate.models.objectives import Row
+from pregate.system.machine import fast_dtype
 from pregate.system.memory import PeakMemory, bytes_in_use
 from pregate.system.stopping import going_on
 from pregate.tasks.base import Task
@@ -53,13 +55,13 @@ def fit_through_engine(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the fitted gates, and what makes a `Calibration`.
 
-    Computes in the dtype of the source, as an engine does. `folder`: the work directory. Raises `UsageError` for a
-    `calibration.memory` that is too small.
+    Computes in the dtype of the source, as an engine does, or in float32 on a CPU that is slow in it. `folder`: the
+    work directory. Raises `UsageError` for a `calibration.memory` that is too small.
     """
     before, opened = bytes_in_use(device), Opened(source)
-    layout = opened.layout(run.engine.slab_dtype)
+    layout, dtype = opened.layout(run.engine.slab_dtype), fast_dtype(opened.dtype, device)
     longest = collate.max_source_tokens + collate.max_target_tokens
-    room = room_for(run.calibration, opened, layout, run.engine.tier, longest, device)
+    room = room_for(run.calibration, opened, layout, run.engine.tier, longest, device, dtype)
     rows = rows_of(run, task, collate)
     slot_bytes = room.num_slots * layout.slab_bytes
 
@@ -69,9 +71,9 @@ def fit_through_engine(
 
     with (
         PeakMemory(device) as peak,
-        closing(WorkDir(folder, _made_from(run, source, config, rows), room.batch_size)) as work,
+        closing(WorkDir(folder, _made_from(run, source, config, rows, dtype), room.batch_size)) as work,
         going_on(work.going_on),
-        _open_engine(run, source, device, slot_bytes) as engine,
+        _open_engine(run, source, device, dtype, slot_bytes) as engine,
     ):
         settings = replace(run.calibration, batch_size=work.batch_size)
         if settings.data is CalibrationData.generations:
@@ -81,7 +83,9 @@ def fit_through_engine(
         return _fit(engine, source, config, plan, batches, settings.steps, work, highest)
 
 
-def _open_engine(run: Run, source: SourceCheckpoint, device: torch.device, slot_bytes: int) -> OffloadEngine:
+def _open_engine(
+    run: Run, source: SourceCheckpoint, device: torch.device, dtype: torch.dtype, slot_bytes: int
+) -> OffloadEngine:
     engine = run.engine
     opened = OffloadEngine.open(
         source,
@@ -95,6 +99,7 @@ def _open_engine(run: Run, source: SourceCheckpoint, device: torch.device, slot_
         io_threads=engine.io_threads,
         io_uring=engine.io_uring,
         slab_dtype=engine.slab_dtype,
+        dtype=dtype,
     )
     for block in opened.model.moe_blocks():
         block.module.experts.few_sizes = True
@@ -141,7 +146,9 @@ def _fit(
     return tensors, {**told, "seconds": found.seconds, **sizes}
 
 
-def _made_from(run: Run, source: SourceCheckpoint, config: Any, rows: Sequence[Row]) -> dict[str, Any]:
+def _made_from(
+    run: Run, source: SourceCheckpoint, config: Any, rows: Sequence[Row], dtype: torch.dtype
+) -> dict[str, Any]:
     """What a work directory depends on: another source, other examples or other settings begin anew."""
     digest = xxhash.xxh3_64()
     for ids in (ids for row in rows for ids in (row.source, row.target)):
@@ -152,5 +159,6 @@ def _made_from(run: Run, source: SourceCheckpoint, config: Any, rows: Sequence[R
         "calibration": asdict(run.calibration),
         "lengths": [run.task.max_source_tokens, run.task.max_target_tokens],
         "slab_dtype": run.engine.slab_dtype,
+        "dtype": dtype_name(dtype),
         "examples": digest.hexdigest(),
     }
