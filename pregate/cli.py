@@ -26,10 +26,10 @@ from pregate.config import Run, UsageError
 from pregate.config.groups import config_dir, register_schema
 from pregate.overrides import composed, first_line, known_keys, no_setting
 from pregate.system.durable import FULL
-from pregate.system.launch import asked
+from pregate.system.launcher_environment import asked
 from pregate.system.peers import PeerFailedError, end_in_silence, lost_connection, may_tell
 from pregate.system.stopping import GOES_ON, stoppable
-from pregate.system.submitted import do_submitted
+from pregate.system.submitit_job import do_submitted
 
 ARMS_FROM_REFERENCE = ("shifted", "calibrated", "gates_only")
 """Members of the config group `arm` of which `reference` is the source."""

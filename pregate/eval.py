@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pregate.cli import entry_point
 from pregate.config import Run, UsageError
-from pregate.system.launch import check_alone
+from pregate.system.launcher_environment import check_alone
 
 
 def main(run: Run) -> None:

@@ -18,7 +18,7 @@ def main(run: Run) -> None:
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
     from pregate.training import checks, stages
-    from pregate.training.needs import needs_of
+    from pregate.training.memory_needs import needs_of
     from pregate.training.offloaded import check_offloaded
     from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from pregate.cli import compose_run
 from pregate.config import Precision, Run, UsageError
-from pregate.conversion.space import refuse_full_disk, refuse_occupied
+from pregate.conversion.disk_space import refuse_full_disk, refuse_occupied
 from pregate.models.checkpoint import CONFIG, TensorInfo
 from pregate.models.family import Family, family_named
 from pregate.models.loading import parameter_shapes

@@ -42,7 +42,7 @@ from pregate.training.checks import trained_config
 from pregate.training.feeds import Share, build_feed
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step, train_step
-from pregate.training.needs import needs_of
+from pregate.training.memory_needs import needs_of
 from pregate.training.offloaded import Offloaded, open_offloaded
 from pregate.training.optim import optimizer_bytes
 from pregate.training.session import Session, prepare

@@ -19,7 +19,7 @@ from pregate.config import Run, UsageError
 from pregate.config.groups import config_dir
 from pregate.overrides import composed
 from pregate.system.stopping import Terminated
-from pregate.system.submitted import until_time_is_up
+from pregate.system.submitit_job import until_time_is_up
 
 pytestmark = pytest.mark.usefixtures("in_process_hydra")
 

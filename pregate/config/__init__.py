@@ -1,4 +1,4 @@
-"""The settings of every command: `schema` names them, `limits` and `choices` say what they may be."""
+"""The settings of every command: `schema` names them, `validators` and `choices` say what they may be."""
 
 from pregate.config.choices import (
     PRE_TRAINING,

@@ -91,20 +91,3 @@ def spelling(checkpoint: SourceCheckpoint, family: Family) -> Callable[[str], st
         return name
 
     return spelt
-
-
-def plan_shards(checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Output file -> the output tensors in it, in model order. A file is larger than `max_shard_bytes` only where a
-    single tensor is."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, origin in plan.origins.items():
-        size = checkpoint.num_bytes(origin)
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}

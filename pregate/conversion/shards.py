@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.conversion.gate_starts import GateStart
-from pregate.conversion.plan import TensorPlan, plan_shards, spelling
+from pregate.conversion.plan import TensorPlan, spelling
 from pregate.models.checkpoint import SAFETENSORS_DTYPES, SourceCheckpoint
 from pregate.models.family import family_of
 from pregate.system.durable import flush_file, write_all, write_json
@@ -32,7 +32,26 @@ READ_AHEAD = 10**9
 """The thread that hashes is ahead of the copies by no more, so that they find what it read in the page cache."""
 BLOCK = 16 << 20
 PART = ".part"
+MAX_SHARD_BYTES = 10**9
+"""Default size of an output shard; an interrupted conversion repeats at most two of them."""
 HEADER_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def plan_shards(checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Output file -> the output tensors in it, in model order. A file is larger than `max_shard_bytes` only where a
+    single tensor is."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, origin in plan.origins.items():
+        size = checkpoint.num_bytes(origin)
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 
 from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
+from pregate.conversion.disk_space import refuse_full_disk, refuse_occupied
 from pregate.conversion.gate_starts import GateFitter, gate_starts
 from pregate.conversion.plan import plan_tensors
 from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
-from pregate.conversion.shards import Shards, write_shards
-from pregate.conversion.space import refuse_full_disk, refuse_occupied
+from pregate.conversion.shards import MAX_SHARD_BYTES, Shards, write_shards
 from pregate.engine.storage.origin import Unchanged
 from pregate.models.checkpoint import CONFIG, TOKENIZER_FILES, read_config, side_files
 from pregate.models.loading import open_model
@@ -37,8 +37,6 @@ from pregate.system.durable import put
 from pregate.system.unfinished import Unfinished, unfinished_beside
 
 MANIFEST = "pregate_manifest.json"
-MAX_SHARD_BYTES = 10**9
-"""Default size of an output shard; an interrupted conversion repeats at most two of them."""
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
 """Settings of a config that opening a checkpoint completes."""
 

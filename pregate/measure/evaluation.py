@@ -1,7 +1,7 @@
 """The evaluation of one checkpoint: accuracy and parity, routing agreement, and each policy's latency and memory.
 
-Reads as a table of contents; the parts are `accuracy`, `latency`, `memory` and `report`. Leaves `eval.json`,
-`predictions.jsonl` and `report.html` in one directory.
+Reads as a table of contents; the parts are `predictions`, `latency`, `route_comparison` and `report`. Leaves
+`eval.json`, `predictions.jsonl` and `report.html` in one directory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pregate.measure.predictions import predict
 from pregate.measure.report.key_figures import print_summary
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
-from pregate.measure.routes import BlockRoutes, compare_routes, record_routes
+from pregate.measure.route_comparison import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.experts import ExpertSpec

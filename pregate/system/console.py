@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from pregate.system.launch import rank
+from pregate.system.launcher_environment import rank
 
 
 def say(sentence: str) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pregate.system.launch import rank
+from pregate.system.launcher_environment import rank
 
 SILENCE_S = 30.0
 """How long a process without a report waits for its launcher to stop it."""

@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from pregate.config import UsageError
 from pregate.system import peers
 from pregate.system.console import reason_of
-from pregate.system.launch import ONE, SEVERAL, asked, asked_for, check_launch
+from pregate.system.launcher_environment import ONE, SEVERAL, asked, asked_for, check_launch
 from pregate.system.peers import Group, PeerFailedError
 
 WAIT_S = (0.01, 1.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from pregate.config import Run, UsageError
-from pregate.tasks.cells import identity
+from pregate.tasks.cell_values import identity
 from pregate.tasks.metrics import TextMetric
 from pregate.tasks.prompts import prompt_fields, prompt_of
 from pregate.tasks.records import Chunk, fingerprint, read_columns

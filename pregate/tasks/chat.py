@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message, Task
-from pregate.tasks.cells import CellError, of_type, whole_text
+from pregate.tasks.cell_values import CellError, of_type, whole_text
 from pregate.tasks.metrics import Overlap
 from pregate.tasks.records import Chunk
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pregate.config import Run
 from pregate.tasks.base import Task
-from pregate.tasks.cells import CellError, inside, label_names, of_type
+from pregate.tasks.cell_values import CellError, inside, label_names, of_type
 from pregate.tasks.metrics import Accuracy
 
 NEEDS = "a label is a word of task.labels or a position in it"

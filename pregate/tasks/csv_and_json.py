@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.config import UsageError
-from pregate.tasks.cells import CellError
+from pregate.tasks.cell_values import CellError
 
 Record = tuple[int | None, dict[str, Any]]
 """The line of its file that a row begins in, where there are lines, and its cells by column."""

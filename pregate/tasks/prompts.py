@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 
 from pregate.config import TaskConfig, UsageError
-from pregate.tasks.cells import prompt_text
+from pregate.tasks.cell_values import prompt_text
 from pregate.tasks.records import Chunk
 from pregate.tasks.sources import key_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.tasks.base import Task
-from pregate.tasks.cells import answers
+from pregate.tasks.cell_values import answers
 from pregate.tasks.metrics import ExactMatchF1
 
 

@@ -22,7 +22,7 @@ import xxhash
 from pregate.config import TaskConfig, UsageError
 from pregate.system.console import first_of, reason_of
 from pregate.system.durable import digest_file
-from pregate.tasks.cells import CellError, identity, of_type
+from pregate.tasks.cell_values import CellError, identity, of_type
 from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
 from pregate.tasks.sources import TABLES, check_source, files_of, key_of

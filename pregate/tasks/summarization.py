@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.tasks.base import Task
-from pregate.tasks.cells import summary
+from pregate.tasks.cell_values import summary
 from pregate.tasks.metrics import Rouge
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pregate.config import Run, UsageError
-from pregate.tasks.cells import document
+from pregate.tasks.cell_values import document
 from pregate.tasks.records import Chunk, fingerprint, read_columns
 from pregate.tasks.sources import check_source
 

@@ -18,7 +18,7 @@ from pregate.models.family import Family, config_of, experts_of, family_named, f
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
 from pregate.system.console import reason_of
-from pregate.system.launch import check_mixed_precision
+from pregate.system.launcher_environment import check_mixed_precision
 from pregate.system.processes import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_teacher

@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from pregate.system.launch import asked, rank
+from pregate.system.launcher_environment import asked, rank
 from pregate.system.stopping import Termination, is_forked
 
 ECHO_S = 1.0

@@ -1,7 +1,7 @@
 """Training, from a prepared model to its checkpoint: step, log, validate, save, finish.
 
-Knows the order of events. What a step sees is decided in `feeds` and `batching`, its loss in `losses` and `distill`,
-its update in `optim`, and what is written in `checkpoint`. Knows nothing about model families, task formats or
+Knows the order of events. What a step sees is decided in `feeds` and `batch_order`, its loss in `losses` and `distill`,
+its update in `optim`, and what is written in `resumable_state`. Knows nothing about model families, task formats or
 trackers.
 """
 
@@ -28,6 +28,7 @@ from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training import sharded_state
+from pregate.training.disk_space import make_room, model_bytes, saved_bytes
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
@@ -39,7 +40,6 @@ from pregate.training.resumable_state import save_last
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.session import Session, prepare
 from pregate.training.sharded_state import Weights
-from pregate.training.space import make_room, model_bytes, saved_bytes
 from pregate.training.state import random_state
 from pregate.training.validation import validate
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from pregate.config import Drive, Experts, Run, UsageError
 from pregate.conversion.gate_starts import GateStart
 from pregate.conversion.plan import TensorPlan
-from pregate.conversion.shards import Shards, write_fresh
-from pregate.conversion.write import MAX_SHARD_BYTES
+from pregate.conversion.shards import MAX_SHARD_BYTES, Shards, write_fresh
 from pregate.engine.budget import host_buffers_within
 from pregate.engine.storage.pack import default_pack_dir
 from pregate.engine.storage.slabs import SlabLayout
@@ -33,9 +32,9 @@ from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.processes import join
 from pregate.training.durable_directories import replaced, write_side_files
-from pregate.training.learnt import LEARNT
 from pregate.training.optim import autocast_dtype
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT
+from pregate.training.trained_weights import LEARNT
 
 STUDENT, TEACHER = "checkpoint", "reference"
 """Where in `engine.pack_dir` the experts are packed: where the evaluation looks for those of the two models."""

@@ -21,9 +21,9 @@ from pregate.config import UsageError
 from pregate.system.console import say, silent_bars
 from pregate.system.durable import digest_file, flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
-from pregate.training.learnt import LEARNT, lacks_experts, load_learnt
 from pregate.training.lora import load_weights
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state
+from pregate.training.trained_weights import LEARNT, lacks_experts, load_learnt
 
 STATE_FILE = "train_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

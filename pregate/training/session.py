@@ -28,10 +28,10 @@ from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training.batch_order import Batching, derive_batching
+from pregate.training.disk_space import check_space
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
-from pregate.training.learnt import lacks_experts
 from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
@@ -40,8 +40,8 @@ from pregate.training.resume_changes import check_data
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.sharded_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
-from pregate.training.space import check_space
 from pregate.training.state import TrainState, set_random_state
+from pregate.training.trained_weights import lacks_experts
 
 LENGTHS = 8
 """Lengths of batches are multiples of this where every new length costs."""

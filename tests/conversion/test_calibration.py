@@ -14,9 +14,9 @@ from torch import Tensor
 from pregate.config import CalibrationConfig, Entry, Init, PreGateConfig, Run, UsageError
 from pregate.conversion import write as conversion
 from pregate.conversion.calibrate import flow
-from pregate.conversion.calibrate.account import Calibration
 from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.flow import calibrate
+from pregate.conversion.calibrate.outcome import Calibration
 from pregate.conversion.calibrate.states import gates_to_fit, router_logits, states_read
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config

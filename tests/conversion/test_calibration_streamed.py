@@ -27,9 +27,9 @@ from pregate.config import (
     UsageError,
 )
 from pregate.conversion.calibrate import streamed, through_engine
-from pregate.conversion.calibrate.account import Calibration
 from pregate.conversion.calibrate.examples import Batches, answered_rows, text_rows
 from pregate.conversion.calibrate.flow import calibrate, calibrate_source
+from pregate.conversion.calibrate.outcome import Calibration
 from pregate.conversion.calibrate.through_engine import work_of
 from pregate.conversion.calibrate.work_dir import WorkDir
 from pregate.conversion.write import MANIFEST
@@ -277,7 +277,7 @@ def test_fewer_slots_than_a_block_has_experts(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pregate.conversion.calibrate import through_engine
-    from pregate.conversion.calibrate.room import Room
+    from pregate.conversion.calibrate.memory_budget import Room
 
     run, source = settings(), sources["olmoe"]
     run.engine.tier = Tier.dram

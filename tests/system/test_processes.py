@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError, HashStore
 
 from pregate.cli import ending_in_one_sentence
 from pregate.config import UsageError
-from pregate.system import launch, peers, processes
+from pregate.system import launcher_environment, peers, processes
 from pregate.system.console import say
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "group", None)
     monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
-    written = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *launch.SIZES, *launch.RANKS)
+    written = (
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        *launcher_environment.SIZES,
+        *launcher_environment.RANKS,
+    )
     for name in {*written, *(name for name in os.environ if name.startswith("ACCELERATE_"))}:
         monkeypatch.setenv(name, "")  # noted, so that it is as before afterwards
         monkeypatch.delenv(name)
@@ -77,19 +84,19 @@ def test_one_process_needs_no_launcher(variables: dict[str, str], monkeypatch: p
     assert done == [1] and peers.may_tell()
 
 
-@pytest.mark.parametrize("variable", launch.SIZES)
+@pytest.mark.parametrize("variable", launcher_environment.SIZES)
 @pytest.mark.parametrize("command", ["eval", "convert", "bench"])
 def test_commands_for_one_process_refuse_several(command: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, {variable: "2"})
     with pytest.raises(UsageError, match=rf"{variable}=2 asks for 2: .* `python -m pregate\.{command} …`"):
-        launch.check_alone(command)
+        launcher_environment.check_alone(command)
     monkeypatch.setenv(variable, "1")
-    launch.check_alone(command)
+    launcher_environment.check_alone(command)
     given(monkeypatch, LAUNCHED)
-    launch.check_alone(command)
+    launcher_environment.check_alone(command)
     monkeypatch.delenv(variable)
     with pytest.raises(UsageError, match="several processes"):
-        launch.check_alone(command)
+        launcher_environment.check_alone(command)
 
 
 @pytest.mark.parametrize("command", ["eval", "convert", "bench"])
@@ -107,11 +114,11 @@ def test_those_commands_ask(command: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_mixed_precision_that_is_not_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted, resolved in (("no", "bf16"), ("no", "no"), ("bf16", "bf16")):
         given(monkeypatch, {"ACCELERATE_MIXED_PRECISION": wanted})
-        launch.check_mixed_precision(resolved)
+        launcher_environment.check_mixed_precision(resolved)
     for wanted, resolved in (("bf16", "no"), ("fp16", "bf16"), ("fp8", "no")):
         given(monkeypatch, {"ACCELERATE_MIXED_PRECISION": wanted})
         with pytest.raises(UsageError, match=rf"{wanted} was asked .* gives {resolved} here: set train\.precision"):
-            launch.check_mixed_precision(resolved)
+            launcher_environment.check_mixed_precision(resolved)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,9 +186,9 @@ def test_a_run_without_a_whole_state_does_not_begin_again(tmp_path: Path) -> Non
 def test_a_disk_too_small_for_the_run_is_told_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pregate.training import space
+    from pregate.training import disk_space
 
-    monkeypatch.setattr(space, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 100_000)
     tracker = Recorder()
     with pytest.raises(UsageError, match=r"^Training writes .* which has 100 kB free: make room"):
         train_tiny(tmp_path, steps=2, tracker=tracker)

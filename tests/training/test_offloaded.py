@@ -20,7 +20,7 @@ from pregate.models.family import config_of, experts_of
 from pregate.models.loading import load_resident
 from pregate.training import offloaded
 from pregate.training.loop import TrainSummary
-from pregate.training.needs import needs_of
+from pregate.training.memory_needs import needs_of
 from pregate.training.offloaded import check_offloaded
 from pregate.training.optim import build_optimizer, optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, KEPT, LAST

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from pregate.config import Optimizer, TrainConfig, UsageError
 from pregate.system import durable
+from pregate.training import disk_space
 from pregate.training import durable_directories as directories
 from pregate.training import resumable_state as module
-from pregate.training import space
+from pregate.training.disk_space import check_space, make_room, model_bytes
 from pregate.training.durable_directories import recover, replaced, save_model
 from pregate.training.optim import build_optimizer, optimizer_bytes
 from pregate.training.resumable_state import (
@@ -38,7 +39,6 @@ from pregate.training.resumable_state import (
     settle,
     steps_done,
 )
-from pregate.training.space import check_space, make_room, model_bytes
 from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, random_state, set_random_state
 from tests.system.power import Tree, lay, tree_of
 from tests.tiny import batch, pregated_model
@@ -281,7 +281,7 @@ def test_the_size_of_a_state_is_known_before_the_first_step(kind: Optimizer, tmp
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    for place in (durable, space):
+    for place in (durable, disk_space):
         monkeypatch.setattr(place, "free_bytes", lambda _: num_bytes)
 
 
@@ -311,7 +311,7 @@ def test_the_previous_state_gives_way_on_a_disk_that_is_nearly_full(
 ) -> None:
     for name in ("last", PREVIOUS, DAMAGED):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(space, "free_bytes", lambda _: 103 - len(list(tmp_path.iterdir())))
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 103 - len(list(tmp_path.iterdir())))
     for needed, left in ((100, {"last", PREVIOUS, DAMAGED}), (101, {"last", PREVIOUS}), (102, {"last"})):
         make_room(tmp_path / "last", needed)
         assert {path.name for path in tmp_path.iterdir()} == left
@@ -340,7 +340,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_state(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file in turn is the one that finds no room."""
-    monkeypatch.setattr(space, "free_bytes", lambda _: 10**12)  # as a quota: nobody knows beforehand
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 10**12)  # as a quota: nobody knows beforehand
     model = pregated_model(**SHALLOW)
     optimizer = build_optimizer(model, TrainConfig())
     model(**batch()).loss.backward()

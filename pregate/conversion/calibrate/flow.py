@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pregate.config import CalibrationData, Init, Run, Through, UsageError
-from pregate.conversion.calibrate.account import Calibration, FittedGate, outcome
 from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
 from pregate.conversion.calibrate.fit import Tokens, fit_gate
+from pregate.conversion.calibrate.outcome import Calibration, FittedGate, outcome
 from pregate.conversion.calibrate.states import (
     GateToFit,
     agreement_of,

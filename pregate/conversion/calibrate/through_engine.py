@@ -17,10 +17,10 @@ import xxhash
 from torch import Tensor
 
 from pregate.config import CacheRule, CalibrationConfig, CalibrationData, Policy, Run
-from pregate.conversion.calibrate.account import FittedGate, outcome
 from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
 from pregate.conversion.calibrate.gates_alone import GatesAlone
-from pregate.conversion.calibrate.room import room_for
+from pregate.conversion.calibrate.memory_budget import room_for
+from pregate.conversion.calibrate.outcome import FittedGate, outcome
 from pregate.conversion.calibrate.states import mean_agreement, tensors_of
 from pregate.conversion.calibrate.streamed import COPIED, FITTED, StreamedFit
 from pregate.conversion.calibrate.work_dir import WorkDir

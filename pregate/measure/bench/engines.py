@@ -27,11 +27,11 @@ from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.prediction import is_predictable, predicted_row
 from pregate.measure.bench.references import References, resident_of
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import Results
 from pregate.measure.bench.row import Beside, measure_row
+from pregate.measure.bench.speed_prediction import is_predictable, predicted_row
 from pregate.measure.bench.step_times import Profile, profile, step_timer
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.servers import engine_server

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pregate.engine.device.ops.expert_forms import ACTIVATIONS, Linear, into_and_out
-from pregate.engine.device.ops.expert_tiles import activated, biases_of, scales_of, weights_of, with_bias
 from pregate.engine.device.ops.language import tl, triton
 from pregate.engine.device.ops.numbers import FLOATS, RAW, numbers, operand, rounded, stored
 from pregate.engine.device.ops.registry import operation
+from pregate.engine.device.ops.tile_arithmetic import activated, biases_of, scales_of, weights_of, with_bias
 from pregate.engine.storage.slabs import SlabLayout
 
 NUM_WARPS = 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.routes import (
+from pregate.measure.route_comparison import (
     BlockRoutes,
     compare_routes,
     gate_mass,

@@ -14,11 +14,11 @@ from pregate.config import UsageError
 from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
-from pregate.training.learnt import lacks_experts, learnt
 from pregate.training.optim import optimizer_bytes
 from pregate.training.resumable_state import damaged_states, earlier_states
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.state import tensors_of
+from pregate.training.trained_weights import lacks_experts, learnt
 
 
 def model_bytes(model: nn.Module) -> int:
