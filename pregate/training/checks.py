@@ -17,8 +17,9 @@ from pregate.models.checkpoint import read_config
 from pregate.models.family import Family, config_of, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
-from pregate.system.console import reason_of
+from pregate.system.console import reason_of, say
 from pregate.system.launcher_environment import check_mixed_precision
+from pregate.system.machine import fast_dtype
 from pregate.system.processes import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_teacher
@@ -29,12 +30,19 @@ VOCABULARY_MULTIPLE = 64
 
 
 def check_precision(run: Run) -> None:
-    """Refuse a mixed precision that a launcher was asked for and training does not use. Raises `UsageError`."""
+    """Refuse a mixed precision that a launcher was asked for and training does not use, and tell of one that makes
+    training slow on this CPU. Raises `UsageError`."""
     device = join().device
     assert device is not None
-    for train in (run.train, run.source_train):
-        if train is not None:
-            check_mixed_precision("no" if autocast_dtype(train.precision, device) is None else "bf16")
+    for section, train in (("train", run.train), ("source_train", run.source_train)):
+        dtype = autocast_dtype(train.precision, device) if train else None
+        if train:
+            check_mixed_precision("no" if dtype is None else "bf16")
+        if dtype is not None and fast_dtype(dtype, device) != dtype:
+            say(
+                f"{section}.precision=bf16: this CPU has no instructions for bfloat16 and multiplies several times "
+                f"faster in float32: {section}.precision=fp32 is the faster choice here."
+            )
 
 
 def check_model(run: Run) -> None:

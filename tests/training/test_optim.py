@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.config import Optimizer, Precision, Schedule, TrainConfig, UsageError
+from pregate.config import Optimizer, Precision, Run, Schedule, TrainConfig, UsageError
 from pregate.training import optim
+from pregate.training.checks import check_precision
 from pregate.training.optim import (
     autocast_dtype,
     build_optimizer,
@@ -116,3 +117,15 @@ def test_precision_on_a_cpu() -> None:
     assert autocast_dtype(Precision.auto, cpu) is None
     assert autocast_dtype(Precision.fp32, cpu) is None
     assert autocast_dtype(Precision.bf16, cpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_told_of(
+    supported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    check_precision(Run(train=TrainConfig(precision=Precision.fp32)))
+    assert capsys.readouterr().err == ""
+    check_precision(Run(train=TrainConfig(precision=Precision.bf16)))
+    told = capsys.readouterr().err
+    assert ("train.precision=fp32 is the faster choice here" in told) is not supported
