@@ -32,8 +32,8 @@ def load_tokenizer(run: Run) -> Any:
     the one of `checkpoint` or `model.source` on the hub. It takes the chat template of `task.chat_template`, if that is
     a file, and so every checkpoint that it is saved with has it.
 
-    Raises `UsageError` where there is no tokenizer, its directory is missing, it has no padding or end-of-sequence
-    token, or there is no such template.
+    Raises `UsageError` where there is no tokenizer, its directory is missing, it has no end-of-sequence token, or there
+    is no such template.
     """
     tokenizer, template = _tokenizer_of(run), run.task.chat_template
     if template not in (None, OWN_TEMPLATE):
@@ -81,10 +81,9 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
         raise UsageError(
             f"{key}={where} gives no tokenizer ({reason}): set model.tokenizer to a directory or hub id that holds one."
         ) from error
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None:
         raise UsageError(
-            f"The tokenizer of {key}={where} lacks a padding or end-of-sequence token: "
-            "set model.tokenizer to one with both."
+            f"The tokenizer of {key}={where} lacks an end-of-sequence token: set model.tokenizer to one that has it."
         )
     return tokenizer
 
@@ -132,7 +131,9 @@ class Collator:
     whether it closes sources. Where the target goes on from the source, the source begins as the tokenizer begins a
     text and ends in `separator`, or `chat` writes both as a conversation; `learn` says what of it is learnt. Token ids
     are kept, up to `KEPT_TOKENS` of them, so that a text seen again (the next epoch, the next validation, a label) is
-    not tokenized again. Raises `UsageError` where nothing of a source has room.
+    not tokenized again. Where the target goes on from the source, a tokenizer without a padding token pads with its
+    end-of-sequence token: masks say what is padding. Raises `UsageError` where nothing of a source has room, or a
+    padding token is missing.
     """
 
     def __init__(
@@ -151,6 +152,9 @@ class Collator:
         self.tokenizer, self.objective, self.learn, self.chat = tokenizer, objective, learn, chat
         self.max_source_tokens, self.max_target_tokens = max_source_tokens, max_target_tokens
         end = (tokenizer.eos_token_id,)
+        if objective.closes_sources and tokenizer.pad_token_id is None:
+            raise UsageError("The tokenizer lacks a padding token: set model.tokenizer to one that has it.")
+        self.padding: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if objective.closes_sources:
             self._source = _Side("source", max_source_tokens, behind=end)
             self._target = _Side("target", max_target_tokens, behind=end)
@@ -191,16 +195,16 @@ class Collator:
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
-        return self.objective.prompts(self._prompts(examples), self.tokenizer.pad_token_id)
+        return self.objective.prompts(self._prompts(examples), self.padding)
 
     def of_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """A batch of examples that are in tokens already."""
-        return self.objective.batch(rows, self.tokenizer.pad_token_id, self.multiple)
+        return self.objective.batch(rows, self.padding, self.multiple)
 
     def packed_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """The same with several examples in a row, see `Objective.packed`."""
         most = self.max_source_tokens + self.max_target_tokens
-        return self.objective.packed(rows, self.tokenizer.pad_token_id, most)
+        return self.objective.packed(rows, self.padding, most)
 
     def forget(self) -> None:
         """Let the tokens that are kept go."""

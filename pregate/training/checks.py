@@ -71,7 +71,8 @@ def check_model(run: Run) -> None:
         )
     elif run.pregate.lookahead:
         target_of(run.model.source, source.config, run.pregate)
-    if config.pad_token_id is None:
+    # a decoder of its own reads padding where nothing is learnt
+    if config.pad_token_id is None and family_of(source.config).objective.closes_sources:
         raise UsageError(
             f"The config.json of {run.model.source} names no pad_token_id, which training needs: add the id that its "
             "tokenizer pads with."

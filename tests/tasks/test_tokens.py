@@ -146,8 +146,23 @@ def test_tokenizers_that_are_not_there(tmp_path):
     with pytest.raises(UsageError, match=r"checkpoint=.* gives no tokenizer"):
         load_tokenizer(run_of(f"checkpoint={tmp_path}"))
     word_tokenizer(WORDS).save_pretrained(tmp_path / "bare")
-    with pytest.raises(UsageError, match=r"lacks a padding or end-of-sequence token"):
+    with pytest.raises(UsageError, match=r"lacks an end-of-sequence token"):
         load_tokenizer(run_of(f"model.tokenizer={tmp_path}/bare"))
+
+
+def test_a_tokenizer_without_a_padding_token(tmp_path):
+    """As that of Mixtral. Masks say what is padding, so a decoder-only model pads with any token."""
+    word_tokenizer(WORDS, eos_token="</s>").save_pretrained(tmp_path)
+    found = load_tokenizer(run_of(f"model.tokenizer={tmp_path}"))
+    collate, rows = Collator(found, 4, 3, CAUSAL, separator="three"), [example("one two", "four"), example("", "one")]
+    batch, prompts = collate(rows), collate.prompts(rows)
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1], [5, 3, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 6, 1], [-100, 3, 1, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert prompts["input_ids"].tolist() == [[3, 4, 5], [1, 1, 5]]
+    assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    with pytest.raises(UsageError, match=r"lacks a padding token: set model.tokenizer"):
+        Collator(found, 4, 3, SEQ2SEQ)
 
 
 def beginning_tokenizer():

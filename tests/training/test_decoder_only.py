@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,6 +199,19 @@ def test_plain_text_is_learnt_from_scratch(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())["train"]
     # a row's first token, and that of each document in it, is no target
     assert 0 < summary["target_tokens"] < 4 * 6 * 15
+
+
+def test_a_model_that_names_no_padding_is_trained(source: Path, root: Path, tmp_path: Path) -> None:
+    """As published Mixtral and Qwen3-MoE: neither the config nor, with Mixtral, the tokenizer."""
+    directory = tmp_path / "source"
+    shutil.copytree(source, directory)
+    for name, keys in {"config.json": ("pad_token_id",), "tokenizer_config.json": ("pad_token",)}.items():
+        held = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**held, **dict.fromkeys(keys)}))
+    (directory / "generation_config.json").unlink()
+    calibrated = ["pregate.init=calibrated", "calibration.examples=20"]
+    command(tmp_path / "run", "task=sst2", f"data.root={root}", f"model.source={directory}", *calibrated)
+    evaluation(tmp_path / "run")
 
 
 REFUSED = {

@@ -122,7 +122,7 @@ def answered_rows(
     of the engine that serves it."""
     start, end = model.generation_config.decoder_start_token_id, collate.tokenizer.eos_token_id
     for part in _chunks(prompts, settings.batch_size):
-        inputs = collate.objective.prompts([row.source for row in part], collate.tokenizer.pad_token_id)
+        inputs = collate.objective.prompts([row.source for row in part], collate.padding)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         generated_BT = generate(**inputs, max_new_tokens=collate.max_target_tokens, do_sample=False)
         answers = collate.objective.new_tokens(generated_BT, inputs["input_ids"]).tolist()
@@ -156,7 +156,7 @@ def drawn(items: Sequence[Any], settings: CalibrationConfig, seed: int) -> list[
 
 
 def _inputs(rows: Sequence[Row], collate: Collator) -> dict[str, Tensor]:
-    return collate.objective.batch(rows, collate.tokenizer.pad_token_id)
+    return collate.objective.batch(rows, collate.padding)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
