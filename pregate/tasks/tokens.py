@@ -81,6 +81,13 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
         raise UsageError(
             f"{key}={where} gives no tokenizer ({reason}): set model.tokenizer to a directory or hub id that holds one."
         ) from error
+    # of a directory without a tokenizer some classes are made all the same, with special tokens and perhaps a space
+    special = set(tokenizer.all_special_ids)
+    if not any(c.isalnum() for token, i in tokenizer.get_vocab().items() if i not in special for c in token):
+        raise UsageError(
+            f"{key}={where} gives no tokenizer, because it holds no vocabulary: set model.tokenizer to a directory or "
+            "hub id that holds one."
+        )
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"The tokenizer of {key}={where} lacks an end-of-sequence token: set model.tokenizer to one that has it."

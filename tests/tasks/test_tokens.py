@@ -1,5 +1,7 @@
 """Prompts, which tokenizer a run gets, and batches."""
 
+import json
+
 import pytest
 import torch
 
@@ -148,6 +150,14 @@ def test_tokenizers_that_are_not_there(tmp_path):
     word_tokenizer(WORDS).save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match=r"lacks an end-of-sequence token"):
         load_tokenizer(run_of(f"model.tokenizer={tmp_path}/bare"))
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen3_moe", "switch_transformers"])
+def test_a_model_without_its_tokenizer(model_type, tmp_path):
+    """Of the config.json alone transformers makes a tokenizer that writes every text as no token."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UsageError, match=r"model.source=.* gives no tokenizer"):
+        load_tokenizer(run_of("task=squad", f"model.source={tmp_path}"))
 
 
 def test_a_tokenizer_without_a_padding_token(tmp_path):
