@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch import device as Device
 from torch import dtype as DType
 
@@ -109,7 +110,7 @@ class OffloadEngine(Engine):
         with self._served():
             return self.host.run(self.model, inputs)
 
-    def generate(self, **inputs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
         """Hugging Face `generate` with the engine's policy; takes and returns the same. The engine stays usable
         after an error or an interrupt; calls from several threads are served one after the other. Raises `RuntimeError`
         for a call from within a request and for a closed engine.
@@ -118,8 +119,10 @@ class OffloadEngine(Engine):
         need less memory, and each chunk moves the experts that it uses. `prefill_chunk_size`, upstream's option, comes
         before it.
         """
+        named = {"inputs": inputs, "generation_config": generation_config}
+        given = {name: value for name, value in named.items() if value is not None}
         with self._served():
-            return self.host.run(self.model.generate, self._in_chunks(inputs))
+            return self.host.run(self.model.generate, self._in_chunks(given | options))
 
     def conversation(self) -> Conversation:
         """A new one, each turn of which goes on from the KV cache of the turns before. Raises `UsageError` for a model
@@ -130,6 +133,7 @@ class OffloadEngine(Engine):
 
     def _in_chunks(self, inputs: dict[str, Any]) -> dict[str, Any]:
         ids, config = inputs.get("input_ids"), inputs.get("generation_config") or self.model.generation_config
+        ids = inputs.get("inputs") if ids is None else ids
         is_cached = inputs.get("use_cache", config.use_cache) is not False
         if not (self._continues_prompts and self.prefill_chunk and is_cached) or config.prefill_chunk_size:
             return inputs

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from pregate.config import Policy, SlabDtype
@@ -129,6 +130,19 @@ def test_a_long_prompt_is_read_in_chunks(small: Served, policy: Policy) -> None:
             generated(engine.generate, asked | {"num_beams": 2}),
             generated(small.model.generate, asked | {"num_beams": 2}),
         )
+
+
+def test_a_prompt_is_given_as_upstream_takes_it(small: Served) -> None:
+    """By position or as `inputs`, and read in chunks as `input_ids` is."""
+    ids, options = prompts(1, length=12)["input_ids"], {"max_new_tokens": 3, "do_sample": False}
+    config = GenerationConfig.from_model_config(small.model.config)
+    with OffloadEngine.open(small.directory, prefill_chunk=5) as engine:
+        seen = fed(engine)
+        for args, named in ((ids,), {}), ((ids, config), {}), ((), {"inputs": ids}), ((), {"input_ids": ids}):
+            seen.clear()
+            expected = small.model.generate(*args, **named, **options)
+            assert torch.equal(engine.generate(*args, **named, **options), expected)
+            assert seen == [5, 5, 2, 1, 1]
 
 
 def test_who_reads_a_prompt_at_once(small: Served, served: Served, tmp_path: Path) -> None:
