@@ -331,6 +331,9 @@ def test_a_text_file(sources: dict[str, Path], tmp_path: Path) -> None:
     assert found.num_examples == 10 and found.tokens["decoder"] == (112, 28) and found.bytes_read
     account = json.loads((tmp_path / "out" / MANIFEST).read_text())["calibration"]
     assert account["task"] is None and account["settings"]["text"] == str(file)
+    file.write_text(" ".join(WORDS[:27]))
+    with pytest.raises(UsageError, match=r"text.txt has 27 tokens, too few for 2 examples of 14: name a longer text"):
+        text_rows(file, Collator(tokenizer, 10, 4, objective), run.calibration, 0)
     run.calibration.text = str(tmp_path)
     with pytest.raises(UsageError, match="cannot be read as UTF-8 text"):
         calibrate_source(run, str(sources["olmoe"]), tmp_path / "other")

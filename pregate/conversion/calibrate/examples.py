@@ -100,7 +100,7 @@ def task_rows(examples: Sequence[Example], collate: Collator, settings: Calibrat
 
 def text_rows(file: Path, collate: Collator, settings: CalibrationConfig, seed: int) -> list[Row]:
     """A seeded draw of windows of a text: `max_source_tokens` of a window are its source, and `max_target_tokens` its
-    target. Raises `UsageError` for a file that cannot be read."""
+    target. Raises `UsageError` for a file that cannot be read, or has fewer than two windows."""
     try:
         with file.open(encoding="utf-8") as opened:
             text = opened.read(TEXT_CHARACTERS * settings.tokens)
@@ -111,6 +111,11 @@ def text_rows(file: Path, collate: Collator, settings: CalibrationConfig, seed: 
     first = collate.max_source_tokens - len(closed)
     window = first + collate.max_target_tokens
     windows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
+    if len(windows) < 2:
+        raise UsageError(
+            f"calibration.text={file} has {len(ids)} tokens, too few for 2 examples of {window}: name a longer text, "
+            "or lower task.max_source_tokens or task.max_target_tokens."
+        )
     rows = [Row(array("i", ids[:first] + closed), array("i", ids[first:])) for ids in windows]
     return within_budget(_chunks(drawn(rows, settings, seed), settings.batch_size), collate, settings)
 
