@@ -13,6 +13,7 @@ import torch
 
 from pregate.config import CalibrationConfig, Tier, UsageError
 from pregate.engine.budget import resolve_tier
+from pregate.engine.offloaded_experts import HALVES
 from pregate.engine.opening import Opened
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.system.memory import bytes_in_use
@@ -57,12 +58,14 @@ def room_for(
         return Room(min(total, 2 * block), settings.batch_size)
     given, slab = parse_bytes(settings.memory), layout.slab_bytes
     in_memory = total if device.type == "cpu" and resolve_tier(tier, device) is Tier.dram else 0
-    weights = _numbers_beside_experts(opened) * dtype.itemsize + in_memory * slab
+    beside = _numbers_beside_experts(opened)
+    weights, loading = sum(beside) * dtype.itemsize + in_memory * slab, max(beside) * dtype.itemsize
     if dtype != opened.dtype:  # an expert is cast while it computes
         weights += sum(torch.Size(shape).numel() for shape in family.matrices.values()) * dtype.itemsize
     fit, example = _fit_bytes(settings, opened), longest * _numbers_per_token(opened) * dtype.itemsize
-    fixed = bytes_in_use(device) + weights + (KERNELS if device.type == "cpu" else 0)
-    left = given - fixed - max(fit, example)
+    fixed = bytes_in_use(device) + weights + (KERNELS if device.type == "cpu" and dtype in HALVES else 0)
+    # a tensor is there twice while it is loaded, and no slot is there yet
+    left = given - fixed - max(fit, example, loading - slab)
     if left < slab:
         raise UsageError(
             f"calibration.memory={settings.memory} is too little: the process and the weights that are not experts "
@@ -76,11 +79,10 @@ def room_for(
     return Room(max(num_slots, min(total, 2 * block, spare // slab)), fitting)
 
 
-def _numbers_beside_experts(opened: Opened) -> int:
+def _numbers_beside_experts(opened: Opened) -> list[int]:
+    """The sizes of the tensors that are not experts."""
     names = {name for key in opened.family.keys() for name in opened.family.tensor_names(key)}  # noqa: SIM118
-    rest = [torch.Size(info.shape).numel() for name, info in opened.source.tensors.items() if name not in names]
-    # the largest is there twice while it is loaded
-    return sum(rest) + max(rest)
+    return [torch.Size(info.shape).numel() for name, info in opened.source.tensors.items() if name not in names]
 
 
 def _fit_bytes(settings: CalibrationConfig, opened: Opened) -> int:
