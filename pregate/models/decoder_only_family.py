@@ -71,8 +71,9 @@ class DecoderOnlyFamily(Family):
         return [Count("num_hidden_layers", "layers", config.num_hidden_layers, re.compile(r"^model\.layers\.(\d+)\."))]
 
     def extras(self, config: Any) -> list[str]:
-        """The modules that predict tokens further ahead ("multi-token prediction")."""
-        return [r"^(model\.)?mtp\."]
+        """The modules that predict tokens further ahead ("multi-token prediction"), and the rotary frequencies that old
+        versions of transformers stored, which follow from the config."""
+        return [r"^(model\.)?mtp\.", r"\.rotary_emb\.inv_freq$"]
 
     def random_scale(self, name: str, config: Mapping[str, Any]) -> float | None:
         """So that every part keeps unit variance, but attention and feed-forward add less to the residual stream."""
