@@ -26,6 +26,7 @@ from pregate.config.choices import (
     Tracker,
     Trainable,
     WandbMode,
+    Weights,
 )
 from pregate.config.schema import (
     CalibrationConfig,
@@ -77,6 +78,7 @@ __all__ = [
     "Trainable",
     "UsageError",
     "WandbMode",
+    "Weights",
     "save_run",
     "to_dict",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 Entry = StrEnum("Entry", ["own", "embedding"])
+Weights = StrEnum("Weights", ["early", "late"])
+"""Whose combine weights a block uses: those of the gate that has chosen its experts, or those of its own router."""
 Init = StrEnum("Init", ["source", "random", "calibrated"])
 TaskKind = StrEnum("TaskKind", ["qa", "summarization", "classification", "chat", "denoising", "language_modelling"])
 PRE_TRAINING = frozenset({TaskKind.denoising, TaskKind.language_modelling})

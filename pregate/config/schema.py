@@ -36,6 +36,7 @@ from pregate.config.choices import (
     Tracker,
     Trainable,
     WandbMode,
+    Weights,
 )
 from pregate.config.lora import LoraConfig as LoraConfig
 from pregate.config.task import TaskConfig
@@ -86,12 +87,16 @@ LOOKAHEADS = Limit(lambda n: 0 <= n <= 3, "is outside 0 to 3: 0 is conventional,
 
 @dataclass
 class PreGateConfig:
-    """How routers are re-attached; `lookahead: 0` is the conventional model, `stacks: null` all stacks that it has."""
+    """How routers are re-attached; `lookahead: 0` is the conventional model, `stacks: null` all stacks that it has.
+    `weights`: who weighs the experts that a gate ahead has chosen. `start`: so many MoE blocks of each stack stay
+    conventional."""
 
     lookahead: int = setting(1, LOOKAHEADS)
     stacks: list[str] | None = None
     entry: Entry = Entry.own
     init: Init = Init.source
+    weights: Weights = Weights.early
+    start: int = setting(0, at_least(0))
 
     def check(self, prefix: str) -> None:
         named = self.stacks

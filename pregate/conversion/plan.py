@@ -21,13 +21,14 @@ class GateMove:
 
     renamed: output tensor -> source tensor of the gate itself, for every tensor that a gate may have. copied: output
     tensor -> source tensor of what an entry gate starts from a copy of, the norm before its block; empty for other
-    gates.
+    gates. leaves: the gate of `block` has left its place; else it stays there too, as a router that weighs.
     """
 
     stack: str
     block: int
     renamed: dict[str, str]
     copied: dict[str, str]
+    leaves: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,16 @@ def plan_moves(family: Family, layers: dict[str, list[int]], gating: PreGating) 
 
     for stack, numbers in layers.items():
         names = [family.gate_names(stack, layer, block) for block, layer in enumerate(numbers)]
+        places = [gating.gates_at(stack, block, len(names)) for block in range(len(names))]
         for block in gating.embedding_entries(stack, len(names)):
             here = names[block]
-            moves.append(GateMove(stack, block, renamed(here.entry, here.own), {here.entry_norm: here.norm}))
+            norm = {here.entry_norm: here.norm}
+            moves.append(GateMove(stack, block, renamed(here.entry, here.own), norm, not places[block].own))
         for block, here in enumerate(names):
-            target = gating.gates_at(stack, block, len(names)).target
+            target = places[block].target
             if target is not None:
-                moves.append(GateMove(stack, target, renamed(here.ahead, names[target].own), {}))
+                origins = renamed(here.ahead, names[target].own)
+                moves.append(GateMove(stack, target, origins, {}, not places[target].own))
     return moves
 
 
@@ -68,7 +72,7 @@ def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
     for move in moves:
         for name, source in move.renamed.items():
             if source in origins:  # a gate without a bias has none to move
-                origins[name] = origins.pop(source)
+                origins[name] = origins.pop(source) if move.leaves else source
         origins |= move.copied
     order = parameter_shapes(family, target, experts)
     assert set(origins) | {*family.input_tables, family.output_table} == set(order), set(origins) ^ set(order)

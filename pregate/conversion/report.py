@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pregate.config import Init
+from pregate.config import Init, Weights
 from pregate.conversion.plan import GateMove
 from pregate.models.pregating import PreGating
 from pregate.system.sizes import human_bytes
@@ -39,9 +39,12 @@ class ConversionReport:
             what = (
                 f"{moved} gates moved {ahead} ahead, {ahead} entry gates {entries}" if ahead else "gates stay in place"
             )
+            what += f", the first {gating.start} blocks conventional" if ahead and gating.start else ""
             lines.append(f"  {stack}: {blocks} MoE blocks, {what}")
         if gating.lookahead:
             lines.append("  moved gates start " + STARTS[Init(gating.init)])
+        if gating.lookahead and gating.weights == Weights.late:
+            lines.append("  the block's own routers stay and weigh the experts that moved gates choose")
         lines.append(
             f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
             f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"

@@ -29,6 +29,7 @@ from pregate.models.router_losses import balance_loss
 from pregate.models.routes import BlockGates, RouteListener, Routes
 from pregate.models.routing import Routing
 from pregate.models.training_experts import LEARNING
+from pregate.models.upstream_routers import choices_by, weights_by
 
 STACK = "decoder"
 """The only stack of these models."""
@@ -68,7 +69,7 @@ class TopKGate(Gate):
         return hidden_BTD if self.norm is None else self.norm(hidden_BTD)
 
     def choices(self, logits_TE: Tensor) -> Tensor:
-        return _choices(self.router, type(self.router), logits_TE)
+        return choices_by(self.router, type(self.router), logits_TE)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return _routing(self.router, self.read(hidden_BTD))
@@ -91,7 +92,14 @@ class _OwnGate(Gate):
         return self.linear.named_parameters(recurse=False)
 
     def choices(self, logits_TE: Tensor) -> Tensor:
-        return _choices(self.linear, self.linear.router_class, logits_TE)
+        return choices_by(self.linear, self.linear.router_class, logits_TE)
+
+    def weigh(self, hidden_BTD: Tensor, expert_ids_BTK: Tensor) -> Tensor:
+        router = self.linear.for_weighing()
+        weights_TK = weights_by(
+            router, self.linear.router_class, hidden_BTD.flatten(0, 1), expert_ids_BTK.flatten(0, 1)
+        )
+        return weights_TK.view(expert_ids_BTK.shape)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return _routing(self.linear.forward_of_router, hidden_BTD)
@@ -101,16 +109,6 @@ def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
     B, T, _ = hidden_BTD.shape
     logits, weights, ids = router(hidden_BTD.flatten(0, 1))
     return Routing(ids.view(B, T, -1), weights.view(B, T, -1), logits.view(B, T, -1))
-
-
-def _choices(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
-    """By upstream's own rule, the class `rule`: of a router that reads logits, and whose linear map is the identity."""
-    E = logits_TE.shape[-1]
-    reader: Any = copy.copy(router)
-    bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}
-    reader._parameters = {"weight": torch.eye(E, dtype=logits_TE.dtype, device=logits_TE.device), **bias}
-    reader.hidden_dim = E
-    return rule.forward(reader, logits_TE)[2]
 
 
 class TopKGates(BlockGates):
@@ -128,6 +126,19 @@ class TopKGates(BlockGates):
             self._parameters.update(dict.fromkeys(self._parameters))
             self._buffers.update(dict.fromkeys(self._buffers))
         self.pre_gate = None if placed.target is None else TopKGate(self.router_class(config))
+        if placed.weighs:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        """Raises `UsageError` for a rule that weighs nothing but its own choice."""
+        weight_ED = self.get_parameter("weight").detach()
+        ids_1K = torch.zeros(1, 1, dtype=torch.int64, device=weight_ED.device)
+        weights_by(self.for_weighing(), self.router_class, torch.zeros_like(weight_ED[:1]), ids_1K)
+
+    def for_weighing(self) -> nn.Module:
+        """What has the settings by which upstream's rule weighs experts that were chosen elsewhere: this router itself.
+        A family whose rule gives no weight to some of them answers with another."""
+        return self
 
     def forward_of_router(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Upstream's `forward` with the parameters of this module."""

@@ -172,6 +172,11 @@ class Gate(nn.Module):
         """The experts (T, K) that its rule chooses by these logits, before any capacity."""
         raise NotImplementedError
 
+    def weigh(self, hidden_BTD: Tensor, expert_ids_BTK: Tensor) -> Tensor:
+        """The combine weights (B, T, K) that its rule gives to experts that were chosen elsewhere. No hook of the gate
+        sees this: it decides nothing."""
+        raise NotImplementedError
+
 
 class ServedModel:
     """What conversion, training and engines ask of a whole model. A subclass says where its blocks and stacks are."""

@@ -10,28 +10,33 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from pregate.config import PreGateConfig, Run, UsageError
+from pregate.config import Entry, PreGateConfig, Run, UsageError, Weights
 
-SETTINGS = ("lookahead", "stacks", "entry", "init")
+SETTINGS = ("lookahead", "stacks", "entry", "init", "weights", "start")
 
 
 class GatePlacement(NamedTuple):
     """Which gates sit in one MoE block. own: one for the block itself. target: the later block that a pre-gate there
-    decides for, or None."""
+    decides for, or None. weighs: the block's own gate chooses nothing, it weighs the experts that another has chosen.
+    """
 
     own: bool
     target: int | None
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
 class PreGating:
     """The `pregate` section of a model's config. `stacks`: those that are pre-gated; an empty tuple means all stacks
-    that a model has, until `within` names them."""
+    that a model has, until `within` names them. `weights`: `early`, the combine weights are those of the gate that
+    chooses, or `late`, those of the block's own router. `start`: the first block of a stack that is pre-gated."""
 
     lookahead: int = 0
     stacks: tuple[str, ...] = ()
     entry: str = "own"
     init: str = "source"
+    weights: str = "early"
+    start: int = 0
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any] | None) -> PreGating:
@@ -41,14 +46,16 @@ class PreGating:
         if unknown:
             raise UsageError(f"The pregate section of config.json has unknown keys {unknown}: remove them.")
         gating = cls(**{**section, "stacks": tuple(section.get("stacks") or ())})
-        if gating.lookahead < 0 or gating.entry not in ("own", "embedding"):
+        known = gating.entry in list(Entry) and gating.weights in list(Weights)
+        if not known or min(gating.lookahead, gating.start) < 0:
             raise UsageError(f"The pregate section of config.json cannot be used: {section}.")
         return gating
 
     @classmethod
     def of_config(cls, gate: PreGateConfig) -> PreGating:
         """What the `pregate` settings of a run ask for."""
-        return cls(gate.lookahead, tuple(gate.stacks or ()), str(gate.entry), str(gate.init))
+        stacks = tuple(gate.stacks or ())
+        return cls(gate.lookahead, stacks, str(gate.entry), str(gate.init), str(gate.weights), gate.start)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stacks": list(self.stacks)}
@@ -56,8 +63,8 @@ class PreGating:
     def within(self, num_blocks: Mapping[str, int]) -> PreGating:
         """The same for a model whose stacks have so many MoE blocks, its stacks named in the model's order.
 
-        Raises `UsageError` for a stack that the model does not have, and for a lookahead that a stack has too few MoE
-        blocks for.
+        Raises `UsageError` for a stack that the model does not have, and for a lookahead or a start that a stack has
+        too few MoE blocks for.
         """
         unknown = [stack for stack in self.stacks if stack not in num_blocks]
         if unknown:
@@ -73,6 +80,12 @@ class PreGating:
                     f"{stack}, which has {num_blocks[stack]}: choose a smaller lookahead, or leave the {stack} out of "
                     "pregate.stacks."
                 )
+            if self.start + self.lookahead >= num_blocks[stack]:
+                raise UsageError(
+                    f"pregate.start={self.start} with pregate.lookahead={self.lookahead} needs at least "
+                    f"{self.min_blocks} MoE blocks in the {stack}, which has {num_blocks[stack]}: "
+                    f"choose a smaller start, or leave the {stack} out of pregate.stacks."
+                )
         return replace(self, stacks=named)
 
     def naming(self, stacks: Sequence[str]) -> PreGating:
@@ -83,16 +96,25 @@ class PreGating:
         return self.lookahead if not self.stacks or stack in self.stacks else 0
 
     def gates_at(self, stack: str, block: int, num_blocks: int) -> GatePlacement:
-        """The gates of MoE block `block` of `stack`: the gate of block i sits in block i - lookahead."""
+        """The gates of MoE block `block` of `stack`: from the start on, the gate of block i sits in block i -
+        lookahead."""
         ahead = self.lookahead_of(stack)
-        own = block < ahead and self.entry == "own" if ahead else True
-        target = block + ahead if ahead and block + ahead < num_blocks else None
-        return GatePlacement(own, target)
+        if not ahead:
+            return GatePlacement(True, None)
+        chooses = block < self.start or (block < self.start + ahead and self.entry == Entry.own)
+        weighs = not chooses and self.weights == Weights.late
+        target = block + ahead if block >= self.start and block + ahead < num_blocks else None
+        return GatePlacement(chooses or weighs, target, weighs)
 
     def embedding_entries(self, stack: str, num_blocks: int) -> range:
         """The blocks whose route is decided from the stack's input embeddings."""
-        ahead = self.lookahead_of(stack) if self.entry == "embedding" else 0
-        return range(min(ahead, num_blocks))
+        ahead = self.lookahead_of(stack) if self.entry == Entry.embedding else 0
+        return range(self.start, min(self.start + ahead, num_blocks)) if ahead else range(0)
+
+    @property
+    def min_blocks(self) -> int:
+        """The fewest MoE blocks that a pre-gated stack can have."""
+        return self.start + self.lookahead + 1
 
     def differences(self, other: PreGating) -> list[str]:
         """The names of the settings in which two gatings differ. The order of stacks means nothing, and neither do
@@ -120,7 +142,7 @@ class PreGating:
 def settings_asked_for(run: Run) -> set[str]:
     """The names of the `pregate` settings that the user named on the command line, one by one or as a group."""
     given = {override.lstrip("+").partition("=")[0] for override in run.overrides}
-    # a group member says how far ahead gates decide; how they start is said by name
+    # a group member says which gates there are; how they start is said by name
     as_group = set(SETTINGS) - {"init"} if "pregate" in given else set()
     return as_group | {name for name in SETTINGS if f"pregate.{name}" in given}
 

@@ -55,8 +55,9 @@ def _call(gate: Any, hidden_BTD: Tensor) -> Routing:
 class BlockGates(nn.Module):
     """The module of the gates that sit in one MoE block. A subclass makes them; it may be the whole block.
 
-    index: the number of the block in `stack`. router: the block's own gate, or None. pre_gate: the gate of the later
-    block `target`, or None. A gate maps hidden states (B, T, D) to a `Routing`.
+    index: the number of the block in `stack`. router: the block's own gate, or None; with `weighs` it only weighs the
+    experts that another gate has chosen for the block. pre_gate: the gate of the later block `target`, or None. A gate
+    maps hidden states (B, T, D) to a `Routing`.
     """
 
     router: Any
@@ -65,15 +66,25 @@ class BlockGates(nn.Module):
     def __init__(self, stack: str, index: int, placed: GatePlacement, *args: Any) -> None:
         """`args`: of the class that a subclass also derives from."""
         super().__init__(*args)
-        self.stack, self.index, self.target = stack, index, placed.target
+        self.stack, self.index, self.target, self.weighs = stack, index, placed.target, placed.weighs
 
     def route(self, hidden_BTD: Tensor, routes: Routes, call: Callable[[Any, Tensor], Routing] = _call) -> Routing:
         """Evaluate the gates that sit here, commit what they decide, and return the route of this block. `call`
         evaluates a gate."""
         # the block's own route first: it is needed first
-        if self.router is not None:
+        if self.router is not None and not self.weighs:
             routes.commit(self.index, call(self.router, hidden_BTD))
         if self.pre_gate is not None:
             assert self.target is not None
             routes.commit(self.target, call(self.pre_gate, hidden_BTD))
-        return routes.of(self.index)
+        routing = routes.of(self.index)
+        if not self.weighs:
+            return routing
+        weights_BTK = self.router.weigh(hidden_BTD, routing.expert_ids_BTK)
+        return routing._replace(weights_BTK=taught(weights_BTK, routing.weights_BTK))
+
+
+def taught(weights_BTK: Tensor, early_BTK: Tensor) -> Tensor:
+    """`weights_BTK`, bit for bit, whose gradient also reaches the gate that has chosen the experts, as if its own
+    weights `early_BTK` were used. A choice has no gradient: without this the gate would learn nothing from the task."""
+    return weights_BTK + (early_BTK - early_BTK.detach()) if early_BTK.requires_grad else weights_BTK

@@ -69,6 +69,12 @@ def choose_experts(probabilities_BTE: Tensor, top_k: int) -> tuple[Tensor, Tenso
     return chosen.indices, chosen.values
 
 
+def weights_of(logits_BTE: Tensor, expert_ids_BTK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The combine weights (B, T, K) that `route` gives to experts that were chosen elsewhere. Those of `DROPPED` are
+    arbitrary."""
+    return logits_BTE.softmax(-1).to(dtype).gather(-1, expert_ids_BTK.clamp_min(0))
+
+
 def slots_in_common(expert_ids_TK: Tensor, reference_TK: Tensor) -> Tensor:
     """For each token the share (T,) of its chosen experts that `reference_TK` has chosen too; with K = 1 it is 1 or
     0."""

@@ -20,7 +20,7 @@ from pregate.conversion.write import MANIFEST, convert_for
 from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model, unfilled
-from pregate.models.pregating import PreGating
+from pregate.models.pregating import SETTINGS, PreGating
 from pregate.system.console import first_of
 from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
@@ -110,9 +110,10 @@ def _refuse_other_gating(run: Run, converted: Path) -> None:
     config = read_config(str(converted))
     stored = PreGating.from_dict(config["pregate"])
     if stored.differences(PreGating.of_config(run.pregate).naming(family_of(config).stacks)):
+        said = ", ".join(f"{name} {getattr(stored, name)}" for name in SETTINGS if name != "stacks")
         raise UsageError(
-            f"{converted} was converted with other pregate settings (lookahead {stored.lookahead}, entry "
-            f"{stored.entry}, init {stored.init}): resume with those, or choose another run_dir=DIR."
+            f"{converted} was converted with other pregate settings ({said}): resume with those, or choose another "
+            "run_dir=DIR."
         )
     calibration = json.loads((converted / MANIFEST).read_text()).get("calibration")
     if calibration is None:

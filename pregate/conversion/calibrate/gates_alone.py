@@ -18,7 +18,7 @@ from pregate.models.pregated_models import compute_buffers, place, without_exper
 
 class GatesAlone:
     """`model`: the pre-gated model of `config`, of which the gates alone have weights. `to_fit`: those that may decide
-    otherwise than in the source, by stack and block."""
+    otherwise than in the source, by stack and block. `weighing`: the blocks whose own gate, the source's, weighs."""
 
     def __init__(
         self, source: SourceCheckpoint, config: Any, plan: TensorPlan, device: torch.device, dtype: torch.dtype
@@ -34,6 +34,7 @@ class GatesAlone:
         self.to_fit: dict[tuple[str, int], GateToFit] = {
             (gate.stack, gate.block): gate for gate in gates_to_fit(self.model)
         }
+        self.weighing = {(block.stack, block.index) for block in self.model.moe_blocks() if block.gates.weighs}
 
     def sitting_in(self, stack: str, block: int) -> list[GateToFit]:
         """The gates in an MoE block that decide for a later one."""

@@ -75,6 +75,8 @@ class GateListener:
     def __init__(self, model: Any, stacks: Sequence[str]) -> None:
         self.decide: Any = None
         """From what the gate reads to a `Routing`; None leaves the gate's own."""
+        self.weighs = False
+        """Whether the gate weighs the experts of `decide`."""
         self.stop_at_gate = False
         """Whether a pass ends where it comes to a gate."""
         gates = [block.gates.router for block in model.moe_blocks()]
@@ -88,6 +90,8 @@ class GateListener:
             raise _EnoughError
         taken = routing if self.decide is None else self.decide(self.states)
         self.logits = taken.logits_BTE
+        if self.weighs:
+            taken = taken._replace(weights_BTK=gate.weigh(self.states, taken.expert_ids_BTK))
         return taken
 
     def _on_table(self, table: nn.Module, arguments: Any, embedded_BTD: Tensor) -> None:

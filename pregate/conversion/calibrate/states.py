@@ -64,7 +64,7 @@ def gates_to_fit(model: Any) -> list[GateToFit]:
         for number, gate in model.stack_module(stack).entry_gates.items():
             found.append(GateToFit(stack, int(number), 0, False, gate, gate))
         for gates in (block.gates for block in model.moe_blocks() if block.stack == stack):
-            if gates.router is not None:
+            if gates.router is not None and not gates.weighs:
                 found.append(GateToFit(stack, gates.index, gates.index, undisturbed, gates.router, gates))
             if gates.pre_gate is not None:
                 found.append(GateToFit(stack, gates.target, gates.index, False, gates.pre_gate, gates))

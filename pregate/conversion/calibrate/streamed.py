@@ -197,6 +197,7 @@ class StreamedFit:
         state, (stack, layer, block) = self._load(name, number), place
         assert layer is not None
         self._listener.decide = None if name == SOURCE or block is None else self._decider(name, stack, block, state)
+        self._listener.weighs = name != SOURCE and (stack, block) in self._gates[name].weighing
         inputs = {**self._batches[number].inputs, **state["settled"]}
         output = run_layer(self._model, stack, layer, inputs, state["output"])
         if not keep:

@@ -49,8 +49,9 @@ def few_experts(model: BenchModel) -> BenchModel:
 
 
 def shallow(model: BenchModel) -> BenchModel:
-    """`few_experts` with few layers: as many as hold `FEW_BLOCKS` MoE blocks, or more for a longer lookahead."""
-    return smaller(model, max(FEW_BLOCKS, model.gating.lookahead + 1), _few(model))
+    """`few_experts` with few layers: as many as hold `FEW_BLOCKS` MoE blocks, or more for a longer lookahead or a later
+    start."""
+    return smaller(model, max(FEW_BLOCKS, model.gating.min_blocks), _few(model))
 
 
 def _few(model: BenchModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import field
 from typing import Any
 
@@ -24,6 +25,12 @@ class PreGatedDeepseekV2Config(PreGatedConfig, DeepseekV2Config):
 
 class PreGatedDeepseekV2Gates(decoder_only.TopKGates, upstream.DeepseekV2TopkRouter):
     router_class = upstream.DeepseekV2TopkRouter
+
+    def for_weighing(self) -> Any:
+        """Without groups: they limit which experts are chosen, and the scores of all others are set to zero."""
+        router = copy.copy(self)
+        router.topk_method = "greedy"
+        return router
 
 
 class PreGatedDeepseekV2Layer(decoder_only.PreGatedLayer, upstream.DeepseekV2DecoderLayer):

@@ -30,7 +30,7 @@ def gate_std(config: SwitchTransformersConfig) -> float:
 
 @strict
 class PreGatedSwitchTransformersConfig(PreGatedConfig, SwitchTransformersConfig):
-    """`SwitchTransformersConfig` and a `pregate` section: lookahead, stacks, entry, init (see `PreGating`)."""
+    """`SwitchTransformersConfig` and a `pregate` section (see `PreGating`)."""
 
     model_type = "pregated_switch_transformers"
     pregate: dict[str, Any] = field(default_factory=lambda: PreGating().to_dict())

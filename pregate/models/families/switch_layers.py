@@ -23,7 +23,7 @@ from pregate.models.linear import linear_in
 from pregate.models.pregated_models import Gate, experts_elsewhere
 from pregate.models.rms_norm import rms_norm
 from pregate.models.routes import BlockGates, Routes
-from pregate.models.routing import Routing, first_choice, jitter, route
+from pregate.models.routing import Routing, first_choice, jitter, route, weights_of
 
 
 class SwitchGate(Gate):
@@ -68,6 +68,9 @@ class SwitchGate(Gate):
 
     def choices(self, logits_TE: Tensor) -> Tensor:
         return first_choice(logits_TE)
+
+    def weigh(self, hidden_BTD: Tensor, expert_ids_BTK: Tensor) -> Tensor:
+        return weights_of(self.score(self.perturb(hidden_BTD)), expert_ids_BTK, hidden_BTD.dtype)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         return self.decide(self.perturb(hidden_BTD), hidden_BTD.dtype)

@@ -1,0 +1,60 @@
+"""Upstream's router rules, asked for less than a route: what they choose by given logits, and how they weigh experts that
+were chosen elsewhere.
+
+The rule is always the `forward` of upstream's own class, which is given here as `rule`. Knows nothing about gates or
+blocks.
+
+Letters: T tokens, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pregate.config import UsageError
+
+
+def choices_by(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
+    """The experts (T, K) that the rule chooses: that of a router that reads logits, and whose linear map is the identity."""
+    E = logits_TE.shape[-1]
+    reader: Any = copy.copy(router)
+    bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}
+    reader._parameters = {"weight": torch.eye(E, dtype=logits_TE.dtype, device=logits_TE.device), **bias}
+    reader.hidden_dim = E
+    return rule.forward(reader, logits_TE)[2]
+
+
+class _ChosenElsewhere(TorchFunctionMode):
+    """Inside, a router's choice among the scores of all experts gives `expert_ids_TK` and their scores. So all else of
+    upstream's rule applies to them: which scores become weights, what they are divided by, scales, dtypes."""
+
+    def __init__(self, expert_ids_TK: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self._ids_TK, self._shape = expert_ids_TK, (len(expert_ids_TK), num_experts)
+        self.num_choices = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # groups of experts are chosen among scores of another shape
+        if func in (torch.topk, Tensor.topk) and args[0].shape == self._shape:
+            self.num_choices += 1
+            return torch.return_types.topk((args[0].gather(-1, self._ids_TK), self._ids_TK))
+        return func(*args, **kwargs or {})
+
+
+def weights_by(router: nn.Module, rule: type[nn.Module], hidden_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """The combine weights (T, K) that upstream's own rule, the class `rule`, gives to experts chosen elsewhere. Raises
+    `UsageError` for a rule that does not choose once, by `topk`, among the scores of all experts."""
+    num_experts = len(router.get_parameter("weight"))
+    with _ChosenElsewhere(expert_ids_TK, num_experts) as chosen:
+        _, weights_TK, _ = rule.forward(router, hidden_TD)
+    if chosen.num_choices != 1:
+        raise UsageError(
+            f"pregate.weights=late needs a router that chooses its experts once, by topk, and {rule.__name__} does "
+            "not: set pregate.weights=early."
+        )
+    return weights_TK
