@@ -80,6 +80,7 @@ class BlockGates(nn.Module):
         routing = routes.of(self.index)
         if not self.weighs:
             return routing
+        assert self.router is not None
         weights_BTK = self.router.weigh(hidden_BTD, routing.expert_ids_BTK)
         return routing._replace(weights_BTK=taught(weights_BTK, routing.weights_BTK))
 

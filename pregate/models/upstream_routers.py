@@ -1,5 +1,5 @@
-"""Upstream's router rules, asked for less than a route: what they choose by given logits, and how they weigh experts that
-were chosen elsewhere.
+"""Upstream's router rules, asked for less than a route: what they choose by given logits, and how they weigh experts
+that were chosen elsewhere.
 
 The rule is always the `forward` of upstream's own class, which is given here as `rule`. Knows nothing about gates or
 blocks.
@@ -20,7 +20,8 @@ from pregate.config import UsageError
 
 
 def choices_by(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
-    """The experts (T, K) that the rule chooses: that of a router that reads logits, and whose linear map is the identity."""
+    """The experts (T, K) that the rule chooses by these logits: the rule of a router that reads logits, and whose linear
+    map is the identity."""
     E = logits_TE.shape[-1]
     reader: Any = copy.copy(router)
     bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}
