@@ -53,11 +53,14 @@ def pregated_model(
     stacks: tuple[str, ...] = ("encoder", "decoder"),
     entry: str = "own",
     path: str = "grouped",
+    weights: str = "early",
+    start: int = 0,
     **changes: Any,
 ) -> PreGatedSwitchTransformersForConditionalGeneration:
     """A random pre-gated model in evaluation mode."""
     torch.manual_seed(seed)
     gating = {"lookahead": lookahead, "stacks": list(stacks), "entry": entry, "init": "random"}
+    gating |= {"weights": weights, "start": start}
     model = PreGatedSwitchTransformersForConditionalGeneration(
         PreGatedSwitchTransformersConfig(**geometry(**changes), pregate=gating)
     )

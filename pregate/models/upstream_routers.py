@@ -20,8 +20,8 @@ from pregate.config import UsageError
 
 
 def choices_by(router: nn.Module, rule: type[nn.Module], logits_TE: Tensor) -> Tensor:
-    """The experts (T, K) that the rule chooses by these logits: the rule of a router that reads logits, and whose linear
-    map is the identity."""
+    """The experts (T, K) that the rule chooses by these logits: it is asked of a router that reads logits, and whose
+    linear map is the identity."""
     E = logits_TE.shape[-1]
     reader: Any = copy.copy(router)
     bias = {name: logits_TE.new_zeros(E) for name in router._parameters if name != "weight"}

@@ -17,6 +17,7 @@ from pregate.models.families import switch_layers
 from pregate.models.family import config_of
 from pregate.models.loading import load_resident, mark_conventional
 from tests.make_switch_base import TINY, make
+from tests.models.families.naive_switch import naive_logits
 from tests.tiny import batch, geometry, pregated_model, upstream_model
 
 
@@ -117,80 +118,7 @@ def test_grouped_path_equals_the_reference_path_within_rounding(
 # --- the naive loop -------------------------------------------------------------------------------------------------
 
 
-def naive_gate(stack: Any, name: str, block: int, mlps: list[Any], gating: Any) -> Any:
-    ahead = gating.lookahead if name in gating.stacks else 0
-    if ahead == 0:
-        return mlps[block].router
-    if block >= ahead:
-        return mlps[block - ahead].pre_gate
-    return stack.entry_gates[str(block)] if gating.entry == "embedding" else mlps[block].router
-
-
-def naive_moe(x_BTD: Tensor, seen_BTD: Tensor, gate: Any, mlp: Any, capacity: int) -> Tensor:
-    """Token by token: the gate decides on `seen`, the chosen expert computes on `x`."""
-    rows = []
-    for x_TD, seen_TD in zip(x_BTD, seen_BTD, strict=True):
-        used = [0] * len(mlp.experts)
-        for x, seen in zip(x_TD, seen_TD, strict=True):
-            logits = gate.classifier.weight.float() @ seen.float()
-            if gate.classifier.bias is not None:
-                logits = logits + gate.classifier.bias
-            probability = logits.softmax(0)
-            expert = int(probability.argmax())
-            used[expert] += 1
-            if used[expert] > capacity:
-                rows.append(torch.zeros_like(x))
-                continue
-            module = mlp.experts[f"expert_{expert}"]
-            rows.append(probability[expert] * (module.wo.weight @ (module.wi.weight @ x).relu()))
-    return torch.stack(rows).view(x_BTD.shape)
-
-
-def naive_stack(
-    model: Any, name: str, ids: Tensor, mask: Tensor, memory: Tensor | None = None, memory_mask: Any = None
-) -> Tensor:
-    stack, gating = getattr(model, name), model.config.pregating
-    ahead = gating.lookahead if name in gating.stacks else 0
-    most_negative = torch.finfo(torch.float32).min
-    embeddings = stack.embed_tokens(ids)
-    hidden, bias, cross_bias = embeddings, None, None
-    visible = mask[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
-    if name == "decoder":
-        visible = visible & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    additive = torch.where(visible, 0.0, most_negative)
-    sparse = [layer.layer[-1] for layer in stack.block if layer.is_sparse]
-    mlps = [ff.mlp for ff in sparse]
-    inputs_of_block: list[Tensor] = []
-    for layer in stack.block:
-        hidden, bias, _ = layer.layer[0](hidden, attention_mask=additive, position_bias=bias)
-        if name == "decoder":
-            memory_additive = torch.where(memory_mask[:, None, None, :].bool(), 0.0, most_negative)
-            hidden, cross_bias, _ = layer.layer[1](
-                hidden, key_value_states=memory, attention_mask=memory_additive, position_bias=cross_bias
-            )
-        feed_forward = layer.layer[-1]
-        x = feed_forward.layer_norm(hidden)
-        if layer.is_sparse:
-            block = mlps.index(feed_forward.mlp)
-            inputs_of_block.append(x)
-            gate = naive_gate(stack, name, block, mlps, gating)
-            if block >= ahead:
-                seen = inputs_of_block[block - ahead]
-            else:
-                seen = gate.layer_norm(embeddings) if gating.entry == "embedding" else x
-            hidden = hidden + naive_moe(x, seen, gate, feed_forward.mlp, model.config.expert_capacity)
-        else:
-            hidden = hidden + feed_forward.mlp(x)
-    return stack.final_layer_norm(hidden)
-
-
-def naive_logits(model: Any, input_ids: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
-    memory = naive_stack(model, "encoder", input_ids, mask)
-    states = naive_stack(model, "decoder", decoder_ids, torch.ones_like(decoder_ids), memory, mask)
-    scale = model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0
-    return model.lm_head(states * scale)
-
-
+BOTH = ("encoder", "decoder")
 CASES = [
     (lookahead, entry, stacks, capacity)
     for lookahead in (1, 2, 3)
@@ -199,8 +127,28 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("lookahead", "entry", "stacks", "capacity"), CASES)
-def test_lookahead_equals_the_naive_loop(lookahead: int, entry: str, stacks: tuple[str, ...], capacity: int) -> None:
+LATE_CASES = [
+    (lookahead, entry, BOTH if capacity > 1 else ("decoder",), capacity, weights, start)
+    for lookahead, entry, capacity, weights, start in (
+        (1, "own", 64, "late", 0),
+        (1, "embedding", 2, "late", 0),
+        (2, "own", 1, "late", 0),
+        (2, "embedding", 64, "late", 1),
+        (1, "own", 2, "late", 2),
+        (1, "own", 64, "early", 1),
+        (1, "embedding", 64, "early", 2),
+        (2, "own", 1, "early", 1),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "entry", "stacks", "capacity", "weights", "start"),
+    [*((*case, "early", 0) for case in CASES), *LATE_CASES],
+)
+def test_lookahead_equals_the_naive_loop(
+    lookahead: int, entry: str, stacks: tuple[str, ...], capacity: int, weights: str, start: int
+) -> None:
     """Outputs and gradients of a training step, with padding, capacity overflow and a router bias."""
     changes = {
         "num_layers": 8,
@@ -210,7 +158,7 @@ def test_lookahead_equals_the_naive_loop(lookahead: int, entry: str, stacks: tup
         "expert_capacity": capacity,
         "router_bias": lookahead == 2,
     }
-    model = pregated_model(3, lookahead, stacks, entry, **changes).train()
+    model = pregated_model(3, lookahead, stacks, entry, weights=weights, start=start, **changes).train()
     naive = copy.deepcopy(model)
     inputs = batch(5, size=2, source=6, target=5)
     decoder_ids = model._shift_right(inputs["labels"])
@@ -221,14 +169,21 @@ def test_lookahead_equals_the_naive_loop(lookahead: int, entry: str, stacks: tup
     loss.backward()
     expected_loss.backward()
     assert_gradients_close(gradients(model), gradients(naive), tolerance=1e-4)
+    slopes: list[Any] = [gate.linear.weight.grad for gate in model.gates()]
+    assert all(slope is not None and slope.abs().max() > 0 for slope in slopes)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("entry", ["own", "embedding"])
-def test_cached_generation_equals_the_naive_loop(lookahead: int, entry: str) -> None:
+@pytest.mark.parametrize(
+    ("lookahead", "entry", "weights", "start"),
+    [
+        *((lookahead, entry, "early", 0) for lookahead in range(4) for entry in ("own", "embedding")),
+        *((1, "own", "late", 0), (2, "embedding", "late", 1), (1, "embedding", "early", 2)),
+    ],
+)
+def test_cached_generation_equals_the_naive_loop(lookahead: int, entry: str, weights: str, start: int) -> None:
     """Greedy decoding with a cache gives the tokens of a naive forward pass over the whole prefix."""
     blocks = {"num_layers": 4, "num_sparse_encoder_layers": 4, "num_decoder_layers": 8, "num_sparse_decoder_layers": 4}
-    model = pregated_model(11, lookahead, entry=entry, **blocks)
+    model = pregated_model(11, lookahead, entry=entry, weights=weights, start=start, **blocks)
     inputs = batch(2, size=2, source=6)
     tokens = model.generate(
         input_ids=inputs["input_ids"],
@@ -259,10 +214,14 @@ def test_generation_modes_do_not_mix_rows() -> None:
     assert sampled.shape == (3, 6)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("lookahead", "weights", "start"),
+    [(0, "early", 0), (1, "early", 0), (2, "early", 0), (1, "late", 0), (1, "late", 1)],
+)
 @pytest.mark.parametrize("entry", ["own", "embedding"])
-def test_gradient_checkpointing_gives_the_same_gradients(lookahead: int, entry: str) -> None:
-    model = pregated_model(1, lookahead, entry=entry, dropout_rate=0.1, router_jitter_noise=0.1).train()
+def test_gradient_checkpointing_gives_the_same_gradients(lookahead: int, weights: str, start: int, entry: str) -> None:
+    settings: dict[str, Any] = {"entry": entry, "weights": weights, "start": start}
+    model = pregated_model(1, lookahead, **settings, dropout_rate=0.1, router_jitter_noise=0.1).train()
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable()
     for candidate in (model, checkpointed):
@@ -298,9 +257,9 @@ def test_two_models_in_one_process_do_not_share_routes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entry", ["own", "embedding"])
-def test_saves_and_loads_bit_exactly(tmp_path: Any, dtype: torch.dtype, entry: str) -> None:
-    model = pregated_model(4, 2, ("decoder",), entry).to(dtype)
+@pytest.mark.parametrize(("entry", "weights"), [("own", "early"), ("embedding", "early"), ("embedding", "late")])
+def test_saves_and_loads_bit_exactly(tmp_path: Any, dtype: torch.dtype, entry: str, weights: str) -> None:
+    model = pregated_model(4, 2, ("decoder",), entry, weights=weights).to(dtype)
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     loaded, report = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True, dtype=dtype)
@@ -328,6 +287,24 @@ def test_gates_sit_where_the_lookahead_says() -> None:
         ("decoder", 1): (True, None),
         ("decoder", 2): (False, None),
     }
+
+
+def test_late_weights_and_a_start_seat_gates_too() -> None:
+    late = pregated_model(
+        0, 1, ("encoder",), "embedding", weights="late", start=1, num_layers=8, num_sparse_encoder_layers=4
+    )
+    early = pregated_model(0, 1, ("decoder",), start=1)
+    seats = {
+        model: [
+            (block.module.router is not None, block.module.weighs, block.module.target)
+            for block in model.moe_blocks()
+            if [block.stack] == model.config.pregate["stacks"]
+        ]
+        for model in (late, early)
+    }
+    assert seats[late] == [(True, False, None), (True, True, 2), (True, True, 3), (True, True, None)]
+    assert list(late.encoder.entry_gates) == ["1"] and not early.decoder.entry_gates
+    assert seats[early] == [(True, False, None), (True, False, 2), (False, False, None)]
 
 
 def test_listener_hears_each_route_before_its_block_runs() -> None:
@@ -363,6 +340,10 @@ def test_a_config_that_cannot_be_built_is_told_in_one_sentence() -> None:
 def test_a_lookahead_without_room_is_refused() -> None:
     with pytest.raises(UsageError, match="needs at least 4 MoE blocks in the encoder, which has 3"):
         PreGatedSwitchTransformersConfig(**geometry(), pregate={"lookahead": 3})
+    with pytest.raises(
+        UsageError, match=r"pregate\.start=2 .* needs at least 4 MoE blocks in the encoder, which has 3"
+    ):
+        PreGatedSwitchTransformersConfig(**geometry(), pregate={"lookahead": 1, "start": 2})
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
