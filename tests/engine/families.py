@@ -22,6 +22,12 @@ WIDTH = 16
 """Upstream multiplies grouped experts in bfloat16 by multiples of eight alone."""
 LOOKAHEAD = {"float32": 2, "bfloat16": 1}
 """Encoded weights are served as the hub has them, conventional."""
+GATES: dict[str, dict[str, Any]] = {
+    "early": {},
+    "late": {"weights": "late", "entry": "embedding"},
+    "start": {"weights": "late", "lookahead": 1, "start": 1},
+}
+"""What is asked for beside the lookahead, or instead of it."""
 ENCODED = {"gpt_oss": "mxfp4", "deepseek_v3": "fp8"}
 
 
@@ -46,18 +52,18 @@ def shallow(row: Row) -> Row:
     return row._replace(settings=settings)
 
 
-@lru_cache(maxsize=len(SOURCES))
-def checkpoint(root: Path, source: Source) -> Served:
+@lru_cache(maxsize=len(SOURCES) * len(GATES))
+def checkpoint(root: Path, source: Source, gates: str = "early") -> Served:
     """In a directory under `root`, made once; and the resident model."""
-    directory = root / str(source)
+    directory = root / f"{source}-{gates}"
     if source.form == "mxfp4":
         quantised.write(directory, *quantised.gpt_oss())
         return Served(directory, load_resident(directory))
     dtype = torch.float32 if source.form == "float32" else torch.bfloat16
-    plain = root / f"{source}-source"
+    plain = root / f"{source}-{gates}-source"
     upstream_model(shallow(FAMILIES[source.family]), 50).to(dtype).save_pretrained(plain)
     if source.form in LOOKAHEAD:
-        convert(str(plain), directory, PreGateConfig(lookahead=LOOKAHEAD[source.form]))
+        convert(str(plain), directory, PreGateConfig(**{"lookahead": LOOKAHEAD[source.form], **GATES[gates]}))
     else:
         config = json.loads((plain / "config.json").read_text())
         stored = quantised.in_block_fp8(load_file(plain / "model.safetensors"))

@@ -1,5 +1,5 @@
-"""Every decoder-only family from every form of its weights, under every policy, cache, tier and slab dtype, for one row
-and for four: the engine gives the resident model's tokens and logits.
+"""Every decoder-only family from every form of its weights and with every kind of gates, under every policy, cache, tier
+and slab dtype, for one row and for four: the engine gives the resident model's tokens and logits.
 
 Every pair of these choices stands in the default suite, and every combination in the slow one.
 """
@@ -21,7 +21,7 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import Opened, open_store
 from pregate.engine.storage.store import Store
-from tests.engine.families import SOURCES, Source, checkpoint
+from tests.engine.families import GATES, LOOKAHEAD, SOURCES, Source, checkpoint
 from tests.engine.hostile import poison_slots
 from tests.engine.serving import as_stored, assert_same, generated
 from tests.models.families.test_decoder_only import LEFT, batch
@@ -36,13 +36,15 @@ class Combination(NamedTuple):
     tier: Tier
     policy: Policy
     cache: CacheRule
+    gates: str
 
     def pairs(self) -> set[Any]:
         """Of its choices, where the family and the form of its weights are two."""
         return set(combinations(enumerate([*self.source, *self[1:]]), 2))
 
 
-PRODUCT = list(map(Combination._make, product(SOURCES, SlabDtype, (Tier.dram, Tier.disk), Policy, CacheRule)))
+CHOICES = product(SOURCES, SlabDtype, (Tier.dram, Tier.disk), Policy, CacheRule, GATES)
+PRODUCT = [row for row in map(Combination._make, CHOICES) if row.gates == "early" or row.source.form in LOOKAHEAD]
 
 
 def covering() -> Iterator[Combination]:
@@ -64,20 +66,20 @@ def asked(rows: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def resident(root: Path, source: Source, slab_dtype: SlabDtype) -> dict[int, tuple[Tensor, Tensor]]:
+def resident(root: Path, source: Source, slab_dtype: SlabDtype, gates: str) -> dict[int, tuple[Tensor, Tensor]]:
     """What the resident model with the weights that slabs hold gives, for each number of rows."""
-    directory, model = checkpoint(root, source)
+    directory, model = checkpoint(root, source, gates)
     whole = as_stored(model, Opened(directory).layout(slab_dtype))
     return {rows: generated(whole.generate, asked(rows)) for rows in (1, 4)}
 
 
 def assert_row(root: Path, row: Combination, store: Store) -> None:
-    directory, model = checkpoint(root, row.source)
+    directory, model = checkpoint(root, row.source, row.gates)
     budget = None if row.policy is Policy.gpu_only else "40%"
     options: dict[str, Any] = {"policy": row.policy, "cache": row.cache, "device_budget": budget, "store": store}
     with OffloadEngine.open(directory, **options) as engine:
         poison_slots(engine)
-        for rows, expected in resident(root, row.source, row.slab_dtype).items():
+        for rows, expected in resident(root, row.source, row.slab_dtype, row.gates).items():
             engine.reset_counters()
             tokens, logits = generated(engine.generate, asked(rows))
             assert logits.isfinite().all() and len(tokens[:, LENGTH:].unique()) > 1, row
@@ -93,21 +95,24 @@ def test_every_choice_stands_beside_every_other() -> None:
 
 @pytest.mark.parametrize("source", DEFAULT, ids=str)
 def test_the_engine_equals_the_resident_model(families: Path, source: Source) -> None:
-    directory, _ = checkpoint(families, source)
     for row in DEFAULT[source]:
+        directory, _ = checkpoint(families, source, row.gates)
         with closing(open_store(directory, tier=row.tier, slab_dtype=row.slab_dtype)) as store:
             assert_row(families, row, store)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slab_dtype", SlabDtype)
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_the_engine_equals_the_resident_model_everywhere(families: Path, source: Source, slab_dtype: SlabDtype) -> None:
-    directory, _ = checkpoint(families, source)
+def test_the_engine_equals_the_resident_model_everywhere(
+    families: Path, source: Source, gates: str, slab_dtype: SlabDtype
+) -> None:
+    directory, _ = checkpoint(families, source, gates)
     for tier in (Tier.dram, Tier.disk):
         with closing(open_store(directory, tier=tier, slab_dtype=slab_dtype)) as store:
             for row in PRODUCT:
                 # a gpu_only engine has one cache, whatever it is asked for
                 unlike = row.policy is not Policy.gpu_only or row.cache is CacheRule.none
-                if row[:3] == (source, slab_dtype, tier) and unlike:
+                if row[:3] == (source, slab_dtype, tier) and row.gates == gates and unlike:
                     assert_row(families, row, store)
