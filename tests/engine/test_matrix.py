@@ -1,5 +1,5 @@
-"""Every decoder-only family from every form of its weights and with every kind of gates, under every policy, cache, tier
-and slab dtype, for one row and for four: the engine gives the resident model's tokens and logits.
+"""Every decoder-only family from every form of its weights and with every kind of gates, under every policy, cache,
+tier and slab dtype, for one row and for four: the engine gives the resident model's tokens and logits.
 
 Every pair of these choices stands in the default suite, and every combination in the slow one.
 """

@@ -20,6 +20,7 @@ from pregate.engine.device.steps.static_norm import static_norm
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.servers import engine_server, forced_logits
 from pregate.models.family import experts_of
+from tests.engine.families import Source, checkpoint
 from tests.engine.serving import as_stored
 from tests.models.families.test_decoder_only import (
     FAMILIES,
@@ -264,3 +265,15 @@ def test_more_choices_than_a_fetch_looks_at_are_refused() -> None:
     with pytest.raises(UsageError, match="17 rows choose 16 experts each: serve 16 rows or fewer"):
         slots_for(None, Policy.pre_gated, config, 4096, batch=17)
     assert slots_for(None, Policy.pre_gated, config, 4096, batch=16) > 0
+
+
+@captured_families
+@pytest.mark.parametrize("gates", [pytest.param("late", marks=pytest.mark.slow), "start"])
+def test_weights_of_the_blocks_own_router_and_a_later_start(tmp_path: Path, row: Row, gates: str) -> None:
+    name = next(name for name, other in CAPTURED.items() if other is row)
+    served, inputs = checkpoint(tmp_path, Source(name, "float32"), gates), prompts(2)
+    assert served.model.config.pregating.weights == "late"
+    expected = generated(served.model.generate, inputs)
+    with DeviceEngine.open(served.directory, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
+        assert_equal(generated(engine.generate, inputs), expected)
+        assert engine.counters.bytes_moved > 0
