@@ -255,7 +255,8 @@ def main() -> None:
         given = [str(file), "--work", str(arguments.work), "--steps", str(arguments.steps), "--form", form]
         subprocess.run([sys.executable, "-m", __spec__.name, *given, *arguments.settings], check=True)
         found.append(json.loads(file.read_text()))
-    command = shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]])
+    said = ["WORK" if word == str(arguments.work) else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "-m", __spec__.name, *said])
     (arguments.out / "README.md").write_text(page(arguments, found, command))
 
 
