@@ -70,6 +70,8 @@ class Cell:
     lookahead: int = 1
     init: str = "source"
     entry: str = "own"
+    weights: str = "early"
+    start: int = 0
     stacks: tuple[str, ...] = BOTH
     needs: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -111,6 +113,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "entry_embedding": {"entry": "embedding"},
     "encoder": {"stacks": ("encoder",)},
     "decoder": {"stacks": ("decoder",)},
+    "late": {"weights": "late"},
+    "start": {"start": 1},
 }
 """What is changed in arm (d), one at a time."""
 TAUGHT = ("distilled", "n0")

@@ -91,6 +91,8 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
         "lookahead": cell.lookahead,
         "init": cell.init,
         "entry": cell.entry,
+        "weights": cell.weights,
+        "start": cell.start,
         "stacks": list(cell.stacks),
         "steps": summary["train"]["steps"],
         "train_seconds": round(summary["train"]["seconds"], 1),

@@ -57,6 +57,8 @@ VARIANTS = {
     "entry_embedding": "entry gate on the embeddings",
     "encoder": "encoder only",
     "decoder": "decoder only",
+    "late": "weights of the block's own router",
+    "start": "first block conventional",
 }
 PLOTS = {
     "lookahead": "Score of the arms against how far ahead the gates decide",

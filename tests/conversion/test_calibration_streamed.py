@@ -25,6 +25,7 @@ from pregate.config import (
     Through,
     Tier,
     UsageError,
+    Weights,
 )
 from pregate.conversion.calibrate import streamed, through_engine
 from pregate.conversion.calibrate.examples import Batches, answered_rows, text_rows
@@ -50,6 +51,8 @@ CASES = {
     "paper": {},
     "two ahead": {"lookahead": 2, "entry": Entry.embedding},
     "embedding": {"entry": Entry.embedding},
+    "late": {"lookahead": 2, "entry": Entry.embedding, "weights": Weights.late},
+    "start": {"weights": Weights.late, "start": 1},
 }
 
 
@@ -130,7 +133,12 @@ def assert_same_gates(one: Path, other: Path, tolerance: float = 2e-3) -> None:
     ("model", "case", "steps"),
     [
         *(("switch", "paper", 2), ("olmoe", "two ahead", 0), ("dense layers between", "embedding", 2)),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in product(MAKERS, CASES, (0, 2))),
+        *(("switch", "late", 0), ("olmoe", "start", 0)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in product(MAKERS, CASES, (0, 2))
+            if each[:2] != ("dense layers between", "start")  # of its blocks there are two
+        ),
     ],
 )
 def test_the_gates_are_those_of_a_calibration_in_memory(
@@ -156,6 +164,22 @@ def test_the_gates_are_those_of_a_calibration_in_memory(
     account = json.loads((tmp_path / "streamed" / MANIFEST).read_text())["calibration"]
     assert account["bytes_read"] == found.bytes_read and account["settings"]["through"] == "engine"
     assert "of experts read" in found.table()
+
+
+@pytest.mark.parametrize("through", Through)
+def test_routers_that_weigh_stay_the_sources(through: Through, sources: dict[str, Path], tmp_path: Path) -> None:
+    """The fitted gates are others than those copies, and the calibration sees the model as it is written."""
+    run = settings({"weights": Weights.late, "lookahead": 2}, through=through, steps=0)
+    found = calibrated(run, sources["olmoe"], tmp_path / "out")
+    written, source = tensors(tmp_path / "out"), tensors(sources["olmoe"])
+    for name, tensor in source.items():
+        assert torch.equal(written[name], tensor), name
+    ahead = {name: tensor for name, tensor in written.items() if name not in source}
+    assert len(ahead) == 2 and all("pre_gate" in name for name in ahead)
+    for layer, chosen in enumerate(gate.fit.chosen for gate in found.gates):
+        fitted = ahead[f"model.layers.{layer}.mlp.gate.pre_gate.router.weight"]
+        assert torch.equal(fitted, source[f"model.layers.{layer + 2}.mlp.gate.weight"]) == (chosen == "copy")
+    assert any(gate.fit.chosen != "copy" for gate in found.gates)
 
 
 class KilledError(BaseException):

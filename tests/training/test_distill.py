@@ -66,12 +66,14 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "gates"), [(1.0, {}), (3.0, {}), (1.0, {"weights": "late", "start": 1})])
+def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(
+    temperature: float, gates: dict[str, Any]
+) -> None:
     batch = random_batch()
     source_BS, target_BT = batch["attention_mask"].bool(), batch["labels"] != -100
     assert not source_BS.all() and not target_BT.all()
-    student, tokens = pregated_model(seed=1), SEQ2SEQ.count(batch)
+    student, tokens = pregated_model(seed=1, **gates), SEQ2SEQ.count(batch)
     with torch.no_grad():
         taught = outputs_of(upstream_model(seed=2), batch)
 

@@ -272,12 +272,20 @@ def test_the_last_checkpoint_is_kept_where_validation_must_not_choose(tmp_path: 
     assert_same_parameters(resumed, model)
 
 
-@pytest.mark.parametrize("entry", ["own", "embedding"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_training_the_gates_leaves_every_other_bit_alone(tmp_path: Path, entry: str, optimizer: str) -> None:
-    before = pregated_model(entry=entry, **SHALLOW).state_dict()
+@pytest.mark.parametrize(
+    ("entry", "weights", "optimizer"),
+    [
+        *(("own", "early", "adamw"), ("own", "early", "adafactor"), ("own", "late", "adamw")),
+        *(("embedding", "early", "adamw"), ("embedding", "early", "adafactor"), ("embedding", "late", "adafactor")),
+    ],
+)
+def test_training_the_gates_leaves_every_other_bit_alone(
+    tmp_path: Path, entry: str, weights: str, optimizer: str
+) -> None:
+    changes: dict[str, Any] = {"entry": entry, "weights": weights}
+    before = pregated_model(**changes, **SHALLOW).state_dict()
     model, _, summary = train_tiny(
-        tmp_path, steps=3, trainable="gates", optimizer=optimizer, model_changes={"entry": entry}, weight_decay=0.1
+        tmp_path, steps=3, trainable="gates", optimizer=optimizer, model_changes=changes, weight_decay=0.1
     )
     gates = {
         f"{name}.{part}"
@@ -285,8 +293,10 @@ def test_training_the_gates_leaves_every_other_bit_alone(tmp_path: Path, entry: 
         if isinstance(module, SwitchGate)
         for part, _ in module.named_parameters()
     }
-    # an own router or an embedding gate with its norm, and a pre-gate, in each stack
-    assert len(gates) == (4 if entry == "own" else 6)
+    # an own router or an embedding gate with its norm, a pre-gate, and late the routers that weigh, in each stack
+    assert len(gates) == {"own": 4, "embedding": 6}[entry] + (
+        0 if weights == "early" else {"own": 2, "embedding": 4}[entry]
+    )
     saved = AutoModelForSeq2SeqLM.from_pretrained(summary.checkpoint).state_dict()
     assert saved.keys() == before.keys()
     for name, value in saved.items():

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from pregate.cli import compose_run
-from pregate.config import ExpertPath, Experts, Optimizer, PreGateConfig, Run, Trainable, TrainConfig, UsageError
+from pregate.config import (
+    ExpertPath,
+    Experts,
+    Optimizer,
+    PreGateConfig,
+    Run,
+    Trainable,
+    TrainConfig,
+    UsageError,
+    Weights,
+)
 from pregate.engine.training_engine import TrainingEngine
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.family import config_of, experts_of
@@ -40,9 +50,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def run_of(source: str, resume: bool = False, lookahead: int = 1, **changes: Any) -> Run:
+def run_of(
+    source: str, resume: bool = False, lookahead: int = 1, weights: Weights = Weights.early, **changes: Any
+) -> Run:
     run = short_run(resume)
-    run.model.source, run.pregate = source, PreGateConfig(lookahead=lookahead)
+    run.model.source, run.pregate = source, PreGateConfig(lookahead=lookahead, weights=weights)
     run.engine.device_budget = "30%"
     run.train = recipe(**{"eval_every": 2, "save_every": 2, **changes})
     return run
@@ -64,13 +76,18 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return opened.read(opened.names())
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
-@pytest.mark.parametrize("trainable", [Trainable.all_but_experts, Trainable.gates])
+@pytest.mark.parametrize(
+    ("lookahead", "weights", "trainable"),
+    [
+        *((ahead, Weights.early, part) for ahead in (0, 1) for part in (Trainable.all_but_experts, Trainable.gates)),
+        (1, Weights.late, Trainable.gates),
+    ],
+)
 def test_a_run_is_that_of_the_resident_model_and_leaves_a_whole_checkpoint(
-    source: str, tmp_path: Path, lookahead: int, trainable: Trainable
+    source: str, tmp_path: Path, lookahead: int, weights: Weights, trainable: Trainable
 ) -> None:
     """Losses, gradient norms and validation scores of several micro batches a step, and the weights at the end."""
-    settings = {"lookahead": lookahead, "trainable": trainable, "z_loss": 0.0, "balance_loss": 0.0}
+    settings = {"lookahead": lookahead, "trainable": trainable, "z_loss": 0.0, "balance_loss": 0.0, "weights": weights}
     # one expert after the other: all together round otherwise, which may move a hidden unit across zero
     one_by_one = run_of(source, experts=Experts.resident, expert_path=ExpertPath.reference, **settings)
     expected, _ = trained(one_by_one, tmp_path / "resident")
@@ -93,6 +110,10 @@ def test_a_run_is_that_of_the_resident_model_and_leaves_a_whole_checkpoint(
         torch.testing.assert_close(tensor, learnt[name].to(torch.bfloat16), rtol=1e-2, atol=1e-4, msg=name)
     if trainable is Trainable.gates:
         assert all("router" in name or "pre_gate" in name for name in changed)
+    if weights is Weights.late:
+        weighing = [name for name in whole if "router" in name and "pre_gate" not in name]
+        assert len(weighing) == 4 and set(weighing) <= changed
+        assert any("pre_gate" in name for name in changed)
     assert ("pregate" in read_config(summary.checkpoint)) == (lookahead > 0)
     assert load_resident(summary.checkpoint).has_experts
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pregate.conversion.plan import plan_moves
 from pregate.models.pregating import PreGating
 from tests.models.families.test_decoder_only import FAMILIES, STACK, Row
 
@@ -72,8 +73,24 @@ def moe_layers(row: Row, upstream: Any) -> list[Any]:
 
 def chosen_ahead(blocks: int, gating: PreGating) -> list[int]:
     """The blocks that another gate than their own router chooses for."""
+    if not gating.lookahead:
+        return []
     entries = [] if gating.entry == "own" else range(gating.start, gating.start + gating.lookahead)
     return [*entries, *range(gating.start + gating.lookahead, blocks)]
+
+
+def pregated(row: Row, upstream: Any, gating: PreGating) -> Any:
+    """The pre-gated model with the weights of upstream's, as a conversion with copied gates gives it."""
+    config = row.family.config(row.family.pregated_json(upstream.config.to_dict(), gating))
+    model, state = row.family.model_class(config), dict(upstream.state_dict())
+    for move in plan_moves(row.family, {STACK: row.family.moe_layers(upstream.config, STACK)}, gating):
+        for name, origin in move.renamed.items():
+            if origin in state:
+                state[name] = state.pop(origin) if move.leaves else state[origin]
+        state |= {name: state[origin] for name, origin in move.copied.items()}
+    model.load_state_dict(state)
+    model.set_expert_path("reference")
+    return model.eval()
 
 
 def choosing_gates(row: Row, upstream: Any, gating: PreGating) -> dict[int, Any]:
@@ -87,9 +104,10 @@ def choosing_gates(row: Row, upstream: Any, gating: PreGating) -> dict[int, Any]
     return {block: gates[block] for block in chosen_ahead(len(layers), gating)}
 
 
-def hand_over(row: Row, name: str, upstream: Any, gates: dict[int, Any], gating: PreGating) -> Any:
+def hand_over(row: Row, upstream: Any, gates: dict[int, Any], gating: PreGating) -> Any:
     """Have `gates` choose on the recorded input of an earlier block, or on a norm of the embeddings, and upstream's own
     routers weigh what was chosen; or, with `early`, use the weights of `gates`."""
+    weigh = next(NAIVE[name] for name, known in FAMILIES.items() if known is row)
     seen: list[Tensor] = []
     embedded: list[Tensor] = []
     upstream.model.register_forward_pre_hook(lambda *_: seen.clear())
@@ -111,7 +129,7 @@ def hand_over(row: Row, name: str, upstream: Any, gates: dict[int, Any], gating:
             logits, early, ids = type(router).forward(gates[block], states)
             if gating.weights == "early":
                 return logits, early, ids
-            late = NAIVE[name](router, seen[block], ids)
+            late = weigh(router, seen[block], ids)
             # the gate that chose learns as if its own weights were used
             return logits, late + (early - early.detach()), ids
 

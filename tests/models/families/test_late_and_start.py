@@ -17,7 +17,7 @@ from pregate.conversion.write import convert
 from pregate.models.loading import load_resident
 from pregate.models.pregating import PreGating
 from pregate.models.upstream_routers import weights_by
-from tests.models.families.late import NAIVE, choosing_gates, chosen_ahead, hand_over, moe_layers, with_gates
+from tests.models.families.late import NAIVE, choosing_gates, chosen_ahead, hand_over, moe_layers, pregated, with_gates
 from tests.models.families.test_decoder_only import (
     FAMILIES,
     LEFT,
@@ -45,20 +45,6 @@ SETTINGS = {
 }
 
 
-def pregated(row: Row, upstream: Any, gating: PreGating) -> Any:
-    """The pre-gated model with the weights of upstream's, as a conversion with copied gates gives it."""
-    config = row.family.config(row.family.pregated_json(upstream.config.to_dict(), gating))
-    model, state = row.family.model_class(config), dict(upstream.state_dict())
-    for move in plan_moves(row.family, {STACK: row.family.moe_layers(upstream.config, STACK)}, gating):
-        for name, origin in move.renamed.items():
-            if origin in state:
-                state[name] = state.pop(origin) if move.leaves else state[origin]
-        state |= {name: state[origin] for name, origin in move.copied.items()}
-    model.load_state_dict(state)
-    model.set_expert_path("reference")
-    return model.eval()
-
-
 def names_of(row: Row, upstream: Any, gating: PreGating) -> dict[str, tuple[int, str]]:
     """Of the gates that choose ahead: parameter -> (block, the parameter of a router)."""
     moves = plan_moves(row.family, {STACK: row.family.moe_layers(upstream.config, STACK)}, gating)
@@ -74,7 +60,7 @@ def assert_is_the_hand_over(name: str, gating: PreGating, padding: str, recomput
     if recompute:
         ours.gradient_checkpointing_enable()
     logits, slopes = gradients(ours, batch(padding))
-    naive = hand_over(row, name, upstream, gates, gating)
+    naive = hand_over(row, upstream, gates, gating)
     expected, theirs = gradients(naive, batch(padding))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, conventional, atol=1e-2)
@@ -130,7 +116,7 @@ def test_generation_with_a_cache(name: str, setting: str) -> None:
     upstream = upstream_model(row, 62)
     gates = choosing_gates(row, upstream, gating)
     ours = with_gates(row, pregated(row, upstream, gating), gates)
-    naive = hand_over(row, name, copy.deepcopy(upstream), gates, gating)
+    naive = hand_over(row, copy.deepcopy(upstream), gates, gating)
     for ask in ("greedy", "beams"):
         one, other = generated(ours, padding, ask), generated(naive, padding, ask)
         assert torch.equal(one.sequences, other.sequences) and len(one.sequences.unique()) > 2

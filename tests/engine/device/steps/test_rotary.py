@@ -3,6 +3,7 @@ small models of each family that has it."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,28 @@ from pregate.engine.device.steps.static_norm import static_norm
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.measure.servers import engine_server, forced_logits
 from pregate.models.family import experts_of
-from tests.engine.families import Source, checkpoint
+from pregate.models.pregating import PreGating
 from tests.engine.serving import as_stored
+from tests.models.families.late import choosing_gates, hand_over, pregated, with_gates
 from tests.models.families.test_decoder_only import (
     FAMILIES,
     VOCABULARY,
     Row,
     gating,
-    look_ahead,
-    pregated,
     upstream_model,
 )
 
 STEPS = 7
 CAPTURED = {name: row for name, row in FAMILIES.items() if row.family.step == "rotary"}
-QUICK = [(0, 4, 0, "own"), (0, 1, 1, "own"), (1, 4, 2, "embedding")]
+AHEAD = {
+    "conventional": gating(0),
+    "paper": gating(1),
+    "embedding": gating(2, "embedding"),
+    "late": PreGating(1, weights="late"),
+    "late_start": PreGating(2, entry="embedding", weights="late", start=1),
+    "start": PreGating(1, start=2),
+}
+QUICK = [(0, 4, "conventional"), (0, 1, "paper"), (1, 4, "embedding"), (2, 4, "late_start")]
 """Of seeds, rows and gatings: those that are always tested."""
 captured_families = pytest.mark.parametrize("row", CAPTURED.values(), ids=CAPTURED)
 
@@ -62,12 +70,13 @@ def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) ->
     assert torch.equal(got[0], expected[0]), f"{got[0]}\n{expected[0]}"
 
 
-def saved(row: Row, seed: int, lookahead: int, directory: Path, entry: str = "own") -> tuple[Any, Any]:
-    """Upstream's model, its routers moved ahead by a naive hand-over, and ours, which is saved too."""
-    upstream, ahead = upstream_model(row, seed), gating(lookahead, entry)
-    ours = pregated(row, upstream, ahead)
+def saved(row: Row, seed: int, ahead: PreGating, directory: Path) -> tuple[Any, Any]:
+    """Upstream's model, routed ahead by a naive hand-over, and ours, which is saved too."""
+    upstream = upstream_model(row, seed)
+    gates = choosing_gates(row, upstream, ahead)
+    ours = with_gates(row, pregated(row, upstream, ahead), gates)
     ours.save_pretrained(directory)
-    return look_ahead(row, upstream, ahead), ours
+    return hand_over(row, upstream, gates, ahead), ours
 
 
 def test_these_families_are_captured() -> None:
@@ -77,19 +86,12 @@ def test_these_families_are_captured() -> None:
 
 @captured_families
 @pytest.mark.parametrize(
-    ("seed", "rows", "lookahead", "entry"),
-    [
-        pytest.param(seed, rows, *ahead, marks=() if (seed, rows, *ahead) in QUICK else pytest.mark.slow)
-        for seed in range(6)
-        for rows in (1, 4)
-        for ahead in ((0, "own"), (1, "own"), (2, "embedding"))
-    ],
+    ("seed", "rows", "ahead"),
+    [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in product(range(6), (1, 4), AHEAD)],
 )
-def test_steps_are_upstreams_greedy_generation(
-    tmp_path: Path, row: Row, seed: int, rows: int, lookahead: int, entry: str
-) -> None:
+def test_steps_are_upstreams_greedy_generation(tmp_path: Path, row: Row, seed: int, rows: int, ahead: str) -> None:
     """Each policy, with room for one row, place and token more than is used."""
-    upstream, ours = saved(row, 100 * seed + 10 * lookahead + rows, lookahead, tmp_path, entry)
+    upstream, ours = saved(row, 100 * seed + 10 * AHEAD[ahead].lookahead + rows, AHEAD[ahead], tmp_path)
     inputs = prompts(rows)
     expected = generated(upstream.generate, inputs)
     for policy in Policy:
@@ -99,14 +101,19 @@ def test_steps_are_upstreams_greedy_generation(
             for _ in range(2):
                 assert_equal(generated(engine.generate, inputs), expected)
             assert (engine.counters.bytes_moved > 0) == (policy is not Policy.gpu_only)
-    assert ours.config.pregating.lookahead == lookahead
+    asked = ours.config.pregating
+    assert (asked.lookahead, asked.weights, asked.start) == (
+        AHEAD[ahead].lookahead,
+        AHEAD[ahead].weights,
+        AHEAD[ahead].start,
+    )
 
 
 @captured_families
 @pytest.mark.parametrize("slab_dtype", [SlabDtype.int8, SlabDtype.fp8])
 def test_quantised_slabs(tmp_path: Path, row: Row, slab_dtype: SlabDtype) -> None:
     """Within the fewest slots that any step can do with."""
-    _, ours = saved(row, 3, 1, tmp_path)
+    _, ours = saved(row, 3, gating(1), tmp_path)
     layout = SlabLayout.of(experts_of(ours.config), torch.float32, slab_dtype)
     expected = generated(as_stored(ours, layout).generate, prompts(2))
     slots = 2 * min(2 * experts_of(ours.config).top_k, experts_of(ours.config).num_experts)
@@ -122,7 +129,7 @@ def test_quantised_slabs(tmp_path: Path, row: Row, slab_dtype: SlabDtype) -> Non
 def test_bfloat16(tmp_path: Path, row: Row) -> None:
     """Logits of the same tokens, as a near tie may choose another one, are no further than upstream's in bfloat16 from
     those in float32."""
-    _, ours = saved(row, 4, 1, tmp_path)
+    _, ours = saved(row, 4, gating(1), tmp_path)
     ours = ours.to(torch.bfloat16)
     ours.save_pretrained(tmp_path)
     inputs = prompts(2)
@@ -169,7 +176,7 @@ def test_a_norm_of_another_kind_is_called() -> None:
 
 def test_a_prompt_of_one_token_and_rows_that_end(tmp_path: Path) -> None:
     """Nothing is read ahead of the first step, and the end of a row pads what follows."""
-    upstream, _ = saved(CAPTURED["olmoe"], 1, 1, tmp_path)
+    upstream, _ = saved(CAPTURED["olmoe"], 1, gating(1), tmp_path)
     inputs = prompts(3, length=1)
     with DeviceEngine.open(tmp_path, batch=4, max_source_len=3, max_new_tokens=STEPS) as engine:
         free = generated(upstream.generate, inputs)
@@ -186,7 +193,7 @@ def test_a_prompt_of_one_token_and_rows_that_end(tmp_path: Path) -> None:
 def test_a_longer_request_after_a_shorter_one(tmp_path: Path, name: str) -> None:
     """What a request leaves in the caches, NaN too, and the host's own calls in between, change nothing. A window of 4
     places is longer than some prompts."""
-    upstream, ours = saved(CAPTURED[name], 2, 1, tmp_path)
+    upstream, ours = saved(CAPTURED[name], 2, gating(1), tmp_path)
     assert ours.config.sliding_window == 4
     with DeviceEngine.open(tmp_path, batch=4, max_source_len=12, max_new_tokens=STEPS) as engine:
         for rows, length in ((4, 12), (1, 3), (3, 9), (4, 12)):
@@ -202,7 +209,7 @@ def test_a_longer_request_after_a_shorter_one(tmp_path: Path, name: str) -> None
 
 def test_another_correction_bias_is_noticed(tmp_path: Path) -> None:
     """It is a buffer, which a captured step reads where it lay."""
-    upstream, _ = saved(CAPTURED["glm4_moe"], 1, 0, tmp_path)
+    upstream, _ = saved(CAPTURED["glm4_moe"], 1, gating(0), tmp_path)
     inputs = prompts(2)
     with DeviceEngine.open(tmp_path, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
         before = generated(engine.generate, inputs)
@@ -218,7 +225,7 @@ def test_another_correction_bias_is_noticed(tmp_path: Path) -> None:
 
 
 def test_lengths_count_the_prompt(tmp_path: Path) -> None:
-    _, ours = saved(CAPTURED["olmoe"], 1, 0, tmp_path)
+    _, ours = saved(CAPTURED["olmoe"], 1, gating(0), tmp_path)
     inputs = prompts(2)
     with DeviceEngine.open(tmp_path, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
         asked = {"do_sample": False, "max_length": 12, "min_length": 11}
@@ -233,7 +240,7 @@ def test_lengths_count_the_prompt(tmp_path: Path) -> None:
 
 
 def test_padding_on_the_right_is_refused(tmp_path: Path) -> None:
-    saved(CAPTURED["olmoe"], 1, 0, tmp_path)
+    saved(CAPTURED["olmoe"], 1, gating(0), tmp_path)
     inputs = prompts(2)
     inputs["attention_mask"][1, -1] = 0
     with (
@@ -265,15 +272,3 @@ def test_more_choices_than_a_fetch_looks_at_are_refused() -> None:
     with pytest.raises(UsageError, match="17 rows choose 16 experts each: serve 16 rows or fewer"):
         slots_for(None, Policy.pre_gated, config, 4096, batch=17)
     assert slots_for(None, Policy.pre_gated, config, 4096, batch=16) > 0
-
-
-@captured_families
-@pytest.mark.parametrize("gates", [pytest.param("late", marks=pytest.mark.slow), "start"])
-def test_weights_of_the_blocks_own_router_and_a_later_start(tmp_path: Path, row: Row, gates: str) -> None:
-    name = next(name for name, other in CAPTURED.items() if other is row)
-    served, inputs = checkpoint(tmp_path, Source(name, "float32"), gates), prompts(2)
-    assert served.model.config.pregating.weights == "late"
-    expected = generated(served.model.generate, inputs)
-    with DeviceEngine.open(served.directory, batch=2, max_source_len=9, max_new_tokens=STEPS) as engine:
-        assert_equal(generated(engine.generate, inputs), expected)
-        assert engine.counters.bytes_moved > 0

@@ -49,14 +49,14 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     blocks = {"encoder": draw(st.integers(1, 4)), "decoder": draw(st.integers(1, 4))}
     step = draw(st.sampled_from([1, 2]))
     most_ahead = min(3, *(blocks[stack] - 1 for stack in stacks))
-    lookahead = draw(st.integers(0, most_ahead))
+    ahead = draw(st.integers(0, most_ahead))
     return {
         "seed": draw(st.integers(0, 2**16)),
         "stacks": stacks,
-        "lookahead": lookahead,
-        "entry": draw(st.sampled_from(["own", "embedding"])),
+        "lookahead": ahead,
         "weights": draw(st.sampled_from(["early", "late"])),
-        "start": draw(st.integers(0, most_ahead - lookahead)),
+        "start": draw(st.integers(0, max(0, most_ahead - ahead))),
+        "entry": draw(st.sampled_from(["own", "embedding"])),
         "num_experts": draw(st.integers(1, 7)),
         "num_layers": step * blocks["encoder"],
         "num_decoder_layers": step * blocks["decoder"],
