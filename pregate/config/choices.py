@@ -24,6 +24,8 @@ Experts = StrEnum("Experts", ["resident", "offloaded"])
 """Where the experts are in training: in memory with the rest, or frozen in the engine's store."""
 Sharding = StrEnum("Sharding", ["none", "full"])
 """What of a training is split over several processes: nothing, each holds all; or weights, gradients and optimizer."""
+RoutingLoss = StrEnum("RoutingLoss", ["kl", "rank"])
+"""How a teacher's routes are learned: as distributions over experts, or as which experts stand above the rest."""
 Keep = StrEnum("Keep", ["best", "last"])
 """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])

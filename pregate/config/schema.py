@@ -29,6 +29,7 @@ from pregate.config.choices import (
     Optimizer,
     Policy,
     Precision,
+    RoutingLoss,
     Schedule,
     Sharding,
     SlabDtype,
@@ -150,6 +151,7 @@ class TrainConfig:
     teacher: str | None = None
     distill_logits: float = setting(0.0, WEIGHT)
     distill_routing: float = setting(0.0, WEIGHT)
+    distill_routing_loss: RoutingLoss = RoutingLoss.kl
     distill_temperature: float = setting(1.0, TEMPERATURE)
     trainable: Trainable = Trainable.all
     experts: Experts = Experts.resident
@@ -183,6 +185,11 @@ class TrainConfig:
             weighted or self.teacher is None,
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
             f"above 0, or {prefix}teacher=null.",
+        )
+        need(
+            self.distill_routing > 0 or self.distill_routing_loss is RoutingLoss.kl,
+            f"{prefix}distill_routing_loss={self.distill_routing_loss} has no weight: set {prefix}distill_routing "
+            "above 0, or leave it out.",
         )
         whole = self.sharding == Sharding.none
         need(

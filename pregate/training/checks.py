@@ -22,7 +22,7 @@ from pregate.system.launcher_environment import check_mixed_precision
 from pregate.system.machine import fast_dtype
 from pregate.system.processes import join
 from pregate.tasks.tokens import Collator
-from pregate.training.distill import check_teacher
+from pregate.training.distill import check_routing_loss, check_teacher
 from pregate.training.lora import check_installed, targets_of
 from pregate.training.optim import autocast_dtype, check_8bit
 
@@ -140,6 +140,7 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
             else:
                 student = config_of(read_config(run.model.source, run.model.revision))
             check_teacher(train.teacher, student)
+            check_routing_loss(train, family_named(student.model_type))
 
 
 def vocabulary_size(tokenizer: Any) -> int:

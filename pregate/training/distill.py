@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pregate.config import TrainConfig, UsageError
-from pregate.models.family import family_named, family_of, family_of_model
+from pregate.config import RoutingLoss, TrainConfig, UsageError
+from pregate.models.family import Family, family_named, family_of, family_of_model
 from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.routing import ScoreFunction
@@ -65,9 +65,24 @@ def binary_kl_sum(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
     return (p * yes + (1 - p) * no).sum()
 
 
+def rank_sum(student_NE: Tensor, chosen_NK: Tensor) -> Tensor:
+    """Sum over rows of the mean over the chosen experts c of log(1 + sum over the rest r of exp(s_r - s_c)), in fp32,
+    with s the logits `student_NE`.
+
+    Each chosen expert is told from the rest by a softmax of its own. So the order among the chosen, which changes no
+    route, is free. With one chosen expert it is the cross-entropy with the teacher's choice.
+    """
+    student_NE = student_NE.float()
+    if chosen_NK.shape[-1] == student_NE.shape[-1]:
+        return student_NE.sum() * 0.0  # there is no rest
+    rest_N1 = student_NE.scatter(1, chosen_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    return F.softplus(rest_N1 - student_NE.gather(1, chosen_NK)).mean(-1).sum()
+
+
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher and how much weight its two lessons have. scores: of both models' routers."""
+    """A teacher and how much weight its two lessons have. scores: of both models' routers. routing_loss: how routes are
+    compared."""
 
     teacher: Any
     objective: Objective
@@ -75,6 +90,7 @@ class Distillation:
     routing_weight: float
     temperature: float
     scores: ScoreFunction = ScoreFunction.softmax
+    routing_loss: RoutingLoss = RoutingLoss.kl
 
     def parts(self) -> list[str]:
         """The names of the terms that have weight, in their order."""
@@ -102,7 +118,8 @@ class Distillation:
         if self.logits_weight:
             parts["kl"] = logits_share(student, teacher, batch, step, self.temperature)
         if self.routing_weight:
-            parts["routing"] = routing_share(student, teacher, batch, step, self.objective, self.scores)
+            how = self.scores, self.routing_loss
+            parts["routing"] = routing_share(student, teacher, batch, step, self.objective, *how)
         weights = {"kl": self.logits_weight, "routing": self.routing_weight}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return DistillShare(total, parts)
@@ -124,8 +141,10 @@ def routing_share(
     step: TokenCounts,
     objective: Objective,
     scores: ScoreFunction = ScoreFunction.softmax,
+    loss: RoutingLoss = RoutingLoss.kl,
 ) -> Tensor:
-    """The micro batch's part of KL(teacher's router || student's gate), mean over tokens, then over all MoE blocks.
+    """The micro batch's part of KL(teacher's router || student's gate), or with `rank` of `rank_sum` for the teacher's
+    choices, mean over tokens, then over all MoE blocks.
 
     For block i the teacher's distribution is that of its router on x_i, the student's that of whichever gate decides
     for block i, wherever it sits. It is `kl_sum` at temperature 1 whatever softens the output, or `binary_kl_sum` where
@@ -136,6 +155,8 @@ def routing_share(
     masks, counts = objective.real_tokens(batch), objective.tokens_by_stack(step)
     mine, theirs = objective.router_logits(student), objective.router_logits(teacher)
     divergence = kl_sum if scores is ScoreFunction.softmax else binary_kl_sum
+    if loss is RoutingLoss.rank:
+        divergence, theirs = rank_sum, objective.expert_ids(teacher)
     losses = []
     for stack, mask in masks.items():
         pairs = zip(mine[stack], theirs[stack], strict=True)
@@ -166,7 +187,16 @@ def load_distillation(
         teacher = loaded
     family = family_of_model(teacher)
     weights = (train.distill_logits, train.distill_routing, train.distill_temperature)
-    return Distillation(teacher, family.objective, *weights, family.scores)
+    return Distillation(teacher, family.objective, *weights, family.scores, train.distill_routing_loss)
+
+
+def check_routing_loss(train: TrainConfig, family: Family) -> None:
+    """Refuse to rank logits where routers choose by something else. Raises `UsageError`."""
+    if train.distill_routing_loss is RoutingLoss.rank and family.scores is ScoreFunction.sigmoid:
+        raise UsageError(
+            f"train.distill_routing_loss=rank compares logits, and routers of a {family.source_type} model choose by "
+            "scores with a correction bias: set train.distill_routing_loss=kl."
+        )
 
 
 def check_teacher(teacher: str, student: Any) -> None:
