@@ -141,6 +141,9 @@ def make_split(given: argparse.Namespace, dense_dir: str, target: Path, rows_BT:
     say(f"reading what the neurons do for {rows_BT.numel()} tokens.")
     copied = form.kind == UPCYCLE
     model = upcycle(dense, form, given.seed) if copied else split(dense, rows_BT, form, given.seed, told)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        if getattr(model.config, name) is None:
+            setattr(model.config, name, getattr(tokenizer, name))
     with silent_bars(), replaced(target) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
