@@ -35,11 +35,12 @@ from studies.dense_to_moe import healing
 from studies.dense_to_moe.dense import NEURONS, check_dense, check_packages, open_dense, unpack
 from studies.dense_to_moe.measure import loss_of, losses_by_routes
 from studies.dense_to_moe.mixture import TASKS, check_sources, packed_rows, read_texts, write_mixture
-from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form
+from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all
 from studies.dense_to_moe.opening import open_moe
 from studies.dense_to_moe.split import LayerFit, split, upcycle
 
 RECORD, SETTINGS, PLAN = "record.json", "settings.json", "plan.json"
+TEACHER = "teacher"
 NOTICE = """# {name}
 
 A conventional Mixture-of-Experts model, made by `{command}` from {dense}.
@@ -71,6 +72,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of healing, instead of --hours")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), help="tasks that become conversations")
     parser.add_argument("--chat-share", type=float, default=0.5, help="of the text, in conversations")
+    parser.add_argument("--teach", action="store_true", help="heal with the dense model as the teacher; slower steps")
     parser.add_argument("--row-tokens", type=int, default=256)
     parser.add_argument("--fit-tokens", type=int, default=8192, help="that neurons and gates are judged by")
     parser.add_argument("--measure-tokens", type=int, default=8192, help="of the losses in the record")
@@ -93,7 +95,7 @@ def check(given: argparse.Namespace) -> None:
         raise UsageError("--hours and --steps cannot be negative: 0 leaves the model as it was split.")
     if not 0 <= given.chat_share < 1:
         raise UsageError(f"--chat-share {given.chat_share:g} must be at least 0 and below 1.")
-    if min(given.row_tokens, given.fit_tokens // given.row_tokens, given.measure_tokens // given.row_tokens) < 1:
+    if not 1 <= given.row_tokens <= min(given.fit_tokens, given.measure_tokens):
         raise UsageError("--fit-tokens and --measure-tokens must be at least --row-tokens, and that at least 1.")
     if given.dense is None:
         check_packages()
@@ -105,7 +107,8 @@ def check(given: argparse.Namespace) -> None:
 def settings_of(given: argparse.Namespace, steps: int) -> list[str]:
     """Of the healing."""
     places = given.out / "split", given.out / "text", given.out / "healing"
-    return healing.settings(*places, steps, given.row_tokens, given.more)
+    teacher = given.out / TEACHER if given.teach else None
+    return healing.settings(*places, steps, given.row_tokens, given.seed, teacher, given.more)
 
 
 def claim(given: argparse.Namespace) -> None:
@@ -205,6 +208,10 @@ def run(given: argparse.Namespace) -> None:
     )
     if not (out / "split").is_dir():
         make_split(given, dense_dir, out / "split", fitted_on)
+    if given.teach and not (out / TEACHER).is_dir():
+        with silent_bars(), replaced(out / TEACHER) as fresh:
+            choose_all(open_moe(out / "split"), form_of(given)).save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
     planned = healing.plan(out / PLAN, out / "split", fitted_on, given.hours, given.steps)
     tokens = planned["steps"] * planned["batch_tokens"]
     say(f"healing takes {planned['steps']} steps, {tokens:,} tokens.")

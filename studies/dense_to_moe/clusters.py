@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDS = 12
+ROUNDS = 6
 """Most rounds of each of the two searches. Both end where nothing changes."""
 EXCHANGES = 8
 """Most times that the neurons of all pairs of experts are compared."""

@@ -64,8 +64,18 @@ def tokens_per_second(source: Path, rows_BT: Tensor) -> float:
     return PROBES * part_BT.numel() / (seconds * UPDATE)
 
 
-def settings(source: Path, text: Path, run_dir: Path, steps: int, row_tokens: int, more: list[str]) -> list[str]:
+def settings(
+    source: Path,
+    text: Path,
+    run_dir: Path,
+    steps: int,
+    row_tokens: int,
+    seed: int,
+    teacher: Path | None,
+    more: list[str],
+) -> list[str]:
     """What a user would write behind `python -m pregate.train`. `more` comes last, and wins."""
+    taught = [f"train.teacher={teacher}", "train.distill_logits=1"] if teacher else []
     every = max(1, steps // VALIDATIONS)
     return [
         "task=language_modelling",
@@ -77,6 +87,7 @@ def settings(source: Path, text: Path, run_dir: Path, steps: int, row_tokens: in
         f"model.tokenizer={text / TOKENIZER}",
         "pregate=conventional",
         f"run_dir={run_dir}",
+        f"seed={seed}",
         "resume=true",
         "then_eval=false",
         "tracking=jsonl",
@@ -93,6 +104,7 @@ def settings(source: Path, text: Path, run_dir: Path, steps: int, row_tokens: in
         "train.keep_last=1",
         "train.log_every=1",
         "eval.batch_size=4",
+        *taught,
         *more,
     ]
 

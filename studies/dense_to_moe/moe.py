@@ -156,3 +156,16 @@ def fill_copies(block: Any, layer: Any, form: Form, generator: torch.Generator) 
         block.experts.down_proj[expert].copy_(noisy[2])
     shape = block.gate.weight.shape
     block.gate.weight.copy_(torch.randn(shape, generator=generator) * shape[1] ** -0.5)
+
+
+@torch.no_grad()
+def choose_all(model: Any, form: Form) -> Any:
+    """Make an MoE model of `form` compute what the dense one does: every expert is chosen, with equal weights."""
+    for layer in model.model.layers:
+        block = layer.mlp
+        block.gate.top_k = form.experts
+        block.gate.weight.zero_()
+        if form.kind == SPLIT:
+            block.experts.down_proj *= form.experts / form.factor
+    model.config.num_experts_per_tok = form.experts
+    return model

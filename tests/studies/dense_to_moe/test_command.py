@@ -125,6 +125,19 @@ def test_without_healing_the_checkpoint_is_the_split(inputs: Path, tmp_path: Pat
     assert open_model(str(tmp_path / "moe" / "checkpoint")).config["model_type"] == "mixtral"
 
 
+def test_the_dense_model_teaches(inputs: Path, tmp_path: Path) -> None:
+    main(command(inputs, tmp_path / "moe", "--steps", "2", "--teach", "train.warmup_steps=0"))
+    summary = json.loads((tmp_path / "moe" / "healing" / "summary.json").read_text())
+    assert summary["train"]["metrics"]["train/kl"] > 0.01
+    with torch.no_grad():
+        ids = torch.arange(20)[None]
+        taught, wanted = (
+            model(input_ids=ids).logits
+            for model in (load_resident(tmp_path / "moe" / "teacher"), open_dense(str(inputs / "dense")))
+        )
+    torch.testing.assert_close(taught, wanted, rtol=0, atol=2e-5)
+
+
 def test_hours_become_steps_by_the_measured_speed(inputs: Path, tmp_path: Path) -> None:
     main(command(inputs, tmp_path / "moe", "--hours", "0.0005"))
     plan = json.loads((tmp_path / "moe" / "plan.json").read_text())

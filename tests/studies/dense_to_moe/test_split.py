@@ -13,7 +13,7 @@ from pregate.config import PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.models.loading import load_resident, open_model
 from studies.dense_to_moe.measure import AHEAD, BEST, OWN, RANDOM, loss_of, losses_by_routes
-from studies.dense_to_moe.moe import UPCYCLE, Form, empty_moe, fill_split
+from studies.dense_to_moe.moe import UPCYCLE, Form, choose_all, empty_moe, fill_split
 from studies.dense_to_moe.opening import open_moe
 from studies.dense_to_moe.split import LayerFit, fit, missed_share, split, states_of, upcycle
 from tests.studies.dense_to_moe.llama import NEURONS, llama, rows
@@ -52,6 +52,15 @@ def test_with_all_neurons_chosen_and_equal_weights_it_is_the_dense_model(name: s
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2] *= 1.5
     assert (logits(model, rows()) - wanted).abs().max() > 1e-3  # the experts are in use
+
+
+@pytest.mark.parametrize("shared", [0.25, 0.0])
+def test_a_model_that_chooses_all_is_the_dense_one(shared: float) -> None:
+    dense, form = llama(), Form(experts=4, top_k=2, shared=shared)
+    model, wanted = split(dense, rows(), form), logits(dense, rows())
+    assert (logits(model, rows()) - wanted).abs().max() > 0.1
+    choose_all(model, form)
+    torch.testing.assert_close(logits(model, rows()), wanted, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
