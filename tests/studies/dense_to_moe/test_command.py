@@ -139,9 +139,9 @@ def test_the_dense_model_teaches(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_hours_become_steps_by_the_measured_speed(inputs: Path, tmp_path: Path) -> None:
-    main(command(inputs, tmp_path / "moe", "--hours", "0.0005"))
+    main(command(inputs, tmp_path / "moe", "--hours", "0.0002"))
     plan = json.loads((tmp_path / "moe" / "plan.json").read_text())
-    assert plan["steps"] == round(0.0005 * 3600 * plan["tokens_per_s"] / 256) > 0
+    assert plan["steps"] == round(0.0002 * 3600 * plan["tokens_per_s"] / 256) > 0
 
 
 @pytest.mark.parametrize(
