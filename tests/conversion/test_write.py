@@ -145,7 +145,8 @@ def test_names_and_bits_equal_the_naive_loop(source, tmp_path):
             assert torch.equal(tensors[name], truth[table]), name
         assert len(report.moves) == sum(n != o and n.endswith("classifier.weight") for n, o in expected.items())
         section = json.loads((output / "config.json").read_text())["pregate"]
-        assert section == {"lookahead": lookahead, "stacks": stacks, "entry": entry, "init": "source"}
+        asked = {"lookahead": lookahead, "stacks": stacks, "entry": entry, "init": "source"}
+        assert section == asked | {"weights": "early", "start": 0}
 
 
 def test_auto_class_opens_the_output(source, tmp_path):

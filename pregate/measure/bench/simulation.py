@@ -225,7 +225,7 @@ class _Step:
             # the durations while a prompt is read do not matter: only what it leaves in the cache does
             self._clock.compute(self._durations.before_block[min(block, len(self._durations.before_block) - 1)])
             seats = self._gating.gates_at(stack, block, num_blocks)
-            if seats.own:
+            if seats.own and not seats.weighs:
                 self._announce(stack, block, routes)
             if seats.target is not None:
                 self._announce(stack, seats.target, routes)

@@ -165,3 +165,10 @@ def test_a_shallow_model_has_few_layers_and_the_widths_of_the_whole_one(settings
     assert small.gating == whole.gating and small.family.num_experts == FEW_EXPERTS
     assert small.num_bytes() < 0.08 * whole.num_bytes(), "what is timed is small"
     assert len(few_experts(whole).family.keys()) == 12 * FEW_EXPERTS
+
+
+def test_late_weights_fetch_as_early_and_a_later_start_later() -> None:
+    early = served(Policy.pre_gated, times(slab=7.0), PreGating(1))
+    assert vars(served(Policy.pre_gated, times(slab=7.0), PreGating(1, weights="late"))) == vars(early)
+    later = served(Policy.pre_gated, times(slab=7.0), PreGating(1, start=1))
+    assert later.bytes_per_step == early.bytes_per_step > 0 and vars(later) != vars(early)
