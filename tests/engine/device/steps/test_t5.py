@@ -49,13 +49,10 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     blocks = {"encoder": draw(st.integers(1, 4)), "decoder": draw(st.integers(1, 4))}
     step = draw(st.sampled_from([1, 2]))
     most_ahead = min(3, *(blocks[stack] - 1 for stack in stacks))
-    ahead = draw(st.integers(0, most_ahead))
     return {
         "seed": draw(st.integers(0, 2**16)),
         "stacks": stacks,
-        "lookahead": ahead,
-        "weights": draw(st.sampled_from(["early", "late"])),
-        "start": draw(st.integers(0, max(0, most_ahead - ahead))),
+        "lookahead": draw(st.integers(0, most_ahead)),
         "entry": draw(st.sampled_from(["own", "embedding"])),
         "num_experts": draw(st.integers(1, 7)),
         "num_layers": step * blocks["encoder"],
@@ -127,6 +124,22 @@ def test_steps_equal_hugging_face(
         assert compared >= 0.8 * wanted[1].shape[0] * size, f"{compared} of {wanted[1].shape[0] * size} steps compared"
     if dtype is torch.float32:
         assert torch.equal(got[0], wanted[0]), f"static step:\n{got[0]}\nHugging Face:\n{wanted[0]}"
+
+
+@pytest.mark.parametrize("entry", ["own", "embedding"])
+@pytest.mark.parametrize(("lookahead", "start"), [(1, 0), (1, 2), (2, 1)])
+def test_weights_of_the_blocks_own_router_and_a_later_start(lookahead: int, start: int, entry: str) -> None:
+    depth = dict.fromkeys(("num_layers", "num_decoder_layers"), 4)
+    depth |= dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 4)
+    gates: dict[str, Any] = {"lookahead": lookahead, "start": start, "entry": entry}
+    model = pregated_model(7, weights="late", **gates, **depth)
+    inputs = inputs_of(3, 3)
+    static = StaticDecoder(model, ResidentExperts(model), batch=3, max_source_len=9, max_new_tokens=8)
+    got = decode(static, model, inputs, Sampling(repetition_penalty=NEVER_AGAIN), 8)
+    wanted = reference(model, inputs, 8, None)
+    assert assert_equal_while_live(got, wanted, None, ATOL[torch.float32]) == 24
+    early = reference(pregated_model(7, **gates, **depth), inputs, 8, None)
+    assert not torch.equal(early[1], wanted[1]) and wanted[1].isfinite().all()
 
 
 def test_a_conventional_upstream_model_too() -> None:
