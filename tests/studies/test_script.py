@@ -105,7 +105,7 @@ def test_with_a_source_nothing_waits_for_pretraining(tmp_path: Path) -> None:
         if record["task"] != "pretrain":
             append_record(tmp_path / "out", record)
     assert call(tmp_path, "nano", "--render", OUT="out", SOURCE="hub/source").returncode == 0
-    assert "75 of 75 cells." in (tmp_path / "out" / "README.md").read_text()
+    assert "81 of 81 cells." in (tmp_path / "out" / "README.md").read_text()
     assert "pretrain" not in call(tmp_path, "nano", "--list", OUT="out", SOURCE="hub/source").stdout
 
 
