@@ -73,8 +73,8 @@ class OffloadEngine(Engine):
         kernel read by itself where it can (a CPU, no host budget), not threads. `prefill_chunk`: see `generate`.
         `tier`, `pack_dir`, `slab_dtype`: see `open_store`. `store`: an opened one of this checkpoint, used instead of
         those three; it stays open when the engine closes. `dtype`: to compute in, by default the checkpoint's; experts
-        keep theirs in slots (host). Enumerations may be given by name. Raises `UsageError` for a
-        name or number that does not exist, and for a checkpoint or budget that cannot be served.
+        keep theirs in slots (host). Enumerations may be given by name. Raises `UsageError` for a name or number that
+        does not exist, and for a checkpoint or budget that cannot be served.
         """
         policy, tier = chosen("policy", Policy, policy), chosen("tier", Tier, tier)
         cache, slab_dtype = chosen("cache", CacheRule, cache), chosen("slab_dtype", SlabDtype, slab_dtype)

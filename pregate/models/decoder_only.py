@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -168,6 +169,13 @@ class PreGatedPreTrained(PreGatedModel):
             cls._no_split_modules = [cls.layer_class.__name__]
             cls._can_record_outputs = {**recorded, "router_logits": OutputRecorder(cls.gates_class, index=0)}
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """What upstream's class says. Upstream searches the file that a class is in, and keeps the answer in the class.
+        For `cls` the answer would be no, or yes after upstream's class was asked."""
+        models = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel))
+        return next(base for base in models if not issubclass(base, PreGatedModel))._can_set_experts_implementation()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # a block without a gate of its own has no weights there
@@ -258,6 +266,7 @@ class PreGatedCausalLM(ServedModel):
     logits_scaling: float = 1.0
     """What the head's output is divided by."""
     post_init: Callable[[], None]
+    set_experts_implementation: Callable[[str], None]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -285,8 +294,7 @@ class PreGatedCausalLM(ServedModel):
     def set_expert_path(self, path: str) -> None:
         """`reference`: one expert after the other. `grouped`: grouped products, equal within rounding; without
         gradients they are upstream's."""
-        # not by upstream's method, which looks for the experts in the source of the family's own file
-        self.config._experts_implementation = "eager" if path == "reference" else LEARNING
+        self.set_experts_implementation("eager" if path == "reference" else LEARNING)
 
     @can_return_tuple
     def forward(

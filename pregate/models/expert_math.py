@@ -35,8 +35,10 @@ Factor = Tensor | RowScaled
 def in_dtype(factor: Factor, dtype: torch.dtype) -> Factor:
     """The factor for tokens in `dtype`, itself where it has that already."""
     if isinstance(factor, RowScaled):
-        return RowScaled(factor.values_RC.to(dtype), factor.scale_R.to(dtype))
-    return factor.to(dtype)
+        own = factor.values_RC.dtype == dtype
+        return factor if own else RowScaled(factor.values_RC.to(dtype), factor.scale_R.to(dtype))
+    # even where it does nothing, `to` takes microseconds, and an engine comes here for every expert
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def project(hidden_NC: Tensor, factor: Factor) -> Tensor:

@@ -19,6 +19,7 @@ from pregate.system.durable import (
     PROGRESS,
     abandoned,
     clear_abandoned,
+    clear_scratch,
     locked_beside,
     num_bytes,
     read_object,
@@ -92,8 +93,7 @@ def _taken_up(stack: ExitStack, target: Path, made_from: Any) -> tuple[Path, dic
         progress = record.get("progress")
         if record.get("made_from") == made_from and isinstance(progress, dict) and (folder / LOCK).exists():
             stack.callback(left.close)
-            for scratch in folder.glob(".*.tmp"):  # of a file that was being replaced
-                scratch.unlink()
+            clear_scratch(folder)
             say(f"what an earlier attempt has finished lies in {folder}, and is taken up.")
             return folder, progress
         if progress:

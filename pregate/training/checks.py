@@ -35,9 +35,10 @@ def check_precision(run: Run) -> None:
     device = join().device
     assert device is not None
     for section, train in (("train", run.train), ("source_train", run.source_train)):
-        dtype = autocast_dtype(train.precision, device) if train else None
-        if train:
-            check_mixed_precision("no" if dtype is None else "bf16")
+        if train is None:
+            continue
+        dtype = autocast_dtype(train.precision, device)
+        check_mixed_precision("no" if dtype is None else "bf16")
         if dtype is not None and fast_dtype(dtype, device) != dtype:
             say(
                 f"{section}.precision=bf16: this CPU has no instructions for bfloat16 and multiplies several times "

@@ -32,11 +32,11 @@ from pregate.system.machine import environment
 from pregate.system.stopping import going_on, stoppable
 from pregate.training.durable_directories import replaced
 from studies.dense_to_moe import healing
+from studies.dense_to_moe.clusters import SHARED_BY
 from studies.dense_to_moe.dense import NEURONS, check_dense, check_packages, open_dense, unpack
 from studies.dense_to_moe.measure import loss_of, losses_by_routes
 from studies.dense_to_moe.mixture import TASKS, check_sources, packed_rows, read_texts, write_mixture
-from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all
-from studies.dense_to_moe.opening import open_moe
+from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all, open_moe
 from studies.dense_to_moe.split import LayerFit, split, upcycle
 
 RECORD, SETTINGS, PLAN = "record.json", "settings.json", "plan.json"
@@ -66,7 +66,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=form.experts)
     parser.add_argument("--top-k", type=int, default=form.top_k)
     parser.add_argument("--shared", type=float, default=form.shared, help="share of the neurons that every token uses")
-    parser.add_argument("--shared-by", choices=["strength", "frequency"], default=form.shared_by)
+    parser.add_argument("--shared-by", choices=SHARED_BY, default=form.shared_by)
     parser.add_argument("--noise", type=float, default=form.noise, help="of the copies of --form upcycle")
     parser.add_argument("--hours", type=float, default=2.5, help="of healing on this machine; 0 for none")
     parser.add_argument("--steps", type=int, help="of healing, instead of --hours")
@@ -126,9 +126,8 @@ def claim(given: argparse.Namespace) -> None:
         raise UsageError(f"{given.out} was begun with {', '.join(other)}: use these again, or name another directory.")
 
 
-def make_split(given: argparse.Namespace, dense_dir: str, target: Path, rows_BT: Tensor) -> None:
+def make_split(given: argparse.Namespace, dense: Any, tokenizer: Any, target: Path, rows_BT: Tensor) -> None:
     """Write the MoE model before healing."""
-    dense, tokenizer = open_dense(dense_dir), AutoTokenizer.from_pretrained(dense_dir)
     layers, begun = len(dense.model.layers), time.perf_counter()
     fits: list[LayerFit] = []
 
@@ -153,10 +152,11 @@ def make_split(given: argparse.Namespace, dense_dir: str, target: Path, rows_BT:
         write_json(fresh / "layers.json", [vars(fitted) for fitted in fits])
 
 
-def finish(given: argparse.Namespace, dense_dir: str, moe_dir: Path, done: dict[str, Any], rows_BT: Tensor) -> None:
+def finish(
+    given: argparse.Namespace, dense: Any, tokenizer: Any, moe_dir: Path, done: dict[str, Any], rows_BT: Tensor
+) -> None:
     """Measure, and write OUT/checkpoint and OUT/record.json."""
     say(f"measuring losses on {rows_BT.numel()} tokens.")
-    dense, tokenizer = open_dense(dense_dir), AutoTokenizer.from_pretrained(dense_dir)
     losses: dict[str, Any] = {"dense": loss_of(dense, rows_BT)}
     for name, directory in (("split", given.out / "split"), ("healed", moe_dir)):
         losses[name] = losses_by_routes(open_moe(directory), rows_BT)
@@ -207,7 +207,7 @@ def run(given: argparse.Namespace) -> None:
         for name, tokens in (("train", given.fit_tokens), ("validation", given.measure_tokens))
     )
     if not (out / "split").is_dir():
-        make_split(given, dense_dir, out / "split", fitted_on)
+        make_split(given, open_dense(dense_dir), tokenizer, out / "split", fitted_on)
     if given.teach and not (out / TEACHER).is_dir():
         with silent_bars(), replaced(out / TEACHER) as fresh:
             choose_all(open_moe(out / "split"), form_of(given)).save_pretrained(fresh)
@@ -217,7 +217,7 @@ def run(given: argparse.Namespace) -> None:
     say(f"healing takes {planned['steps']} steps, {tokens:,} tokens.")
     done = healing.heal(out / "healing", settings_of(given, planned["steps"]))
     if read_object(out / RECORD) is None:
-        finish(given, dense_dir, out / "healing" / "checkpoint", done, measured_on)
+        finish(given, open_dense(dense_dir), tokenizer, out / "healing" / "checkpoint", done, measured_on)
     losses = (read_object(out / RECORD) or {})["losses"]
     print(f"Checkpoint: {out / 'checkpoint'}")
     print(f"Loss in nats a token: dense {losses['dense']:.3f}")

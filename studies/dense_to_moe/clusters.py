@@ -50,11 +50,12 @@ def experts_of_neurons(adds_TF: Tensor, num_experts: int, top_k: int, seed: int 
         sums_ET = torch.zeros_like(centres_ET).index_add_(0, owner_F, shares_FT)
         centres_ET = torch.nn.functional.normalize(sums_ET, dim=1)
     assert owner_F is not None
-    best_F, best = owner_F, chosen_share(squares_TF, owner_F, num_experts, top_k)
+    best_F, sums_TE = owner_F, sums_by_expert(squares_TF, owner_F, num_experts)
+    best = chosen_share(sums_TE, top_k)
     for _ in range(ROUNDS):
-        chosen_TE = chosen_experts(squares_TF, owner_F, num_experts, top_k)
-        owner_F = balanced(squares_TF.T @ chosen_TE)
-        share = chosen_share(squares_TF, owner_F, num_experts, top_k)
+        owner_F = balanced(squares_TF.T @ chosen_experts(sums_TE, top_k))
+        sums_TE = sums_by_expert(squares_TF, owner_F, num_experts)
+        share = chosen_share(sums_TE, top_k)
         if share <= best:
             break
         best_F, best = owner_F, share
@@ -101,13 +102,16 @@ def _exchanged(gain_FE: Tensor, owner_F: Tensor) -> Tensor:
     return owner_F
 
 
-def chosen_experts(squares_TF: Tensor, owner_F: Tensor, num_experts: int, top_k: int) -> Tensor:
+def sums_by_expert(squares_TF: Tensor, owner_F: Tensor, num_experts: int) -> Tensor:
+    """(T, E): what the neurons of each expert add for each token, in squares."""
+    return squares_TF.new_zeros(len(squares_TF), num_experts).index_add_(1, owner_F, squares_TF)
+
+
+def chosen_experts(sums_TE: Tensor, top_k: int) -> Tensor:
     """(T, E): 1 for the K experts of a token whose neurons add most, else 0."""
-    sums_TE = squares_TF.new_zeros(len(squares_TF), num_experts).index_add_(1, owner_F, squares_TF)
     return torch.zeros_like(sums_TE).scatter_(1, sums_TE.topk(top_k, dim=1).indices, 1.0)
 
 
-def chosen_share(squares_TF: Tensor, owner_F: Tensor, num_experts: int, top_k: int) -> float:
+def chosen_share(sums_TE: Tensor, top_k: int) -> float:
     """The share of all squares that belongs to the chosen experts of their tokens."""
-    sums_TE = squares_TF.new_zeros(len(squares_TF), num_experts).index_add_(1, owner_F, squares_TF)
-    return (sums_TE.topk(top_k, dim=1).values.sum() / squares_TF.sum()).item()
+    return (sums_TE.topk(top_k, dim=1).values.sum() / sums_TE.sum()).item()

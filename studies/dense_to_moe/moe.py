@@ -9,13 +9,21 @@ Letters: D model width, F neurons of the dense layer, E experts, H neurons of an
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from pregate.config import UsageError
+from pregate.system.console import silent_bars
 
 SPLIT, UPCYCLE = "split", "upcycle"
 COMMON = (
@@ -156,6 +164,12 @@ def fill_copies(block: Any, layer: Any, form: Form, generator: torch.Generator) 
         block.experts.down_proj[expert].copy_(noisy[2])
     shape = block.gate.weight.shape
     block.gate.weight.copy_(torch.randn(shape, generator=generator) * shape[1] ** -0.5)
+
+
+def open_moe(directory: Path) -> Any:
+    """A checkpoint of a form as an upstream model, whose routers can be exchanged; in float32 and evaluation mode."""
+    with silent_bars():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @torch.no_grad()

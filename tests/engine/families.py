@@ -53,7 +53,7 @@ def shallow(row: Row) -> Row:
 
 
 @lru_cache(maxsize=len(SOURCES) * len(GATES))
-def checkpoint(root: Path, source: Source, gates: str = "early") -> Served:
+def checkpoint(root: Path, source: Source, gates: str) -> Served:
     """In a directory under `root`, made once; and the resident model."""
     directory = root / f"{source}-{gates}"
     if source.form == "mxfp4":

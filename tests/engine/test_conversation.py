@@ -135,7 +135,7 @@ def side_by_side(rows: list[list[int]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.form == "float32"], ids=str)
 def test_every_family_answers_each_row_as_if_it_were_alone(families: Path, source: Source) -> None:
     """Turns of different lengths, rows that end early, and prompts in chunks shorter than the padding."""
-    directory, model = checkpoint(families, source)
+    directory, model = checkpoint(families, source, "early")
     draw = torch.Generator().manual_seed(3)
 
     def alone(text: list[int], ends: Any) -> list[int]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.conversion.plan import plan_moves
 from pregate.models.pregating import PreGating
 from tests.models.families.test_decoder_only import FAMILIES, STACK, Row
 
@@ -77,20 +76,6 @@ def chosen_ahead(blocks: int, gating: PreGating) -> list[int]:
         return []
     entries = [] if gating.entry == "own" else range(gating.start, gating.start + gating.lookahead)
     return [*entries, *range(gating.start + gating.lookahead, blocks)]
-
-
-def pregated(row: Row, upstream: Any, gating: PreGating) -> Any:
-    """The pre-gated model with the weights of upstream's, as a conversion with copied gates gives it."""
-    config = row.family.config(row.family.pregated_json(upstream.config.to_dict(), gating))
-    model, state = row.family.model_class(config), dict(upstream.state_dict())
-    for move in plan_moves(row.family, {STACK: row.family.moe_layers(upstream.config, STACK)}, gating):
-        for name, origin in move.renamed.items():
-            if origin in state:
-                state[name] = state.pop(origin) if move.leaves else state[origin]
-        state |= {name: state[origin] for name, origin in move.copied.items()}
-    model.load_state_dict(state)
-    model.set_expert_path("reference")
-    return model.eval()
 
 
 def choosing_gates(row: Row, upstream: Any, gating: PreGating) -> dict[int, Any]:

@@ -236,13 +236,15 @@ def moves(row: Row, upstream: Any, gating: PreGating) -> tuple[dict[str, str], d
 
 
 def pregated(row: Row, upstream: Any, gating: PreGating) -> Any:
-    """The pre-gated model with the weights of upstream's."""
+    """The pre-gated model with the weights of upstream's, as a conversion with copied gates gives it."""
     config = row.family.config(row.family.pregated_json(upstream.config.to_dict(), gating))
-    model = row.family.model_class(config)
-    renamed, copied = moves(row, upstream, gating)
-    state = dict(upstream.state_dict())
-    placed = {name: state[origin] for name, origin in (renamed | copied).items() if origin in state}
-    model.load_state_dict({n: t for n, t in state.items() if n not in renamed.values()} | placed)
+    model, state = row.family.model_class(config), dict(upstream.state_dict())
+    for move in plan_moves(row.family, {STACK: row.family.moe_layers(upstream.config, STACK)}, gating):
+        for name, origin in move.renamed.items():
+            if origin in state:
+                state[name] = state.pop(origin) if move.leaves else state[origin]
+        state |= {name: state[origin] for name, origin in move.copied.items()}
+    model.load_state_dict(state)
     model.set_expert_path("reference")
     return model.eval()
 
@@ -378,6 +380,22 @@ def test_every_way_to_the_loss_agrees(row: Row) -> None:
     assert len(mine.router_logits) == len(theirs.router_logits) == len(row.family.moe_layers(ours.config, STACK))
     for one, other in zip(mine.router_logits, theirs.router_logits, strict=True):
         assert torch.equal(one.flatten(0, 1), other)
+
+
+@every_family
+@pytest.mark.parametrize("first", ["upstream", "ours"])
+def test_experts_are_computed_as_by_upstreams_default(row: Row, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream keeps in a class whether its experts can be computed in several ways, and classes inherit it."""
+    settings = geometry(draw := random.Random(0)) | row.settings(draw)
+    models = {"upstream": row.upstream, "ours": row.family.model_class}
+    for base in {*row.family.model_class.__mro__, *row.family.model_class.stack_class.__mro__}:
+        if "_can_set_experts_implementation_cached_value" in vars(base):
+            monkeypatch.delattr(base, "_can_set_experts_implementation_cached_value")
+    found = {}
+    for name in sorted(models, key=lambda name: name != first):
+        config = models[name].config_class(**settings)
+        found[name] = models[name](config).config._experts_implementation
+    assert found == {"upstream": "grouped_mm", "ours": "grouped_mm"}
 
 
 # --- how they are stored --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pregate.conversion.write import convert
 from pregate.models.loading import load_resident
 from pregate.models.pregating import PreGating
 from pregate.models.upstream_routers import weights_by
-from tests.models.families.late import NAIVE, choosing_gates, chosen_ahead, hand_over, moe_layers, pregated, with_gates
+from tests.models.families.late import NAIVE, choosing_gates, chosen_ahead, hand_over, moe_layers, with_gates
 from tests.models.families.test_decoder_only import (
     FAMILIES,
     LEFT,
@@ -30,6 +30,7 @@ from tests.models.families.test_decoder_only import (
     every_family,
     generated,
     gradients,
+    pregated,
     upstream_model,
 )
 

@@ -7,7 +7,14 @@ from itertools import permutations
 import pytest
 import torch
 
-from studies.dense_to_moe.clusters import balanced, chosen_experts, chosen_share, experts_of_neurons, shared_neurons
+from studies.dense_to_moe.clusters import (
+    balanced,
+    chosen_experts,
+    chosen_share,
+    experts_of_neurons,
+    shared_neurons,
+    sums_by_expert,
+)
 
 
 def test_the_shared_neurons_add_most_or_most_often() -> None:
@@ -30,9 +37,9 @@ def test_neurons_that_are_active_together_form_an_expert() -> None:
     owner_F = experts_of_neurons(adds_TF, num_experts=4, top_k=2)
     assert owner_F.bincount().tolist() == [6, 6, 6, 6]
     assert all(len(owner_F[group_F == group].unique()) == 1 for group in range(4))
-    planted = chosen_share(adds_TF.square(), group_F, 4, 2)
-    assert chosen_share(adds_TF.square(), owner_F, 4, 2) == pytest.approx(planted)
-    assert planted > 0.95 > chosen_share(adds_TF.square(), torch.arange(24) % 4, 4, 2)
+    planted = chosen_share(sums_by_expert(adds_TF.square(), group_F, 4), 2)
+    assert chosen_share(sums_by_expert(adds_TF.square(), owner_F, 4), 2) == pytest.approx(planted)
+    assert planted > 0.95 > chosen_share(sums_by_expert(adds_TF.square(), torch.arange(24) % 4, 4), 2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -57,5 +64,6 @@ def test_no_exchange_of_two_neurons_gains() -> None:
 def test_the_chosen_experts_have_the_largest_sums() -> None:
     squares_TF = torch.tensor([[4.0, 0.0, 1.0, 2.0, 0.0, 2.5]])
     owner_F = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert chosen_experts(squares_TF, owner_F, 3, 2).tolist() == [[1.0, 1.0, 0.0]]
-    assert chosen_share(squares_TF, owner_F, 3, 2) == pytest.approx(7 / 9.5)
+    sums_TE = sums_by_expert(squares_TF, owner_F, 3)
+    assert chosen_experts(sums_TE, 2).tolist() == [[1.0, 1.0, 0.0]]
+    assert chosen_share(sums_TE, 2) == pytest.approx(7 / 9.5)

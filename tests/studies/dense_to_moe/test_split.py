@@ -13,8 +13,7 @@ from pregate.config import PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.models.loading import load_resident, open_model
 from studies.dense_to_moe.measure import AHEAD, BEST, OWN, RANDOM, loss_of, losses_by_routes
-from studies.dense_to_moe.moe import UPCYCLE, Form, choose_all, empty_moe, fill_split
-from studies.dense_to_moe.opening import open_moe
+from studies.dense_to_moe.moe import UPCYCLE, Form, choose_all, empty_moe, fill_split, open_moe
 from studies.dense_to_moe.split import LayerFit, fit, missed_share, split, states_of, upcycle
 from tests.studies.dense_to_moe.llama import NEURONS, llama, rows
 
