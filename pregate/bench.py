@@ -23,7 +23,7 @@ def main(run: Run) -> None:
     except OSError as error:
         raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another run_dir=DIR.") from error
     if run.plan:
-        from pregate.measure.bench.plan import write_plan
+        from pregate.measure.bench.plan_report import write_plan
 
         write_plan(run, benchmark.rows, benchmark.device, benchmark.reading, out_dir)
         print(f"Plan: {out_dir / 'plan.md'}, {out_dir / 'plan.json'}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from pregate.measure.report.key_figures import ENGINE_FIGURES, engine_table, percent, score_table
+from pregate.measure.report.evaluation_tables import ENGINE_FIGURES, engine_table, percent, score_table
 from pregate.measure.table_format import CellWriter, Table, facts_line, number
 
 FILES = ("config.yaml", "metrics.jsonl", "eval.json", "summary.json", "conversion.json")

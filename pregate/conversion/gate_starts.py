@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pregate.config import Init, UsageError
-from pregate.conversion.plan import TensorPlan
 from pregate.conversion.pregated_config import Target
+from pregate.conversion.tensor_plan import TensorPlan
 
 
 @dataclass(frozen=True)

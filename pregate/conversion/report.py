@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pregate.config import Init, Weights
-from pregate.conversion.plan import GateMove
+from pregate.conversion.tensor_plan import GateMove
 from pregate.models.pregating import PreGating
 from pregate.system.sizes import human_bytes
 

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from pregate.conversion.gate_starts import GateStart
-from pregate.conversion.plan import TensorPlan, spelling
+from pregate.conversion.tensor_plan import TensorPlan, spelling
 from pregate.models.checkpoint import SAFETENSORS_DTYPES, SourceCheckpoint
 from pregate.models.family import family_of
 from pregate.system.durable import flush_file, write_all, write_json

@@ -1,8 +1,8 @@
 """Re-attaching gates: a conventional checkpoint in, a pre-gated one out, without training and shard by shard.
 
-Knows how a converted directory is written, whole or not at all, and what it says about its origin. `plan` decides which
-tensor goes where, `pregated_config` what the model becomes, `gate_starts` what moved gates hold. Every other tensor
-keeps its name and its bits. Knows nothing about tasks, training or engines.
+Knows how a converted directory is written, whole or not at all, and what it says about its origin. `tensor_plan`
+decides which tensor goes where, `pregated_config` what the model becomes, `gate_starts` what moved gates hold. Every
+other tensor keeps its name and its bits. Knows nothing about tasks, training or engines.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
 from pregate.conversion.disk_space import refuse_full_disk, refuse_occupied
 from pregate.conversion.gate_starts import GateFitter, gate_starts
-from pregate.conversion.plan import plan_tensors
 from pregate.conversion.pregated_config import Target, target_of
 from pregate.conversion.report import ConversionReport
 from pregate.conversion.shards import MAX_SHARD_BYTES, Shards, write_shards
+from pregate.conversion.tensor_plan import plan_tensors
 from pregate.engine.storage.origin import Unchanged
 from pregate.models.checkpoint import CONFIG, TOKENIZER_FILES, read_config, side_files
 from pregate.models.loading import open_model

@@ -24,7 +24,7 @@ from pregate.measure.intervals import bootstrap_interval
 from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.predictions import predict
-from pregate.measure.report.key_figures import print_summary
+from pregate.measure.report.evaluation_tables import print_summary
 from pregate.measure.report.page import write_report
 from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.route_comparison import BlockRoutes, compare_routes, record_routes

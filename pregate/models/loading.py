@@ -135,7 +135,7 @@ def unfilled(directory: str | Path, revision: str | None = None) -> Any:
     `open_model` does.
 
     Memory that nobody has written to takes no room. So of a model that is larger than memory a part can be chosen and
-    then filled, see `pregate.training.sharded_state.fill`.
+    then filled, see `pregate.training.sharded_saved_state.fill`.
     """
     source = open_model(str(directory), revision)
     family = family_of(source.config)

@@ -20,7 +20,7 @@ from pregate.config.task import OWN_TEMPLATE
 from pregate.models.objectives import Objective, Row
 from pregate.system.console import say
 from pregate.tasks.base import Example
-from pregate.tasks.chat_templates import ChatTemplate, Written, read_template
+from pregate.tasks.conversation_tokens import ChatTemplate, Written, read_template
 from pregate.tasks.generated import generated_tokenizer
 
 KEPT_TOKENS = 1 << 25

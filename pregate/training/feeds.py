@@ -21,7 +21,7 @@ from pregate.tasks.text_stream import Position, TextStream
 from pregate.tasks.token_cache import TokenRows, token_rows
 from pregate.tasks.tokens import Collator
 from pregate.training.batch_order import Batching, MicroBatchSampler
-from pregate.training.state import TrainState
+from pregate.training.state_values import TrainState
 
 Batch = dict[str, Tensor]
 POSITION = "position"

@@ -1,7 +1,7 @@
 """Training, from a prepared model to its checkpoint: step, log, validate, save, finish.
 
 Knows the order of events. What a step sees is decided in `feeds` and `batch_order`, its loss in `losses` and `distill`,
-its update in `optim`, and what is written in `resumable_state`. Knows nothing about model families, task formats or
+its update in `optim`, and what is written in `saved_state`. Knows nothing about model families, task formats or
 trackers.
 """
 
@@ -27,7 +27,7 @@ from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
-from pregate.training import sharded_state
+from pregate.training import sharded_saved_state
 from pregate.training.disk_space import make_room, model_bytes, saved_bytes
 from pregate.training.durable_directories import save_model
 from pregate.training.interrupts import Interrupts
@@ -36,11 +36,11 @@ from pregate.training.not_finite import check_finite, check_weights
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
-from pregate.training.resumable_state import save_last
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
+from pregate.training.saved_state import save_last
 from pregate.training.session import Session, prepare
-from pregate.training.sharded_state import Weights
-from pregate.training.state import random_state
+from pregate.training.sharded_saved_state import Weights
+from pregate.training.state_values import random_state
 from pregate.training.validation import validate
 
 
@@ -331,16 +331,16 @@ def save_parts(session: Session, random_states: list[dict[str, Any]]) -> None:
         session.tracker.sync()
         make_room(directory, model_bytes(model) + optimizer_bytes(optimizer))
 
-    sharded_state.of_all(lambda: check_weights(session) or [])
+    sharded_saved_state.of_all(lambda: check_weights(session) or [])
     main_only(make_ready, "looking for space on the disk")
-    sharded_state.save_last(directory, model, optimizer, session.state, random_states, session.train.keep_last)
+    sharded_saved_state.save_last(directory, model, optimizer, session.state, random_states, session.train.keep_last)
 
 
 def save_sharded_checkpoint(session: Session) -> None:
     assert session.sharded
     model, layers = session.model, session.sharded.layers
     main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
-    sharded_state.save_checkpoint(session.out_dir / CHECKPOINT, model, layers, session.tokenizer, session.carry)
+    sharded_saved_state.save_checkpoint(session.out_dir / CHECKPOINT, model, layers, session.tokenizer, session.carry)
 
 
 def finish(session: Session) -> TrainSummary:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pregate.config import UsageError
 from pregate.system.console import first_of
-from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
+from pregate.training.saved_state import steps_done
 from pregate.training.session import Session
 from pregate.training.sharding import local
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pregate.config import Drive, Experts, Run, UsageError
 from pregate.conversion.gate_starts import GateStart
-from pregate.conversion.plan import TensorPlan
 from pregate.conversion.shards import MAX_SHARD_BYTES, Shards, write_fresh
+from pregate.conversion.tensor_plan import TensorPlan
 from pregate.engine.budget import host_buffers_within
 from pregate.engine.storage.pack import default_pack_dir
 from pregate.engine.storage.slabs import SlabLayout

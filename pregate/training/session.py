@@ -35,12 +35,12 @@ from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
 from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
-from pregate.training.resumable_state import settle
 from pregate.training.resume_changes import check_data
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
-from pregate.training.sharded_state import Weights, fill, open_last
+from pregate.training.saved_state import settle
+from pregate.training.sharded_saved_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
-from pregate.training.state import TrainState, set_random_state
+from pregate.training.state_values import TrainState, set_random_state
 from pregate.training.trained_weights import lacks_experts
 
 LENGTHS = 8

@@ -33,9 +33,9 @@ from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.durable_directories import replaced, write_model
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
-from pregate.training.resumable_state import steps_done
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
-from pregate.training.sharded_state import Weights
+from pregate.training.saved_state import steps_done
+from pregate.training.sharded_saved_state import Weights
 from pregate.training.sharding import splits
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.measure.figure_style import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
-from pregate.measure.report.key_figures import metric_label
+from pregate.measure.report.evaluation_tables import metric_label
 from studies.accuracy.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
 from studies.accuracy.statistics import ArmSummary, by_block, mean_curve
 

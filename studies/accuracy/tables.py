@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.report.key_figures import METRIC_LABELS, metric_label
+from pregate.measure.report.evaluation_tables import METRIC_LABELS, metric_label
 from pregate.measure.table_format import ABSENT, signed
 from pregate.system.console import first_of
 from studies.accuracy.cells import (

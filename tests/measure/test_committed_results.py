@@ -15,7 +15,7 @@ import pytest
 from pregate.cli import compose_run
 from pregate.measure.bench.plots import PLOTS, plot_bench
 from pregate.measure.bench.table import write_bench
-from pregate.measure.report.key_figures import ENGINE_FIGURES, engine_table, score_table
+from pregate.measure.report.evaluation_tables import ENGINE_FIGURES, engine_table, score_table
 from pregate.measure.report.page import write_report
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from pregate import tracking
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, Policy, Run, UsageError
 from pregate.measure import evaluation
-from pregate.measure.report.key_figures import routing_table, score_table
+from pregate.measure.report.evaluation_tables import routing_table, score_table
 from pregate.tasks.generated import generated_tokenizer
 from tests.tiny import pregated_model, upstream_model
 

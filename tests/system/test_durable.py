@@ -27,8 +27,8 @@ from pregate.system.durable import write_json
 from pregate.tracking import open_tracker
 from pregate.training.durable_directories import recover, save_model
 from pregate.training.optim import build_optimizer
-from pregate.training.resumable_state import PREVIOUS, damage, load_last, save_last, settle, steps_done
-from pregate.training.state import TrainState, random_state
+from pregate.training.saved_state import PREVIOUS, damage, load_last, save_last, settle, steps_done
+from pregate.training.state_values import TrainState, random_state
 from tests.system.power import Disk, Tree, lay, tree_of
 from tests.tiny import batch, pregated_model, upstream_model
 from tests.training.copying import SHALLOW, recipe, train_tiny, word_tokenizer

@@ -14,7 +14,7 @@ from pregate.cli import compose_run
 from pregate.config import Learn, TaskConfig, UsageError
 from pregate.models.objectives import Causal
 from pregate.tasks.base import Example, Message
-from pregate.tasks.chat_templates import ChatTemplate
+from pregate.tasks.conversation_tokens import ChatTemplate
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import Collator, load_tokenizer
 from tests.tiny import SEQ2SEQ

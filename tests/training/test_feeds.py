@@ -21,7 +21,7 @@ from pregate.tasks.language_modelling import LanguageModelling
 from pregate.training.batch_order import derive_batching
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
-from pregate.training.state import TrainState
+from pregate.training.state_values import TrainState
 from tests.engine.olmoe import olmoe
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
 from tests.tiny import SEQ2SEQ, pregated_model

@@ -28,7 +28,7 @@ from pregate.system.stopping import Terminated
 from pregate.training.batch_order import MicroBatchSampler, derive_batching
 from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
-from pregate.training.resumable_state import steps_done
+from pregate.training.saved_state import steps_done
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny
 

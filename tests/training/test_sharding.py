@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from pregate.config import Optimizer, Run, Sharding, TrainConfig, UsageError
 from pregate.models.loading import load_resident
-from pregate.training import sharded_state
+from pregate.training import sharded_saved_state
 from pregate.training.feeds import ExampleFeed
-from pregate.training.resumable_state import damage, steps_done
+from pregate.training.saved_state import damage, steps_done
 from tests.models.test_distributed import model_of
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny, word_tokenizer
@@ -185,7 +185,7 @@ FULL_DISK = """
 import errno, os, sys
 from pathlib import Path
 from tests.training import test_sharding
-from pregate.training import sharded_state
+from pregate.training import sharded_saved_state
 
 def full(path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -193,7 +193,7 @@ def full(path):
 out_dir = Path(sys.argv[1])
 test_sharding.train("switch_transformers", out_dir, 1, sharding="full")
 if os.environ["RANK"] == "1":
-    sharded_state.checksum = full
+    sharded_saved_state.checksum = full
 test_sharding.train("switch_transformers", out_dir, 2, sharding="full", resume=True)
 """
 
@@ -207,10 +207,10 @@ def test_a_state_that_one_process_cannot_write_leaves_the_last_one_whole(tmp_pat
 
 
 def test_several_weight_files_are_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded_state, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(sharded_saved_state, "FILE_BYTES", 20_000)
     model = pregated_model(**SHALLOW)
     layers = [layer for stack in ("encoder", "decoder") for layer in model.stack_layers(stack)]
-    sharded_state.save_checkpoint(tmp_path / "checkpoint", model, layers, word_tokenizer())
+    sharded_saved_state.save_checkpoint(tmp_path / "checkpoint", model, layers, word_tokenizer())
     files = sorted(path.name for path in (tmp_path / "checkpoint").glob("*.safetensors"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert_same_parameters(model, load_resident(tmp_path / "checkpoint"))

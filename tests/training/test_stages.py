@@ -33,9 +33,9 @@ from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.tracking import flatten
 from pregate.training.checks import check_model, check_teachers
-from pregate.training.resumable_state import steps_done
 from pregate.training.resume_changes import OTHER_RESULT, SAME_RESULT
 from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, claim_run_dir
+from pregate.training.saved_state import steps_done
 from pregate.training.stages import get_converted, get_source, train_converted
 from tests.tiny import geometry, pregated_model, upstream_model
 from tests.training.copying import FirstWords, Recorder, short_run, train_tiny, word_tokenizer

@@ -34,7 +34,7 @@ from pregate.conversion.calibrate.states import (
 )
 from pregate.conversion.calibrate.through_engine import fit_through_engine, work_of
 from pregate.conversion.gate_starts import FittedGates
-from pregate.conversion.plan import TensorPlan
+from pregate.conversion.tensor_plan import TensorPlan
 from pregate.conversion.write import ConversionReport, convert_for
 from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of_model

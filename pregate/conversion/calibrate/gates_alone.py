@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pregate.conversion.calibrate.states import GateToFit, gates_to_fit
-from pregate.conversion.plan import TensorPlan
+from pregate.conversion.tensor_plan import TensorPlan
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import family_named
 from pregate.models.pregated_models import compute_buffers, place, without_experts

@@ -24,7 +24,7 @@ from pregate.conversion.calibrate.outcome import FittedGate, outcome
 from pregate.conversion.calibrate.states import mean_agreement, tensors_of
 from pregate.conversion.calibrate.streamed import COPIED, FITTED, StreamedFit
 from pregate.conversion.calibrate.work_dir import WorkDir
-from pregate.conversion.plan import TensorPlan
+from pregate.conversion.tensor_plan import TensorPlan
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import Opened
 from pregate.models.checkpoint import SourceCheckpoint

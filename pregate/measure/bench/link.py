@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pregate.engine.io.base import Move, Mover, Transfer
-from pregate.engine.io.choose import make_mover
+from pregate.engine.io.make_mover import make_mover
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pregate.measure.report.key_figures import (
+from pregate.measure.report.evaluation_tables import (
     ON_PAGE,
     Evaluation,
     engine_settings,

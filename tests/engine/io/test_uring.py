@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.io import choose, ring
+from pregate.engine.io import make_mover, ring
 from pregate.engine.io.base import Move, MoverClosedError
 from pregate.engine.io.ring import _ENTER, Ring, RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
@@ -220,7 +220,7 @@ def test_without_a_ring_threads_read_and_the_reason_is_told(
     def no_ring(*_: Any) -> None:
         raise RingUnavailableError(error, "no ring today")
 
-    monkeypatch.setattr(choose, "UringMover", no_ring)
+    monkeypatch.setattr(make_mover, "UringMover", no_ring)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with OffloadEngine.open(served.directory) as engine:

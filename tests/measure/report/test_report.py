@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pregate.measure.figure_style import WAIT
-from pregate.measure.report import key_figures, page, plots
+from pregate.measure.report import evaluation_tables, page, plots
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -112,7 +112,7 @@ def render(tmp_path, evaluation, predictions=(), traces=None):
 
 def printed(evaluation, width=100):
     console = Console(file=StringIO(), width=width)
-    key_figures.print_summary(evaluation, console)
+    evaluation_tables.print_summary(evaluation, console)
     return console.file.getvalue()
 
 
@@ -212,7 +212,7 @@ def test_absent_parts_are_left_out_not_invented(tmp_path, evaluation):
 
 def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
     evaluation = full_evaluation()
-    assert key_figures.routing_table(evaluation) is None
+    assert evaluation_tables.routing_table(evaluation) is None
     evaluation["routing"] |= {
         "gate_mass": {"encoder": [1.0, 0.91, 0.9], "decoder": [1.0, 0.8, 0.7]},
         "load_balance": {"pre_gated": {"encoder": [0.9, 0.8, 0.7], "decoder": [0.6, 0.5, 0.4]}},
@@ -221,7 +221,7 @@ def test_routing_table_has_a_row_a_block_and_a_column_a_model(tmp_path):
             "reference": {"encoder": [0.6, 0.6, 0.6], "decoder": [0.3, 0.3, 0.3]},
         },
     }
-    table = key_figures.routing_table(evaluation)
+    table = evaluation_tables.routing_table(evaluation)
     assert table is not None
     rows = table.rows
     assert table.headers == [
@@ -283,13 +283,15 @@ def test_terminal_summary_takes_brackets_literally():
 
 
 def test_key_figures_compute_from_what_was_measured():
-    figures = {label: (value, unit, note) for label, value, unit, note in key_figures.key_figures(full_evaluation())}
+    figures = {
+        label: (value, unit, note) for label, value, unit, note in evaluation_tables.key_figures(full_evaluation())
+    }
     assert figures["Exact match"] == ("93.2", "%", "reference 92.8, difference +0.4")
     assert figures["Routing agreement"] == ("85", "%", "mean of 5 MoE blocks")
     assert figures["Pre-gated, per token"] == ("12.4", "ms", "on demand: 19.8 ms (1.60×)")
     assert figures["Pre-gated, peak memory"] == ("31.5", "MB", "29% of GPU only, 110 MB")
     evaluation = full_evaluation() | {"primary_metric": "f1"}
-    assert next(key_figures.key_figures(evaluation))[:2] == ("F1", "95.0")
+    assert next(evaluation_tables.key_figures(evaluation))[:2] == ("F1", "95.0")
 
 
 def test_plots_draw_png_and_repeatable_svg_and_leave_no_state(tmp_path):

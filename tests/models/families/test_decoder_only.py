@@ -30,7 +30,7 @@ from transformers import (
 
 from pregate import OffloadEngine
 from pregate.config import Policy, PreGateConfig
-from pregate.conversion.plan import plan_moves
+from pregate.conversion.tensor_plan import plan_moves
 from pregate.conversion.write import convert
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import TrainingEngine

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pregate.config import PreGateConfig, UsageError
-from pregate.conversion.plan import plan_moves
+from pregate.conversion.tensor_plan import plan_moves
 from pregate.conversion.write import convert
 from pregate.models.loading import load_resident
 from pregate.models.pregating import PreGating

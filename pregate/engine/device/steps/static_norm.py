@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pregate.engine.device.ops.add_norm import norm
+from pregate.engine.device.ops.residual_and_norm import norm
 from pregate.models.linear import has_hooks
 
 

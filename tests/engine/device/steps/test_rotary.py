@@ -14,7 +14,7 @@ from torch import Tensor
 from pregate.config import CacheRule, Policy, SlabDtype, UsageError
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
-from pregate.engine.device.ops.add_norm import norm
+from pregate.engine.device.ops.residual_and_norm import norm
 from pregate.engine.device.steps.registry import step_of
 from pregate.engine.device.steps.rotary import RotaryDecoder
 from pregate.engine.device.steps.static_norm import static_norm

@@ -33,7 +33,7 @@ from pregate.system.console import silent_bars
 from pregate.system.peers import PeerFailedError
 from pregate.system.processes import join, main_only
 from pregate.training.durable_directories import place_to_fill, replaced, write_side_files
-from pregate.training.resumable_state import (
+from pregate.training.saved_state import (
     OPTIMIZER_FILE,
     STATE_FILE,
     checksum,
@@ -46,7 +46,7 @@ from pregate.training.resumable_state import (
     write_record,
 )
 from pregate.training.sharding import ShardedModel, whole
-from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, tensors_of
+from pregate.training.state_values import TrainState, load_optimizer_state, optimizer_state, tensors_of
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 """What stands before the names of tensors in the parts."""
@@ -73,7 +73,7 @@ def save_last(
     random_states: Sequence[dict[str, Any]],
     keep: int = 2,
 ) -> None:
-    """As `resumable_state.save_last`, of a sharded model. Every process calls it, and none gathers anything."""
+    """As `saved_state.save_last`, of a sharded model. Every process calls it, and none gathers anything."""
     tensors, numbers = optimizer_state(optimizer, model)
     # steps are scalars of every parameter, the same in every process
     numbers |= {name: tensors.pop(name).item() for name in list(tensors) if not tensors[name].ndim}

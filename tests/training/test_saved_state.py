@@ -23,11 +23,11 @@ from pregate.config import Optimizer, TrainConfig, UsageError
 from pregate.system import durable
 from pregate.training import disk_space
 from pregate.training import durable_directories as directories
-from pregate.training import resumable_state as module
+from pregate.training import saved_state as module
 from pregate.training.disk_space import check_space, make_room, model_bytes
 from pregate.training.durable_directories import recover, replaced, save_model
 from pregate.training.optim import build_optimizer, optimizer_bytes
-from pregate.training.resumable_state import (
+from pregate.training.saved_state import (
     CHECKSUMS_FILE,
     DAMAGED,
     OPTIMIZER_FILE,
@@ -39,7 +39,13 @@ from pregate.training.resumable_state import (
     settle,
     steps_done,
 )
-from pregate.training.state import TrainState, load_optimizer_state, optimizer_state, random_state, set_random_state
+from pregate.training.state_values import (
+    TrainState,
+    load_optimizer_state,
+    optimizer_state,
+    random_state,
+    set_random_state,
+)
 from tests.system.power import Tree, lay, tree_of
 from tests.tiny import batch, pregated_model
 from tests.training.copying import SHALLOW, word_tokenizer
