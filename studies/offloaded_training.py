@@ -40,12 +40,12 @@ from pregate.tasks.registry import build_training_task
 from pregate.tasks.tokens import load_tokenizer
 from pregate.training.checks import trained_config
 from pregate.training.feeds import Share, build_feed
-from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step, train_step
 from pregate.training.memory_needs import needs_of
 from pregate.training.offloaded import Offloaded, open_offloaded
-from pregate.training.optim import optimizer_bytes
+from pregate.training.optimizer_and_schedule import optimizer_bytes
 from pregate.training.session import Session, prepare
+from pregate.training.stop_after_step import Interrupts
 
 FORMS = tuple(map(str, Experts))
 SETTINGS = (

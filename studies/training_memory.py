@@ -27,7 +27,7 @@ from pregate.system.durable import read_object, write_json
 from pregate.system.machine import environment, set_seed
 from pregate.system.memory import PeakMemory
 from pregate.training.losses import loss_share
-from pregate.training.optim import build_optimizer, clip_gradients
+from pregate.training.optimizer_and_schedule import build_optimizer, clip_gradients
 from pregate.training.session import configure
 
 ROWS, TOKENS, VOCABULARY, STEPS = 4, 128, 32128, 2

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pregate.config import Policy, Tier, UsageError
 from pregate.config.validators import share_of
-from pregate.engine.policy import default_slots
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.experts import ExpertSpec
@@ -47,6 +46,17 @@ def slabs_within(setting: str, budget: str, num_experts: int, slab_bytes: int) -
             f"give at least {slab_bytes}B."  # not rounded: what is advised must be accepted
         )
     return slabs
+
+
+def default_slots(policy: Policy, family: ExpertSpec) -> int:
+    """Slots where the user sets no budget: all experts for `gpu_only`, two blocks for `prefetch_all`, else four
+    experts for each block whose fetch can be under way at the same time."""
+    total = len(family.keys())
+    if policy is Policy.gpu_only:
+        return total
+    if policy is Policy.prefetch_all:
+        return min(total, 2 * family.num_experts)
+    return min(total, (family.lookahead + 1) * min(family.num_experts, 4 * family.top_k))
 
 
 def slots_within(budget: str | None, policy: Policy, family: ExpertSpec, slab_bytes: int) -> int:

@@ -28,14 +28,3 @@ def fetched_on_enter(policy: Policy, family: ExpertSpec, stack: str, block: int)
         return []
     blocks = [b for b in (block, block + 1) if b < len(family.layers[stack])]
     return [ExpertKey(stack, b, expert) for b in blocks for expert in range(family.num_experts)]
-
-
-def default_slots(policy: Policy, family: ExpertSpec) -> int:
-    """Slots where the user sets no budget: all experts for `gpu_only`, two blocks for `prefetch_all`, else four
-    experts for each block whose fetch can be under way at the same time."""
-    total = len(family.keys())
-    if policy is Policy.gpu_only:
-        return total
-    if policy is Policy.prefetch_all:
-        return min(total, 2 * family.num_experts)
-    return min(total, (family.lookahead + 1) * min(family.num_experts, 4 * family.top_k))

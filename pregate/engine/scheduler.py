@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pregate.engine.cache import Placed, SlotTable
 from pregate.engine.io.base import Move, Mover, Transfer
+from pregate.engine.slot_cache import Placed, SlotTable
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import ExpertKey
 

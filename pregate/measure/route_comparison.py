@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.predictions import length_sorted_batches, refuse_not_finite
+from pregate.measure.engine_predictions import length_sorted_batches, refuse_not_finite
 from pregate.models.family import family_of_model
 from pregate.models.routing import slot_agreement
 from pregate.tasks.base import Example

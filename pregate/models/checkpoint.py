@@ -29,7 +29,7 @@ CONFIG = "config.json"
 TEXT = "text_config"
 """The section of a config.json that describes the language model, where the whole also reads images or sound."""
 QUANTISATION = "quantization_config"
-"""The section of a config.json that says how the weights are quantised. `pregate.models.encodings` reads it."""
+"""The section of a config.json that says how the weights are quantised. `quantised_checkpoints` reads it."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

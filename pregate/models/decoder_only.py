@@ -26,8 +26,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from pregate.models.family import MoEBlock, family_named
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
+from pregate.models.route_handover import BlockGates, RouteListener, Routes
 from pregate.models.router_losses import balance_loss
-from pregate.models.routes import BlockGates, RouteListener, Routes
 from pregate.models.routing import Routing
 from pregate.models.training_experts import LEARNING
 from pregate.models.upstream_routers import choices_by, weights_by

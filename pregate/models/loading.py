@@ -1,17 +1,14 @@
 """The one way from a directory or hub id to a model: every command opens, checks and loads through here.
 
 Names, shapes and dtypes of all tensors are checked from the headers, before any work. What opens is complete and has
-the names of its family. Knows what other tools put before names and how embedding tables are shared. Knows nothing
-about tasks, training or engines.
+the names of its family. Knows how embedding tables are shared. Knows nothing about tasks, training or engines.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,14 @@ from pregate.models.checkpoint import (
     read_config,
     read_generation_settings,
 )
-from pregate.models.encodings import decoded
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.family import Family, dtype_name, family_of
 from pregate.models.pregated_models import without_experts
-from pregate.system.console import first_of, reason_of, say, silent_bars
+from pregate.models.quantised_checkpoints import decoded
+from pregate.models.tensor_names import plain_names
+from pregate.system.console import first_of, reason_of, say_once, silent_bars
 from pregate.system.durable import write_text
 
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP. A training framework may put
-`model.` before them; a family whose own names begin so says which names those are."""
-INSIDE = re.compile(r"(?<=\.)(_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
-"""What they put into names where layers are wrapped one by one; the last is activation checkpointing."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLETE = "use the complete weights of the model that its config.json describes"
 ONE_MODEL = "use the config.json and the weights of one and the same model"
@@ -64,10 +57,10 @@ def checked(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     family = family_of(checkpoint.config)
     config = family.config(checkpoint.config)
     checkpoint = _decoded(checkpoint)
-    found = _stripped(checkpoint, family)
+    found = plain_names(checkpoint, family)
     extras = {name: found.pop(name) for name in list(found) if family.is_extra(name, config)}
     if extras:
-        _say_once(
+        say_once(
             f"{checkpoint.directory} holds {len(extras)} tensors that this model does not read, namely "
             f"{first_of(list(extras), 1)}: a conversion carries them along."
         )
@@ -106,7 +99,7 @@ def _decoded(checkpoint: SourceCheckpoint) -> SourceCheckpoint:
     opened = decoded(checkpoint)
     dtypes = {info.dtype for info in opened.tensors.values() if info.encoding}
     if dtypes and opened is not checkpoint:
-        _say_once(
+        say_once(
             f"{opened.directory} is quantised: its weights are decoded to {dtype_name(*dtypes)} as they are read, and "
             "a checkpoint that is made from it holds them so."
         )
@@ -210,46 +203,7 @@ def parameter_shapes(family: Family, config: Any, experts: ExpertSpec) -> dict[s
     return shapes
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
-
-
-def _stripped(checkpoint: SourceCheckpoint, family: Family) -> dict[str, TensorInfo]:
-    """The tensors by their names without what wrappers put before them, in the order of the files."""
-    found: dict[str, TensorInfo] = {}
-    removed: dict[str, set[str]] = {"before": set(), "inside": set()}
-    for stored, info in checkpoint.tensors.items():
-        whole = _without_prefixes(stored, family)
-        name = INSIDE.sub("", whole)
-        for old, new in family.renames:
-            name = name.replace(old, new)
-        if name in found:
-            raise UsageError(
-                f"{checkpoint.directory} holds both {found[name].key or name} and {stored}, which name the same "
-                "tensor: keep the one of the trained model."
-            )
-        found[name] = replace(info, key=info.key or stored)
-        removed["before"] |= {stored.removesuffix(whole)} - {""}
-        removed["inside"] |= set(INSIDE.findall(whole))
-    for where, parts in removed.items():
-        if parts:
-            _say_once(
-                f"{checkpoint.directory} has {first_of(sorted(parts), 3)} {where} the names of tensors, as wrapped "
-                "models have: it is left out."
-            )
-    return found
-
-
-def _without_prefixes(name: str, family: Family) -> str:
-    prefixes = PREFIXES + family.prefixes
-    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
-
-
-@lru_cache
-def _say_once(sentence: str) -> None:
-    """One command opens a checkpoint several times, and prints once what is odd about it."""
-    say(sentence)
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def _refuse(checkpoint: SourceCheckpoint, what: str, names: list[str]) -> None:
@@ -299,9 +253,7 @@ def _tables(checkpoint: SourceCheckpoint, family: Family, tied: bool) -> dict[st
                 f"{checkpoint.directory} lacks {first_of(missing)}, and {first_of(found, 3)} differ, so that none of "
                 f"them can fill it: {COMPLETE}."
             )
-        _say_once(
-            f"{checkpoint.directory} lacks {first_of(missing, 2)}: filled from {first}, as older exports mean it."
-        )
+        say_once(f"{checkpoint.directory} lacks {first_of(missing, 2)}: filled from {first}, as older exports mean it.")
     return {name: stored.get(name, stored[first]) for name in inputs} | {output: stored[output]}
 
 

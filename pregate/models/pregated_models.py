@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pregate.config import UsageError
 from pregate.models.family import MoEBlock, family_named
 from pregate.models.pregating import PreGating
-from pregate.models.routes import RouteListener
+from pregate.models.route_handover import RouteListener
 from pregate.system.console import first_of
 
 _experts_elsewhere: ContextVar[bool] = ContextVar("experts_elsewhere", default=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColumn
@@ -20,6 +21,12 @@ def say(sentence: str) -> None:
     """Print a notice to the user, on standard error, because results go to standard output. Only rank 0 prints."""
     if rank() == 0:
         print(f"pregate: {sentence}", file=sys.stderr)
+
+
+@lru_cache
+def say_once(sentence: str) -> None:
+    """`say`, for what several parts of one command find: a command opens a checkpoint several times."""
+    say(sentence)
 
 
 def first_of(names: Sequence[str], most: int = 1, separator: str = ", ") -> str:

@@ -24,7 +24,7 @@ from pregate.system.processes import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_routing_loss, check_teacher
 from pregate.training.lora import check_installed, targets_of
-from pregate.training.optim import autocast_dtype, check_8bit
+from pregate.training.optimizer_and_schedule import autocast_dtype, check_8bit
 
 VOCABULARY_MULTIPLE = 64
 

@@ -14,7 +14,7 @@ from pregate.config import UsageError
 from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
 from pregate.system.sizes import human_bytes
-from pregate.training.optim import optimizer_bytes
+from pregate.training.optimizer_and_schedule import optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.saved_state import damaged_states, earlier_states
 from pregate.training.state_values import tensors_of

@@ -1,8 +1,8 @@
 """Training, from a prepared model to its checkpoint: step, log, validate, save, finish.
 
 Knows the order of events. What a step sees is decided in `feeds` and `batch_order`, its loss in `losses` and `distill`,
-its update in `optim`, and what is written in `saved_state`. Knows nothing about model families, task formats or
-trackers.
+its update in `optimizer_and_schedule`, and what is written in `saved_state`. Knows nothing about model families, task
+formats or trackers.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pregate.tracking import Tracker
 from pregate.training import sharded_saved_state
 from pregate.training.disk_space import make_room, model_bytes, saved_bytes
 from pregate.training.durable_directories import save_model
-from pregate.training.interrupts import Interrupts
 from pregate.training.losses import loss_share
 from pregate.training.not_finite import check_finite, check_weights
 from pregate.training.offloaded import Offloaded
-from pregate.training.optim import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
+from pregate.training.optimizer_and_schedule import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.saved_state import save_last
 from pregate.training.session import Session, prepare
 from pregate.training.sharded_saved_state import Weights
 from pregate.training.state_values import random_state
+from pregate.training.stop_after_step import Interrupts
 from pregate.training.validation import validate
 
 

@@ -27,7 +27,7 @@ from pregate.models.pregated_models import without_experts
 from pregate.system.memory import free_memory
 from pregate.system.sizes import human_bytes
 from pregate.training.lora import parts_of
-from pregate.training.optim import autocast_dtype, state_bytes
+from pregate.training.optimizer_and_schedule import autocast_dtype, state_bytes
 
 STATES = 24
 """How many numbers of width D a layer keeps for each token, beside its experts."""

@@ -32,7 +32,7 @@ from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.processes import join
 from pregate.training.durable_directories import replaced, write_side_files
-from pregate.training.optim import autocast_dtype
+from pregate.training.optimizer_and_schedule import autocast_dtype
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT
 from pregate.training.trained_weights import LEARNT
 

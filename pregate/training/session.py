@@ -34,7 +34,7 @@ from pregate.training.durable_directories import recover
 from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
 from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
-from pregate.training.optim import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
+from pregate.training.optimizer_and_schedule import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resume_changes import check_data
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.saved_state import settle

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pregate.config import UsageError
-from pregate.training.optim import has_8bit_state
+from pregate.training.optimizer_and_schedule import has_8bit_state
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 from pregate.config import CalibrationConfig, Init, PreGateConfig, Run, Through
 from pregate.conversion.calibrate import through_engine
 from pregate.conversion.calibrate.examples import Batches
-from pregate.conversion.calibrate.fit import Regression
 from pregate.conversion.calibrate.flow import calibrate
+from pregate.conversion.calibrate.ridge_fit import Regression
 from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.routing import ScoreFunction

@@ -23,7 +23,7 @@ from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
 from pregate.engine.device import device_addresses
 from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
-from pregate.engine.io import host_buffers
+from pregate.engine.io import host_cache
 from pregate.engine.opening import open_store
 from pregate.engine.storage import aligned_memory as memory
 from pregate.engine.storage import pack, store
@@ -190,7 +190,7 @@ def test_host_memory_that_has_run_out_is_one_sentence(served: Served, monkeypatc
         patched.setattr(store, "aligned_bytes", raising(MemoryError("no")))
         with pytest.raises(UsageError, match=r"experts need 246 kB of host memory, .*: use engine\.tier=disk"):
             open_store(served.directory, tier=Tier.dram)
-    monkeypatch.setattr(host_buffers, "aligned_bytes", raising(MemoryError("no")))
+    monkeypatch.setattr(host_cache, "aligned_bytes", raising(MemoryError("no")))
     with pytest.raises(UsageError, match=r"15 experts in host memory need 123 kB, .*: lower engine\.host_budget"):
         OffloadEngine.open(served.directory, tier=Tier.disk, host_budget="50%")
 

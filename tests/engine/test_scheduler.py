@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pregate.config import CacheRule, Policy
-from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move
 from pregate.engine.scheduler import Scheduler
+from pregate.engine.slot_cache import SlotTable
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import ExpertKey, ExpertSpec
 

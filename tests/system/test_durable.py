@@ -26,7 +26,7 @@ from pregate.system import durable
 from pregate.system.durable import write_json
 from pregate.tracking import open_tracker
 from pregate.training.durable_directories import recover, save_model
-from pregate.training.optim import build_optimizer
+from pregate.training.optimizer_and_schedule import build_optimizer
 from pregate.training.saved_state import PREVIOUS, damage, load_last, save_last, settle, steps_done
 from pregate.training.state_values import TrainState, random_state
 from tests.system.power import Disk, Tree, lay, tree_of

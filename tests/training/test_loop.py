@@ -26,9 +26,9 @@ from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
 from pregate.training.batch_order import MicroBatchSampler, derive_batching
-from pregate.training.interrupts import Interrupts
 from pregate.training.loop import next_step
 from pregate.training.saved_state import steps_done
+from pregate.training.stop_after_step import Interrupts
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny
 

@@ -32,7 +32,7 @@ from pregate.training import offloaded
 from pregate.training.loop import TrainSummary
 from pregate.training.memory_needs import needs_of
 from pregate.training.offloaded import check_offloaded
-from pregate.training.optim import build_optimizer, optimizer_bytes
+from pregate.training.optimizer_and_schedule import build_optimizer, optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, KEPT, LAST
 from pregate.training.session import configure
 from pregate.training.stages import get_converted, train_converted

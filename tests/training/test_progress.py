@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from pregate.system.stopping import Terminated, stoppable
-from pregate.training import interrupts as interrupts_module
-from pregate.training.interrupts import Interrupts
+from pregate.training import stop_after_step as interrupts_module
 from pregate.training.progress import Progress
+from pregate.training.stop_after_step import Interrupts
 
 
 def test_lines_are_few_and_end_with_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:

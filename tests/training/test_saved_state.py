@@ -26,7 +26,7 @@ from pregate.training import durable_directories as directories
 from pregate.training import saved_state as module
 from pregate.training.disk_space import check_space, make_room, model_bytes
 from pregate.training.durable_directories import recover, replaced, save_model
-from pregate.training.optim import build_optimizer, optimizer_bytes
+from pregate.training.optimizer_and_schedule import build_optimizer, optimizer_bytes
 from pregate.training.saved_state import (
     CHECKSUMS_FILE,
     DAMAGED,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.config import CacheRule, Policy, Tier, UsageError
-from pregate.engine.budget import slots_within
+from pregate.engine.budget import default_slots, slots_within
 from pregate.engine.device.fetching import slots_needed
 from pregate.engine.device.ops.assign_slots import MAX_CHOICES
-from pregate.engine.policy import default_slots
 from pregate.engine.storage.store import Store
 from pregate.models.family import experts_of
 from pregate.system.sizes import human_bytes

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pregate.engine.device.ops.choose_tokens import choose_tokens
+from pregate.engine.device.ops.next_tokens import choose_tokens
 
 
 class StepKind(NamedTuple):

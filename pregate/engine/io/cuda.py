@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pregate.engine.io.base import Move, Transfer
-from pregate.engine.io.host_buffers import HostBuffer, HostBuffers
+from pregate.engine.io.host_cache import HostBuffer, HostBuffers
 from pregate.engine.io.read_pool import ReadJob
 from pregate.engine.io.threads import SlabReader
 from pregate.engine.storage.store import Store

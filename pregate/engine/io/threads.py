@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pregate.engine.io.base import Move, Transfer
-from pregate.engine.io.host_buffers import HostBuffer, HostBuffers
+from pregate.engine.io.host_cache import HostBuffer, HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.storage.aligned_memory import copy_bytes
 from pregate.engine.storage.store import Store

@@ -13,10 +13,11 @@ import torch
 from rich.text import Text
 
 from pregate.config import Run
+from pregate.measure.bench.advice import advice, cpu_advice
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.link import Reading, host_gb_per_s
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.speed_prediction import advice, cpu_advice, is_predictable, predicted_row
+from pregate.measure.bench.speed_prediction import is_predictable, predicted_row
 from pregate.measure.bench.step_times import Profile, profile
 from pregate.measure.bench.table import command
 from pregate.measure.table_format import Row, Table, facts_line, number, text, three_digits

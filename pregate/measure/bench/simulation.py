@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from pregate.config import CacheRule, Policy
-from pregate.engine.cache import SlotTable
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move, Transfer
 from pregate.engine.scheduler import Scheduler
+from pregate.engine.slot_cache import SlotTable
 from pregate.engine.trace import Counters, Trace
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.pregating import PreGating

@@ -22,7 +22,7 @@ from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
 from pregate.models.pregated_models import Gate, experts_elsewhere
 from pregate.models.rms_norm import rms_norm
-from pregate.models.routes import BlockGates, Routes
+from pregate.models.route_handover import BlockGates, Routes
 from pregate.models.routing import Routing, first_choice, jitter, route, weights_of
 
 

@@ -32,8 +32,8 @@ from pregate.models.families.switch_layers import (
 from pregate.models.family import MoEBlock
 from pregate.models.head import IGNORED, head_cross_entropy
 from pregate.models.pregated_models import PreGatedModel, ServedModel
+from pregate.models.route_handover import RouteListener, Routes
 from pregate.models.router_losses import balance_loss, z_loss
-from pregate.models.routes import RouteListener, Routes
 
 
 class PreGatedSwitchPreTrainedModel(PreGatedModel, upstream.SwitchTransformersPreTrainedModel):

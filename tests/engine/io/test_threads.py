@@ -20,7 +20,7 @@ from torch import Tensor
 from pregate.config import SlabDtype
 from pregate.engine.io import read_pool
 from pregate.engine.io.base import Move, MoverClosedError
-from pregate.engine.io.host_buffers import HostBuffers
+from pregate.engine.io.host_cache import HostBuffers
 from pregate.engine.io.read_pool import ReadJob, ReadPool, parts_of
 from pregate.engine.io.threads import ThreadMover
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes

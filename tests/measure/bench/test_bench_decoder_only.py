@@ -14,10 +14,10 @@ from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.bench import link
+from pregate.measure.bench.advice import cpu_advice
 from pregate.measure.bench.baseline_models import resident_model
 from pregate.measure.bench.models import BenchModel, bench_models
 from pregate.measure.bench.simulation import Durations
-from pregate.measure.bench.speed_prediction import cpu_advice
 from pregate.measure.bench.step_times import Profile
 
 TOP_K, BLOCKS = 2, 4

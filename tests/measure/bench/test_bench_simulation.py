@@ -11,9 +11,9 @@ from pregate.cli import compose_run
 from pregate.config import CacheRule, Policy
 from pregate.engine.io.base import Move
 from pregate.engine.trace import Counters, Span
+from pregate.measure.bench.advice import advice
 from pregate.measure.bench.models import bench_models
 from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
-from pregate.measure.bench.speed_prediction import advice
 from pregate.measure.bench.step_times import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.timing import Timed
 from pregate.models.experts import ExpertKey, ExpertSpec

@@ -31,7 +31,7 @@ from pregate.engine.device.steps.static_rotary_attention import (
     StaticRotaryAttention,
 )
 from pregate.models.decoder_only import STACK
-from pregate.models.routes import Routes
+from pregate.models.route_handover import Routes
 from pregate.models.routing import Routing
 
 FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn")

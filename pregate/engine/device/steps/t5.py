@@ -29,7 +29,7 @@ from pregate.engine.device.steps.static_attention import (
     source_mask,
 )
 from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
-from pregate.models.routes import Routes
+from pregate.models.route_handover import Routes
 from pregate.models.routing import Routing
 
 

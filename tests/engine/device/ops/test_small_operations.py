@@ -17,15 +17,15 @@ from pregate.engine.device.ops.attention import (
     launch_self_attention,
     self_attention,
 )
-from pregate.engine.device.ops.choose_tokens import (
+from pregate.engine.device.ops.first_choice import first_choice, launch_first_choice
+from pregate.engine.device.ops.gate_logits import gate_logits, launch_gate_logits
+from pregate.engine.device.ops.next_tokens import (
     SPLITS,
     best_kernel,
     choose_kernel,
     choose_tokens,
     launch_choose_tokens,
 )
-from pregate.engine.device.ops.first_choice import first_choice, launch_first_choice
-from pregate.engine.device.ops.gate_logits import gate_logits, launch_gate_logits
 from pregate.engine.device.ops.residual_and_norm import add_norm, launch_add_norm, launch_norm, norm
 from pregate.engine.device.ops.want_slabs import launch_want_slabs, want_slabs
 from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind

@@ -23,9 +23,9 @@ from pregate.conversion.write import convert
 from pregate.engine.opening import Opened
 from pregate.engine.storage.pack import SLABS
 from pregate.models.checkpoint import SourceCheckpoint
-from pregate.models.encodings import decode_block_fp8, decode_mxfp4
 from pregate.models.family import dtype_name
 from pregate.models.loading import load_resident, open_model
+from pregate.models.quantised_checkpoints import decode_block_fp8, decode_mxfp4
 from pregate.training.stages import _copy_model
 from tests.models import quantised
 from tests.models.families.test_decoder_only import Row, every_family, upstream_model

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pregate.config import CacheRule
-from pregate.engine.cache import SlotTable
+from pregate.engine.slot_cache import SlotTable
 from pregate.models.experts import ExpertKey
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pregate.measure.engine_predictions import length_sorted_batches
 from pregate.measure.intervals import bootstrap_interval
-from pregate.measure.predictions import length_sorted_batches
 from pregate.tasks.base import Example
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pregate.config import Optimizer, Precision, Run, Schedule, TrainConfig, UsageError
-from pregate.training import optim
+from pregate.training import optimizer_and_schedule
 from pregate.training.checks import check_precision
-from pregate.training.optim import (
+from pregate.training.optimizer_and_schedule import (
     autocast_dtype,
     build_optimizer,
     check_8bit,
@@ -81,7 +81,7 @@ def test_an_optimizer_lowers_a_quadratic(kind: Optimizer) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_8bit(TrainConfig(optimizer=Optimizer.adamw_8bit))
-    monkeypatch.setattr(optim, "find_spec", lambda _: None)
+    monkeypatch.setattr(optimizer_and_schedule, "find_spec", lambda _: None)
     check_8bit(TrainConfig())
     with pytest.raises(UsageError, match=r"needs the package bitsandbytes: pip install 'pregate\[8bit\]'"):
         check_8bit(TrainConfig(optimizer=Optimizer.adamw_8bit))
