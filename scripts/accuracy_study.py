@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not installed
 
 from pregate.config import UsageError
-from studies.accuracy.cells import PRETRAINING, SIZES, all_cells
+from studies.accuracy.arms_and_seeds import PRETRAINING, SIZES, all_cells
 from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
 from studies.accuracy.runner import Runner, Study, missing_of
 from studies.accuracy.tables import render

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pregate.config import UsageError
 from pregate.engine.storage.pack import refuse_output
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.durable import free_bytes
-from pregate.system.sizes import human_bytes
 from pregate.system.unfinished import reclaimable_bytes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pregate.config import Init, Weights
 from pregate.conversion.tensor_plan import GateMove
 from pregate.models.pregating import PreGating
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "as fitted"}
 

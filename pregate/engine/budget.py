@@ -13,8 +13,8 @@ from pregate.config.validators import share_of
 from pregate.engine.storage.aligned_memory import aligned_bytes
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.experts import ExpertSpec
+from pregate.system.byte_sizes import human_bytes, parse_bytes
 from pregate.system.memory import is_out_of_memory
-from pregate.system.sizes import human_bytes, parse_bytes
 
 
 class DeviceFullError(UsageError):

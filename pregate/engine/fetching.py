@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pregate.config import Policy
-from pregate.engine.policy import fetched_on_enter, fetched_on_route
+from pregate.engine.fetch_policy import fetched_on_enter, fetched_on_route
 from pregate.engine.scheduler import Scheduler
 from pregate.models.experts import ExpertKey, ExpertSpec
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pregate.config import UsageError
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.durable import free_bytes, num_bytes, remove
-from pregate.system.sizes import human_bytes
 from pregate.training.optimizer_and_schedule import optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.saved_state import damaged_states, earlier_states

@@ -24,8 +24,8 @@ from pregate.models.experts import ExpertSpec
 from pregate.models.family import config_of, experts_of, family_named, family_of, family_of_model
 from pregate.models.loading import open_model
 from pregate.models.pregated_models import without_experts
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.memory import free_memory
-from pregate.system.sizes import human_bytes
 from pregate.training.lora import parts_of
 from pregate.training.optimizer_and_schedule import autocast_dtype, state_bytes
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pregate.measure.figure_style import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
 from pregate.measure.report.evaluation_tables import metric_label
-from studies.accuracy.cells import ABLATIONS, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
+from studies.accuracy.arms_and_seeds import ABLATIONS, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
 from studies.accuracy.statistics import ArmSummary, by_block, mean_curve
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pregate.config import UsageError
 from pregate.conversion.write import MANIFEST
 from pregate.system.durable import to_jsonable, write_json
 from pregate.system.machine import environment
-from studies.accuracy.cells import PRETRAINING, Cell
+from studies.accuracy.arms_and_seeds import PRETRAINING, Cell
 
 CELLS, BASELINES, STUDY = "cells.jsonl", "baselines.json", "study.json"
 DIGITS = 4

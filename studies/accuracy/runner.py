@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.system.console import first_of
-from studies.accuracy.cells import PRETRAINING, THREADS, Cell, overrides_of, threads_of, tiny_overrides
+from studies.accuracy.arms_and_seeds import PRETRAINING, THREADS, Cell, overrides_of, threads_of, tiny_overrides
 from studies.accuracy.records import (
     Record,
     add_baselines,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.accuracy.cells import ABLATIONS, ARMS, CONVENTIONAL, OTHER_SEED, PRETRAINING, TAUGHT
+from studies.accuracy.arms_and_seeds import ABLATIONS, ARMS, CONVENTIONAL, OTHER_SEED, PRETRAINING, TAUGHT
 
 Record = Mapping[str, Any]
 SAMPLES = 10_000

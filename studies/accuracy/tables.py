@@ -13,7 +13,7 @@ from typing import Any
 from pregate.measure.report.evaluation_tables import METRIC_LABELS, metric_label
 from pregate.measure.table_format import ABSENT, signed
 from pregate.system.console import first_of
-from studies.accuracy.cells import (
+from studies.accuracy.arms_and_seeds import (
     ABLATIONS,
     CONVENTIONAL,
     OTHER_SEED,

@@ -34,8 +34,8 @@ from pregate.training.durable_directories import replaced
 from studies.dense_to_moe import healing
 from studies.dense_to_moe.clusters import SHARED_BY
 from studies.dense_to_moe.dense import NEURONS, check_dense, check_packages, open_dense, unpack
+from studies.dense_to_moe.healing_text import TASKS, check_sources, packed_rows, read_texts, write_mixture
 from studies.dense_to_moe.measure import loss_of, losses_by_routes
-from studies.dense_to_moe.mixture import TASKS, check_sources, packed_rows, read_texts, write_mixture
 from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all, open_moe
 from studies.dense_to_moe.split import LayerFit, split, upcycle
 

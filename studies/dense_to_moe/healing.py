@@ -18,7 +18,7 @@ from pregate.models.loading import load_resident
 from pregate.system.durable import read_object, write_json
 from pregate.train import main as train
 from pregate.training.run_dir_lock import SUMMARY
-from studies.dense_to_moe.mixture import TOKENIZER
+from studies.dense_to_moe.healing_text import TOKENIZER
 
 BATCH_ROWS, MICRO_ROWS = 8, 4
 """Rows of an optimizer step, and of what is in memory at a time."""

@@ -29,8 +29,8 @@ from pregate.engine.device.ops.gather_slabs import gather_slabs
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.slots import Fetch
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.machine import environment, pick_device
-from pregate.system.sizes import human_bytes
 
 ROWS = "gather_probe.jsonl"
 TABLE = "gather_probe.md"

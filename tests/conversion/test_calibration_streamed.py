@@ -38,7 +38,7 @@ from pregate.engine.opening import Opened
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.families.olmoe import FAMILY
 from pregate.models.loading import load_resident, mark_conventional, open_model
-from pregate.system.sizes import parse_bytes
+from pregate.system.byte_sizes import parse_bytes
 from pregate.system.stopping import GOES_ON, Terminated, stoppable
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator

@@ -17,7 +17,7 @@ from pregate import eval as eval_command
 from pregate.config import GeneratedConfig, Policy, Run, UsageError
 from pregate.engine.engine import OffloadEngine
 from pregate.measure import evaluation, servers
-from pregate.measure.bench import engines, link
+from pregate.measure.bench import engines, transfer_speed
 from pregate.measure.bench import run as bench
 from pregate.measure.bench.table import bench_tables
 from pregate.measure.equality import check_moved, compare_logits, tolerance
@@ -40,7 +40,7 @@ DRIVES = ["host", "device"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short probes and no plots."""
-    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_speed, "PROBE_SECONDS", 0.01)
     monkeypatch.setattr(bench, "plot_bench", lambda *_: {})
     monkeypatch.setattr(engines, "is_predictable", lambda _: False)
     for name in ("plot_engine", "plot_agreement", "plot_timeline"):

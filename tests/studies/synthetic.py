@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.accuracy.cells import CONVENTIONAL, PRETRAINING, SIZES, Cell, all_cells
+from studies.accuracy.arms_and_seeds import CONVENTIONAL, PRETRAINING, SIZES, Cell, all_cells
 from studies.accuracy.records import Record
 
 EFFECT = {"shifted": -25.0, "calibrated": -9.0, "pre_gated": -0.6, "distilled": 0.4, "gates_only": -4.0}

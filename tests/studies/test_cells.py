@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pregate.cli import compose_run
-from studies.accuracy.cells import ARMS, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
+from studies.accuracy.arms_and_seeds import ARMS, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
 
 
 def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from studies.accuracy.cells import SIZES, all_cells
+from studies.accuracy.arms_and_seeds import SIZES, all_cells
 from studies.accuracy.records import alone, append_record, load_baselines, load_records
 from studies.accuracy.runner import Runner, Study
 

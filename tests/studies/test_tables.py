@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.accuracy.cells import SIZES, all_cells
+from studies.accuracy.arms_and_seeds import SIZES, all_cells
 from studies.accuracy.records import add_baselines, append_record
 from studies.accuracy.tables import render
 from tests.studies.synthetic import synthetic_records

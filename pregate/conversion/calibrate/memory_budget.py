@@ -16,8 +16,8 @@ from pregate.engine.budget import resolve_tier
 from pregate.engine.offloaded_experts import HALVES
 from pregate.engine.opening import Opened
 from pregate.engine.storage.slabs import SlabLayout
+from pregate.system.byte_sizes import human_bytes, parse_bytes
 from pregate.system.memory import bytes_in_use
-from pregate.system.sizes import human_bytes, parse_bytes
 
 FIT_BYTES, FIT_SQUARES = 16, 64
 """What a fit takes: for each token and feature, and for each pair of features."""

@@ -12,7 +12,7 @@ from pregate.conversion.calibrate.ridge_fit import GateFit
 from pregate.conversion.calibrate.states import (
     Agreement,
 )
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 
 @dataclass(frozen=True)

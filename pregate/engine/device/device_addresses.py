@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 DEVICE_POINTER = 3
 """CU_POINTER_ATTRIBUTE_DEVICE_POINTER: where kernels of the current context reach memory, any byte of it."""

@@ -10,7 +10,7 @@ from pregate.engine.device.fetching import slots_needed
 from pregate.engine.device.ops.assign_slots import MAX_CHOICES
 from pregate.engine.storage.store import Store
 from pregate.models.family import experts_of
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 MOST_ROWS = 32
 """A step of more tokens than that is better served by matrix products over groups of tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from pregate.config import UsageError
 from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock, page_unlock
 from pregate.models.experts import ExpertKey
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 
 @dataclass(eq=False)

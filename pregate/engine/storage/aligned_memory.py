@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pregate.config import UsageError
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.memory import is_out_of_memory
-from pregate.system.sizes import human_bytes
 
 PAGE = 4096
 """O_DIRECT wants addresses, offsets and lengths in multiples of the logical block, at most a page."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from pregate.config import UsageError
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec, TensorSlice
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.durable import write_json
-from pregate.system.sizes import human_bytes
 
 SEEN = "source.json"
 """In a pack: what the file system said of the checkpoint when its content was last found to be what was packed."""

@@ -28,6 +28,7 @@ from pregate.engine.storage.origin import MAPPED_BYTES, SEEN, Unchanged, content
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.durable import (
     MARKS,
@@ -40,7 +41,6 @@ from pregate.system.durable import (
     write_all,
     write_json,
 )
-from pregate.system.sizes import human_bytes
 from pregate.system.unfinished import Unfinished, reclaimable_bytes, unfinished_beside
 
 SLABS, INDEX = "slabs.bin", "index.json"

@@ -22,8 +22,8 @@ from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
-from pregate.system.sizes import human_bytes
 
 CHUNK = 1 << 30
 

@@ -12,7 +12,7 @@ from pregate.config import Policy
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.step_times import Profile
 from pregate.measure.table_format import three_digits
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 
 def advice(rows: list[dict[str, Any]]) -> str:

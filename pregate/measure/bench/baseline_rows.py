@@ -35,9 +35,9 @@ from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.row import Beside, measure_row
 from pregate.measure.servers import whole_server
 from pregate.models.finite import WHAT_TO_CHECK
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.memory import PeakMemory, free_memory
-from pregate.system.sizes import human_bytes
 
 HEADROOM = 1.1
 """Activations and the allocator's own take, as a factor on weights."""

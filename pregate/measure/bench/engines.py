@@ -25,7 +25,6 @@ from pregate.measure.bench.baseline_models import use_generation_config
 from pregate.measure.bench.baseline_rows import HEADROOM, forget
 from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.references import References, resident_of
 from pregate.measure.bench.requests import Effort
@@ -33,11 +32,12 @@ from pregate.measure.bench.results import Results
 from pregate.measure.bench.row import Beside, measure_row
 from pregate.measure.bench.speed_prediction import is_predictable, predicted_row
 from pregate.measure.bench.step_times import Profile, profile, step_timer
+from pregate.measure.bench.transfer_speed import Ground, Reading
 from pregate.measure.perfetto import write_perfetto
 from pregate.measure.servers import engine_server
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.memory import PeakMemory, free_memory
-from pregate.system.sizes import human_bytes
 
 PROFILED = "profiled"
 

@@ -15,17 +15,17 @@ from rich.text import Text
 from pregate.config import Run
 from pregate.measure.bench.advice import advice, cpu_advice
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.link import Reading, host_gb_per_s
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.speed_prediction import is_predictable, predicted_row
 from pregate.measure.bench.step_times import Profile, profile
 from pregate.measure.bench.table import command
+from pregate.measure.bench.transfer_speed import Reading, host_gb_per_s
 from pregate.measure.table_format import Row, Table, facts_line, number, text, three_digits
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import console, say
 from pregate.system.durable import write_json, write_text
 from pregate.system.machine import environment
 from pregate.system.memory import free_memory
-from pregate.system.sizes import human_bytes
 
 SCRATCH = "plan-scratch"
 COLUMNS = {

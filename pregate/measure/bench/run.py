@@ -21,17 +21,17 @@ from pregate.config import Baseline, Run, SlabDtype, Tier, UsageError, save_run
 from pregate.measure.bench.baseline_rows import Accelerated, Whole
 from pregate.measure.bench.engines import EngineRows
 from pregate.measure.bench.grid import ACCELERATE_WARM, BASELINES, RowSpec, grid
-from pregate.measure.bench.link import Reading
 from pregate.measure.bench.models import BenchModel, bench_models, check_models
 from pregate.measure.bench.plots import plot_bench
 from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
 from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite
 from pregate.measure.bench.table import command, print_bench, write_bench
+from pregate.measure.bench.transfer_speed import Reading
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import console
 from pregate.system.durable import flush_folders, free_bytes
 from pregate.system.machine import environment, pick_device, set_seed
-from pregate.system.sizes import human_bytes
 from pregate.tracking import Tracker
 
 SCRATCH = "scratch"

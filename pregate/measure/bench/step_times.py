@@ -23,10 +23,10 @@ from pregate.engine.opening import open_store
 from pregate.engine.storage.store import DramStore
 from pregate.engine.trace import Span
 from pregate.measure.bench.grid import RowSpec
-from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.models import BenchModel, num_blocks, smaller
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
+from pregate.measure.bench.transfer_speed import Ground, Reading
 from pregate.measure.timing import Timed, TokenClock, time_request
 from pregate.models.experts import ExpertKey
 

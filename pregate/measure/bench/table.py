@@ -19,8 +19,8 @@ from pregate.config import Run
 from pregate.measure.equality_words import EQUAL, equality, equality_statement
 from pregate.measure.table_format import CellWriter, Row, Table, facts_line, number, short, text, tone
 from pregate.measure.templates import fill
+from pregate.system.byte_sizes import human_bytes
 from pregate.system.durable import write_text
-from pregate.system.sizes import human_bytes
 
 TEMPLATE = Path(__file__).with_name("templates") / "bench.md.j2"
 

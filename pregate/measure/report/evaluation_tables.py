@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pregate.measure.equality_words import equality, equality_statement
 from pregate.measure.table_format import ABSENT, Table, in_one_unit, policy_label, signed, three_digits, tone
-from pregate.system.sizes import human_bytes
+from pregate.system.byte_sizes import human_bytes
 
 Evaluation = Mapping[str, Any]
 METRIC_LABELS = {

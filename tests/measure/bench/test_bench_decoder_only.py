@@ -13,7 +13,7 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.bench import link
+from pregate.measure.bench import transfer_speed
 from pregate.measure.bench.advice import cpu_advice
 from pregate.measure.bench.baseline_models import resident_model
 from pregate.measure.bench.models import BenchModel, bench_models
@@ -37,8 +37,8 @@ PARAMETERS = {
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(link, "COPY_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_speed, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_speed, "COPY_SECONDS", 0.01)
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import UsageError
 from pregate.engine.device.fetching import Resident
-from pregate.measure.bench import link
+from pregate.measure.bench import transfer_speed
 from pregate.measure.bench.engines import computing_row
 from pregate.measure.bench.grid import RowSpec, grid
 from pregate.measure.bench.models import bench_models
@@ -26,7 +26,7 @@ from tests.tiny import pregated_model
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_speed, "PROBE_SECONDS", 0.01)
     yield
 
 

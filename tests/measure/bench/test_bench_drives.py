@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.bench import link
+from pregate.measure.bench import transfer_speed
 from pregate.measure.bench.active_experts import counted_experts, forced_experts
-from pregate.measure.bench.link import Ground, Reading
 from pregate.measure.bench.page_cache import cached_share, drop_page_cache, fill_page_cache
+from pregate.measure.bench.transfer_speed import Ground, Reading
 from pregate.models.experts import ExpertKey
 from pregate.models.loading import load_resident
 from tests.tiny import batch, pregated_model
@@ -59,8 +59,8 @@ def test_bandwidth_counts_all_reads_in_flight(monkeypatch: pytest.MonkeyPatch, i
     """By a clock that moves 1/64 s each time it is looked at. After the first look, 31 slabs until half a second is
     over, which the 33rd look tells."""
     looks = itertools.count()
-    monkeypatch.setattr(link, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 64))
-    monkeypatch.setattr(link, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(transfer_speed, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 64))
+    monkeypatch.setattr(transfer_speed, "PROBE_SECONDS", 0.5)
     store: Any = CountingStore(io_threads)
     ground = Ground(store, torch.device("cpu"), Reading(io_threads))
     assert ground.gb_per_s(KEYS) == 31 * SLAB / (33 / 64) / 1e9

@@ -14,7 +14,7 @@ from pregate import bench as command
 from pregate.cli import compose_run
 from pregate.config import ModelConfig, Run, UsageError
 from pregate.measure.bench import baseline_rows as bench_whole
-from pregate.measure.bench import engines, link
+from pregate.measure.bench import engines, transfer_speed
 from pregate.measure.bench import run as bench
 from pregate.measure.bench.grid import ACCELERATE, ACCELERATE_WARM, RESIDENT, RowSpec, grid
 from pregate.measure.bench.models import bench_models
@@ -26,7 +26,7 @@ QUICK = ("tracking=jsonl", "engine.device=cpu", "bench.prompt_len=7", "bench.new
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_speed, "PROBE_SECONDS", 0.01)
 
 
 def tiny_run(run_dir: Path, *overrides: str, dtype: str = "fp32") -> Run:

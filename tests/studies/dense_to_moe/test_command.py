@@ -16,7 +16,7 @@ from pregate.training import loop
 from studies.dense_to_moe import dense
 from studies.dense_to_moe.__main__ import main
 from studies.dense_to_moe.dense import END_OF_TEXT, open_dense
-from studies.dense_to_moe.mixture import interleaved, packed_rows
+from studies.dense_to_moe.healing_text import interleaved, packed_rows
 from tests.studies.dense_to_moe.llama import llama
 from tests.tasks.test_chat import CHATML, chat_tokenizer
 

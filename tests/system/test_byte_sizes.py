@@ -1,7 +1,7 @@
 import pytest
 
 from pregate.config import UsageError
-from pregate.system.sizes import human_bytes, parse_bytes
+from pregate.system.byte_sizes import human_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from pregate.config import Policy, UsageError
 from pregate.engine.budget import default_slots, slots_within
-from pregate.engine.policy import fetched_on_enter, fetched_on_route
+from pregate.engine.fetch_policy import fetched_on_enter, fetched_on_route
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.family import experts_of
 from tests.tiny import pregated_model
