@@ -16,13 +16,13 @@ LEVELS = {
     "models": 1,
     **dict.fromkeys(("conversion", "tasks", "engine"), 2),
     **dict.fromkeys(("training", "measure"), 3),
-    **dict.fromkeys(("train", "eval", "convert", "bench"), 4),
+    **dict.fromkeys(("train", "eval", "convert", "bench", "harness"), 4),
 }
 """Of each package and each module beside the packages: it imports from its own level and from those below."""
 PEERS = {"training", "measure"}
 """Of one level, and still neither imports the other."""
 
-ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "cli.py"}
+ENTRY_POINTS = {"train.py", "eval.py", "convert.py", "bench.py", "harness.py", "cli.py"}
 """They import inside functions, so that a typo in a setting is told before torch is loaded."""
 HEAVY = {"wandb", "matplotlib", "triton", "peft", "submitit", "bitsandbytes"}
 """Optional packages, or slow ones that few commands need: imported where they are used."""

@@ -43,7 +43,7 @@ def load_tokenizer(run: Run) -> Any:
 
 def _tokenizer_of(run: Run) -> Any:
     if run.checkpoint is not None and (Path(run.checkpoint).expanduser() / "tokenizer_config.json").is_file():
-        return _pretrained_tokenizer("checkpoint", run.checkpoint, None)
+        return pretrained_tokenizer("checkpoint", run.checkpoint, None)
     if run.model.tokenizer is None and run.task.generated is not None:
         return generated_tokenizer(run.task.generated)
     if run.model.tokenizer is not None:
@@ -54,20 +54,24 @@ def _tokenizer_of(run: Run) -> Any:
         key, where, revision = "model.source", run.model.source, run.model.revision
     if where is None:
         raise UsageError("There is no tokenizer: set model.tokenizer=DIR_OR_ID, or model.source=DIR_OR_ID.")
-    return _pretrained_tokenizer(key, where, revision)
+    return pretrained_tokenizer(key, where, revision)
 
 
-def check_vocabulary(tokenizer: Any, model: str, config: dict[str, Any]) -> None:
+def check_vocabulary(tokenizer: Any, model: str, config: dict[str, Any], setting: str = "model.tokenizer") -> None:
     """Refuse a tokenizer with more ids than the model has embeddings. Raises `UsageError`."""
     rows = config.get("vocab_size")
     if rows is not None and len(tokenizer) > rows:
         raise UsageError(
-            f"The tokenizer has {len(tokenizer)} ids but {model} has {rows} embeddings: set model.tokenizer to the one "
-            "that the model was trained with."
+            f"The tokenizer has {len(tokenizer)} ids but {model} has {rows} embeddings: set {setting} to the one that "
+            "the model was trained with."
         )
 
 
-def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
+def pretrained_tokenizer(
+    key: str, where: str, revision: str | None, setting: str = "model.tokenizer", **options: Any
+) -> Any:
+    """The tokenizer of a directory or hub id. `key`: what has named it. `setting`: what can name another. `options` go
+    to `from_pretrained`. Raises `UsageError` for one that does not exist or has no vocabulary or end of sequence."""
     path = Path(where).expanduser()
     if where.startswith("None/"):
         raise UsageError(f"{key}={where} is built from data.root, which is not set: set data.root=DIR or PREGATE_DATA.")
@@ -75,22 +79,22 @@ def _pretrained_tokenizer(key: str, where: str, revision: str | None) -> Any:
     if not path.is_dir() and (path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
         raise UsageError(f"{key}={where} is not a directory: name a directory with a tokenizer, or a hub id.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else where, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else where, revision=revision, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UsageError(
-            f"{key}={where} gives no tokenizer ({reason}): set model.tokenizer to a directory or hub id that holds one."
+            f"{key}={where} gives no tokenizer ({reason}): set {setting} to a directory or hub id that holds one."
         ) from error
     # of a directory without a tokenizer some classes are made all the same, with special tokens and perhaps a space
     special = set(tokenizer.all_special_ids)
     if not any(c.isalnum() for token, i in tokenizer.get_vocab().items() if i not in special for c in token):
         raise UsageError(
-            f"{key}={where} gives no tokenizer, because it holds no vocabulary: set model.tokenizer to a directory or "
-            "hub id that holds one."
+            f"{key}={where} gives no tokenizer, because it holds no vocabulary: set {setting} to a directory "
+            "or hub id that holds one."
         )
     if tokenizer.eos_token_id is None:
         raise UsageError(
-            f"The tokenizer of {key}={where} lacks an end-of-sequence token: set model.tokenizer to one that has it."
+            f"The tokenizer of {key}={where} lacks an end-of-sequence token: set {setting} to one that has it."
         )
     return tokenizer
 

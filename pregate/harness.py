@@ -1,0 +1,31 @@
+"""`python -m pregate.harness --model pregate --model_args pretrained=DIR --tasks NAME`: lm-evaluation-harness with the
+model `pregate`.
+
+The arguments are those of the harness's own command, to which it gives them.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pregate.cli import ending_in_one_sentence
+from pregate.config import UsageError
+from pregate.system.launcher_environment import check_alone
+
+
+def main() -> None:
+    """Register the model and pre-gated checkpoints, then run the harness. Raises `UsageError`."""
+    check_alone("harness")
+    if find_spec("lm_eval") is None:
+        raise UsageError("The package lm_eval is missing: install it with pip install '.[harness]'.")
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+    import pregate.measure.harness  # noqa: F401
+    from pregate.models.family import families
+
+    families()
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    ending_in_one_sentence(main)
