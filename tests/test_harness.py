@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,23 +125,41 @@ def test_local_files_are_scored_as_by_the_harness(checkpoint: Path, data: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_command_runs_the_harness(
-    checkpoint: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_the_commands_of_the_page_run(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With local tasks in the place of those from the hub."""
     monkeypatch.setenv("PREGATE_DATA", str(data))
-    task = ("--model", "pregate", "--include_path", str(TASKS), "--tasks", "local_arc", "--device", "cpu")
-    options = ",".join(f"{name}={value}" for name, value in ENGINE.items())
-    command(monkeypatch, *task, "--output_path", str(tmp_path), "--model_args", f"pretrained={checkpoint},{options}")
-    assert "|local_arc" in capsys.readouterr().out
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "lm_eval.md").read_text(), re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(block.replace("MODEL", str(checkpoint))) for block in blocks]
+    assert len(commands) == 3
+    names = "local_hellaswag,local_arc,local_lambada"
+    for words in commands:
+        words = [names if word == "hellaswag,arc_easy,lambada_openai" else word for word in words]
+        start = words.index("pregate.harness") + 1
+        assert words[start - 3 : start] == ["python", "-m", "pregate.harness"]
+        places = {"scores": str(tmp_path), "studies/lm_eval_tasks": str(TASKS)}
+        arguments = [places.get(word, word) for word in words[start:]]
+        assert names in arguments
+        arguments += [] if "--include_path" in arguments else ["--include_path", str(TASKS)]
+        command(monkeypatch, *arguments, "--device", "cpu")
+        printed = capsys.readouterr().out
+        assert all(f"|{name}" in printed for name in names.split(","))
     [results] = tmp_path.rglob("results_*.json")
     assert json.loads(results.read_text())["config"]["bytes_moved"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_users_error_ends_the_command_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    arguments = ("--model", "pregate", "--include_path", str(TASKS), "--tasks", "local_arc")
     with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, *task, "--model_args", f"pretrained={tmp_path / 'nowhere'}")
+        command(monkeypatch, *arguments, "--model_args", f"pretrained={tmp_path / 'nowhere'}")
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"pregate: There is no directory '{tmp_path / 'nowhere'}'")
