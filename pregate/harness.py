@@ -19,10 +19,15 @@ def main() -> None:
     if find_spec("lm_eval") is None:
         raise UsageError("The package lm_eval is missing: install it with pip install '.[harness]'.")
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval._cli import HarnessCLI  # pyright: ignore[reportMissingImports]
 
-    import pregate.measure.harness  # noqa: F401
+    from pregate.measure.harness import checked
     from pregate.models.family import families
 
+    given = HarnessCLI().parse_args()
+    if getattr(given, "model", None) == "pregate":
+        # the harness lists thousands of tasks before it opens a model
+        checked(getattr(given, "model_args", None) or {})
     families()
     cli_evaluate()
 

@@ -133,7 +133,7 @@ def test_the_commands_of_the_page_run(
     """With local tasks in the place of those from the hub."""
     monkeypatch.setenv("PREGATE_DATA", str(data))
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "lm_eval.md").read_text(), re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(block.replace("MODEL", str(checkpoint))) for block in blocks]
+    commands = [shlex.split(block.replace("\\\n", " ").replace("MODEL", str(checkpoint))) for block in blocks]
     assert len(commands) == 3
     names = "local_hellaswag,local_arc,local_lambada"
     for words in commands:
@@ -151,7 +151,6 @@ def test_the_commands_of_the_page_run(
     assert json.loads(results.read_text())["config"]["bytes_moved"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_users_error_ends_the_command_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

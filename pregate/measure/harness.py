@@ -8,8 +8,9 @@ called. Needs the package lm_eval; nothing else imports this file than the comma
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from math import prod
 from typing import Any, Self
 
@@ -17,9 +18,10 @@ import torch
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
 
-from pregate.config import UsageError
-from pregate.config.validators import need
+from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
+from pregate.config.validators import chosen, need
 from pregate.engine.engine import OffloadEngine
+from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import family_of
 from pregate.models.loading import load_resident, open_model
 from pregate.system.console import say
@@ -48,6 +50,7 @@ OF_HARNESS = (
 )
 """What the harness's own model is told, with its meanings. The rest of its arguments say how to load a model."""
 OWN = ("pretrained", "revision", "tokenizer", "engine", "dtype")
+CHOICES: dict[str, type[StrEnum]] = {"policy": Policy, "tier": Tier, "cache": CacheRule, "slab_dtype": SlabDtype}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -88,56 +91,33 @@ class PregateLM(HarnessModel):
     `pretrained`: a directory or hub id. `engine`: `resident`, all of it in memory, or `offloaded`, through
     `OffloadEngine`, whose options go by their own names. `tokenizer`: by default the checkpoint's. Of the other
     options, `OF_HARNESS` mean what they mean to the harness's `hf` model. Raises `UsageError` for what cannot be
-    evaluated, before weights are read.
+    evaluated, before weights are read: see `checked`.
     """
 
-    def __init__(
-        self,
-        pretrained: str | None = None,
-        engine: str = RESIDENT,
-        revision: str | None = None,
-        tokenizer: str | None = None,
-        dtype: str = "auto",
-        **options: Any,
-    ) -> None:
-        # the harness adds it for data sets; a checkpoint brings no code here
-        options.pop("trust_remote_code", None)
-        need(isinstance(pretrained, str), "There is no model: write --model_args pretrained=DIR_OR_ID.")
-        need(engine in (RESIDENT, OFFLOADED), f"engine={engine} is not known: write {RESIDENT} or {OFFLOADED}.")
-        need(dtype in DTYPES, f"dtype={dtype} is not known: write {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-        self._opening = _options_of_engine(engine, options)
+    def __init__(self, **options: Any) -> None:
+        subject = checked(options)
+        self._subject = subject
         self.offloading: OffloadEngine | None = None
         """The engine, if the model is served by one."""
-        source = open_model(str(pretrained), revision)
-        self._source, self._asked_revision, family = source, revision, family_of(source.config)
-        need(
-            family.objective.continues_prompts,
-            f"The harness scores decoder-only models, and {pretrained} is a {family.source_type} model, which reads "
-            "its prompt in another stack: evaluate it with python -m pregate.eval.",
-        )
-        key, where = ("pretrained", pretrained) if tokenizer is None else ("tokenizer", tokenizer)
-        add_bos = options.get("add_bos_token")
-        begins = {} if add_bos is None else {"add_bos_token": add_bos}
-        loaded = pretrained_tokenizer(key, str(where), revision, "tokenizer", **begins)
-        check_vocabulary(loaded, str(pretrained), source.config, "tokenizer")
-        if _closes_texts(loaded):
-            options["add_bos_token"] = _without_special_tokens(loaded, str(where), add_bos)
-        named = {} if revision is None else {"revision": revision}
-        super().__init__(
-            pretrained=str(pretrained), backend="causal", tokenizer=loaded, dtype=dtype, **named, **options
-        )
+        if subject.notice:
+            say(subject.notice)
+        revision = {} if subject.revision is None else {"revision": subject.revision}
+        where, dtype = subject.pretrained, subject.dtype
+        super().__init__(where, "causal", tokenizer=subject.tokenizer, dtype=dtype, **revision, **subject.of_harness)
 
     def _get_config(self, pretrained: str, **_: Any) -> None:
-        self._config = family_of(self._source.config).config(self._source.config)
+        config = self._subject.source.config
+        self._config = family_of(config).config(config)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **_: Any) -> None:
         device = compute_device(self._device)
-        if self._opening is None:
-            model = load_resident(pretrained, self._asked_revision, dtype=dtype).to(device)
+        subject = self._subject
+        if subject.of_engine is None:
+            model = load_resident(pretrained, subject.revision, dtype=dtype).to(device)
             self._model = Served(model, model.__call__, model.generate)
             return
         asked = None if dtype == "auto" else getattr(torch, dtype)
-        engine = OffloadEngine.open(self._source, device=device, dtype=asked, **self._opening)
+        engine = OffloadEngine.open(subject.source, device=device, dtype=asked, **subject.of_engine)
         # the harness drops its models without a word
         weakref.finalize(self, engine.close)
         experts = len(engine.family.keys()) * sum(prod(shape) for shape in engine.family.matrices.values())
@@ -152,6 +132,51 @@ class PregateLM(HarnessModel):
         engine = self.offloading
         told = {"policy": str(engine.policy), "num_slots": engine.num_slots, "slab_bytes": engine.slab_bytes}
         return info | {"engine": OFFLOADED, **told, **engine.counters.to_dict()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be evaluated. `of_engine`: options of `OffloadEngine.open`, None for a resident model. `of_harness`:
+    those of the harness's own model. `notice`: what the user is told first."""
+
+    pretrained: str
+    revision: str | None
+    dtype: str
+    source: SourceCheckpoint
+    tokenizer: Any
+    of_engine: dict[str, Any] | None
+    of_harness: dict[str, Any]
+    notice: str
+
+
+def checked(options: Mapping[str, Any]) -> Subject:
+    """The options of `PregateLM`, and what follows from the headers of the checkpoint. Raises `UsageError` for an
+    option or value that does not exist, and for a checkpoint or tokenizer that cannot be used."""
+    rest = dict(options)
+    # the harness adds it for data sets; a checkpoint brings no code here
+    rest.pop("trust_remote_code", None)
+    pretrained, engine, dtype = rest.pop("pretrained", None), rest.pop("engine", RESIDENT), rest.pop("dtype", "auto")
+    revision, tokenizer = rest.pop("revision", None), rest.pop("tokenizer", None)
+    need(isinstance(pretrained, str), "There is no model: write --model_args pretrained=DIR_OR_ID.")
+    need(engine in (RESIDENT, OFFLOADED), f"engine={engine} is not known: write {RESIDENT} or {OFFLOADED}.")
+    need(dtype in DTYPES, f"dtype={dtype} is not known: write {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    of_engine = _options_of_engine(engine, rest)
+    source = open_model(str(pretrained), revision)
+    family = family_of(source.config)
+    need(
+        family.objective.continues_prompts,
+        f"The harness scores decoder-only models, and {pretrained} is a {family.source_type} model, which reads its "
+        "prompt in another stack: evaluate it with python -m pregate.eval.",
+    )
+    key, where = ("pretrained", pretrained) if tokenizer is None else ("tokenizer", tokenizer)
+    begins = {name: rest[name] for name in ("add_bos_token",) if rest.get(name) is not None}
+    loaded = pretrained_tokenizer(key, str(where), revision, "tokenizer", **begins)
+    check_vocabulary(loaded, str(pretrained), source.config, "tokenizer")
+    notice = ""
+    if _closes_texts(loaded):
+        notice = _without_special_tokens(loaded, str(where), rest.get("add_bos_token"))
+        rest["add_bos_token"] = False
+    return Subject(str(pretrained), revision, dtype, source, loaded, of_engine, rest, notice)
 
 
 def _options_of_engine(engine: str, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -174,6 +199,9 @@ def _options_of_engine(engine: str, options: dict[str, Any]) -> dict[str, Any] |
     texts = {name: str(value) for name, value in given.items() if name in TEXTS and value is not None}
     if "cache" in given and given["cache"] is None:
         texts["cache"] = "none"
+    for name, kind in CHOICES.items():
+        if name in texts:
+            chosen(name, kind, texts[name])
     for name in NUMBERS:
         value, may_lack = given.get(name), name == "prefill_chunk" or name not in given
         need(
@@ -191,20 +219,19 @@ def _closes_texts(tokenizer: Any) -> bool:
     return len(tokenizer("a")["input_ids"]) > len(opened)
 
 
-def _without_special_tokens(tokenizer: Any, where: str, add_bos: bool | None) -> bool:
-    """What `add_bos_token` must be for a tokenizer that closes every text. The harness encodes a prompt by itself to
-    see where the answer begins, so that a prompt would end before it and the wrong tokens would be scored. Raises
-    `UsageError` if special tokens are asked for."""
+def _without_special_tokens(tokenizer: Any, where: str, add_bos: bool | None) -> str:
+    """What to tell about a tokenizer that closes every text. The harness encodes a prompt by itself to see where the
+    answer begins, so that a prompt would end before it and the wrong tokens would be scored. Raises `UsageError` if
+    special tokens are asked for."""
     begins = tokenizer.convert_ids_to_tokens(opening_tokens(tokenizer))
     if add_bos:
         raise UsageError(
             f"The tokenizer of {where} puts {tokenizer.eos_token} behind every text, also behind a prompt that goes "
             "on: leave out add_bos_token."
         )
-    if add_bos is None:
-        before = f" and no {' '.join(begins)} before it" if begins else ""
-        say(
-            f"The tokenizer of {where} puts {tokenizer.eos_token} behind every text. Prompts go on, so they are "
-            f"encoded without it{before}, as with add_bos_token=false."
-        )
-    return False
+    before = f" and no {' '.join(begins)} before it" if begins else ""
+    said = (
+        f"The tokenizer of {where} puts {tokenizer.eos_token} behind every text. Prompts go on, so they are "
+        f"encoded without it{before}, as with add_bos_token=false."
+    )
+    return said if add_bos is None else ""
