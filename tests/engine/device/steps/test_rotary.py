@@ -23,12 +23,13 @@ from pregate.measure.servers import engine_server, forced_logits
 from pregate.models.family import experts_of
 from pregate.models.pregating import PreGating
 from tests.engine.serving import as_stored
-from tests.models.families.late import choosing_gates, hand_over, pregated, with_gates
+from tests.models.families.late import choosing_gates, hand_over, with_gates
 from tests.models.families.test_decoder_only import (
     FAMILIES,
     VOCABULARY,
     Row,
     gating,
+    pregated,
     upstream_model,
 )
 
