@@ -23,7 +23,7 @@ from pregate.models.family import config_of, experts_of
 from pregate.models.loading import _state_of, load_resident, open_model
 from tests.models import quantised
 from tests.models.quantised import FP8, from_block_fp8, in_block_fp8, write
-from tests.models.test_encodings import PROMPT, assert_same, stored_in
+from tests.models.test_quantised_checkpoints import PROMPT, assert_same, stored_in
 
 # --- mixed from block to block --------------------------------------------------------------------------------------
 

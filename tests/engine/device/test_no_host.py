@@ -24,14 +24,14 @@ from pregate.engine.device import fetching as policies
 from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
 from pregate.engine.device.graph import InOrder
 from pregate.engine.device.ops import (
-    add_norm,
     assign_slots,
     attention,
-    choose_tokens,
     expert_outputs,
     first_choice,
     gate_logits,
     gather_slabs,
+    next_tokens,
+    residual_and_norm,
     rotary_attention,
     want_slabs,
 )
@@ -54,10 +54,10 @@ SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampler_state.py", "fetc
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),
-    *((want_slabs, "want_kernel"), (add_norm, "add_norm_kernel"), (first_choice, "first_choice_kernel")),
+    *((want_slabs, "want_kernel"), (residual_and_norm, "add_norm_kernel"), (first_choice, "first_choice_kernel")),
     *((rotary_attention, "attend_kernel"), (rotary_attention, "join_kernel")),
     *((attention, "attention_kernel"), (gate_logits, "gate_logits_kernel")),
-    *((choose_tokens, "best_kernel"), (choose_tokens, "choose_kernel")),
+    *((next_tokens, "best_kernel"), (next_tokens, "choose_kernel")),
 ]
 
 
