@@ -55,12 +55,13 @@ def pregated_model(
     path: str = "grouped",
     weights: str = "early",
     start: int = 0,
+    gate: str = "linear",
     **changes: Any,
 ) -> PreGatedSwitchTransformersForConditionalGeneration:
-    """A random pre-gated model in evaluation mode."""
+    """A random pre-gated model in evaluation mode. With `gate` mlp, what is beside linear maps is random too."""
     torch.manual_seed(seed)
     gating = {"lookahead": lookahead, "stacks": list(stacks), "entry": entry, "init": "random"}
-    gating |= {"weights": weights, "start": start}
+    gating |= {"weights": weights, "start": start, "gate": gate, "gate_width": 11}
     model = PreGatedSwitchTransformersForConditionalGeneration(
         PreGatedSwitchTransformersConfig(**geometry(**changes), pregate=gating)
     )
@@ -69,6 +70,8 @@ def pregated_model(
             torch.nn.init.normal_(parameter, std=0.5)
         elif "layer_norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif ".nonlinear." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
     model.set_expert_path(path)
     return model.eval()
 

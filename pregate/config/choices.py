@@ -7,6 +7,8 @@ from enum import StrEnum
 Entry = StrEnum("Entry", ["own", "embedding"])
 Weights = StrEnum("Weights", ["early", "late"])
 """Whose combine weights a block uses: those of the gate that has chosen its experts, or those of its own router."""
+GateKind = StrEnum("GateKind", ["linear", "mlp"])
+"""What a gate that decides for another block computes its logits with: its linear map, or that and a small network."""
 Init = StrEnum("Init", ["source", "random", "calibrated"])
 TaskKind = StrEnum("TaskKind", ["qa", "summarization", "classification", "chat", "denoising", "language_modelling"])
 PRE_TRAINING = frozenset({TaskKind.denoising, TaskKind.language_modelling})

@@ -5,7 +5,6 @@ Knows tensors and their names; knows nothing about files.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Init, UsageError
+from pregate.conversion.made_tensors import drawn
 from pregate.conversion.pregated_config import Target
 from pregate.conversion.tensor_plan import TensorPlan
 
@@ -59,9 +59,7 @@ def _drawn(like: Tensor, name: str, std: float, seed: int) -> Tensor:
     """A random gate of the shape and dtype of `like`. Depends on `seed` and `name` alone, not on the order of calls."""
     if like.ndim < 2:  # a bias of any kind
         return torch.zeros_like(like)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
+    return drawn(name, tuple(like.shape), like.dtype, std, seed)
 
 
 def _as_stored(found: Tensor, like: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pregate.config import Init, Weights
+from pregate.conversion.made_tensors import MadeTensor
 from pregate.conversion.tensor_plan import GateMove
 from pregate.models.pregating import PreGating
 from pregate.system.byte_sizes import human_bytes
@@ -15,12 +18,14 @@ STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did. `dropped` are source tensors that repeat another or that the architecture never reads."""
+    """What a conversion did. `made` are tensors that no source has. `dropped` are source tensors that repeat another or
+    that the architecture never reads."""
 
     output: Path
     gating: PreGating
     num_blocks: dict[str, int]
     moves: tuple[GateMove, ...]
+    made: Mapping[str, MadeTensor]
     dropped: tuple[str, ...]
     shards: tuple[str, ...]
     source_bytes: int
@@ -45,6 +50,13 @@ class ConversionReport:
             lines.append("  moved gates start " + STARTS[Init(gating.init)])
         if gating.lookahead and gating.weights == Weights.late:
             lines.append("  the block's own routers stay and weigh the experts that moved gates choose")
+        if self.made:
+            count = sum(math.prod(made.shape) for made in self.made.values())
+            size = human_bytes(sum(made.num_bytes for made in self.made.values()))
+            lines.append(
+                f"  {len(self.made) // 2} gates have {gating.gate_width} hidden numbers beside their linear map: "
+                f"{count:,} parameters more, {size}"
+            )
         lines.append(
             f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
             f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"

@@ -69,7 +69,8 @@ class Shards:
     @classmethod
     def of(cls, checkpoint: SourceCheckpoint, plan: TensorPlan, max_shard_bytes: int) -> Shards:
         """The output tensors of `plan`, with names as in the files of the opened `checkpoint`, and its extras."""
-        spelt, checkpoint = spelling(checkpoint, family_of(checkpoint.config)), checkpoint.with_extras()
+        spelt = spelling(checkpoint, family_of(checkpoint.config))
+        checkpoint = plan.with_made(checkpoint.with_extras())
         shards = plan_shards(checkpoint, plan, max_shard_bytes)
         origins = {file: {name: plan.origins[name] for name in names} for file, names in shards.items()}
         return cls(checkpoint, origins, spelt)

@@ -1,18 +1,24 @@
-"""Which tensor of a conventional checkpoint becomes which tensor of the pre-gated one.
+"""Which tensor of a conventional checkpoint becomes which tensor of the pre-gated one, and which the source lacks.
 
 Knows names and how much goes into a file; reads no weights and writes nothing. What a source must hold is `loading`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from pregate.models.checkpoint import SourceCheckpoint
+from pregate.conversion.made_tensors import MadeTensor
+from pregate.models.checkpoint import Encoding, SourceCheckpoint, TensorInfo
 from pregate.models.family import Family, family_named
 from pregate.models.loading import parameter_shapes
+from pregate.models.nonlinear import NAME
 from pregate.models.pregating import PreGating
+
+PART = f".{NAME}."
+"""In the names of tensors that no source has."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,21 @@ class GateMove:
 @dataclass(frozen=True)
 class TensorPlan:
     """origins: output tensor -> source tensor, in model order, behind them the extra ones. moves: the gates that change
-    places. dropped: source tensors that nothing needs."""
+    places. dropped: source tensors that nothing needs. made: tensors that no source has, which are drawn when they are
+    read; each is its own origin."""
 
     origins: dict[str, str]
     moves: tuple[GateMove, ...]
     dropped: tuple[str, ...]
+    made: Mapping[str, MadeTensor] = field(default_factory=dict)
+
+    def with_made(self, checkpoint: SourceCheckpoint) -> SourceCheckpoint:
+        """`checkpoint`, which reads as if it held the tensors that are made too: then it has all origins."""
+        infos = {
+            name: TensorInfo(Path(), made.shape, made.dtype, encoding=Encoding((), lambda _, made=made: made.draw()))
+            for name, made in self.made.items()
+        }
+        return replace(checkpoint, tensors=checkpoint.tensors | infos)
 
 
 def plan_moves(family: Family, layers: dict[str, list[int]], gating: PreGating) -> list[GateMove]:
@@ -63,8 +79,9 @@ def plan_moves(family: Family, layers: dict[str, list[int]], gating: PreGating) 
     return moves
 
 
-def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
-    """Map a conventional source, opened and checked by `open_model`, onto the architecture of the config `target`."""
+def plan_tensors(checkpoint: SourceCheckpoint, target: Any, seed: int = 0) -> TensorPlan:
+    """Map a conventional source, opened and checked by `open_model`, onto the architecture of the config `target`.
+    `seed`: of the tensors that are made."""
     family = family_named(target.model_type)
     origins = {name: name for name in checkpoint.names()}
     experts = family.experts(target).as_found_in(origins)
@@ -75,9 +92,24 @@ def plan_tensors(checkpoint: SourceCheckpoint, target: Any) -> TensorPlan:
                 origins[name] = origins.pop(source) if move.leaves else source
         origins |= move.copied
     order = parameter_shapes(family, target, experts)
+    made = _made({name: shape for name, shape in order.items() if PART in name}, checkpoint, moves, seed)
+    origins |= {name: name for name in made}
     assert set(origins) | {*family.input_tables, family.output_table} == set(order), set(origins) ^ set(order)
     origins = {name: origins[name] for name in order if name in origins} | {name: name for name in checkpoint.extras}
-    return TensorPlan(origins, tuple(moves), checkpoint.ignored)
+    return TensorPlan(origins, tuple(moves), checkpoint.ignored, made)
+
+
+def _made(
+    shapes: dict[str, tuple[int, ...]], checkpoint: SourceCheckpoint, moves: list[GateMove], seed: int
+) -> dict[str, MadeTensor]:
+    """The tensors of gates beside their linear maps, each in the dtype of its gate's weight in the source."""
+    sources = {name: source for move in moves for name, source in move.renamed.items() if source in checkpoint.tensors}
+    made = {}
+    for name, shape in shapes.items():
+        gate = name.rpartition(PART)[0]
+        dtype = next(checkpoint.dtype(source) for beside, source in sources.items() if beside.startswith(f"{gate}."))
+        made[name] = MadeTensor(name, shape, dtype, seed)
+    return made
 
 
 def spelling(checkpoint: SourceCheckpoint, family: Family) -> Callable[[str], str]:

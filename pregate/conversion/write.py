@@ -55,10 +55,10 @@ def convert(
     """Write the pre-gated form of `source` (a directory or hub id) to the new directory `output`.
 
     `tokenizer` is a directory or hub id whose tokenizer files replace the source's. `seed` matters for
-    `init: random` alone, which draws the gates that move: weights normal with the family's standard deviation, biases
-    zero. `fit` finds the gates of `init: calibrated`, which asks for it
-    (`pregate.conversion.calibrate.flow.calibrate` brings one). Without it, memory holds the largest tensor, or tensors
-    of 64 MB.
+    `init: random`, which draws the gates that move (weights normal with the family's standard deviation, biases zero),
+    and for `gate: mlp`, which draws the first layer of each gate's network; the second is zero. `fit` finds the gates
+    of `init: calibrated`, which asks for it (`pregate.conversion.calibrate.flow.calibrate` brings one). Without it,
+    memory holds the largest tensor, or tensors of 64 MB.
 
     Raises `UsageError`, before anything is written, for an output in use, a source that is no conventional model of a
     known family, damaged or incomplete weights, and a lookahead that a chosen stack has too few MoE blocks for.
@@ -70,7 +70,7 @@ def convert(
     refuse_occupied(output)
     target = target_of(source, read_config(source, revision), pregate)
     checkpoint = open_model(source, revision)
-    plan = plan_tensors(checkpoint, target.config)
+    plan = plan_tensors(checkpoint, target.config, seed)
     files = Shards.of(checkpoint, plan, max_shard_bytes)
     sides = _side_files(source, revision, tokenizer)
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(files.sizes.values())
@@ -78,6 +78,7 @@ def convert(
     starts, account = gate_starts(plan, target, seed, fit)
     files = replace(files, starts=starts)
     made_from = files.made_from() | {"config": target.json, "pregate": __version__}
+    made_from |= {"seed": seed} if plan.made else {}
     bar = "converting", source_bytes + output_bytes, DownloadColumn()
     with _appearing(output, made_from) as unfinished, progress(*bar) as advance:
         with Unchanged(checkpoint):
@@ -93,6 +94,7 @@ def convert(
         gating=target.config.pregating,
         num_blocks=target.num_blocks,
         moves=plan.moves,
+        made=plan.made,
         dropped=plan.dropped,
         shards=tuple(files.origins),
         source_bytes=source_bytes,

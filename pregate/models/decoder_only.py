@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,12 +26,14 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models.family import MoEBlock, family_named
 from pregate.models.head import IGNORED, head_cross_entropy
+from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
+from pregate.models.pregating import PreGating
 from pregate.models.route_handover import BlockGates, RouteListener, Routes
 from pregate.models.router_losses import balance_loss
 from pregate.models.routing import Routing
 from pregate.models.training_experts import LEARNING
-from pregate.models.upstream_routers import choices_by, weights_by
+from pregate.models.upstream_routers import check_linear, choices_by, route_with, weights_by
 
 STACK = "decoder"
 """The only stack of these models."""
@@ -56,11 +59,15 @@ _layer_call: ContextVar[_LayerCall | None] = ContextVar("layer_call", default=No
 
 
 class TopKGate(Gate):
-    """A gate of its own: upstream's router and its rule. `norm`: what an entry gate applies to the embeddings."""
+    """A gate of its own, which decides for another block than the one it sits in: upstream's router and its rule.
+    `norm`: what an entry gate applies to the embeddings."""
 
-    def __init__(self, router: nn.Module, norm: nn.Module | None = None) -> None:
+    def __init__(self, router: nn.Module, gating: PreGating, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.router, self.norm = router, norm
+        self.nonlinear = Nonlinear.of(gating, router.get_parameter("weight"))
+        if self.nonlinear is not None:
+            check_linear(router)
 
     @property
     def linear(self) -> Any:
@@ -73,7 +80,8 @@ class TopKGate(Gate):
         return choices_by(self.router, type(self.router), logits_TE)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
-        return _routing(self.router, self.read(hidden_BTD))
+        router = self.router if self.nonlinear is None else partial(route_with, self.router, self.nonlinear)
+        return _routing(router, self.read(hidden_BTD))
 
 
 class _OwnGate(Gate):
@@ -82,6 +90,7 @@ class _OwnGate(Gate):
 
     def __init__(self, block_gates: TopKGates) -> None:
         super().__init__()
+        self.nonlinear = None
         # a tuple, because a module would become a part of its own part
         self._block_gates = (block_gates,)
 
@@ -126,7 +135,7 @@ class TopKGates(BlockGates):
         if not placed.own:
             self._parameters.update(dict.fromkeys(self._parameters))
             self._buffers.update(dict.fromkeys(self._buffers))
-        self.pre_gate = None if placed.target is None else TopKGate(self.router_class(config))
+        self.pre_gate = None if placed.target is None else TopKGate(self.router_class(config), config.pregating)
         if placed.weighs:
             self._check_rule()
 
@@ -237,7 +246,7 @@ class PreGatedStack:
         entries = config.pregating.embedding_entries(STACK, len(moe_layers))
         router = self.gates_class.router_class
         self.entry_gates = nn.ModuleDict(
-            {str(block): TopKGate(router(config), copy.deepcopy(self.norm)) for block in entries}
+            {str(block): TopKGate(router(config), config.pregating, copy.deepcopy(self.norm)) for block in entries}
         )
         self.post_init()
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from pregate.config import UsageError
 from pregate.models.family import MoEBlock, family_named
+from pregate.models.nonlinear import Nonlinear, up_std
 from pregate.models.pregating import PreGating
 from pregate.models.route_handover import RouteListener
 from pregate.system.console import first_of
@@ -93,6 +95,13 @@ class PreGatedModel:
         extras = family_named(self.config.model_type).extras(self.config)
         self._keys_to_ignore_on_load_unexpected = self._keys_to_ignore_on_load_unexpected.union(extras)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Nonlinear):
+            init.normal_(module.up, mean=0.0, std=up_std(module.up.shape[1]))
+            init.zeros_(module.down)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # upstream skips composite modules of "custom code" at initialisation, which leaves attention and experts
@@ -157,7 +166,10 @@ class PreGatedModel:
 
 
 class Gate(nn.Module):
-    """A router, wherever it sits: maps hidden states (B, T, D) to a `Routing`."""
+    """A router, wherever it sits: maps hidden states (B, T, D) to a `Routing`. nonlinear: what is added to the logits
+    of its linear map, or None."""
+
+    nonlinear: Nonlinear | None
 
     @property
     def linear(self) -> Any:

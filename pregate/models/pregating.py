@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from pregate.config import Entry, PreGateConfig, Run, UsageError, Weights
+from pregate.config import Entry, GateKind, PreGateConfig, Run, UsageError, Weights
 
-SETTINGS = ("lookahead", "stacks", "entry", "init", "weights", "start")
+SETTINGS = ("lookahead", "stacks", "entry", "init", "weights", "start", "gate", "gate_width")
 
 
 class GatePlacement(NamedTuple):
@@ -29,7 +29,8 @@ class GatePlacement(NamedTuple):
 class PreGating:
     """The `pregate` section of a model's config. `stacks`: those that are pre-gated; an empty tuple means all stacks
     that a model has, until `within` names them. `weights`: `early`, the combine weights are those of the gate that
-    chooses, or `late`, those of the block's own router. `start`: the first block of a stack that is pre-gated."""
+    chooses, or `late`, those of the block's own router. `start`: the first block of a stack that is pre-gated.
+    `gate`: `linear`, or `mlp` for gates that decide for another block with `gate_width` hidden numbers too."""
 
     lookahead: int = 0
     stacks: tuple[str, ...] = ()
@@ -37,6 +38,8 @@ class PreGating:
     init: str = "source"
     weights: str = "early"
     start: int = 0
+    gate: str = "linear"
+    gate_width: int = 256
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any] | None) -> PreGating:
@@ -46,16 +49,17 @@ class PreGating:
         if unknown:
             raise UsageError(f"The pregate section of config.json has unknown keys {unknown}: remove them.")
         gating = cls(**{**section, "stacks": tuple(section.get("stacks") or ())})
-        known = gating.entry in list(Entry) and gating.weights in list(Weights)
-        if not known or min(gating.lookahead, gating.start) < 0:
+        known = gating.entry in list(Entry) and gating.weights in list(Weights) and gating.gate in list(GateKind)
+        none_ahead = gating.has_mlp and not gating.lookahead
+        if not known or none_ahead or min(gating.lookahead, gating.start, gating.gate_width - 1) < 0:
             raise UsageError(f"The pregate section of config.json cannot be used: {section}.")
         return gating
 
     @classmethod
     def of_config(cls, gate: PreGateConfig) -> PreGating:
         """What the `pregate` settings of a run ask for."""
-        stacks = tuple(gate.stacks or ())
-        return cls(gate.lookahead, stacks, str(gate.entry), str(gate.init), str(gate.weights), gate.start)
+        named = {name: str(getattr(gate, name)) for name in ("entry", "init", "weights", "gate")}
+        return cls(gate.lookahead, tuple(gate.stacks or ()), start=gate.start, gate_width=gate.gate_width, **named)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stacks": list(self.stacks)}
@@ -112,19 +116,27 @@ class PreGating:
         return range(self.start, min(self.start + ahead, num_blocks)) if ahead else range(0)
 
     @property
+    def has_mlp(self) -> bool:
+        """Whether the gates that decide for another block have a network beside their linear map."""
+        return self.gate == GateKind.mlp
+
+    @property
     def min_blocks(self) -> int:
         """The fewest MoE blocks that a pre-gated stack can have."""
         return self.start + self.lookahead + 1
 
     def differences(self, other: PreGating) -> list[str]:
         """The names of the settings in which two gatings differ. The order of stacks means nothing, and neither do
-        stacks that only one of the two names. For conventional models, lookahead 0, nothing else means anything."""
+        stacks that only one of the two names. For conventional models, lookahead 0, nothing else means anything, and
+        for linear gates the width of others."""
         if not self.lookahead and not other.lookahead:
             return []
         either_open = not self.stacks or not other.stacks
         mine, theirs = (
             {**asdict(gating), "stacks": set() if either_open else set(gating.stacks)} for gating in (self, other)
         )
+        if not self.has_mlp and not other.has_mlp:
+            mine["gate_width"] = theirs["gate_width"]
         return [name for name, value in mine.items() if value != theirs[name]]
 
     def refuse_other(self, asked: PreGating, names: Collection[str], whose: str, advice: str) -> None:

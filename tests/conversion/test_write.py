@@ -146,7 +146,7 @@ def test_names_and_bits_equal_the_naive_loop(source, tmp_path):
         assert len(report.moves) == sum(n != o and n.endswith("classifier.weight") for n, o in expected.items())
         section = json.loads((output / "config.json").read_text())["pregate"]
         asked = {"lookahead": lookahead, "stacks": stacks, "entry": entry, "init": "source"}
-        assert section == asked | {"weights": "early", "start": 0}
+        assert section == asked | {"weights": "early", "start": 0, "gate": "linear", "gate_width": 256}
 
 
 def test_auto_class_opens_the_output(source, tmp_path):

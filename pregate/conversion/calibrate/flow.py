@@ -161,7 +161,8 @@ def _copied(source: Any, config: Any, plan: TensorPlan) -> Any:
     origins = {target: origin for move in plan.moves for target, origin in (move.renamed | move.copied).items()}
     of_gates = {id(parameter) for gate in model.gates() for parameter in gate.linear.parameters()}
     owned = {name for name, parameter in model.named_parameters() if id(parameter) in of_gates}
-    have, state = source.state_dict(), {}
+    made = {name: tensor.draw().to(source.device) for name, tensor in plan.made.items()}
+    have, state = {**source.state_dict(), **made}, {}
     for name in model.state_dict():
         tensor = have[origins.get(name, name)]
         state[name] = tensor.clone() if name in owned else tensor

@@ -26,7 +26,7 @@ class GatesAlone:
         with without_experts(), torch.device("meta"):
             self.model = family_named(config.model_type).model_class(config)
         names = _gate_tensors(self.model)
-        stored = source.read({plan.origins[name] for name in names})
+        stored = plan.with_made(source).read({plan.origins[name] for name in names})
         for name in names:
             place(self.model, name, stored[plan.origins[name]], device, dtype)
         compute_buffers(self.model, device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, SwitchTransformersConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.switch_transformers import modeling_switch_transformers as upstream
 
@@ -20,6 +20,7 @@ from pregate.models.biased_attention import biased_attention
 from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
 from pregate.models.families.switch_experts import SwitchExperts
 from pregate.models.linear import linear_in
+from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate, experts_elsewhere
 from pregate.models.rms_norm import rms_norm
 from pregate.models.route_handover import BlockGates, Routes
@@ -30,12 +31,14 @@ class SwitchGate(Gate):
     """One router: the linear map from hidden states to expert logits, with the family's top-1 and capacity rule.
 
     `in_place`: jitter the states themselves, as upstream does. Experts then read the jittered states too where these
-    are in the router's dtype; lookahead 0 keeps that, because it promises to be the source model.
+    are in the router's dtype; lookahead 0 keeps that, because it promises to be the source model. `ahead`: it decides
+    for another block, or on other states than its block's.
     """
 
-    def __init__(self, config: SwitchTransformersConfig, in_place: bool = False) -> None:
+    def __init__(self, config: PreGatedSwitchTransformersConfig, in_place: bool = False, ahead: bool = False) -> None:
         super().__init__()
         self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
+        self.nonlinear = Nonlinear.of(config.pregating, self.classifier.weight) if ahead else None
         self.capacity = config.expert_capacity
         self.noise = float(config.router_jitter_noise)
         self.dtype = getattr(torch, config.router_dtype)
@@ -60,7 +63,11 @@ class SwitchGate(Gate):
 
     def score(self, seen_BTD: Tensor) -> Tensor:
         """The logits (B, T, E), in the router's dtype."""
-        return linear_in(self.classifier, seen_BTD, self.dtype)
+        return self.with_nonlinear(linear_in(self.classifier, seen_BTD, self.dtype), seen_BTD)
+
+    def with_nonlinear(self, logits_BTE: Tensor, seen_BTD: Tensor) -> Tensor:
+        """The logits, given those of the linear map."""
+        return logits_BTE if self.nonlinear is None else logits_BTE + self.nonlinear(seen_BTD.to(self.dtype))
 
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
         """The family's rule."""
@@ -79,8 +86,8 @@ class SwitchGate(Gate):
 class EmbeddingGate(SwitchGate):
     """An entry gate that reads the stack's input embeddings, normalised like the input of its own block."""
 
-    def __init__(self, config: SwitchTransformersConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: PreGatedSwitchTransformersConfig) -> None:
+        super().__init__(config, ahead=True)
         self.layer_norm = upstream.SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def read(self, hidden_BTD: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ class PreGatedSparseMLP(BlockGates):
         placed = gating.gates_at(stack, index, num_blocks)
         super().__init__(stack, index, placed)
         self.router = SwitchGate(config, in_place=gating.lookahead_of(stack) == 0) if placed.own else None
-        self.pre_gate = SwitchGate(config) if placed.target is not None else None
+        self.pre_gate = SwitchGate(config, ahead=True) if placed.target is not None else None
         # thousands of modules would be made to be dropped
         self.experts = nn.Module() if experts_elsewhere() else SwitchExperts(config)
 

@@ -89,9 +89,16 @@ def choosing_gates(row: Row, upstream: Any, gating: PreGating) -> dict[int, Any]
     return {block: gates[block] for block in chosen_ahead(len(layers), gating)}
 
 
-def hand_over(row: Row, upstream: Any, gates: dict[int, Any], gating: PreGating) -> Any:
+def hand_over(
+    row: Row,
+    upstream: Any,
+    gates: dict[int, Any],
+    gating: PreGating,
+    read: Callable[[int, Tensor], Tensor] = lambda _, states_TD: states_TD,
+) -> Any:
     """Have `gates` choose on the recorded input of an earlier block, or on a norm of the embeddings, and upstream's own
-    routers weigh what was chosen; or, with `early`, use the weights of `gates`."""
+    routers weigh what was chosen; or, with `early`, use the weights of `gates`. `read`: what the gate of a block makes
+    of its input first."""
     weigh = next(NAIVE[name] for name, known in FAMILIES.items() if known is row)
     seen: list[Tensor] = []
     embedded: list[Tensor] = []
@@ -111,7 +118,7 @@ def hand_over(row: Row, upstream: Any, gates: dict[int, Any], gating: PreGating)
                 states = layer.get_submodule(row.family.norm)(embedded[0]).flatten(0, 1)
             else:
                 states = seen[block - gating.lookahead]
-            logits, early, ids = type(router).forward(gates[block], states)
+            logits, early, ids = type(router).forward(gates[block], read(block, states))
             if gating.weights == "early":
                 return logits, early, ids
             late = weigh(router, seen[block], ids)

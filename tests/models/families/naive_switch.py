@@ -19,6 +19,8 @@ def naive_gate(stack: Any, name: str, block: int, mlps: list[Any], gating: Any) 
 
 def naive_probability(gate: Any, seen: Tensor) -> Tensor:
     logits = gate.classifier.weight.float() @ seen.float()
+    if gate.nonlinear is not None:
+        logits = logits + gate.nonlinear.down @ torch.nn.functional.silu(gate.nonlinear.up @ seen.float())
     return (logits if gate.classifier.bias is None else logits + gate.classifier.bias).softmax(0)
 
 

@@ -244,6 +244,7 @@ def pregated(row: Row, upstream: Any, gating: PreGating) -> Any:
             if origin in state:
                 state[name] = state.pop(origin) if move.leaves else state[origin]
         state |= {name: state[origin] for name, origin in move.copied.items()}
+    state |= {name: tensor for name, tensor in model.state_dict().items() if ".nonlinear." in name}
     model.load_state_dict(state)
     model.set_expert_path("reference")
     return model.eval()

@@ -143,11 +143,16 @@ LATE_CASES = [
 
 
 @pytest.mark.parametrize(
-    ("lookahead", "entry", "stacks", "capacity", "weights", "start"),
-    [*((*case, "early", 0) for case in CASES), *LATE_CASES],
+    ("lookahead", "entry", "stacks", "capacity", "weights", "start", "gate"),
+    [
+        *((*case, "early", 0, "linear") for case in CASES),
+        *((*case, "linear") for case in LATE_CASES),
+        (1, "own", BOTH, 64, "early", 0, "mlp"),
+        (2, "embedding", BOTH, 2, "late", 1, "mlp"),
+    ],
 )
 def test_lookahead_equals_the_naive_loop(
-    lookahead: int, entry: str, stacks: tuple[str, ...], capacity: int, weights: str, start: int
+    lookahead: int, entry: str, stacks: tuple[str, ...], capacity: int, weights: str, start: int, gate: str
 ) -> None:
     """Outputs and gradients of a training step, with padding, capacity overflow and a router bias."""
     changes = {
@@ -158,7 +163,8 @@ def test_lookahead_equals_the_naive_loop(
         "expert_capacity": capacity,
         "router_bias": lookahead == 2,
     }
-    model = pregated_model(3, lookahead, stacks, entry, weights=weights, start=start, **changes).train()
+    settings: dict[str, Any] = {"weights": weights, "start": start, "gate": gate}
+    model = pregated_model(3, lookahead, stacks, entry, **settings, **changes).train()
     naive = copy.deepcopy(model)
     inputs = batch(5, size=2, source=6, target=5)
     decoder_ids = model._shift_right(inputs["labels"])
@@ -169,7 +175,8 @@ def test_lookahead_equals_the_naive_loop(
     loss.backward()
     expected_loss.backward()
     assert_gradients_close(gradients(model), gradients(naive), tolerance=1e-4)
-    slopes: list[Any] = [gate.linear.weight.grad for gate in model.gates()]
+    slopes: list[Any] = [parameter.grad for gate in model.gates() for parameter in gate.parameters()]
+    assert sum(name.endswith(".nonlinear.down") for name in gradients(model)) == (6 if gate == "mlp" else 0)
     assert all(slope is not None and slope.abs().max() > 0 for slope in slopes)
 
 

@@ -41,9 +41,10 @@ def _is_other(module: nn.Module, name: str, method: Any) -> bool:
 def for_steps(gate: SwitchGate) -> SwitchGate:
     """Have `gate` decide a step's tokens by `gate_logits` and `first_choice`, and keep its weights in the dtype it
     routes in for good, instead of converting them at every step; the same logits and the same routes."""
-    for name, parameter in list(gate.classifier.named_parameters()):
-        converted = parameter.detach().to(gate.dtype)
-        setattr(gate.classifier, name, nn.Parameter(converted, requires_grad=False))
+    for part in filter(None, (gate.classifier, gate.nonlinear)):
+        for name, parameter in list(part.named_parameters()):
+            converted = parameter.detach().to(gate.dtype)
+            setattr(part, name, nn.Parameter(converted, requires_grad=False))
     gate.score = partial(_score, gate)  # type: ignore[method-assign]
     gate.choose = partial(_choose, gate)  # type: ignore[method-assign]
     return gate
@@ -54,8 +55,10 @@ def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
         return SwitchGate.score(gate, seen_BTD)
     weight, bias = gate.classifier.weight, gate.classifier.bias
     if seen_BTD.shape[1] > 1 or weight.dtype != gate.dtype:
-        return router_logits(seen_BTD, weight, bias, gate.dtype)
-    return gate_logits(seen_BTD, weight, bias)
+        logits_BTE = router_logits(seen_BTD, weight, bias, gate.dtype)
+    else:
+        logits_BTE = gate_logits(seen_BTD, weight, bias)
+    return gate.with_nonlinear(logits_BTE, seen_BTD)
 
 
 def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
