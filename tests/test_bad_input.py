@@ -118,6 +118,11 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "misspelt override": ("train", ["train.lerning_rate=1"], "did you mean train.learning_rate?"),
     "wrong type": ("train", ["train.steps=soon"], "train.steps: Value 'soon'"),
     "unknown experiment": ("train", ["+experiment=switch_bass"], "no experiment named 'switch_bass': choose one of"),
+    "a network for gates that decide for no other block": (
+        "convert",
+        ["pregate.lookahead=0", "pregate.gate=mlp"],
+        "pregate.gate=mlp needs a gate that decides ahead, and pregate.lookahead=0 has none: set pregate.lookahead=1",
+    ),
     "impossible value": ("convert", ["pregate.lookahead=9"], "outside 0 to 3"),
     "missing data directory": (
         "train",

@@ -87,6 +87,8 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("model=switch_base_9", "no model named 'switch_base_9': choose one of"),
         ("pregate.lookahead=4", "outside 0 to 3"),
         ("pregate.stacks=[decoder,decoder]", "each once"),
+        ("pregate.gate=deep", "expected one of [linear, mlp]"),
+        ("pregate.gate_width=0", "pregate.gate_width=0 must be at least 1"),
         ("train.steps=-1", "train.steps=-1 must be at least 0"),
         ("train.distill_logits=-1", "must be 0 or above"),
         ("train.distill_routing=nan", "must be 0 or above"),

@@ -72,6 +72,7 @@ class Cell:
     entry: str = "own"
     weights: str = "early"
     start: int = 0
+    gate: str = "linear"
     stacks: tuple[str, ...] = BOTH
     needs: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -115,6 +116,7 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "decoder": {"stacks": ("decoder",)},
     "late": {"weights": "late"},
     "start": {"start": 1},
+    "mlp": {"gate": "mlp"},
 }
 """What is changed in arm (d), one at a time."""
 TAUGHT = ("distilled", "n0")

@@ -93,6 +93,7 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
         "entry": cell.entry,
         "weights": cell.weights,
         "start": cell.start,
+        "gate": cell.gate,
         "stacks": list(cell.stacks),
         "steps": summary["train"]["steps"],
         "train_seconds": round(summary["train"]["seconds"], 1),

@@ -59,6 +59,7 @@ VARIANTS = {
     "decoder": "decoder only",
     "late": "weights of the block's own router",
     "start": "first block conventional",
+    "mlp": "gates with a small network",
 }
 PLOTS = {
     "lookahead": "Score of the arms against how far ahead the gates decide",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import CalibrationConfig, Entry, Init, PreGateConfig, Run, UsageError
+from pregate.config import CalibrationConfig, Entry, GateKind, Init, PreGateConfig, Run, UsageError
 from pregate.conversion import write as conversion
 from pregate.conversion.calibrate import flow
 from pregate.conversion.calibrate.examples import Batches
@@ -196,6 +196,20 @@ def test_gates_that_do_worse_together_are_not_kept(
     convert(str(source), tmp_path / "copied", PreGateConfig())
     copied = tensors(tmp_path / "copied")
     assert all(torch.equal(tensor, copied[name]) for name, tensor in tensors(tmp_path / "out").items())
+
+
+def test_the_linear_part_of_a_gate_is_fitted_as_that_of_a_linear_one(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is beside it stays as it starts."""
+    found = {kind: calibrated(settings({"gate": kind}), source, tmp_path / kind) for kind in GateKind}
+    assert found["mlp"].after == found["linear"].after != found["linear"].before
+    assert "".join(capsys.readouterr()).replace("\n", " ").count("adds nothing until it is trained") == 1
+    linear, mlp = (tensors(tmp_path / kind) for kind in ("linear", "mlp"))
+    assert all(torch.equal(mlp[name], tensor) for name, tensor in linear.items())
+    made = {name: tensor for name, tensor in mlp.items() if name not in linear}
+    assert made and all(".pre_gate.nonlinear." in name for name in made)
+    assert all(tensor.any() == name.endswith(".up") for name, tensor in made.items())
 
 
 @pytest.mark.parametrize("where", ["fit_gate", "router_logits"])

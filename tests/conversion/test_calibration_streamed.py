@@ -18,6 +18,7 @@ from pregate.config import (
     CalibrationConfig,
     CalibrationData,
     Entry,
+    GateKind,
     Init,
     PreGateConfig,
     Run,
@@ -53,6 +54,7 @@ CASES = {
     "embedding": {"entry": Entry.embedding},
     "late": {"lookahead": 2, "entry": Entry.embedding, "weights": Weights.late},
     "start": {"weights": Weights.late, "start": 1},
+    "mlp": {"entry": Entry.embedding, "gate": GateKind.mlp, "gate_width": 6},
 }
 
 
@@ -133,7 +135,7 @@ def assert_same_gates(one: Path, other: Path, tolerance: float = 2e-3) -> None:
     ("model", "case", "steps"),
     [
         *(("switch", "paper", 2), ("olmoe", "two ahead", 0), ("dense layers between", "embedding", 2)),
-        *(("switch", "late", 0), ("olmoe", "start", 0)),
+        *(("switch", "late", 0), ("olmoe", "start", 0), ("olmoe", "mlp", 0)),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in product(MAKERS, CASES, (0, 2))

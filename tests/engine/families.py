@@ -17,6 +17,7 @@ from pregate.models.loading import load_resident
 from tests.engine.serving import Served
 from tests.models import quantised
 from tests.models.families.test_decoder_only import FAMILIES, Row, upstream_model
+from tests.models.families.test_mlp_gates import stirred
 
 WIDTH = 16
 """Upstream multiplies grouped experts in bfloat16 by multiples of eight alone."""
@@ -26,6 +27,7 @@ GATES: dict[str, dict[str, Any]] = {
     "early": {},
     "late": {"weights": "late", "entry": "embedding"},
     "start": {"weights": "late", "lookahead": 1, "start": 1},
+    "mlp": {"gate": "mlp", "gate_width": 6, "lookahead": 1, "entry": "embedding"},
 }
 """What is asked for beside the lookahead, or instead of it."""
 ENCODED = {"gpt_oss": "mxfp4", "deepseek_v3": "fp8"}
@@ -63,7 +65,11 @@ def checkpoint(root: Path, source: Source, gates: str) -> Served:
     plain = root / f"{source}-{gates}-source"
     upstream_model(shallow(FAMILIES[source.family]), 50).to(dtype).save_pretrained(plain)
     if source.form in LOOKAHEAD:
-        convert(str(plain), directory, PreGateConfig(**{"lookahead": LOOKAHEAD[source.form], **GATES[gates]}))
+        asked = PreGateConfig(**{"lookahead": LOOKAHEAD[source.form], **GATES[gates]})
+        written = plain.with_name(f"{directory.name}-untrained") if gates == "mlp" else directory
+        convert(str(plain), written, asked)
+        if gates == "mlp":  # what is beside linear maps adds nothing before any training
+            stirred(load_resident(written)).save_pretrained(directory)
     else:
         config = json.loads((plain / "config.json").read_text())
         stored = quantised.in_block_fp8(load_file(plain / "model.safetensors"))

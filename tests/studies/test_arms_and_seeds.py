@@ -26,7 +26,7 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
     taught = {(c.task, c.seed) for c in cells if (c.arm, c.variant) == TAUGHT and c.lookahead == 0}
     assert taught == {(task, seed) for task in ("sst2", "web_questions") for seed in (1, 2, 3)}
     others = {"n0", "n2", "n3", "other_seed", "init_random", "init_calibrated", "entry_embedding", "encoder", "decoder"}
-    others |= {"late", "start"}
+    others |= {"late", "start", "mlp"}
     assert {c.variant for c in cells} == {"", *others}
 
 
@@ -54,7 +54,7 @@ def test_every_command_composes_to_its_cell(size: str) -> None:
             continue
         assert (run.task.name, run.seed) == (cell.task, cell.seed)
         assert (run.pregate.lookahead, run.pregate.init, run.pregate.entry) == (cell.lookahead, cell.init, cell.entry)
-        assert (run.pregate.weights, run.pregate.start) == (cell.weights, cell.start)
+        assert (run.pregate.weights, run.pregate.start, run.pregate.gate) == (cell.weights, cell.start, cell.gate)
         assert tuple(run.pregate.stacks or SIZES[size].stacks) == cell.stacks
         starts_from_reference = cell.arm in ("shifted", "calibrated", "gates_only")
         assert run.model.source == ("some/reference" if starts_from_reference else "some/source")

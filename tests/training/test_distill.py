@@ -66,7 +66,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("temperature", "gates"), [(1.0, {}), (3.0, {}), (1.0, {"weights": "late", "start": 1})])
+@pytest.mark.parametrize(
+    ("temperature", "gates"), [(1.0, {}), (3.0, {}), (1.0, {"weights": "late", "start": 1, "gate": "mlp"})]
+)
 def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(
     temperature: float, gates: dict[str, Any]
 ) -> None:

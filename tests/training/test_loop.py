@@ -273,16 +273,18 @@ def test_the_last_checkpoint_is_kept_where_validation_must_not_choose(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("entry", "weights", "optimizer"),
+    ("entry", "weights", "gate", "optimizer"),
     [
-        *(("own", "early", "adamw"), ("own", "early", "adafactor"), ("own", "late", "adamw")),
-        *(("embedding", "early", "adamw"), ("embedding", "early", "adafactor"), ("embedding", "late", "adafactor")),
+        *(("own", "early", "linear", "adamw"), ("own", "early", "linear", "adafactor")),
+        *(("embedding", "early", "linear", "adamw"), ("embedding", "early", "linear", "adafactor")),
+        *(("own", "late", "linear", "adamw"), ("embedding", "late", "linear", "adafactor")),
+        *(("own", "early", "mlp", "adamw"), ("embedding", "late", "mlp", "adafactor")),
     ],
 )
 def test_training_the_gates_leaves_every_other_bit_alone(
-    tmp_path: Path, entry: str, weights: str, optimizer: str
+    tmp_path: Path, entry: str, weights: str, gate: str, optimizer: str
 ) -> None:
-    changes: dict[str, Any] = {"entry": entry, "weights": weights}
+    changes: dict[str, Any] = {"entry": entry, "weights": weights, "gate": gate}
     before = pregated_model(**changes, **SHALLOW).state_dict()
     model, _, summary = train_tiny(
         tmp_path, steps=3, trainable="gates", optimizer=optimizer, model_changes=changes, weight_decay=0.1
@@ -294,8 +296,12 @@ def test_training_the_gates_leaves_every_other_bit_alone(
         for part, _ in module.named_parameters()
     }
     # an own router or an embedding gate with its norm, a pre-gate, and late the routers that weigh, in each stack
-    assert len(gates) == {"own": 4, "embedding": 6}[entry] + (
+    assert sum(".nonlinear." not in name for name in gates) == {"own": 4, "embedding": 6}[entry] + (
         0 if weights == "early" else {"own": 2, "embedding": 4}[entry]
+    )
+    # two matrices beside each gate that decides for another block
+    assert sum(".nonlinear." in name for name in gates) == (
+        0 if gate == "linear" else {"own": 4, "embedding": 8}[entry]
     )
     saved = AutoModelForSeq2SeqLM.from_pretrained(summary.checkpoint).state_dict()
     assert saved.keys() == before.keys()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.config import CalibrationData, Init, Run, Through, UsageError
+from pregate.config import CalibrationData, GateKind, Init, Run, Through, UsageError
 from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
 from pregate.conversion.calibrate.outcome import Calibration, FittedGate, outcome
 from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
@@ -41,6 +41,7 @@ from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
 from pregate.models.family import family_named, family_of_model
 from pregate.models.loading import load_resident, open_model
 from pregate.models.pregated_models import compute_buffers
+from pregate.system.console import say
 from pregate.system.durable import remove
 from pregate.system.machine import pick_device
 from pregate.tasks.base import Task
@@ -59,6 +60,8 @@ def calibrate(
     leaves its work directory beside `output`, from which the same call goes on.
     """
     assert run.pregate.init is Init.calibrated and run.pregate.lookahead, run.pregate
+    if run.pregate.gate is GateKind.mlp:
+        say("Calibration fits the linear map of each gate. The network beside it adds nothing until it is trained.")
     done: list[Calibration] = []
     device = device or torch.device("cpu")
 

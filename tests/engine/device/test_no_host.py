@@ -144,7 +144,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
 @pytest.mark.parametrize("policy", list(Policy))
 @pytest.mark.parametrize("kind", [StepKind(), StepKind(sample=True, penalise=True)])
-@pytest.mark.parametrize("gating", [{"lookahead": 0}, {"lookahead": 1}, {"lookahead": 2, "entry": "embedding"}])
+@pytest.mark.parametrize(
+    "gating",
+    [{"lookahead": 0}, {"lookahead": 1}, {"lookahead": 2, "entry": "embedding"}, {"lookahead": 1, "gate": "mlp"}],
+)
 def test_a_step_asks_nothing(
     policy: Policy, kind: StepKind, gating: dict[str, Any], launches: list[tuple[str, tuple[int, ...]]]
 ) -> None:

@@ -3,6 +3,7 @@ small models of each family that has it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.models.families.test_decoder_only import (
     pregated,
     upstream_model,
 )
+from tests.models.families.test_mlp_gates import stirred
 
 STEPS = 7
 CAPTURED = {name: row for name, row in FAMILIES.items() if row.family.step == "rotary"}
@@ -99,6 +101,25 @@ def test_steps_are_upstreams_greedy_generation(tmp_path: Path, row: Row, seed: i
 def test_late_weights_and_a_later_start(tmp_path: Path, name: str) -> None:
     """Softmax before top-k, behind it, and sigmoids with a correction bias."""
     assert_steps(tmp_path, CAPTURED[name], 2, 4, "late_start")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "glm4_moe" else pytest.mark.slow) for name in CAPTURED]
+)
+def test_networks_beside_the_linear_maps_of_gates(tmp_path: Path, name: str) -> None:
+    """What they add is held against upstream's rule elsewhere; here steps are held against the resident model."""
+    asked = PreGating(1, entry="embedding", weights="late", gate="mlp", gate_width=6)
+    upstream = upstream_model(CAPTURED[name], 214)
+    ours = stirred(pregated(CAPTURED[name], upstream, asked))
+    ours.save_pretrained(tmp_path)
+    inputs = prompts(4)
+    expected = generated(ours.generate, inputs)
+    linear = generated(pregated(CAPTURED[name], upstream, replace(asked, gate="linear")).generate, inputs)
+    assert not torch.equal(expected[1], linear[1])
+    sizes = {"batch": 5, "max_source_len": 10, "max_new_tokens": STEPS}
+    with DeviceEngine.open(tmp_path, policy=Policy.pre_gated, **sizes) as engine:
+        assert_equal(generated(engine.generate, inputs), expected)
+        assert engine.counters.bytes_moved > 0
 
 
 def assert_steps(tmp_path: Path, row: Row, seed: int, rows: int, ahead: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import hypothesis.strategies as st
@@ -140,6 +141,29 @@ def test_weights_of_the_blocks_own_router_and_a_later_start(lookahead: int, star
     assert assert_equal_while_live(got, wanted, None, ATOL[torch.float32]) == 24
     early = reference(pregated_model(7, **gates, **depth), inputs, 8, None)
     assert not torch.equal(early[1], wanted[1]) and wanted[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "weights", "dtype"), [("own", "early", torch.float32), ("embedding", "late", torch.bfloat16)]
+)
+def test_networks_beside_the_linear_maps_of_gates(entry: str, weights: str, dtype: torch.dtype) -> None:
+    settings: dict[str, Any] = {"entry": entry, "weights": weights}
+    model = pregated_model(7, 1, gate="mlp", **settings).to(dtype)
+    inputs = inputs_of(3, 3)
+    wanted, linear = (reference(m, inputs, 8, None) for m in (model, without_networks(model)))
+    assert not torch.equal(linear[1], wanted[1]) and wanted[1].isfinite().all()
+    static = StaticDecoder(model, ResidentExperts(model), batch=3, max_source_len=9, max_new_tokens=8)
+    got = decode(static, model, inputs, Sampling(repetition_penalty=NEVER_AGAIN), 8)
+    ties = 0.0 if dtype is torch.float32 else 2 * ATOL[dtype]
+    assert assert_equal_while_live(got, wanted, None, ATOL[dtype], ties) >= 20
+    assert all(gate.nonlinear.up.dtype == gate.dtype for gate in model.gates("decoder") if gate.nonlinear is not None)
+
+
+def without_networks(model: Any) -> Any:
+    linear = copy.deepcopy(model)
+    for gate in linear.gates():
+        gate.nonlinear = None
+    return linear
 
 
 def test_a_conventional_upstream_model_too() -> None:
