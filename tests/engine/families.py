@@ -69,7 +69,7 @@ def checkpoint(root: Path, source: Source, gates: str) -> Served:
         written = plain.with_name(f"{directory.name}-untrained") if gates == "mlp" else directory
         convert(str(plain), written, asked)
         if gates == "mlp":  # what is beside linear maps adds nothing before any training
-            stirred(load_resident(written)).save_pretrained(directory)
+            stirred(load_resident(written), seed=10).save_pretrained(directory)
     else:
         config = json.loads((plain / "config.json").read_text())
         stored = quantised.in_block_fp8(load_file(plain / "model.safetensors"))
