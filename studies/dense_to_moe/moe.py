@@ -59,7 +59,7 @@ class Form:
     kind: str = SPLIT
     experts: int = 8
     top_k: int = 4
-    shared: float = 0.125
+    shared: float = 0.03125
     shared_by: str = "strength"
     noise: float = 0.02
 
