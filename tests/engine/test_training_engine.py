@@ -40,8 +40,10 @@ def passed(model: Any, seed: int = 0, **inputs: Tensor) -> tuple[float, dict[str
 
 
 def frozen(served: Served, engine: TrainingEngine) -> Any:
-    """The resident model in float32, its experts those of the engine's slabs and without gradients."""
+    """The resident model in float32, its experts those of the engine's slabs, without gradients and computed one after
+    the other: upstream's grouped products do not follow autocast."""
     model = as_stored(load_resident(served.directory, dtype=torch.float32), engine.layout)
+    model.set_expert_path("reference")
     for block in model.moe_blocks():
         block.module.experts.requires_grad_(False)
     return model
