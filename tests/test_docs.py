@@ -47,6 +47,7 @@ def run(language: str, text: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_tutorial_and_the_example_of_the_readme_run(tmp_path: Path) -> None:
     blocks = BLOCK.findall(text_of("docs/tutorial.md"))
     assert [language for language, _ in blocks] == ["bash", "bash", "python", "python", "bash", "bash", "python"]
@@ -88,6 +89,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_commands_for_a_cluster_start_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few steps, on the CPU, and without a cluster. `+launcher=slurm` is composed in `test_cli`."""
     bin_dir = tmp_path / "bin"
