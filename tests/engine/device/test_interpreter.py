@@ -15,6 +15,7 @@ ROOT = HERE.parent.parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
