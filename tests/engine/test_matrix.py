@@ -1,8 +1,8 @@
 """Every decoder-only family from every form of its weights and with every kind of gates, under every policy, cache,
 tier and slab dtype, for one row and for four: the engine gives the resident model's tokens and logits.
 
-Every pair of these choices stands in the default suite. The slow one has every combination with gates that decide and
-weigh early, and every three of the choices with the others.
+Every pair of these choices is in the default suite. The slow tests have every combination with linear gates that
+decide and weigh early, and every three of the choices with the other gates.
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ def threes() -> dict[Source, list[Combination]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.form in LOOKAHEAD], ids=str)
-def test_the_engine_equals_the_resident_model_with_late_weights(families: Path, source: Source) -> None:
+def test_the_engine_equals_the_resident_model_with_other_gates(families: Path, source: Source) -> None:
     assert_rows(families, threes()[source])
