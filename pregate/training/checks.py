@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import PRE_TRAINING, Experts, Learn, Run, TaskKind, Trainable, UsageError
+from pregate.config import PRE_TRAINING, DistillData, Experts, Learn, Run, TaskKind, Trainable, UsageError
 from pregate.config.task import OWN_TEMPLATE
 from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
@@ -89,7 +89,10 @@ def check_objective(run: Run, family: Family) -> None:
             f"Task {task.name!r} has sources and targets apart, but {model} is decoder-only: "
             "choose task=language_modelling."
         )
-    packing = any(train is not None and train.packing for train in (run.train, run.source_train))
+    trains = [train for train in (run.train, run.source_train) if train is not None]
+    if kind in PRE_TRAINING and any(train.distill_data is not DistillData.task for train in trains):
+        raise UsageError(f"Task {task.name!r} has no prompts that a teacher could answer: leave out distill_data.")
+    packing = any(train.packing for train in trains)
     if objective.closes_sources:
         asked = {
             "task.kind=language_modelling": kind is TaskKind.language_modelling,
