@@ -17,16 +17,15 @@ from pregate.models.checkpoint import read_config
 from pregate.models.family import Family, config_of, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
-from pregate.system.console import reason_of, say
+from pregate.system.console import say
 from pregate.system.launcher_environment import check_mixed_precision
 from pregate.system.machine import fast_dtype
-from pregate.system.processes import join
+from pregate.system.process_group import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_routing_loss, check_teacher
+from pregate.training.from_scratch import geometry_config, vocabulary_size
 from pregate.training.lora import check_installed, targets_of
 from pregate.training.optimizer_and_schedule import autocast_dtype, check_8bit
-
-VOCABULARY_MULTIPLE = 64
 
 
 def check_precision(run: Run) -> None:
@@ -145,26 +144,6 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
                 student = config_of(read_config(run.model.source, run.model.revision))
             check_teacher(train.teacher, student)
             check_routing_loss(train, family_named(student.model_type))
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The number of embeddings of a model trained from scratch."""
-    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
-    """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
-    family = family_named(run.model.family)
-    settings = family.from_scratch(run.model.geometry, vocab_size)
-    try:
-        # alone first, so that the message names the one of the two that is wrong
-        plain = family.config_class(**settings)
-        return family.config_class(**settings, pregate=gating.within(family.num_blocks(plain)).to_dict())
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = reason_of(error)
-        raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
 
 
 def trained_config(run: Run) -> tuple[Any, torch.dtype]:

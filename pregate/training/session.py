@@ -23,7 +23,7 @@ from pregate.models.dropout import use_fast_dropout
 from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
-from pregate.system.processes import join, main_only
+from pregate.system.process_group import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker

@@ -21,7 +21,7 @@ import torch
 from pregate.models.objectives import Row
 from pregate.system.console import say
 from pregate.system.durable import append_text, make_directory, write_text
-from pregate.system.processes import main_only
+from pregate.system.process_group import main_only
 from pregate.tasks.own_answers import answers
 from pregate.tasks.token_cache import TokenRows
 from pregate.tasks.tokens import Collator
