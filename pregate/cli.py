@@ -27,7 +27,7 @@ from pregate.config.groups import config_dir, register_schema
 from pregate.overrides import composed, first_line, known_keys, no_setting
 from pregate.system.durable import FULL
 from pregate.system.launcher_environment import asked
-from pregate.system.peers import PeerFailedError, end_in_silence, lost_connection, may_tell
+from pregate.system.process_exit import PeerFailedError, end_in_silence, lost_connection, may_tell
 from pregate.system.stopping import GOES_ON, stoppable
 from pregate.system.submitit_job import do_submitted
 

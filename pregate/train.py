@@ -13,7 +13,7 @@ def main(run: Run) -> None:
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.measure.servable import check_engine
     from pregate.models.checkpoint import read_config
-    from pregate.system.processes import join, leave
+    from pregate.system.process_group import join, leave
     from pregate.tasks.registry import build_training_task, splits_read
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker

@@ -75,8 +75,11 @@ def run() -> int:
         check_claim(study.folder, identity)
         study.render(study.folder)
         return 0
-    if not os.environ.get("PREGATE_DATA") and SIZES[study.size].pretraining:
+    if not os.environ.get("PREGATE_DATA") and (SIZES[study.size].pretraining or SIZES[study.size].make_source):
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
+    make = SIZES[study.size].make_source
+    if make and study.source and not Path(study.source).is_dir():
+        raise UsageError(f"There is no source in {study.source}: make it with `{make}`, or name one with SOURCE=DIR.")
     study.seconds_left, jobs = seconds_left(), number_of_jobs()
     study.several = jobs > 1 or is_set(HELPS)
     check_claim(study.folder, identity)

@@ -35,7 +35,7 @@ from pregate.models.loading import load_resident, open_model
 from pregate.system.durable import write_json
 from pregate.system.machine import environment, set_seed
 from pregate.system.memory import PeakMemory
-from pregate.system.processes import join
+from pregate.system.process_group import join
 from pregate.tasks.registry import build_training_task
 from pregate.tasks.tokens import load_tokenizer
 from pregate.training.checks import trained_config

@@ -13,7 +13,7 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main
-from tests.system.test_processes import ROOT, launched, told
+from tests.system.test_process_group import ROOT, launched, told
 from tests.tiny import upstream_model
 from tests.training.copying import SHALLOW
 

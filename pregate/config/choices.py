@@ -28,6 +28,8 @@ Sharding = StrEnum("Sharding", ["none", "full"])
 """What of a training is split over several processes: nothing, each holds all; or weights, gradients and optimizer."""
 RoutingLoss = StrEnum("RoutingLoss", ["kl", "rank"])
 """How a teacher's routes are learned: as distributions over experts, or as which experts stand above the rest."""
+DistillData = StrEnum("DistillData", ["task", "generations"])
+"""The targets beside which a teacher teaches: those of the task, or what the teacher itself answers."""
 Keep = StrEnum("Keep", ["best", "last"])
 """Which state becomes the checkpoint: the best in validation, or the last, which no validation has chosen."""
 ExpertPath = StrEnum("ExpertPath", ["reference", "grouped"])

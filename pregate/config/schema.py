@@ -20,6 +20,7 @@ from pregate.config.choices import (
     Baseline,
     CacheRule,
     Device,
+    DistillData,
     Drive,
     Entry,
     ExpertPath,
@@ -136,7 +137,8 @@ class TrainConfig:
 
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
-    `pregate.training.distill`, and `distill_temperature` softens the output logits. `packing`: several examples stand
+    `pregate.training.distill`, and `distill_temperature` softens the output logits. `distill_data: generations` puts
+    the teacher's answers in place of the targets. `packing`: several examples stand
     in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
     `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2). `experts: offloaded`:
     those of the model and of its teacher stay frozen where `engine` says. `lora`: what learns beside the gates with
@@ -162,6 +164,7 @@ class TrainConfig:
     distill_routing: float = setting(0.0, WEIGHT)
     distill_routing_loss: RoutingLoss = RoutingLoss.kl
     distill_temperature: float = setting(1.0, TEMPERATURE)
+    distill_data: DistillData = DistillData.task
     trainable: Trainable = Trainable.all
     experts: Experts = Experts.resident
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -212,6 +215,11 @@ class TrainConfig:
             f"{prefix}sharding=none.",
         )
         resident = self.experts is Experts.resident
+        need(
+            self.distill_data is DistillData.task or (self.teacher is not None and whole and resident),
+            f"{prefix}distill_data={self.distill_data} needs a teacher that is whole in memory: set "
+            f"{prefix}teacher=DIR_OR_ID, {prefix}sharding=none and {prefix}experts=resident.",
+        )
         need(
             resident or self.trainable in (Trainable.all_but_experts, Trainable.gates),
             f"{prefix}experts=offloaded leaves the experts as they are and has no adapters: set "

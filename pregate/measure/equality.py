@@ -19,6 +19,8 @@ from pregate.engine.device.engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.models.finite import finite_logits
 
+LOGIT_TOKENS = 8
+"""Target positions whose logits a benchmark compares; a batch of 32 then takes 33 MB with T5's vocabulary."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Norm of the difference as a share of the norm. Sums in another order, in bfloat16 with a token or two that a near tie
 sends to another expert, stay below a fourth of it; an expert with another one's weights does not."""

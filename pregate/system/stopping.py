@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pregate.system.peers import may_tell
+from pregate.system.process_exit import may_tell
 
 GOES_ON = "a training or a benchmark goes on with the same command and resume=true."
 """What is said where the work itself says nothing: see `going_on`."""

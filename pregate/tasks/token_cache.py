@@ -28,7 +28,7 @@ from pregate.config import Run, UsageError
 from pregate.models.objectives import Row
 from pregate.system.console import reason_of, say
 from pregate.system.durable import clear_abandoned, discard, partial_beside, put, read_object, refusal, write_json
-from pregate.system.processes import main_only
+from pregate.system.process_group import main_only
 from pregate.tasks.base import Example, Task
 from pregate.tasks.tokens import Collator
 

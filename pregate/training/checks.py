@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pregate.config import PRE_TRAINING, Experts, Learn, Run, TaskKind, Trainable, UsageError
+from pregate.config import PRE_TRAINING, DistillData, Experts, Learn, Run, TaskKind, Trainable, UsageError
 from pregate.config.task import OWN_TEMPLATE
 from pregate.conversion.pregated_config import target_of
 from pregate.engine.opening import serving_dtype
@@ -17,16 +17,15 @@ from pregate.models.checkpoint import read_config
 from pregate.models.family import Family, config_of, experts_of, family_named, family_of
 from pregate.models.loading import open_model
 from pregate.models.pregating import PreGating, settings_chosen
-from pregate.system.console import reason_of, say
+from pregate.system.console import say
 from pregate.system.launcher_environment import check_mixed_precision
 from pregate.system.machine import fast_dtype
-from pregate.system.processes import join
+from pregate.system.process_group import join
 from pregate.tasks.tokens import Collator
 from pregate.training.distill import check_routing_loss, check_teacher
+from pregate.training.from_scratch import geometry_config, vocabulary_size
 from pregate.training.lora import check_installed, targets_of
 from pregate.training.optimizer_and_schedule import autocast_dtype, check_8bit
-
-VOCABULARY_MULTIPLE = 64
 
 
 def check_precision(run: Run) -> None:
@@ -89,7 +88,10 @@ def check_objective(run: Run, family: Family) -> None:
             f"Task {task.name!r} has sources and targets apart, but {model} is decoder-only: "
             "choose task=language_modelling."
         )
-    packing = any(train is not None and train.packing for train in (run.train, run.source_train))
+    trains = [train for train in (run.train, run.source_train) if train is not None]
+    if kind in PRE_TRAINING and any(train.distill_data is not DistillData.task for train in trains):
+        raise UsageError(f"Task {task.name!r} has no prompts that a teacher could answer: leave out distill_data.")
+    packing = any(train.packing for train in trains)
     if objective.closes_sources:
         asked = {
             "task.kind=language_modelling": kind is TaskKind.language_modelling,
@@ -142,26 +144,6 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
                 student = config_of(read_config(run.model.source, run.model.revision))
             check_teacher(train.teacher, student)
             check_routing_loss(train, family_named(student.model_type))
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The number of embeddings of a model trained from scratch."""
-    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def geometry_config(run: Run, gating: PreGating, vocab_size: int) -> Any:
-    """The config of a model trained from scratch. Raises `UsageError` for a geometry that cannot be built."""
-    family = family_named(run.model.family)
-    settings = family.from_scratch(run.model.geometry, vocab_size)
-    try:
-        # alone first, so that the message names the one of the two that is wrong
-        plain = family.config_class(**settings)
-        return family.config_class(**settings, pregate=gating.within(family.num_blocks(plain)).to_dict())
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = reason_of(error)
-        raise UsageError(f"model.geometry of {run.model.name!r} cannot be built: {reason}.") from error
 
 
 def trained_config(run: Run) -> tuple[Any, torch.dtype]:

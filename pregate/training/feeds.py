@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +22,9 @@ from pregate.tasks.base import Task
 from pregate.tasks.text_stream import Position, TextStream
 from pregate.tasks.token_cache import TokenRows, token_rows
 from pregate.tasks.tokens import Collator
-from pregate.training.batch_order import Batching, MicroBatchSampler
+from pregate.training.batch_order import Batching, MicroBatchSampler, step_plan
 from pregate.training.state_values import TrainState
+from pregate.training.taught_answers import answered_by, batches_to_answer
 
 Batch = dict[str, Tensor]
 POSITION = "position"
@@ -92,6 +95,7 @@ class ExampleFeed:
         limit = run.data.max_train_examples
         self.rows = token_rows(run, task, run.task.train_split, self.fingerprint, limit, self.collate)
         self.eval_examples = task.examples(run.task.eval_split, share.train.eval_examples)
+        self.lengths = (_Alike if share.train.packing else _PromptLengths)(self.rows)
         for split, found in ((run.task.train_split, self.rows), (run.task.eval_split, self.eval_examples)):
             if not found:
                 raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
@@ -104,10 +108,23 @@ class ExampleFeed:
 
     def _sampler(self, first_step: int, last_step: int) -> MicroBatchSampler:
         share = self.share
-        lengths = _Alike(self.rows) if share.train.packing else _PromptLengths(self.rows)
         return MicroBatchSampler(
-            lengths, share.batching, seed=share.run.seed, first_step=first_step, last_step=last_step, rank=share.rank
+            self.lengths,
+            share.batching,
+            seed=share.run.seed,
+            first_step=first_step,
+            last_step=last_step,
+            rank=share.rank,
         )
+
+    def answer(self, teacher: Any, file: Path, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Learn what `teacher` answers in place of the targets. `file` keeps the answers."""
+        share, run = self.share, self.share.run
+        steps = step_plan(self.lengths, share.batching, run.seed, 0, share.train.steps)
+        used = (index for step in steps for index in step)
+        batches = batches_to_answer(used, self.rows.prompt_lengths, run.eval.batch_size)
+        made_from = {"teacher": share.train.teacher, "data": self.fingerprint, "most": self.collate.max_target_tokens}
+        self.rows = answered_by(teacher, self.rows, batches, self.collate, file, made_from, autocast)
 
     def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
         micro_batches = list(self._sampler(state.step, state.step + 1))

@@ -22,7 +22,7 @@ from torch import Tensor
 from pregate.config import Keep, Run, TrainConfig, UsageError
 from pregate.models.family import family_of_model
 from pregate.models.objectives import TokenCounts
-from pregate.system.processes import main_only
+from pregate.system.process_group import main_only
 from pregate.system.stopping import Terminated
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream

@@ -30,7 +30,7 @@ from pregate.models.family import experts_of
 from pregate.models.loading import open_model
 from pregate.system.console import say
 from pregate.system.durable import write_json
-from pregate.system.processes import join
+from pregate.system.process_group import join
 from pregate.training.durable_directories import replaced, write_side_files
 from pregate.training.optimizer_and_schedule import autocast_dtype
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT

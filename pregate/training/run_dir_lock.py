@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pregate.config import Run, UsageError, save_run
 from pregate.system.durable import FULL, clear_scratch, make_directory
-from pregate.system.processes import join, main_only
+from pregate.system.process_group import join, main_only
 from pregate.training.resume_changes import check_changes
 from pregate.training.saved_state import processes_of
 

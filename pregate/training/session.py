@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from pregate.config import ExpertPath, Keep, Run, Trainable, TrainConfig
+from pregate.config import DistillData, ExpertPath, Keep, Run, Trainable, TrainConfig
 from pregate.models.dropout import use_fast_dropout
 from pregate.models.family import family_of_model
 from pregate.models.objectives import Objective
 from pregate.system.machine import set_seed
-from pregate.system.processes import join, main_only
+from pregate.system.process_group import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
@@ -31,7 +31,7 @@ from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.disk_space import check_space
 from pregate.training.distill import Distillation, load_distillation
 from pregate.training.durable_directories import recover
-from pregate.training.feeds import Feed, Share, build_feed, sequence_tokens
+from pregate.training.feeds import ExampleFeed, Feed, Share, build_feed, sequence_tokens
 from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
 from pregate.training.optimizer_and_schedule import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
@@ -41,6 +41,7 @@ from pregate.training.saved_state import settle
 from pregate.training.sharded_saved_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.state_values import TrainState, set_random_state
+from pregate.training.taught_answers import FILE as TEACHER_ANSWERS
 from pregate.training.trained_weights import lacks_experts
 
 LENGTHS = 8
@@ -127,6 +128,15 @@ def prepare(
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped = model if sharded else accelerator.prepare_model(model)
+    # its cache would keep a copy of every weight that was gathered, until the end of the forward pass
+    cached = sharded is None
+    autocast = functools.partial(torch.autocast, device, dtype=dtype, cache_enabled=cached) if dtype else nullcontext
+    distillation = load_distillation(
+        train, accelerator.device, dtype, accelerator.num_processes, offloaded and offloaded.teacher
+    )
+    if distillation is not None and train.distill_data is DistillData.generations:
+        assert isinstance(feed, ExampleFeed), "check_objective has refused a text"
+        feed.answer(distillation.teacher, out_dir / TEACHER_ANSWERS, autocast)
     return Session(
         model=model,
         wrapped=wrapped,
@@ -140,18 +150,13 @@ def prepare(
         carry=carry,
         accelerator=accelerator,
         optimizer=optimizer,
-        # its cache would keep a copy of every weight that was gathered, until the end of the forward pass
-        autocast=functools.partial(torch.autocast, device, dtype=dtype, cache_enabled=sharded is None)
-        if dtype
-        else nullcontext,
+        autocast=autocast,
         objective=objective,
         feed=feed,
         batching=batching,
         micro_batches=feed.micro_batches(state),
         state=state,
-        distillation=load_distillation(
-            train, accelerator.device, dtype, accelerator.num_processes, offloaded and offloaded.teacher
-        ),
+        distillation=distillation,
         sharded=sharded,
         offloaded=offloaded,
     )

@@ -30,8 +30,8 @@ from pregate.config import UsageError
 from pregate.models.family import experts_of
 from pregate.models.loading import in_own_layout, open_model
 from pregate.system.console import silent_bars
-from pregate.system.peers import PeerFailedError
-from pregate.system.processes import join, main_only
+from pregate.system.process_exit import PeerFailedError
+from pregate.system.process_group import join, main_only
 from pregate.training.durable_directories import place_to_fill, replaced, write_side_files
 from pregate.training.saved_state import (
     OPTIMIZER_FILE,

@@ -25,12 +25,12 @@ from pregate.system.console import first_of
 from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed
 from pregate.system.memory import PeakMemory
-from pregate.system.processes import join, main_only
+from pregate.system.process_group import join, main_only
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
-from pregate.training.checks import geometry_config, vocabulary_size
 from pregate.training.durable_directories import replaced, write_model
+from pregate.training.from_scratch import geometry_config, vocabulary_size
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY

@@ -5,7 +5,8 @@ Knows names of tasks, arms and settings; knows nothing about how a cell is run o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 PRETRAINING = "pretrain"
 CONVENTIONAL = "conventional"
@@ -23,23 +24,86 @@ UNTRAINED = ("shifted", "calibrated")
 SEEDS = ((1,), (2, 3))
 """The first is run for all tasks before the others are."""
 BOTH = ("encoder", "decoder")
+TAUGHT = ("distilled", "n0")
+"""The conventional model taught as arm (e) is, as (arm, variant): what (e) owes to its teacher alone."""
+OTHER_SEED = "other_seed"
+"""The variant that compares the routes of a conventional model with those of the one of the next seed, untouched."""
+SOURCE, DENSE = "source", "dense"
+AS_IT_IS = (SOURCE, DENSE)
+"""Variants of the conventional arm that train nothing: the source, and the dense model that it was made from."""
+NOT_TRAINED = (OTHER_SEED, *AS_IT_IS)
+UNTOUCHED = ("train.steps=0", "train.warmup_steps=0")
 THREADS = "OMP_NUM_THREADS"
 """The environment's variable for how many threads a cell computes with."""
 
 
 @dataclass(frozen=True)
+class Change:
+    """What differs in a variant of an arm: settings `pregate.…`, which are fields of `Cell` too, and any others."""
+
+    label: str
+    pregate: dict[str, object] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+
+LATE = Change("weights of the block's own router", {"weights": "late"})
+MLP = Change("gates with a small network", {"gate": "mlp"})
+RANK = Change("a routing loss that ranks", others=("train.distill_routing_loss=rank",))
+OWN_ANSWERS = Change("on the teacher's answers", others=("train.distill_data=generations",))
+CHANGES: dict[tuple[str, str], Change] = {
+    ("pre_gated", "init_random"): Change("random gates", {"init": "random"}),
+    ("pre_gated", "init_calibrated"): Change("calibrated gates", {"init": "calibrated"}),
+    ("pre_gated", "entry_embedding"): Change("entry gate on the embeddings", {"entry": "embedding"}),
+    ("pre_gated", "encoder"): Change("encoder only", {"stacks": ("encoder",)}),
+    ("pre_gated", "decoder"): Change("decoder only", {"stacks": ("decoder",)}),
+    ("pre_gated", "late"): LATE,
+    ("pre_gated", "start"): Change("first block conventional", {"start": 1}),
+    ("pre_gated", "mlp"): MLP,
+    ("shifted", "late"): LATE,
+    ("calibrated", "late"): LATE,
+    ("calibrated", "own_answers"): Change(
+        "calibrated on the model's own answers", others=("calibration.data=generations",)
+    ),
+    ("distilled", "late"): LATE,
+    ("distilled", "rank"): RANK,
+    ("distilled", "own_answers"): OWN_ANSWERS,
+    ("gates_only", "late"): LATE,
+    ("gates_only", "mlp"): MLP,
+    ("gates_only", "rank"): RANK,
+    ("gates_only", "own_answers"): OWN_ANSWERS,
+    ("gates_only", "lora"): Change(
+        "low-rank adapters trained too", others=("train.trainable=lora", "train.lora.targets=[attention,experts]")
+    ),
+}
+"""(arm, variant) of every change to an arm, one at a time, in the order of worth."""
+SWITCH_CHANGES = tuple(key for key in CHANGES if key[0] == "pre_gated" or key[1] == "own_answers")
+DECODER_ONLY_CHANGES = tuple(
+    key for key in CHANGES if key[0] != "pre_gated" or key[1] in ("late", "start", "mlp", "init_calibrated")
+)
+
+
+@dataclass(frozen=True)
 class Size:
-    """What differs between the sizes of the study: tasks, where the pre-trained model comes from, and on a CPU how many
-    threads pre-training and the other cells compute with, since the sums, and so the scores, depend on it."""
+    """What differs between the sizes of the study.
+
+    `pretraining`: the experiment that makes the model that cells start from, or `source`: its checkpoint, and
+    `make_source`: the command that makes that. `dense`: the directory beside `source` with the dense model that it was
+    made from, in the source's form. `threads`: on a CPU, those of pre-training and of the other cells, since the sums,
+    and so the scores, depend on it. `repeated`: the arms of the second and third seed. `others`: the seeds of lookahead
+    2 and 3, controls and `changes`, none for a study of the arms alone.
+    """
 
     tasks: tuple[str, ...]
     pretraining: str | None = None
     source: str | None = None
+    make_source: str | None = None
+    dense: str | None = None
     threads: tuple[int, int] | None = None
     arms: tuple[str, ...] = ARMS
     stacks: tuple[str, ...] = BOTH
-    main_only: bool = False
-    """Whether the study ends with the arms at lookahead 1."""
+    repeated: tuple[str, ...] = ARMS
+    others: tuple[int, ...] = (1, 2, 3)
+    changes: tuple[tuple[str, str], ...] = SWITCH_CHANGES
 
 
 SIZES = {
@@ -50,10 +114,21 @@ SIZES = {
         threads=(2, 1),
         arms=tuple(arm for arm in ARMS if arm != "distilled"),
         stacks=("decoder",),
-        main_only=True,
+        others=(),
     ),
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
+    "smollm2_moe": Size(
+        ("squad", "sst2", "web_questions"),
+        source="runs/smollm2_moe/checkpoint",
+        make_source="python -m studies.dense_to_moe runs/smollm2_moe",
+        dense="dense_as_moe",
+        threads=(2, 1),
+        stacks=("decoder",),
+        repeated=(CONVENTIONAL, "pre_gated", "distilled"),
+        others=(1,),
+        changes=DECODER_ONLY_CHANGES,
+    ),
 }
 
 
@@ -79,7 +154,7 @@ class Cell:
 
     @property
     def trained(self) -> bool:
-        return self.arm not in UNTRAINED and self.variant != OTHER_SEED
+        return self.arm not in UNTRAINED and self.variant not in NOT_TRAINED
 
     @property
     def from_source(self) -> bool:
@@ -88,41 +163,28 @@ class Cell:
 
 
 def all_cells(size: Size) -> list[Cell]:
-    """All cells, most valuable first: pre-training, the arms of one seed, of the others, lookahead, what the teacher of
-    arm (e) gives without pre-gating, how far apart the routes of two seeds are, ablations."""
+    """All cells, most valuable first: pre-training, the arms of one seed, what the source gives as it is, changes to
+    arms where most are of one seed, the other seeds, lookahead, what the teacher of arm (e) gives without pre-gating,
+    how far apart the routes of two seeds are, changes to arms where they have all seeds."""
     cells = (
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )
-    for seeds in SEEDS:
-        cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in seeds for arm in size.arms]
-    if size.main_only:
-        return cells
-    seeds = [seed for group in SEEDS for seed in group]
+    first, others = SEEDS
+    cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in first for arm in size.arms]
+    if size.dense:
+        cells += [_untouched(size, task, 1, variant, ()) for task in size.tasks for variant in AS_IT_IS]
+    changes = [_change(size, key, size.tasks[0], seed) for key in size.changes for seed in size.others]
+    all_seeds = (*first, *others)
+    cells += changes if size.others != all_seeds else []
+    cells += [
+        _arm(size, arm, t, seed) for t in size.tasks for seed in others for arm in size.arms if arm in size.repeated
+    ]
     for task in size.tasks:
-        cells += [_variant(size, "pre_gated", task, seed, f"n{n}", lookahead=n) for n in (2, 3) for seed in seeds]
-    cells += [_variant(size, TAUGHT[0], task, seed, TAUGHT[1], lookahead=0) for task in size.tasks for seed in seeds]
-    cells += [_other_seed(size, task, seed, seeds) for task in size.tasks for seed in seeds]
-    first = size.tasks[0]
-    for variant, change in ABLATIONS.items():
-        cells += [_variant(size, "pre_gated", first, seed, variant, **change) for seed in seeds]
-    return cells
-
-
-ABLATIONS: dict[str, dict[str, object]] = {
-    "init_random": {"init": "random"},
-    "init_calibrated": {"init": "calibrated"},
-    "entry_embedding": {"entry": "embedding"},
-    "encoder": {"stacks": ("encoder",)},
-    "decoder": {"stacks": ("decoder",)},
-    "late": {"weights": "late"},
-    "start": {"start": 1},
-    "mlp": {"gate": "mlp"},
-}
-"""What is changed in arm (d), one at a time."""
-TAUGHT = ("distilled", "n0")
-"""The conventional model taught as arm (e) is, as (arm, variant): what (e) owes to its teacher alone."""
-OTHER_SEED = "other_seed"
-"""The variant that compares the routes of a conventional model with those of the one of the next seed, untouched."""
+        cells += [_variant(size, "pre_gated", task, s, f"n{n}", {"lookahead": n}) for n in (2, 3) for s in size.others]
+    if "distilled" in size.arms:
+        cells += [_taught(size, task, seed) for task in size.tasks for seed in size.others]
+    cells += [_other_seed(size, task, seed, all_seeds) for task in size.tasks for seed in size.others]
+    return cells + (changes if size.others == all_seeds else [])
 
 
 def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
@@ -140,32 +202,39 @@ def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:
     return replace(cell, needs=tuple(needs))
 
 
-def _variant(size: Size, arm: str, task: str, seed: int, variant: str, **change: object) -> Cell:
+def _variant(
+    size: Size, arm: str, task: str, seed: int, variant: str, change: dict[str, object], more: tuple[str, ...] = ()
+) -> Cell:
     base = _arm(size, arm, task, seed)
-    return Cell(
-        cell_name(task, arm, seed, variant),
-        arm,
-        task,
-        seed,
-        variant,
-        needs=base.needs,
-        overrides=tuple(f"pregate.{key}={_written(value)}" for key, value in change.items()),
-        **{"stacks": size.stacks, **change},  # type: ignore[arg-type]
+    return replace(
+        base,
+        name=cell_name(task, arm, seed, variant),
+        variant=variant,
+        overrides=(*(f"pregate.{key}={_written(value)}" for key, value in change.items()), *more),
+        **change,  # type: ignore[arg-type]
     )
 
 
-def _other_seed(size: Size, task: str, seed: int, seeds: list[int]) -> Cell:
+def _change(size: Size, key: tuple[str, str], task: str, seed: int) -> Cell:
+    arm, variant = key
+    return _variant(size, arm, task, seed, variant, CHANGES[key].pregate, CHANGES[key].others)
+
+
+def _taught(size: Size, task: str, seed: int) -> Cell:
+    arm, variant = TAUGHT
+    return _variant(size, arm, task, seed, variant, {"lookahead": 0})
+
+
+def _untouched(size: Size, task: str, seed: int, variant: str, needs: tuple[str, ...]) -> Cell:
+    cell = _arm(size, CONVENTIONAL, task, seed)
+    name = cell_name(task, CONVENTIONAL, seed, variant)
+    return replace(cell, name=name, variant=variant, needs=needs, overrides=UNTOUCHED)
+
+
+def _other_seed(size: Size, task: str, seed: int, seeds: tuple[int, ...]) -> Cell:
     after = seeds[(seeds.index(seed) + 1) % len(seeds)]
-    return Cell(
-        cell_name(task, CONVENTIONAL, seed, OTHER_SEED),
-        CONVENTIONAL,
-        task,
-        seed,
-        OTHER_SEED,
-        lookahead=0,
-        needs=(cell_name(task, CONVENTIONAL, seed), cell_name(task, CONVENTIONAL, after)),
-        overrides=("train.steps=0", "train.warmup_steps=0"),
-    )
+    needs = tuple(cell_name(task, CONVENTIONAL, number) for number in (seed, after))
+    return _untouched(size, task, seed, OTHER_SEED, needs)
 
 
 def _written(value: object) -> str:
@@ -183,7 +252,8 @@ def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, r
         return [f"+experiment={SIZES[size_name].pretraining}", f"run_dir={run_dir}"]
     given = [f"+experiment=accuracy_{size_name}_{cell.task}", f"+arm={cell.arm}", f"seed={cell.seed}", *cell.overrides]
     if source is not None and cell.from_source:
-        given.append(f"model.source={source}")
+        dense = SIZES[size_name].dense if cell.variant == DENSE else None
+        given.append(f"model.source={Path(source).parent / dense if dense else source}")
     if reference is not None:
         given.append(f"reference={reference}")
     return [*given, f"name=accuracy_{size_name}_{cell.name}", f"run_dir={run_dir}"]

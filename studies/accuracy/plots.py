@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pregate.measure.figure_style import COMPUTE, FAINT, INK, QUIET, TRANSFER, WAIT, write_figure
 from pregate.measure.report.evaluation_tables import metric_label
-from studies.accuracy.arms_and_seeds import ABLATIONS, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
+from studies.accuracy.arms_and_seeds import CHANGES, CONVENTIONAL, OTHER_SEED, TASK_LABELS, TAUGHT
 from studies.accuracy.statistics import ArmSummary, by_block, mean_curve
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def plot_study(arms: Arms, folder: Path) -> list[str]:
 
 def plot_lookahead(arms: Arms, path: Path) -> bool:
     """Difference from the conventional model against lookahead, with 95 % intervals; one panel a task."""
-    shown = {task: [a for a in found if a.difference and a.variant not in ABLATIONS] for task, found in arms.items()}
+    shown = {
+        task: [a for a in found if a.difference and (a.arm, a.variant) not in CHANGES] for task, found in arms.items()
+    }
     shown = {task: found for task, found in shown.items() if found}
     if not shown:
         return False

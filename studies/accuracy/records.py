@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from pregate.config import UsageError
 from pregate.conversion.write import MANIFEST
+from pregate.models.loading import open_model
 from pregate.system.durable import to_jsonable, write_json
 from pregate.system.machine import environment
 from studies.accuracy.arms_and_seeds import PRETRAINING, Cell
@@ -101,6 +103,8 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
         "curve": validation_points(run_dir / "metrics.jsonl"),
         "command": command,
     }
+    if (run_dir / "checkpoint").is_dir():
+        record["parameters"] = num_parameters(run_dir / "checkpoint")
     calibration = calibration_seconds(run_dir, summary)
     if calibration is not None:
         record["calibration_seconds"] = round(calibration, 2)
@@ -121,6 +125,11 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
     record["commit"] = made_in.get("git")
     record["environment"] = {key: value for key, value in made_in.items() if key != "git"}
     return {key: _rounded(value) for key, value in to_jsonable(record).items() if value not in (None, {})}
+
+
+def num_parameters(checkpoint: Path) -> int:
+    """Weights of a checkpoint, from the headers of its files."""
+    return sum(math.prod(info.shape) for info in open_model(str(checkpoint)).tensors.values())
 
 
 def calibration_seconds(run_dir: Path, summary: Mapping[str, Any]) -> float | None:

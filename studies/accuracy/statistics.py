@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.accuracy.arms_and_seeds import ABLATIONS, ARMS, CONVENTIONAL, OTHER_SEED, PRETRAINING, TAUGHT
+from studies.accuracy.arms_and_seeds import ARMS, AS_IT_IS, CHANGES, CONVENTIONAL, OTHER_SEED, PRETRAINING, TAUGHT
 
 Record = Mapping[str, Any]
 SAMPLES = 10_000
@@ -20,7 +20,8 @@ ORDER = [
     *(("pre_gated", variant) for variant in ("n2", "n3")),
     TAUGHT,
     (CONVENTIONAL, OTHER_SEED),
-    *(("pre_gated", variant) for variant in ABLATIONS),
+    *((CONVENTIONAL, variant) for variant in AS_IT_IS),
+    *CHANGES,
 ]
 """(arm, variant) in the order of tables."""
 

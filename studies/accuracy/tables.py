@@ -14,11 +14,14 @@ from pregate.measure.report.evaluation_tables import METRIC_LABELS, metric_label
 from pregate.measure.table_format import ABSENT, signed
 from pregate.system.console import first_of
 from studies.accuracy.arms_and_seeds import (
-    ABLATIONS,
+    AS_IT_IS,
+    CHANGES,
     CONVENTIONAL,
+    DENSE,
     OTHER_SEED,
     PRETRAINING,
     SIZES,
+    SOURCE,
     TASK_LABELS,
     TAUGHT,
     THREADS,
@@ -45,22 +48,16 @@ LETTERS = {
     "distilled": "(e) pre-gated, distilled",
     "gates_only": "(f) gates only, distilled",
 }
-LABELS = {TAUGHT: "(a) conventional, distilled", (CONVENTIONAL, OTHER_SEED): "(a) of another seed"}
-"""Of variants that are no change to their arm as the others are."""
-SHORT = {(CONVENTIONAL, ""): "(a)", ("pre_gated", ""): "(d)", TAUGHT: "(a) distilled"}
-"""What differences are taken from, in the heads of tables."""
-VARIANTS = {
-    "n2": "lookahead 2",
-    "n3": "lookahead 3",
-    "init_random": "random gates",
-    "init_calibrated": "calibrated gates",
-    "entry_embedding": "entry gate on the embeddings",
-    "encoder": "encoder only",
-    "decoder": "decoder only",
-    "late": "weights of the block's own router",
-    "start": "first block conventional",
-    "mlp": "gates with a small network",
+LABELS = {
+    TAUGHT: "(a) conventional, distilled",
+    (CONVENTIONAL, OTHER_SEED): "(a) of another seed",
+    (CONVENTIONAL, SOURCE): "the source, not fine-tuned",
+    (CONVENTIONAL, DENSE): "the dense model that it was made from, not fine-tuned",
 }
+"""Of variants that are no change to their arm as the others are."""
+SHORT = {(arm, ""): name.split()[0] for arm, name in LETTERS.items()} | {TAUGHT: "(a) distilled"}
+"""What differences are taken from, in the heads of tables."""
+AHEAD = {"n2": "lookahead 2", "n3": "lookahead 3"}
 PLOTS = {
     "lookahead": "Score of the arms against how far ahead the gates decide",
     "agreement": "Routing agreement with the conventional model, block by block",
@@ -131,18 +128,21 @@ def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Ma
     ]
     main = [arm for arm in arms if not arm.variant]
     ahead = [arm for arm in main if arm.arm == CONVENTIONAL]
-    ahead += [arm for arm in arms if arm.arm == "pre_gated" and arm.variant not in ABLATIONS]
+    ahead += [arm for arm in arms if arm.arm == "pre_gated" and (arm.variant in AHEAD or not arm.variant)]
     conventional, pre_gated, distilled = (CONVENTIONAL, ""), ("pre_gated", ""), ("distilled", "")
 
     def present(*keys: tuple[str, str]) -> list[ArmSummary]:
         return [named[key] for key in keys if key in named]
 
+    main = [*main, *present(*((CONVENTIONAL, variant) for variant in AS_IT_IS))]
     parts.append(score_table(main, present(conventional), trivial))
     if any(arm.variant for arm in ahead):
         parts += ["How far ahead:", score_table(ahead, present(conventional), first="lookahead")]
-    changed = present(pre_gated, distilled, *(("pre_gated", variant) for variant in ABLATIONS))
-    if pre_gated in named and len(changed) > 1:
-        parts += ["One change to (d) at a time:", score_table(changed, present(pre_gated))]
+    for base in ((arm, "") for arm in LETTERS):
+        changed = present(*(key for key in CHANGES if key[0] == base[0]))
+        beside = present(base, distilled) if base == pre_gated else present(base)
+        if base in named and len(beside) + len(changed) > 1:
+            parts += [f"One change to {SHORT[base]} at a time:", score_table([*beside, *changed], beside[:1])]
     if TAUGHT in named:
         parts += [
             "What the teacher of (e) gives a model that is not pre-gated, and what is left of the difference:",
@@ -164,19 +164,27 @@ def score_table(
     for base in bases:
         headers += [f"difference from {SHORT[base.arm, base.variant]}", "of each seed"]
     headers += [*(metric_label(name) for name in others), "training, s"]
+    added = _weights_added(arms, bases[0]) if bases else {}
+    headers += [f"weights added to {SHORT[bases[0].arm, bases[0].variant]}"] if any(added.values()) else []
     rows = []
     for arm in arms:
-        name = f"{arm.lookahead}, {label(arm)}" if first == "lookahead" else label(arm)
-        row = [name, str(len(arm.by_seed)), f"{arm.mean(metric):.1f}"]
+        name = label(arm)
+        row = [
+            f"{arm.lookahead}, {name}" if first == "lookahead" else name,
+            str(len(arm.by_seed)),
+            f"{arm.mean(metric):.1f}",
+        ]
         row.append(f"{min(arm.primary):.1f} to {max(arm.primary):.1f}")
         for base in bases:
             row += _difference(arm, base)
         row += [*(f"{arm.mean(other):.1f}" for other in others), _seconds(arm)]
+        row += [_count(added.get(name))] if any(added.values()) else []
         rows.append(row)
     for name, scores in (trivial or {}).items():
         dashes = [ABSENT] * (1 + 2 * len(bases))
         extra = [f"{scores[other]:.1f}" if other in scores else ABSENT for other in others]
-        rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, ABSENT])
+        last = [ABSENT] * (2 if any(added.values()) else 1)
+        rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, *last])
     return table(headers, rows)
 
 
@@ -190,6 +198,17 @@ def _difference(arm: ArmSummary, base: ArmSummary) -> list[str]:
         return [ABSENT, ABSENT]
     interval = f"{signed(change.mean)} [{signed(change.low)}, {signed(change.high)}]"
     return [interval, " ".join(signed(value) for value in change.by_seed.values())]
+
+
+def _weights_added(arms: Sequence[ArmSummary], base: ArmSummary) -> dict[str, int]:
+    """How many more weights the checkpoint of each arm has than that of `base`, as far as the records say."""
+    counts = {label(arm): arm.records[0].get("parameters") for arm in (*arms, base)}
+    least = counts[label(base)]
+    return {name: count - least for name, count in counts.items() if count is not None and least is not None}
+
+
+def _count(weights: int | None) -> str:
+    return ABSENT if weights is None else f"{weights:,}"
 
 
 def _seconds(arm: ArmSummary) -> str:
@@ -309,7 +328,10 @@ def label(arm: ArmSummary) -> str:
     if (arm.arm, arm.variant) in LABELS:
         return LABELS[arm.arm, arm.variant]
     name = LETTERS.get(arm.arm, arm.arm)
-    return f"{name}, {VARIANTS.get(arm.variant, arm.variant)}" if arm.variant else name
+    if not arm.variant:
+        return name
+    change = CHANGES.get((arm.arm, arm.variant))
+    return f"{name}, {change.label if change else AHEAD.get(arm.variant, arm.variant)}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,8 +5,8 @@
 
 Unpacks SmolLM2-135M-Instruct, writes a text of DIR/corpus and tasks as conversations, parts the neurons of each
 feed-forward layer into experts (or, with --form upcycle, copies the layer), fits the gates, heals all of it with
-`pregate.train`, and measures the loss by several routes. Leaves OUT/checkpoint and OUT/record.json. The same command
-goes on where it was stopped. OUT needs about 5 GB.
+`pregate.train`, and measures the loss by several routes. Leaves OUT/checkpoint, OUT/record.json, and in
+OUT/dense_as_moe the dense model in the same form. The same command goes on where it was stopped. OUT needs about 5 GB.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all, open_moe
 from studies.dense_to_moe.split import LayerFit, split, upcycle
 
 RECORD, SETTINGS, PLAN = "record.json", "settings.json", "plan.json"
-TEACHER = "teacher"
+DENSE_AS_MOE = "dense_as_moe"
+"""The dense model in the form of the checkpoint: the teacher of `--teach`, and a baseline of studies."""
 NOTICE = """# {name}
 
 A conventional Mixture-of-Experts model, made by `{command}` from {dense}.
@@ -107,7 +109,7 @@ def check(given: argparse.Namespace) -> None:
 def settings_of(given: argparse.Namespace, steps: int) -> list[str]:
     """Of the healing."""
     places = given.out / "split", given.out / "text", given.out / "healing"
-    teacher = given.out / TEACHER if given.teach else None
+    teacher = given.out / DENSE_AS_MOE if given.teach else None
     return healing.settings(*places, steps, given.row_tokens, given.seed, teacher, given.more)
 
 
@@ -150,6 +152,16 @@ def make_split(given: argparse.Namespace, dense: Any, tokenizer: Any, target: Pa
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         write_json(fresh / "layers.json", [vars(fitted) for fitted in fits])
+
+
+def make_dense_as_moe(given: argparse.Namespace, dense_dir: str, tokenizer: Any) -> None:
+    """Write OUT/dense_as_moe, which computes what the dense model does: all experts are chosen, and without noise."""
+    form, directory = form_of(given), given.out / "split"
+    exact = form.kind == UPCYCLE
+    model = upcycle(open_dense(dense_dir), replace(form, noise=0.0), given.seed) if exact else open_moe(directory)
+    with silent_bars(), replaced(given.out / DENSE_AS_MOE) as fresh:
+        choose_all(model, form).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
 
 
 def finish(
@@ -208,11 +220,10 @@ def run(given: argparse.Namespace) -> None:
     )
     if not (out / "split").is_dir():
         make_split(given, open_dense(dense_dir), tokenizer, out / "split", fitted_on)
-    if given.teach and not (out / TEACHER).is_dir():
-        with silent_bars(), replaced(out / TEACHER) as fresh:
-            choose_all(open_moe(out / "split"), form_of(given)).save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-    planned = healing.plan(out / PLAN, out / "split", fitted_on, given.hours, given.steps)
+    if not (out / DENSE_AS_MOE).is_dir():
+        make_dense_as_moe(given, dense_dir, tokenizer)
+    teacher = out / DENSE_AS_MOE if given.teach else None
+    planned = healing.plan(out / PLAN, out / "split", teacher, fitted_on, given.hours, given.steps)
     tokens = planned["steps"] * planned["batch_tokens"]
     say(f"healing takes {planned['steps']} steps, {tokens:,} tokens.")
     done = healing.heal(out / "healing", settings_of(given, planned["steps"]))

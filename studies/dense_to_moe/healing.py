@@ -17,6 +17,7 @@ from pregate.config import UsageError
 from pregate.models.loading import load_resident
 from pregate.system.durable import read_object, write_json
 from pregate.train import main as train
+from pregate.training.distill import kl_sum
 from pregate.training.run_dir_lock import SUMMARY
 from studies.dense_to_moe.healing_text import TOKENIZER
 
@@ -31,14 +32,16 @@ UPDATE = 1.1
 """A step takes so many times as long as its passes: the update, validations and saved states come on top."""
 
 
-def plan(file: Path, source: Path, rows_BT: Tensor, hours: float, steps: int | None) -> dict[str, Any]:
+def plan(
+    file: Path, source: Path, teacher: Path | None, rows_BT: Tensor, hours: float, steps: int | None
+) -> dict[str, Any]:
     """How many steps to take, from `steps` or the measured speed; written once, so that a resumed healing keeps it."""
     if (found := read_object(file)) is not None:
         return found
     batch_tokens = BATCH_ROWS * rows_BT.shape[1]
     found = {"batch_tokens": batch_tokens}
     if steps is None and hours > 0:
-        speed = tokens_per_second(source, rows_BT)
+        speed = tokens_per_second(source, teacher, rows_BT)
         steps = round(hours * 3600 * speed / batch_tokens)
         if steps < 1:
             raise UsageError(
@@ -51,14 +54,21 @@ def plan(file: Path, source: Path, rows_BT: Tensor, hours: float, steps: int | N
     return found
 
 
-def tokens_per_second(source: Path, rows_BT: Tensor) -> float:
-    """The speed of training on this machine, measured on a few passes."""
+def tokens_per_second(source: Path, teacher: Path | None, rows_BT: Tensor) -> float:
+    """The speed of training on this machine, measured on a few passes, through the teacher too if there is one."""
     model = load_resident(source, dtype=torch.float32).train()
     model.set_expert_path("grouped")
+    teaches = load_resident(teacher, dtype=torch.float32).eval() if teacher else None
     part_BT, seconds = rows_BT[:MICRO_ROWS], 0.0
     for probe in range(PROBES + 1):
         begun = time.perf_counter()
-        model(input_ids=part_BT, labels=part_BT, loss_only=True, use_cache=False).loss.backward()
+        found = model(input_ids=part_BT, labels=part_BT, loss_only=teaches is None, use_cache=False)
+        loss = found.loss
+        if teaches is not None:
+            with torch.no_grad():
+                taught_NV = teaches(input_ids=part_BT, use_cache=False).logits.flatten(0, 1)
+            loss = loss + kl_sum(found.logits.flatten(0, 1), taught_NV)
+        loss.backward()
         model.zero_grad(set_to_none=True)
         seconds += (time.perf_counter() - begun) if probe else 0.0
     return PROBES * part_BT.numel() / (seconds * UPDATE)

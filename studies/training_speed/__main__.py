@@ -22,7 +22,7 @@ from pregate.config import Device, UsageError
 from pregate.models.family import family_named
 from pregate.system.machine import environment, pick_device
 from pregate.tasks.tokens import Collator
-from studies.training_speed.rows import BATCH_SEQUENCES, LEARNING_RATE, Case, cases
+from studies.training_speed.compared_models import BATCH_SEQUENCES, LEARNING_RATE, Case, cases
 from studies.training_speed.sides import Ours, compare, models, read_data
 from studies.training_speed.tables import markdown, plot, summary
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--rows", nargs="+", help="names of rows, such as switch_8_eager; all unless given")
     parser.add_argument("--steps", type=int, default=120, help="at most so many steps of each side a row")
-    parser.add_argument("--seconds", type=float, default=90.0, help="no further block after so long in a row")
+    parser.add_argument("--seconds", type=float, default=90.0, help="no block of a row behind it, but three at least")
     parser.add_argument("--block-steps", type=int, default=3, help="steps of one side at a time")
     parser.add_argument("--layers", type=int, help="so many layers a stack, for a quick look")
     parser.add_argument("--dry", action="store_true", help="two layers, four steps and generated data: no figures")

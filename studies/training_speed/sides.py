@@ -29,10 +29,10 @@ from pregate.tasks.base import Task
 from pregate.tasks.registry import build_task
 from pregate.tasks.tokens import load_tokenizer
 from pregate.tracking import Tracker
-from pregate.training.checks import geometry_config, vocabulary_size
+from pregate.training.from_scratch import geometry_config, vocabulary_size
 from pregate.training.loop import train_step
 from pregate.training.session import Session, prepare
-from studies.training_speed.rows import BATCH_SEQUENCES, LEARNING_RATE, Case
+from studies.training_speed.compared_models import BATCH_SEQUENCES, LEARNING_RATE, Case
 
 
 @dataclass
@@ -138,6 +138,10 @@ class Clock:
         return wall - self._begun[0], cpu - self._begun[1]
 
 
+LEAST_PAIRS = 3
+"""The first one warms up, and an interval needs two."""
+
+
 @dataclass
 class Interleaved(TrainerCallback):
     """Takes a block of our steps before each block of the Trainer's, and stops when time or steps are over.
@@ -165,7 +169,7 @@ class Interleaved(TrainerCallback):
         seconds, cpu_seconds = self.clock()
         stock = Block(seconds, cpu_seconds, [loss.item() for loss in self.losses], self.block.tokens)
         self.pairs.append((self.block, stock))
-        if time.perf_counter() - self.begun > self.max_seconds:
+        if len(self.pairs) >= LEAST_PAIRS and time.perf_counter() - self.begun > self.max_seconds:
             control.should_training_stop = True
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from pregate.cli import compose_run
-from studies.accuracy.arms_and_seeds import ARMS, PRETRAINING, SIZES, TAUGHT, all_cells, overrides_of, tiny_overrides
+from studies.accuracy.arms_and_seeds import (
+    ARMS,
+    CHANGES,
+    PRETRAINING,
+    SIZES,
+    TAUGHT,
+    all_cells,
+    overrides_of,
+    tiny_overrides,
+)
 
 
 def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
@@ -26,7 +35,7 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
     taught = {(c.task, c.seed) for c in cells if (c.arm, c.variant) == TAUGHT and c.lookahead == 0}
     assert taught == {(task, seed) for task in ("sst2", "web_questions") for seed in (1, 2, 3)}
     others = {"n0", "n2", "n3", "other_seed", "init_random", "init_calibrated", "entry_embedding", "encoder", "decoder"}
-    others |= {"late", "start", "mlp"}
+    others |= {"late", "start", "mlp", "own_answers"}
     assert {c.variant for c in cells} == {"", *others}
 
 
@@ -46,7 +55,8 @@ def test_every_command_composes_to_its_cell(size: str) -> None:
     first = [next(cell for cell in cells if cell.task == task) for task in SIZES[size].tasks]
     main = [cell for cell in cells if cell.task == SIZES[size].tasks[0] and cell.seed == 1]
     for cell in [*cells[:1], *main, *first[1:]]:
-        reference = None if cell.arm == "conventional" and not cell.variant else "some/reference"
+        from_others = [name for name in cell.needs if name != PRETRAINING]
+        reference = "some/reference" if from_others else None
         overrides = overrides_of(cell, size, f"runs/x/{cell.name}", "some/source", reference)
         run = compose_run(["data.root=some/data", *overrides, *tiny_overrides(cell)])
         assert run.run_dir == f"runs/x/{cell.name}"
@@ -57,10 +67,27 @@ def test_every_command_composes_to_its_cell(size: str) -> None:
         assert (run.pregate.weights, run.pregate.start, run.pregate.gate) == (cell.weights, cell.start, cell.gate)
         assert tuple(run.pregate.stacks or SIZES[size].stacks) == cell.stacks
         starts_from_reference = cell.arm in ("shifted", "calibrated", "gates_only")
-        assert run.model.source == ("some/reference" if starts_from_reference else "some/source")
+        source = "some/dense_as_moe" if cell.variant == "dense" else "some/source"
+        assert run.model.source == ("some/reference" if starts_from_reference else source)
+        assert (run.train.distill_data == "generations") == (cell.variant == "own_answers" and cell.arm != "calibrated")
         assert run.train.teacher == ("some/reference" if cell.arm in ("distilled", "gates_only") else None)
         assert (run.train.steps == 0) == (not cell.trained)
         assert run.tracking.group == f"accuracy_{size}"
+
+
+def test_a_study_that_repeats_few_arms_goes_by_worth_too() -> None:
+    cells = all_cells(SIZES["smollm2_moe"])
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names) and PRETRAINING not in names
+    assert names[:6] == [f"squad_{arm}_s1" for arm in ARMS]
+    again = {(cell.task, cell.arm) for cell in cells if cell.seed > 1}
+    tasks = ("squad", "sst2", "web_questions")
+    assert again == {(task, arm) for task in tasks for arm in ("conventional", "pre_gated", "distilled")}
+    as_it_is = [cell for cell in cells if cell.variant in ("source", "dense")]
+    assert len(as_it_is) == 6 and not any(cell.needs or cell.trained for cell in as_it_is)
+    changes = {(cell.arm, cell.variant) for cell in cells if (cell.arm, cell.variant) in CHANGES}
+    assert {("gates_only", "lora"), ("distilled", "rank"), ("calibrated", "own_answers"), ("shifted", "late")} < changes
+    assert names.index("squad_gates_only_lora_s1") < names.index("squad_conventional_s2")
 
 
 def test_arms_of_a_task_differ_in_nothing_but_the_arm() -> None:

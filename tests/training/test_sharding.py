@@ -53,7 +53,7 @@ JOBS = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from pregate.system.processes import main_only
+from pregate.system.process_group import main_only
 from tests.training.test_sharding import train
 torch.set_num_threads(1)
 for job in json.loads(sys.argv[1]):

@@ -22,6 +22,7 @@ from torch import Tensor
 from pregate.config import CalibrationConfig, CalibrationData, Run, UsageError
 from pregate.models.objectives import Row
 from pregate.tasks.base import Example, Task
+from pregate.tasks.own_answers import answers
 from pregate.tasks.tokens import Collator
 
 TEXT_CHARACTERS = 32
@@ -125,19 +126,9 @@ def answered_rows(
 ) -> Iterator[list[Row]]:
     """The sources of `prompts` with what `model` answers, greedily, a batch at a time. `generate`: the model's, or that
     of the engine that serves it."""
-    start, end = model.generation_config.decoder_start_token_id, collate.tokenizer.eos_token_id
     for part in _chunks(prompts, settings.batch_size):
-        inputs = collate.objective.prompts([row.source for row in part], collate.padding)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        generated_BT = generate(**inputs, max_new_tokens=collate.max_target_tokens, do_sample=False)
-        answers = collate.objective.new_tokens(generated_BT, inputs["input_ids"]).tolist()
-        yield [Row(row.source, _answer(ids, start, end)) for row, ids in zip(part, answers, strict=True)]
-
-
-def _answer(ids: Sequence[int], start: int | None, end: int) -> array[int]:
-    """What was generated, without the token that a decoder begins with, up to the first end."""
-    ids = ids[ids[0] == start :]
-    return array("i", ids[: ids.index(end) + 1] if end in ids else ids)
+        found = answers(part, model, generate, collate)
+        yield [Row(row.source, answer) for row, answer in zip(part, found, strict=True)]
 
 
 def within_budget(chunks: Iterator[Sequence[Row]], collate: Collator, settings: CalibrationConfig) -> list[Row]:

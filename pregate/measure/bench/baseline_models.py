@@ -24,6 +24,14 @@ from pregate.models.family import config_of, experts_of, family_of
 from pregate.models.loading import generation_config, in_own_layout, load_resident
 from pregate.models.pregated_models import Gate, compute_buffers
 
+HEADROOM = 1.1
+"""Activations and the allocator's own take, as a factor on weights."""
+
+
+def bytes_needed(model: BenchModel) -> float:
+    """How much free memory the whole model is loaded into, at least."""
+    return model.num_bytes() * HEADROOM
+
 
 def resident_model(model: BenchModel, device: torch.device) -> Any:
     """The whole model on `device`, in evaluation mode: a directory through Hugging Face, random weights in place."""

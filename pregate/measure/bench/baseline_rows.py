@@ -20,6 +20,7 @@ from pregate.config import SlabDtype, Tier, UsageError
 from pregate.engine.storage.store import Store
 from pregate.measure.bench.active_experts import forced_experts
 from pregate.measure.bench.baseline_models import (
+    bytes_needed,
     cpu_offloaded,
     dequantised_resident,
     disk_offloaded,
@@ -39,8 +40,6 @@ from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
 from pregate.system.memory import PeakMemory, free_memory
 
-HEADROOM = 1.1
-"""Activations and the allocator's own take, as a factor on weights."""
 COLD_SHARE = 0.01
 """More than this of a folder still in the page cache is not a cold read."""
 
@@ -67,7 +66,7 @@ class Whole:
         if not rows and not missing:
             return
         forget()
-        needed = self.model.num_bytes() * HEADROOM
+        needed = bytes_needed(self.model)
         if needed > free_memory(self.device):
             say(
                 f"{self.model.name}: the whole model needs {human_bytes(needed)}, {self.device} has "
@@ -143,7 +142,7 @@ class Accelerated:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _from_host_memory(self, spec: RowSpec, record: Record) -> None:
-        needed = self.model.num_bytes() * HEADROOM
+        needed = bytes_needed(self.model)
         if needed > free_memory(torch.device("cpu")):
             say(f"{spec.sentence()} is left out: it needs {human_bytes(needed)} of host memory.")
             return

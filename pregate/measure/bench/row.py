@@ -23,13 +23,10 @@ from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import WARM_UP, Effort, Requests, greedy
-from pregate.measure.equality import check_moved, compare_logits, logit_difference, tolerance
+from pregate.measure.equality import LOGIT_TOKENS, check_moved, compare_logits, logit_difference, tolerance
 from pregate.measure.servers import Server, forced_logits
 from pregate.measure.timing import Timed, medians
 from pregate.system.memory import PeakMemory
-
-LOGIT_TOKENS = 8
-"""Target positions whose logits are compared; a batch of 32 then takes 33 MB with T5's vocabulary."""
 
 
 @dataclass(frozen=True)

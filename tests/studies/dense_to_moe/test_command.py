@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from pregate.config import UsageError
 from pregate.models.loading import load_resident, open_model
 from pregate.training import loop
-from studies.dense_to_moe import dense
+from studies.dense_to_moe import dense, healing
 from studies.dense_to_moe.__main__ import main
 from studies.dense_to_moe.dense import END_OF_TEXT, open_dense
 from studies.dense_to_moe.healing_text import interleaved, packed_rows
@@ -51,6 +51,16 @@ def made(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "moe"
     main(command(inputs, out, "--steps", "6", "train.learning_rate=1e-2", "train.warmup_steps=0"))
     return out
+
+
+@torch.no_grad()
+def assert_dense(directory: Path, inputs: Path) -> None:
+    """An MoE checkpoint that computes what the dense model does, and other logits for another token."""
+    ids = torch.arange(20)[None]
+    ours, dense = load_resident(directory), open_dense(str(inputs / "dense"))
+    wanted = dense(input_ids=ids).logits
+    torch.testing.assert_close(ours(input_ids=ids).logits, wanted, rtol=0, atol=2e-5)
+    assert torch.isfinite(wanted).all() and (wanted[0, 1:] - wanted[0, :-1]).abs().max() > 1e-3
 
 
 def test_the_command_leaves_a_conventional_checkpoint_that_has_learnt(made: Path) -> None:
@@ -123,23 +133,27 @@ def test_without_healing_the_checkpoint_is_the_split(inputs: Path, tmp_path: Pat
     assert losses["healed"] == losses["split"]
     assert losses["split"]["own"] == pytest.approx(losses["dense"], abs=0.1)
     assert open_model(str(tmp_path / "moe" / "checkpoint")).config["model_type"] == "mixtral"
+    assert_dense(tmp_path / "moe" / "dense_as_moe", inputs)
 
 
 def test_the_dense_model_teaches(inputs: Path, tmp_path: Path) -> None:
     main(command(inputs, tmp_path / "moe", "--steps", "2", "--teach", "train.warmup_steps=0"))
     summary = json.loads((tmp_path / "moe" / "healing" / "summary.json").read_text())
     assert summary["train"]["metrics"]["train/kl"] > 0.01
-    with torch.no_grad():
-        ids = torch.arange(20)[None]
-        taught, wanted = (
-            model(input_ids=ids).logits
-            for model in (load_resident(tmp_path / "moe" / "teacher"), open_dense(str(inputs / "dense")))
-        )
-    torch.testing.assert_close(taught, wanted, rtol=0, atol=2e-5)
+    assert_dense(tmp_path / "moe" / "dense_as_moe", inputs)
 
 
-def test_hours_become_steps_by_the_measured_speed(inputs: Path, tmp_path: Path) -> None:
-    main(command(inputs, tmp_path / "moe", "--hours", "0.0002"))
+@pytest.mark.parametrize("more", [[], ["--teach"]])
+def test_hours_become_steps_by_the_measured_speed(
+    inputs: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher is a second model that every token passes through, so it is timed too."""
+    opened = []
+    monkeypatch.setattr(
+        healing, "load_resident", lambda path, **kind: opened.append(path.name) or load_resident(path, **kind)
+    )
+    main(command(inputs, tmp_path / "moe", "--hours", "0.0002", *more))
+    assert opened == ["split", *(["dense_as_moe"] if more else [])]
     plan = json.loads((tmp_path / "moe" / "plan.json").read_text())
     assert plan["steps"] == round(0.0002 * 3600 * plan["tokens_per_s"] / 256) > 0
 

@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError, HashStore
 
 from pregate.cli import ending_in_one_sentence
 from pregate.config import UsageError
-from pregate.system import launcher_environment, peers, processes
+from pregate.system import launcher_environment, process_exit, process_group
 from pregate.system.console import say
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PO
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that no launcher started and that has met no other; what Accelerate notes is forgotten after it."""
-    monkeypatch.setattr(peers, "group", None)
+    monkeypatch.setattr(process_exit, "group", None)
     monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     written = (
@@ -68,7 +68,7 @@ def test_what_cannot_be_honoured_is_refused(
 ) -> None:
     given(monkeypatch, variables)
     with pytest.raises(UsageError, match=said) as refused:
-        processes.join()
+        process_group.join()
     assert "\n" not in str(refused.value)
 
 
@@ -77,11 +77,11 @@ def test_what_cannot_be_honoured_is_refused(
 )
 def test_one_process_needs_no_launcher(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, variables)
-    state = processes.join()
+    state = process_group.join()
     assert (state.num_processes, state.process_index) == (1, 0)
     done: list[int] = []
-    processes.main_only(lambda: done.append(1), "counting")
-    assert done == [1] and peers.may_tell()
+    process_group.main_only(lambda: done.append(1), "counting")
+    assert done == [1] and process_exit.may_tell()
 
 
 @pytest.mark.parametrize("variable", launcher_environment.SIZES)
@@ -123,41 +123,41 @@ def test_a_mixed_precision_that_is_not_used_is_refused(monkeypatch: pytest.Monke
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
-    processes._check_gpus(0)
-    processes._check_gpus(2)
+    process_group._check_gpus(0)
+    process_group._check_gpus(2)
     with pytest.raises(UsageError, match="2 processes were started for 1 GPU: start one for each GPU, or set"):
-        processes._check_gpus(1)
+        process_group._check_gpus(1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    processes._check_gpus(1)
+    process_group._check_gpus(1)
     for name in ("ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"):  # a launcher that gives each its own GPU
         monkeypatch.delenv(name)
-    processes._check_gpus(1)
+    process_group._check_gpus(1)
 
 
 def test_rank_0_speaks_before_they_meet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given(monkeypatch, {"WORLD_SIZE": "2", "RANK": "1"})
     say("something")
-    assert not peers.may_tell()
+    assert not process_exit.may_tell()
     monkeypatch.setenv("RANK", "0")
-    assert peers.may_tell()
+    assert process_exit.may_tell()
     say("something else")
     assert capsys.readouterr().err == "pregate: something else\n"
 
 
 def as_one_of_two(rank: int, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "group", peers.Group(rank, 2, store))
+    monkeypatch.setattr(process_exit, "group", process_exit.Group(rank, 2, store))
 
 
 def test_the_others_wait_for_rank_0_and_fail_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     store, done = HashStore(), []
     as_one_of_two(0, store, monkeypatch)
-    processes.main_only(lambda: done.append("saved"), "saving")
+    process_group.main_only(lambda: done.append("saved"), "saving")
     with pytest.raises(OSError, match="disk full"):
-        processes.main_only(full_disk, "saving")
+        process_group.main_only(full_disk, "saving")
     as_one_of_two(1, store, monkeypatch)
-    processes.main_only(lambda: done.append("saved twice"), "saving")
-    with pytest.raises(peers.PeerFailedError):
-        processes.main_only(lambda: done.append("not reached"), "saving")
+    process_group.main_only(lambda: done.append("saved twice"), "saving")
+    with pytest.raises(process_exit.PeerFailedError):
+        process_group.main_only(lambda: done.append("not reached"), "saving")
     assert done == ["saved"]
 
 
@@ -165,10 +165,10 @@ def test_who_waits_long_tells_once_what_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, looks = HashStore(), iter(range(9))
-    monkeypatch.setattr(processes, "TELL_AFTER_S", -1.0)
-    monkeypatch.setattr(processes.time, "sleep", lambda _: next(looks) == 5 and store.set("main/1", "done"))
+    monkeypatch.setattr(process_group, "TELL_AFTER_S", -1.0)
+    monkeypatch.setattr(process_group.time, "sleep", lambda _: next(looks) == 5 and store.set("main/1", "done"))
     as_one_of_two(1, store, monkeypatch)
-    processes.main_only(lambda: None, "converting")
+    process_group.main_only(lambda: None, "converting")
     assert next(looks) == 6, "it went on before the main process was done"
     assert capsys.readouterr().err == "pregate: process 1 waits for the main process, which is converting\n"
 
@@ -182,9 +182,9 @@ def test_the_others_end_with_a_main_process_that_takes_the_store_along(monkeypat
             raise DistNetworkError("Connection reset by peer")
 
     as_one_of_two(1, Gone(), monkeypatch)
-    with pytest.raises(peers.PeerFailedError):
-        processes.main_only(lambda: None, "converting")
-    assert not peers.may_tell()
+    with pytest.raises(process_exit.PeerFailedError):
+        process_group.main_only(lambda: None, "converting")
+    assert not process_exit.may_tell()
 
 
 def full_disk() -> None:
@@ -204,7 +204,7 @@ def lost() -> None:
 
 
 def peer_failed() -> None:
-    raise peers.PeerFailedError
+    raise process_exit.PeerFailedError
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -213,7 +213,7 @@ def test_the_first_that_fails_tells_and_the_others_are_silent(
     first: int, work: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever the others fail of: with the first, connections break everywhere."""
-    monkeypatch.setattr(peers, "SILENCE_S", 0.0)
+    monkeypatch.setattr(process_exit, "SILENCE_S", 0.0)
     store = HashStore()
     as_one_of_two(first, store, monkeypatch)
     with pytest.raises(SystemExit) as ended:
@@ -238,10 +238,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 TWO = """
 import os, sys, time
 import torch
-from pregate.system import peers, processes
+from pregate.system import process_exit, process_group
 
-peers.SILENCE_S = 60.0
-state = processes.join()
+process_exit.SILENCE_S = 60.0
+state = process_group.join()
 assert (state.num_processes, state.process_index) == (2, int(os.environ["RANK"])), state
 total = torch.tensor([1.0 + state.process_index])
 torch.distributed.all_reduce(total)
@@ -251,7 +251,7 @@ def work():
     time.sleep(0.2)
     seen.append(1)
     open(os.environ["DONE"], "w").close()
-processes.main_only(work, "working")
+process_group.main_only(work, "working")
 assert os.path.exists(os.environ["DONE"]) and len(seen) == (state.process_index == 0)
 from pregate.cli import ending_in_one_sentence
 from pregate.config import UsageError
@@ -259,7 +259,7 @@ from pregate.config import UsageError
 def failing():
     def refuse():
         raise UsageError("The main process alone cannot.")
-    processes.main_only(refuse, "refusing")
+    process_group.main_only(refuse, "refusing")
     raise AssertionError("not reached")
 ending_in_one_sentence(failing)
 """

@@ -18,10 +18,10 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from pregate.config import UsageError
-from pregate.system import peers
+from pregate.system import process_exit
 from pregate.system.console import reason_of
 from pregate.system.launcher_environment import ONE, SEVERAL, asked, asked_for, check_launch
-from pregate.system.peers import Group, PeerFailedError
+from pregate.system.process_exit import Group, PeerFailedError
 
 WAIT_S = (0.01, 1.0)
 """The first and the longest pause between two looks at what rank 0 has done."""
@@ -34,7 +34,7 @@ def join() -> PartialState:
 
     Raises `UsageError` if they cannot meet, or are not as many as were asked for.
     """
-    if peers.group is None:
+    if process_exit.group is None:
         check_launch()
         variable, size = asked()
         state = _meet(size)
@@ -44,7 +44,7 @@ def join() -> PartialState:
                 f"{state.num_processes}: start {SEVERAL} for several, {ONE.format(command='train')} without {variable} "
                 "for one, and set ACCELERATE_USE_CPU=true to keep off an accelerator."
             )
-        peers.group = Group(state.process_index, state.num_processes, _shared_store() if size > 1 else None)
+        process_exit.group = Group(state.process_index, state.num_processes, _shared_store() if size > 1 else None)
     return PartialState()
 
 
@@ -92,21 +92,22 @@ def main_only(work: Callable[[], object], what: str) -> None:
     look for a mark in the store, which has no limit. Raises what `work` raises, and on the others `PeerFailedError`.
     """
     join()
-    assert peers.group is not None
-    if peers.group.store is None:
+    group = process_exit.group
+    assert group is not None
+    if group.store is None:
         work()
         return
-    peers.group.calls += 1
-    key = f"main/{peers.group.calls}"
-    if peers.group.rank:
-        _wait_for(peers.group.store, key, f"process {peers.group.rank} waits for the main process, which is {what}")
+    group.calls += 1
+    key = f"main/{group.calls}"
+    if group.rank:
+        _wait_for(group.store, key, f"process {group.rank} waits for the main process, which is {what}")
         return
     outcome = "failed"
     try:
         work()
         outcome = "done"
     finally:
-        peers.group.store.set(key, outcome)
+        group.store.set(key, outcome)
 
 
 def _wait_for(store: Any, key: str, sentence: str) -> None:
@@ -128,5 +129,5 @@ def _wait_for(store: Any, key: str, sentence: str) -> None:
 
 def leave() -> None:
     """End the collective part of a run; what follows is rank 0's, and the others may end."""
-    if peers.group is not None and peers.group.store is not None:
+    if process_exit.group is not None and process_exit.group.store is not None:
         torch.distributed.destroy_process_group()
