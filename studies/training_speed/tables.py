@@ -55,6 +55,7 @@ def markdown(records: Sequence[Record], environment: Record) -> str:
     columns = {
         "model": text("family"),
         "experts": text("num_experts"),
+        "dtype": text("precision"),
         "transformers' experts": text("stock"),
         "tokens/s": number("tokens_per_s"),
         "transformers, tokens/s": number("stock_tokens_per_s"),

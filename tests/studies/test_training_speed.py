@@ -27,9 +27,9 @@ def test_figures_of_a_row_against_hand_values() -> None:
     assert (found["ratio_low"], found["ratio_high"]) == pytest.approx((2.0, 8.0))
     assert found["loss_difference"] == pytest.approx(-0.25)
     assert found["loss_difference_error"] == pytest.approx(0.25 / 3**0.5)
-    record = {"family": "switch", "num_experts": 8, "stock": "eager", "device": "cpu", **found}
+    record = {"family": "switch", "num_experts": 8, "stock": "eager", "precision": "bf16", "device": "cpu", **found}
     line = next(line for line in markdown([record], {}).splitlines() if line.startswith("| switch"))
-    assert [cell.strip() for cell in line.strip("|").split("|")][3:8] == ["100", "20.0", "4.00", "2.00 to 8.00", "4.00"]
+    assert [cell.strip() for cell in line.strip("|").split("|")][4:9] == ["100", "20.0", "4.00", "2.00 to 8.00", "4.00"]
 
 
 @pytest.mark.slow
