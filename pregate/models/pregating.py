@@ -139,6 +139,18 @@ class PreGating:
             mine["gate_width"] = theirs["gate_width"]
         return [name for name, value in mine.items() if value != theirs[name]]
 
+    def other_settings(self, stacks: Sequence[str]) -> str | None:
+        """The settings beside lookahead and entry that change what is computed, in words; None for their defaults.
+        `stacks`: all that the model has."""
+        if not self.lookahead:
+            return None
+        some = self.stacks and set(self.stacks) != set(stacks)
+        parts = [f"{' and '.join(self.stacks)} alone"] if some else []
+        parts += [f"weights {self.weights}"] if self.weights != Weights.early else []
+        parts += [f"start {self.start}"] if self.start else []
+        parts += [f"gate {self.gate} of width {self.gate_width}"] if self.has_mlp else []
+        return ", ".join(parts) or None
+
     def refuse_other(self, asked: PreGating, names: Collection[str], whose: str, advice: str) -> None:
         """Raises `UsageError` for the first setting among `names` in which this gating, of the model `whose`, is not
         what was asked for. `advice` may name the setting as {name} and its value here as {has}."""

@@ -21,8 +21,8 @@ from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.measure.bench.active_experts import forced_experts
-from pregate.measure.bench.baseline_models import use_generation_config
-from pregate.measure.bench.baseline_rows import HEADROOM, forget
+from pregate.measure.bench.baseline_models import HEADROOM, use_generation_config
+from pregate.measure.bench.baseline_rows import forget
 from pregate.measure.bench.floors import Probes
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.models import BenchModel

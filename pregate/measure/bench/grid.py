@@ -48,6 +48,8 @@ class RowSpec:
     drive: str | None = None
     blocks: str | None = None
     prefill_chunk: int | None = None
+    gates: str | None = None
+    """How they differ from the usual ones, see `PreGating.other_settings`."""
 
     @property
     def device_driven(self) -> bool:
@@ -64,7 +66,7 @@ class RowSpec:
 
     def sentence(self) -> str:
         """The row in a few words, for the user who watches."""
-        parts = [self.model, f"{self.blocks} blocks" if self.blocks else None, self.tier]
+        parts = [self.model, self.gates, f"{self.blocks} blocks" if self.blocks else None, self.tier]
         parts += [self.slab_dtype if self.slab_dtype != "source" else None, self.policy]
         parts += [self.cache if self.cache != "none" else None, self.budget]
         parts += ["device-driven" if self.device_driven else None]
@@ -90,6 +92,7 @@ def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:
         new_tokens=bench.new_tokens,
         seed=run.seed,
         blocks=model.blocks,
+        gates=model.gates,
     )
     loads = [
         replace(base, batch=batch, forced_experts=forced)

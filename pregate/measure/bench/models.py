@@ -58,6 +58,11 @@ class BenchModel:
         return PreGating.from_dict(self.source.config.get("pregate"))
 
     @property
+    def gates(self) -> str | None:
+        """How they differ from the usual ones, in words; None if they do not."""
+        return self.gating.other_settings(family_of(self.source.config).stacks)
+
+    @property
     def label(self) -> str:
         """Names its files among those of other models."""
         few = f"-{self.blocks}".replace(" ", "-") if self.blocks else ""

@@ -86,6 +86,7 @@ def _load(
         "blocks": model.blocks,
         "lookahead": model.gating.lookahead,
         "entry": model.gating.entry,
+        "gates": model.gates,
         "dtype": model.dtype_name,
         "tier": first.tier,
         "slab_dtype": first.slab_dtype,
@@ -103,6 +104,7 @@ def _table(load: Row) -> Table:
     title = f"{load['model']}, {load['dtype']}, {load['tier']}, slabs {load['slab_dtype']}, batch {load['batch']}"
     caption = (
         f"Lookahead {load['lookahead']}, entry {load['entry']}"
+        + (f", {load['gates']}" if load.get("gates") else "")
         + (f", {load['blocks']} MoE blocks" if load["blocks"] else "")
         + f". Measured: {three_digits(load['link_gb_per_s'])} GB/s for slabs of {human_bytes(load['slab_bytes'])}, a "
         f"step computes for {three_digits(load['rows'][0]['compute_ms'])} ms. Predicted:"

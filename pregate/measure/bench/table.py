@@ -105,7 +105,7 @@ COLUMNS = (
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-MODEL = ("model", "dtype", "lookahead", "entry", "blocks")
+MODEL = ("model", "dtype", "lookahead", "entry", "gates", "blocks")
 """What rows of one table have in common."""
 
 
@@ -118,8 +118,9 @@ def bench_tables(rows: Sequence[Row], terminal: bool = False) -> list[Table]:
 
 
 def _table(rows: Sequence[Row], terminal: bool) -> Table:
-    model, dtype, lookahead, entry, blocks = (rows[0].get(name) for name in MODEL)
+    model, dtype, lookahead, entry, gates, blocks = (rows[0].get(name) for name in MODEL)
     caption = ["conventional" if lookahead == 0 else f"lookahead {lookahead}, entry {entry}"]
+    caption += [gates] if gates else []
     caption += [f"{blocks} MoE blocks"] if blocks else []
     columns: dict[str, CellWriter] = {}
     for column in COLUMNS:

@@ -292,6 +292,26 @@ def test_a_row_knows_itself_again() -> None:
     assert "forced_experts" not in row, "what does not apply is absent"
 
 
+def test_rows_of_other_gates_are_other_rows() -> None:
+    """Else a resumed run would take the rows of linear gates for those that it was asked for."""
+    given = ["bench.models=[nano_switch]", "pregate.lookahead=1", "engine.policies=[pre_gated]"]
+    found = set()
+    for other, said in (
+        ([], None),
+        (["pregate.weights=late"], "weights late"),
+        (["pregate.gate=mlp", "pregate.gate_width=16"], "gate mlp of width 16"),
+        (["pregate.start=1"], "start 1"),
+        (["pregate.stacks=[decoder]"], "decoder alone"),
+    ):
+        run = compose_run([*given, *other])
+        [model] = bench_models(run)
+        rows = grid(run, model, torch.device("cpu"))
+        assert {row.gates for row in rows} == {said}
+        assert all((said or "own") in (row.sentence() if said else row.entry) for row in rows)
+        found.add(rows[-1])
+    assert len(found) == 5
+
+
 def test_each_model_may_have_a_dtype_of_its_own() -> None:
     models = bench_models(compose_run(["bench.models=[nano_switch,nano_switch@bf16]", "bench.dtype=fp32"]))
     assert [model.label for model in models] == ["nano-switch-float32", "nano-switch-bfloat16"]

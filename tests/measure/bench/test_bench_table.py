@@ -110,6 +110,13 @@ def test_a_table_holds_what_differs_and_its_caption_what_does_not(tmp_path: Path
     assert lines[-1] == "Environment: torch 2.0, gpu A, B; commit c0ffee."
 
 
+def test_other_gates_have_a_table_of_their_own() -> None:
+    rows = [{**COMMON, "policy": "on_demand", "gates": gates, "tpot_ms": 3.0} for gates in (None, "weights late")]
+    captions = [table.caption for table in bench_tables(rows)]
+    assert captions[0].startswith("lookahead 1, entry own · ") and "late" not in captions[0]
+    assert captions[1].startswith("lookahead 1, entry own · weights late · ")
+
+
 def test_wrong_tokens_are_shouted(tmp_path: Path) -> None:
     rows = study()
     rows[3]["tokens_equal_resident"] = False
