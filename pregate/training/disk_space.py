@@ -18,7 +18,7 @@ from pregate.training.optimizer_and_schedule import optimizer_bytes
 from pregate.training.run_dir_lock import CHECKPOINT, LAST
 from pregate.training.saved_state import damaged_states, earlier_states
 from pregate.training.state_values import tensors_of
-from pregate.training.trained_weights import lacks_experts, learnt
+from pregate.training.weights_without_experts import lacks_experts, learnt
 
 
 def model_bytes(model: nn.Module) -> int:

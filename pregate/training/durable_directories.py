@@ -15,7 +15,7 @@ from pregate.config import UsageError
 from pregate.system.console import silent_bars
 from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
 from pregate.training.lora import is_adapted, merged_state, plain_state, save_adapters
-from pregate.training.trained_weights import lacks_experts, write_learnt
+from pregate.training.weights_without_experts import lacks_experts, write_learnt
 
 
 @contextmanager

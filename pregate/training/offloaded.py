@@ -34,7 +34,7 @@ from pregate.system.process_group import join
 from pregate.training.durable_directories import replaced, write_side_files
 from pregate.training.optimizer_and_schedule import autocast_dtype
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT
-from pregate.training.trained_weights import LEARNT
+from pregate.training.weights_without_experts import LEARNT
 
 STUDENT, TEACHER = "checkpoint", "reference"
 """Where in `engine.pack_dir` the experts are packed: where the evaluation looks for those of the two models."""

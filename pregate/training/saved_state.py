@@ -23,7 +23,7 @@ from pregate.system.durable import digest_file, flush_file, remove
 from pregate.training.durable_directories import recover, replaced, write_model
 from pregate.training.lora import load_weights
 from pregate.training.state_values import TrainState, load_optimizer_state, optimizer_state
-from pregate.training.trained_weights import LEARNT, lacks_experts, load_learnt
+from pregate.training.weights_without_experts import LEARNT, lacks_experts, load_learnt
 
 STATE_FILE = "train_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

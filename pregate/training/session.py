@@ -42,7 +42,7 @@ from pregate.training.sharded_saved_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.state_values import TrainState, set_random_state
 from pregate.training.taught_answers import FILE as TEACHER_ANSWERS
-from pregate.training.trained_weights import lacks_experts
+from pregate.training.weights_without_experts import lacks_experts
 
 LENGTHS = 8
 """Lengths of batches are multiples of this where every new length costs."""

@@ -50,7 +50,14 @@ from tests.tiny import pregated_model
 BATCH = 3
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "synchronize", "masked_select", "is_nonzero", "equal"}
 ROTARY = ["steps/rotary.py", "steps/static_rotary_attention.py", "steps/shadow.py"]
-SOURCES = ["steps/t5.py", "steps/static_attention.py", "sampler_state.py", "fetching.py", "slots.py", "steps/gates.py"]
+SOURCES = [
+    "steps/t5.py",
+    "steps/static_t5_attention.py",
+    "sampler_state.py",
+    "fetching.py",
+    "slots.py",
+    "steps/gates.py",
+]
 FOLDER = Path(device.__file__).parent
 KERNELS = [
     *((assign_slots, "assign_kernel"), (gather_slabs, "gather_kernel"), (expert_outputs, "slot_linear_kernel")),

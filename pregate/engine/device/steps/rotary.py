@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pregate.config import UsageError
-from pregate.engine.device.captured_state import is_same, state_of
+from pregate.engine.device.recapture import is_same, state_of
 from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 from pregate.engine.device.steps.base import Run, StepExperts
 from pregate.engine.device.steps.shadow import shadow

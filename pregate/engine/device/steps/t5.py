@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from pregate.engine.device.captured_state import is_same, state_of
 from pregate.engine.device.ops.residual_and_norm import add_norm, norm
+from pregate.engine.device.recapture import is_same, state_of
 from pregate.engine.device.sampler_state import Sampler, Sampling, StepKind
 from pregate.engine.device.steps.base import Run, StepExperts
 from pregate.engine.device.steps.gates import decide, for_steps, is_called
-from pregate.engine.device.steps.static_attention import (
+from pregate.engine.device.steps.static_t5_attention import (
     PositionBias,
     StaticCrossAttention,
     StaticSelfAttention,
