@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models.family import MoEBlock, family_named
-from pregate.models.head import IGNORED, head_cross_entropy
+from pregate.models.head import IGNORED, Lesson, head_losses
 from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
 from pregate.models.pregating import PreGating
@@ -41,9 +41,11 @@ STACK = "decoder"
 
 @dataclass
 class RoutedOutput(MoeCausalLMOutputWithPast):
-    """`expert_ids`: beside the router logits of each MoE block, the experts (B, T, K) that it used."""
+    """`expert_ids`: beside the router logits of each MoE block, the experts (B, T, K) that it used. `terms`: with
+    `loss_only`, those of `head_losses`."""
 
     expert_ids: tuple[Tensor, ...] | None = None
+    terms: Tensor | None = None
 
 
 class _LayerCall(NamedTuple):
@@ -314,6 +316,7 @@ class PreGatedCausalLM(ServedModel):
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         loss_only: bool = False,
+        lesson: Lesson | None = None,
         logits_at: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -322,8 +325,9 @@ class PreGatedCausalLM(ServedModel):
 
         With `labels` (B, T; those of the inputs; -100 is ignored) the loss is the mean cross-entropy over target
         tokens, and with `output_router_logits` also the weighted balance loss, averaged over blocks. With `loss_only`
-        there are no logits, and the loss is the cross-entropy alone, summed over target tokens. `logits_at` (B, T), a
-        mask, asks for the logits of those N positions alone, (N, V) in row-major order.
+        there are no logits, and the loss is the cross-entropy alone, summed over target tokens, and with a `lesson` the
+        weighted divergence from a teacher too. `logits_at` (B, T), a mask, asks for the logits of those N positions
+        alone, (N, V) in row-major order.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -332,11 +336,11 @@ class PreGatedCausalLM(ServedModel):
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states_BTD = outputs.last_hidden_state
         routed = self._by_block(outputs.router_logits, states_BTD.shape) if output_router_logits else None
-        logits = loss = balance = None
+        logits = loss = balance = terms = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
             states_ND = states_BTD[:, :-1].flatten(0, 1) / self.logits_scaling
-            loss = head_cross_entropy(self.lm_head, states_ND, labels[:, 1:].flatten())
+            loss, terms = head_losses(self.lm_head, states_ND, labels[:, 1:].flatten(), lesson)
         elif logits_at is not None:
             logits = self._logits(states_BTD[logits_at])
         else:
@@ -360,6 +364,7 @@ class PreGatedCausalLM(ServedModel):
             attentions=outputs.attentions,
             router_logits=routed,  # type: ignore[arg-type]
             expert_ids=outputs.expert_ids if routed else None,
+            terms=terms,
         )
 
     def _logits(self, states: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from pregate.config import RoutingLoss, TrainConfig, UsageError
 from pregate.models.family import Family, family_named, family_of, family_of_model
+from pregate.models.head import Lesson, kl_sum
 from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.routing import ScoreFunction
-from pregate.training.losses import real_rows
 from pregate.training.sharding import shard
 
 
@@ -29,24 +29,12 @@ from pregate.training.sharding import shard
 class DistillShare:
     """What one micro batch contributes to the distillation loss of its step; shares of a step add up.
 
-    `total` is what to differentiate; `parts` are its unweighted terms by name, those of no weight left out. Scalars in
-    fp32.
+    `total` is what to differentiate beside the loss of the targets, which holds the lesson of the logits; `parts` are
+    the unweighted terms of both by name, those of no weight left out. Scalars in fp32.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
-
-
-def kl_sum(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum over rows of T² KL(softmax(teacher / T) || softmax(student / T)), in fp32.
-
-    The soft targets of Hinton et al. (2015, "Distilling the knowledge in a neural network", section 2), whose
-    cross-entropy differs from this by the teacher's entropy, a constant; T² keeps the size of the gradients when T
-    changes. `student_NV` and `teacher_NV` are logits.
-    """
-    student = (student_NV.float() / temperature).log_softmax(-1)
-    teacher = (teacher_NV.float() / temperature).log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
 
 
 def binary_kl_sum(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
@@ -109,29 +97,23 @@ class Distillation:
             use_cache=False,
         )
 
+    def lesson(self, answer: Any) -> Lesson | None:
+        """Of the teacher's `answer`, what the student's head learns; None where it has no weight."""
+        return Lesson(answer.logits, self.logits_weight, self.temperature) if self.logits_weight else None
+
     def share(self, student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts) -> DistillShare:
         """The share of one micro batch in the distillation loss of a step whose global batch has `step` tokens.
 
-        `student` and `teacher` are the outputs of both on `batch`, as `loss_share` needs them.
+        `student` and `teacher` are the outputs of both on `batch`, the student's with the `lesson`.
         """
         parts: dict[str, Tensor] = {}
         if self.logits_weight:
-            parts["kl"] = logits_share(student, teacher, batch, step, self.temperature)
-        if self.routing_weight:
-            how = self.scores, self.routing_loss
-            parts["routing"] = routing_share(student, teacher, batch, step, self.objective, *how)
-        weights = {"kl": self.logits_weight, "routing": self.routing_weight}
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return DistillShare(total, parts)
-
-
-def logits_share(
-    student: Any, teacher: Any, batch: Mapping[str, Tensor], step: TokenCounts, temperature: float
-) -> Tensor:
-    """The micro batch's part of the mean of `kl_sum` over the step's target tokens."""
-    student_NV, _ = real_rows(student.logits, batch["labels"])
-    teacher_NV, _ = real_rows(teacher.logits, batch["labels"])
-    return kl_sum(student_NV, teacher_NV, temperature) / step.target
+            parts["kl"] = student.terms[1] / step.target
+        if not self.routing_weight:
+            return DistillShare(torch.zeros_like(parts["kl"]), parts)
+        how = self.scores, self.routing_loss
+        parts["routing"] = routing_share(student, teacher, batch, step, self.objective, *how)
+        return DistillShare(self.routing_weight * parts["routing"], parts)
 
 
 def routing_share(

@@ -213,19 +213,17 @@ def part_names(session: Session) -> list[str]:
 def forward(session: Session, batch: dict[str, Tensor], tokens: TokenCounts) -> tuple[Tensor, Tensor]:
     """The loss share of one micro batch to differentiate, and its unweighted `part_names`, detached.
 
-    Router logits are asked for only where a loss on them has weight, output logits only where a teacher's are met.
+    Router logits are asked for only where a loss on them has weight, output logits never.
     """
     train, distillation = session.train, session.distillation
     batch = {key: value.to(session.accelerator.device, non_blocking=True) for key, value in batch.items()}
-    inputs: dict[str, Any] = session.objective.inputs(batch)
-    if distillation and distillation.logits_weight:
-        inputs |= session.objective.target_rows(session.model, batch)
-    else:
-        inputs |= {"labels": batch["labels"], "loss_only": True}
+    inputs: dict[str, Any] = session.objective.inputs(batch) | {"labels": batch["labels"], "loss_only": True}
     routed = bool(train.balance_loss or train.z_loss or train.distill_routing)
     with session.autocast():
         # the teacher first: its activations are gone before the student's are kept
         taught = distillation.answer(batch) if distillation else None
+        if distillation:
+            inputs["lesson"] = distillation.lesson(taught)
         outputs = session.wrapped(**inputs, output_router_logits=routed, use_cache=False)
     share = loss_share(
         outputs,

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pregate.models.head import IGNORED
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.router_losses import balance_loss, z_loss
 from pregate.models.routing import ScoreFunction
@@ -26,7 +24,8 @@ from pregate.models.routing import ScoreFunction
 class LossShare:
     """What one micro batch contributes to the loss of its step; shares of a step add up to the step's value.
 
-    `total` is what to differentiate; the others are its unweighted parts. Scalars in fp32.
+    `total` is what to differentiate, with a teacher's lesson for the targets if there is one; the others are its
+    unweighted parts. Scalars in fp32.
     """
 
     total: Tensor
@@ -37,21 +36,6 @@ class LossShare:
     def parts(self) -> Tensor:
         """(cross_entropy, balance, z), detached, as one tensor of shape (3,)."""
         return torch.stack([self.cross_entropy, self.balance, self.z]).detach()
-
-
-def real_rows(logits: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits (N, V), in fp32, and the labels (N,) of the positions whose label is not `IGNORED`.
-
-    `logits` are those of all positions (B, T, V), or those rows already (a model asked with `logits_at`).
-    """
-    real_BT = labels_BT != IGNORED
-    return (logits if logits.ndim == 2 else logits[real_BT]).float(), labels_BT[real_BT]
-
-
-def cross_entropy_sum(logits: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in fp32, summed over the positions whose label is not `IGNORED`; `logits` as for `real_rows`."""
-    logits_NV, labels_N = real_rows(logits, labels_BT)
-    return F.cross_entropy(logits_NV, labels_N, reduction="sum")
 
 
 def loss_share(
@@ -66,14 +50,14 @@ def loss_share(
 ) -> LossShare:
     """The share of one micro batch in the loss of a step whose whole global batch has `step` tokens.
 
-    `outputs` needs `.logits` (as for `real_rows`), or in place of them `.loss`, the cross-entropy summed over target
-    tokens, and where a router weight is not zero, the router logits that `objective` finds there, one (B, S or T, E) a
-    block. Cross-entropy and z loss are means over tokens, so their shares add up to the value of one big batch
-    exactly. The balance loss is not linear in its tokens: it is evaluated per micro batch and weighted by that micro
-    batch's share of the step's tokens. Router losses are means over the blocks of all stacks. `scores`: of the routers.
+    `outputs` are those of a model asked with `loss_only`: `.loss` and `.terms` of `head_losses`, and where a router
+    weight is not zero, the router logits that `objective` finds there, one (B, S or T, E) a block. Cross-entropy and z
+    loss are means over tokens, so their shares add up to the value of one big batch exactly. The balance loss is not
+    linear in its tokens: it is evaluated per micro batch and weighted by that micro batch's share of the step's tokens.
+    Router losses are means over the blocks of all stacks. `scores`: of the routers.
     """
-    summed = outputs.loss if outputs.logits is None else cross_entropy_sum(outputs.logits, batch["labels"])
-    cross_entropy = summed / step.target
+    of_targets = outputs.loss / step.target
+    cross_entropy = outputs.terms[0] / step.target
     balance = z = cross_entropy.new_zeros(())
     if balance_weight or z_weight:
         blocks = _blocks_with_masks(outputs, batch, step, objective)
@@ -83,7 +67,7 @@ def loss_share(
             )
         if z_weight:
             z = _mean_over_blocks([z_loss(logits, mask) * share for logits, _, mask, share in blocks])
-    total = cross_entropy + balance_weight * balance + z_weight * z
+    total = of_targets + balance_weight * balance + z_weight * z
     return LossShare(total, cross_entropy, balance, z)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pregate.config import Experts, LoraTarget, Run, Tier, Trainable, TrainConfig
+from pregate.config import Experts, LoraTarget, Run, TaskKind, Tier, Trainable, TrainConfig
 from pregate.engine.budget import host_buffers_within, resolve_tier
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import training_slots
@@ -138,10 +138,8 @@ def _adapters(train: TrainConfig, model: Any, spec: ExpertSpec) -> list[tuple[in
 
 def _activations(run: Run, config: Any, model: Any, spec: ExpertSpec) -> int:
     """Of one micro batch whose rows are as long as the task allows."""
-    train, task = run.train, run.task
-    longest = task.max_source_tokens + task.max_target_tokens
-    rows = max(1, min(train.batch_sequences, train.micro_batch_tokens // task.max_source_tokens))
-    tokens, D = rows * longest, config.hidden_size
+    train, longest = run.train, run.task.max_source_tokens + run.task.max_target_tokens
+    tokens, D = _rows(run) * longest, config.hidden_size
     K, F = spec.top_k, max(_count([shape]) for shape in spec.matrices.values()) // D
     layers = sum(len(model.stack_layers(stack)) for stack in family_of_model(model).stacks)
     offloaded = train.experts is Experts.offloaded
@@ -156,6 +154,12 @@ def _activations(run: Run, config: Any, model: Any, spec: ExpertSpec) -> int:
     return FP32 * tokens * (kept + offloaded * STREAMED * K * D)
 
 
+def _rows(run: Run) -> int:
+    """The sequences of one micro batch."""
+    train = run.train
+    return max(1, min(train.batch_sequences, train.micro_batch_tokens // run.task.max_source_tokens))
+
+
 def _add_teacher(needs: Needs, run: Run, teacher: str, device: torch.device) -> None:
     """A teacher that is not the source itself is taken to have other experts."""
     opened = open_model(teacher)
@@ -164,6 +168,10 @@ def _add_teacher(needs: Needs, run: Run, teacher: str, device: torch.device) -> 
     others = _count(tuple(p.shape) for p in _outline(config).parameters())
     experts = _count(spec.matrices.values()) * len(spec.keys())
     size = (autocast_dtype(run.train.precision, device) or torch.float32).itemsize
+    if run.train.distill_logits:
+        task = run.task
+        learnt = task.max_source_tokens if task.kind is TaskKind.language_modelling else task.max_target_tokens
+        needs.device["teacher's logits"] = size * _rows(run) * learnt * config.vocab_size
     if run.train.experts is Experts.resident:
         needs.device["teacher"] = size * (others + experts)
         return

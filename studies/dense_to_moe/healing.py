@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
+from pregate.models.head import Lesson
 from pregate.models.loading import load_resident
+from pregate.models.objectives import predicting
 from pregate.system.durable import read_object, write_json
 from pregate.train import main as train
-from pregate.training.distill import kl_sum
 from pregate.training.run_dir_lock import SUMMARY
 from studies.dense_to_moe.healing_text import TOKENIZER
 
@@ -62,13 +63,12 @@ def tokens_per_second(source: Path, teacher: Path | None, rows_BT: Tensor) -> fl
     part_BT, seconds = rows_BT[:MICRO_ROWS], 0.0
     for probe in range(PROBES + 1):
         begun = time.perf_counter()
-        found = model(input_ids=part_BT, labels=part_BT, loss_only=teaches is None, use_cache=False)
-        loss = found.loss
+        lesson = None
         if teaches is not None:
             with torch.no_grad():
-                taught_NV = teaches(input_ids=part_BT, use_cache=False).logits.flatten(0, 1)
-            loss = loss + kl_sum(found.logits.flatten(0, 1), taught_NV)
-        loss.backward()
+                answer = teaches(input_ids=part_BT, logits_at=predicting(part_BT), use_cache=False)
+            lesson = Lesson(answer.logits, 1.0, 1.0)
+        model(input_ids=part_BT, labels=part_BT, loss_only=True, lesson=lesson, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
         seconds += (time.perf_counter() - begun) if probe else 0.0
     return PROBES * part_BT.numel() / (seconds * UPDATE)

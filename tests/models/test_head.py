@@ -23,7 +23,7 @@ def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_a_block: int,
     found = []
     for function in (
         lambda s, w: F.cross_entropy(F.linear(s, w), labels, ignore_index=-100, reduction="sum"),
-        lambda s, w: head.linear_cross_entropy(s, w, labels),
+        lambda s, w: head.linear_losses(s, w, labels)[0],
     ):
         torch.manual_seed(1)
         states, weight = torch.randn(11, 6, requires_grad=True), torch.randn(37, 6, requires_grad=True)
@@ -33,14 +33,45 @@ def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_a_block: int,
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("rows_a_block", [1, 5, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_teachers_lesson(
+    monkeypatch: pytest.MonkeyPatch, rows_a_block: int, temperature: float, biased: bool
+) -> None:
+    """Against the losses of all logits. A head with a bias is called."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(head.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
+    labels, taught_NV = torch.randint(37, (11,)), 3 * torch.randn(11, 37)
+    labels[torch.randperm(11)[:4]] = head.IGNORED
+    kept = labels != head.IGNORED
+    found = []
+    for alone in (False, True):
+        torch.manual_seed(1)
+        states, linear = torch.randn(11, 6, requires_grad=True), torch.nn.Linear(6, 37, bias=biased)
+        if alone:
+            lesson = head.Lesson(taught_NV[kept], 0.3, temperature)
+            loss, terms = head.head_losses(linear, states * 2, labels, lesson)
+        else:
+            logits_NV = linear(states * 2)[kept]
+            q, p = (logits_NV / temperature).softmax(-1), (taught_NV[kept] / temperature).softmax(-1)
+            kl = temperature**2 * (p * (p / q).log()).sum()
+            terms = torch.stack([F.cross_entropy(logits_NV, labels[kept], reduction="sum"), kl])
+            loss = terms[0] + 0.3 * terms[1]
+        (loss / 3).backward()
+        found.append((loss.detach(), terms.detach(), states.grad, *(p.grad for p in linear.parameters())))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][1].min() > 1 and not terms.requires_grad
+
+
 def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
     states, weight = torch.randn(5, 6), torch.randn(37, 6, requires_grad=True)
-    head.linear_cross_entropy(states, weight, torch.arange(5)).backward()
+    head.linear_losses(states, weight, torch.arange(5))[0].backward()
     assert weight.grad is not None
     expected = F.cross_entropy(states @ weight.T, torch.arange(5), reduction="sum").detach()
     # the weight could have a gradient and nobody will ask for it: nothing of its shape is made
     with torch.no_grad(), Shapes() as made:
-        torch.testing.assert_close(head.linear_cross_entropy(states, weight, torch.arange(5)), expected)
+        torch.testing.assert_close(head.linear_losses(states, weight, torch.arange(5))[0], expected)
     assert (5, 37) in made.shapes and (37, 6) not in made.shapes
 
 
@@ -67,7 +98,7 @@ def test_under_autocast_it_follows_its_dtype() -> None:
         states, weight = torch.randn(9, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if fused:
-                loss = head.linear_cross_entropy(states, weight, labels)
+                loss = head.linear_losses(states, weight, labels)[0]
             else:
                 loss = F.cross_entropy(F.linear(states, weight).float(), labels, reduction="sum")
         loss.backward()

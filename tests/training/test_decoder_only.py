@@ -16,12 +16,13 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
 from pregate.conversion.write import MANIFEST
 from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
+from pregate.models.head import kl_sum
 from pregate.models.loading import load_resident, mark_conventional
 from pregate.models.objectives import Causal, Row
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train
 from pregate.training.checks import check_objective
-from pregate.training.distill import kl_sum, routing_share
+from pregate.training.distill import routing_share
 from tests.models.test_objectives import CAUSAL, ROWS
 from tests.tasks.corpora import sentinel_tokenizer, write_corpus
 from tests.tasks.test_chat import CHATML, GOOD, NOT_CUT, chat_tokenizer

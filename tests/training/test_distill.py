@@ -15,15 +15,14 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from pregate.config import PreGateConfig, TrainConfig, UsageError
 from pregate.conversion.write import convert
+from pregate.models.head import Lesson, kl_sum
 from pregate.models.loading import load_resident
 from pregate.models.routing import ScoreFunction
 from pregate.training.distill import (
     Distillation,
     binary_kl_sum,
     check_teacher,
-    kl_sum,
     load_distillation,
-    logits_share,
     routing_share,
 )
 from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
@@ -35,6 +34,12 @@ LESSONS: dict[str, Any] = {"distill_logits": 0.7, "distill_routing": 0.4, "disti
 
 def outputs_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Any:
     return model(**batch, output_router_logits=True, use_cache=False)
+
+
+def learning(student: Any, batch: dict[str, Tensor], lesson: Lesson | None) -> Any:
+    """The outputs of a student as a training step asks for them."""
+    inputs = SEQ2SEQ.inputs(batch) | {"labels": batch["labels"], "loss_only": True, "lesson": lesson}
+    return student(**inputs, output_router_logits=True, use_cache=False)
 
 
 def naive_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -79,13 +84,15 @@ def test_both_terms_and_their_gradients_equal_naive_loops_over_real_tokens(
     with torch.no_grad():
         taught = outputs_of(upstream_model(seed=2), batch)
 
-    outputs = outputs_of(student, batch)
-    expected = naive_mean(taught.logits, outputs.logits, target_BT, temperature)
-    expected_gradients = gradients(expected, student)
-    outputs = outputs_of(student, batch)
-    found = logits_share(outputs, taught, batch, tokens, temperature)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert_same(gradients(found, student), expected_gradients)
+    logits_BTV = outputs_of(student, batch).logits
+    kl = naive_mean(taught.logits, logits_BTV, target_BT, temperature)
+    cross_entropy = torch.nn.functional.cross_entropy(logits_BTV[target_BT], batch["labels"][target_BT])
+    expected_gradients = gradients(cross_entropy + 0.7 * kl, student)
+    outputs = learning(student, batch, Lesson(taught.logits[target_BT], 0.7, temperature))
+    found = Distillation(None, SEQ2SEQ, 0.7, 0.0, temperature).share(outputs, taught, batch, tokens)
+    assert found.parts["kl"].item() == pytest.approx(kl.item(), rel=1e-4) and kl > 0.01
+    assert outputs.terms[0].item() / tokens.target == pytest.approx(cross_entropy.item(), rel=1e-4)
+    assert_same(gradients(outputs.loss / tokens.target, student), expected_gradients)
 
     def naive_routing(outputs: Any) -> Tensor:
         blocks = [
@@ -201,12 +208,12 @@ def test_what_padding_positions_hold_does_not_matter() -> None:
             ]
             for stack, mask in masks.items()
         }
-        return SimpleNamespace(logits=honest.logits.masked_fill(masks["decoder"][..., None], value), **routers)
+        return SimpleNamespace(loss=honest.loss, **routers)
 
-    distillation = Distillation(None, SEQ2SEQ, 1.0, 1.0, 1.5)
+    distillation = Distillation(None, SEQ2SEQ, 0.0, 1.0, 1.5)
     honest = distillation.share(outputs, taught, batch, tokens)
     other = distillation.share(scrambled(outputs, math.inf), scrambled(taught, 3.0), batch, tokens)
-    assert honest.total.item() == other.total.item()
+    assert honest.total.item() == other.total.item() and 0 < honest.total.item() < math.inf
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
@@ -221,8 +228,10 @@ def test_shares_and_gradients_of_micro_batches_add_up_to_one_big_batch(sizes: tu
         for size in cut:
             micro = {key: value[start : start + size] for key, value in batch.items()}
             start += size
-            share = distillation.share(outputs_of(student, micro), distillation.answer(micro), micro, tokens)
-            share.total.backward()
+            answer = distillation.answer(micro)
+            outputs = learning(student, micro, distillation.lesson(answer))
+            share = distillation.share(outputs, answer, micro, tokens)
+            (share.total + outputs.loss / tokens.target).backward()
             sums = {name: sums[name] + part.item() for name, part in share.parts.items()}
         results.append((sums, {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}))
     (whole, whole_gradients), (summed, summed_gradients) = results
@@ -238,12 +247,13 @@ def test_terms_without_weight_are_neither_asked_for_nor_computed() -> None:
     answer = logits_only.answer(batch)
     assert not answer.encoder_router_logits
     assert answer.logits.shape == (int((batch["labels"] != -100).sum()), 67)
-    share = logits_only.share(student(**batch, use_cache=False), answer, batch, tokens)
+    share = logits_only.share(learning(student, batch, logits_only.lesson(answer)), answer, batch, tokens)
+    assert share.total.item() == 0, "the loss of the targets holds it"
     assert list(share.parts) == logits_only.parts() == ["kl"]
     routing_only = Distillation(teacher, SEQ2SEQ, 0.0, 0.5, 1.0)
-    outputs, answer = outputs_of(student, batch), routing_only.answer(batch)
-    assert answer.logits.shape == (0, 67)
-    outputs.logits = None
+    answer = routing_only.answer(batch)
+    assert answer.logits.shape == (0, 67) and routing_only.lesson(answer) is None
+    outputs = learning(student, batch, None)
     share = routing_only.share(outputs, answer, batch, tokens)
     assert list(share.parts) == routing_only.parts() == ["routing"]
     assert share.total.item() == pytest.approx(0.5 * share.parts["routing"].item())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,17 @@ from pregate.models.families.switch_layers import (
     use_fast_norms,
 )
 from pregate.models.family import MoEBlock
-from pregate.models.head import IGNORED, head_cross_entropy
+from pregate.models.head import IGNORED, Lesson, head_losses
 from pregate.models.pregated_models import PreGatedModel, ServedModel
 from pregate.models.route_handover import RouteListener, Routes
 from pregate.models.router_losses import balance_loss, z_loss
+
+
+@dataclass
+class LossOutput(Seq2SeqMoEOutput):
+    """`terms`: with `loss_only`, those of `head_losses`."""
+
+    terms: Tensor | None = None
 
 
 class PreGatedSwitchPreTrainedModel(PreGatedModel, upstream.SwitchTransformersPreTrainedModel):
@@ -226,16 +234,18 @@ class PreGatedSwitchTransformersForConditionalGeneration(
         labels: Tensor | None = None,
         output_router_logits: bool | None = False,
         loss_only: bool = False,
+        lesson: Lesson | None = None,
         logits_at: Tensor | None = None,
         **kwargs: Any,
-    ) -> Seq2SeqMoEOutput:
+    ) -> LossOutput:
         """As upstream's, except that the router losses are per block and never count padding.
 
         With `labels` (B, T; -100 is ignored) the loss is the mean cross-entropy over target tokens, and with
         `output_router_logits` also the weighted balance and z losses, averaged over the blocks of each stack; without
         `labels` no losses are computed. With `loss_only` there are no logits, and the loss is the cross-entropy alone,
-        summed over target tokens. `logits_at` (B, T), a mask, asks for the logits of those N positions alone, (N, V) in
-        row-major order: a vocabulary is wide, and padding needs none of it.
+        summed over target tokens, and with a `lesson` the weighted divergence from a teacher too. `logits_at` (B, T), a
+        mask, asks for the logits of those N positions alone, (N, V) in row-major order: a vocabulary is wide, and
+        padding needs none of it.
 
         Raises `ValueError` for `labels` together with `logits_at`.
         """
@@ -270,15 +280,16 @@ class PreGatedSwitchTransformersForConditionalGeneration(
                 **self._router_losses("encoder", getattr(encoder_outputs, "router_logits", None), attention_mask),
                 **self._router_losses("decoder", decoded.router_logits, labels != IGNORED),
             }
-        logits = loss = None
+        logits = loss = terms = None
         if loss_only:
             assert labels is not None, "a loss needs labels"
-            loss = head_cross_entropy(self.lm_head, states_BTD.flatten(0, 1), labels.flatten())
+            loss, terms = head_losses(self.lm_head, states_BTD.flatten(0, 1), labels.flatten(), lesson)
         else:
             logits = self.lm_head(states_BTD if logits_at is None else states_BTD[logits_at])
             loss = None if labels is None else self._loss(logits, labels, losses)
-        return Seq2SeqMoEOutput(
+        return LossOutput(
             loss=loss,
+            terms=terms,
             logits=logits,  # type: ignore[arg-type]
             **losses,  # type: ignore[arg-type]
             past_key_values=decoded.past_key_values,
