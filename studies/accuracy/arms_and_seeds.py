@@ -119,7 +119,7 @@ SIZES = {
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
     "smollm2_moe": Size(
-        ("squad", "sst2", "web_questions"),
+        ("web_questions", "sst2", "squad"),
         source="runs/smollm2_moe/checkpoint",
         make_source="python -m studies.dense_to_moe runs/smollm2_moe",
         dense="dense_as_moe",

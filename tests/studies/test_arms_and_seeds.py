@@ -79,7 +79,7 @@ def test_a_study_that_repeats_few_arms_goes_by_worth_too() -> None:
     cells = all_cells(SIZES["smollm2_moe"])
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names) and PRETRAINING not in names
-    assert names[:6] == [f"squad_{arm}_s1" for arm in ARMS]
+    assert names[:6] == [f"web_questions_{arm}_s1" for arm in ARMS]
     again = {(cell.task, cell.arm) for cell in cells if cell.seed > 1}
     tasks = ("squad", "sst2", "web_questions")
     assert again == {(task, arm) for task in tasks for arm in ("conventional", "pre_gated", "distilled")}
@@ -87,7 +87,7 @@ def test_a_study_that_repeats_few_arms_goes_by_worth_too() -> None:
     assert len(as_it_is) == 6 and not any(cell.needs or cell.trained for cell in as_it_is)
     changes = {(cell.arm, cell.variant) for cell in cells if (cell.arm, cell.variant) in CHANGES}
     assert {("gates_only", "lora"), ("distilled", "rank"), ("calibrated", "own_answers"), ("shifted", "late")} < changes
-    assert names.index("squad_gates_only_lora_s1") < names.index("squad_conventional_s2")
+    assert names.index("web_questions_gates_only_lora_s1") < names.index("web_questions_conventional_s2")
 
 
 def test_arms_of_a_task_differ_in_nothing_but_the_arm() -> None:
