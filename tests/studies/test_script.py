@@ -140,3 +140,13 @@ def test_a_folder_given_once_is_not_the_next_one_s(tmp_path: Path) -> None:
     assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
     assert "out" not in call(tmp_path, "nano", "--list").stdout
     assert not (tmp_path / "runs" / "accuracy_nano" / "results_folder").exists()
+
+
+def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
+    done = call(tmp_path, "smollm2_moe", PREGATE_DATA=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no source in runs/smollm2_moe/checkpoint: make it with `python -m studies.dense_to_moe" in done.stderr
+    assert call(tmp_path, "smollm2_moe").stderr.startswith("Set PREGATE_DATA to a directory")
+    assert not any(tmp_path.iterdir()), "nothing is left behind"
+    listed = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*").stdout.split()
+    assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad")]
