@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from pregate.config import UsageError
 from pregate.conversion.write import MANIFEST
-from pregate.models.loading import open_model
 from pregate.system.durable import to_jsonable, write_json
 from pregate.system.machine import environment
 from studies.accuracy.arms_and_seeds import PRETRAINING, Cell
@@ -103,8 +104,7 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
         "curve": validation_points(run_dir / "metrics.jsonl"),
         "command": command,
     }
-    if (run_dir / "checkpoint").is_dir():
-        record["parameters"] = num_parameters(run_dir / "checkpoint")
+    record["parameters"] = num_parameters(run_dir / "checkpoint")
     calibration = calibration_seconds(run_dir, summary)
     if calibration is not None:
         record["calibration_seconds"] = round(calibration, 2)
@@ -127,9 +127,13 @@ def build_record(cell: Cell, run_dir: Path, command: str) -> Record:
     return {key: _rounded(value) for key, value in to_jsonable(record).items() if value not in (None, {})}
 
 
-def num_parameters(checkpoint: Path) -> int:
-    """Weights of a checkpoint, from the headers of its files."""
-    return sum(math.prod(info.shape) for info in open_model(str(checkpoint)).tensors.values())
+def num_parameters(checkpoint: Path) -> int | None:
+    """The weights in the files of `checkpoint`, from their headers; None if there are none."""
+    count = 0
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, no dict
+    return count or None
 
 
 def calibration_seconds(run_dir: Path, summary: Mapping[str, Any]) -> float | None:

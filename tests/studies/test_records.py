@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from studies.accuracy.records import append_record, load_records, validation_points
+from safetensors.torch import save_file
+from torch import zeros
+
+from studies.accuracy.records import append_record, load_records, num_parameters, validation_points
 
 
 def test_the_environment_is_written_where_it_changes_and_read_everywhere(tmp_path: Path) -> None:
@@ -43,3 +46,10 @@ def test_validation_points_of_one_stage_in_order(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     assert validation_points(path) == [{"step": 10, "f1": 31.0, "loss": 2.0}, {"step": 20, "f1": 40.0, "loss": 1.0}]
     assert validation_points(tmp_path / "none") == []
+
+
+def test_weights_are_counted_over_all_files_of_a_checkpoint(tmp_path: Path) -> None:
+    assert num_parameters(tmp_path) is None and num_parameters(tmp_path / "none") is None
+    save_file({"a": zeros(3, 4), "b": zeros(5)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": zeros(2, 2, 2), "d": zeros(())}, tmp_path / "model-00002-of-00002.safetensors")
+    assert num_parameters(tmp_path) == 12 + 5 + 8 + 1

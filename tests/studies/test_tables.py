@@ -95,6 +95,20 @@ def test_without_the_base_of_a_table_its_differences_are_dashes(tmp_path: Path) 
     assert control[4:8] == ["–"] * 4 and taught[6:8] == ["–"] * 2 and taught[4] != "–"
 
 
+def test_weights_that_an_arm_adds_are_told(tmp_path: Path) -> None:
+    counts = {"sst2_conventional_s1": 1000, "sst2_pre_gated_s1": 1000, "sst2_pre_gated_mlp_s1": 3500}
+    records = [record for record in synthetic_records() if record["cell"] in counts]
+    text = rendered(tmp_path / "same", records)
+    assert "weights added" not in text
+    text = rendered(tmp_path / "more", [{**record, "parameters": counts[record["cell"]]} for record in records])
+    heads, *rows = rows_of(text, "One change to (d)")
+    assert heads[-1] == "weights added to (d)"
+    assert {row[0]: row[-1] for row in rows} == {
+        "(d) pre-gated": "0",
+        "(d) pre-gated, gates with a small network": "2,500",
+    }
+
+
 def test_commands_say_where_and_with_how_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
