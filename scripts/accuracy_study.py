@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not installed
 
 from pregate.config import UsageError
-from studies.accuracy.arms_and_seeds import PRETRAINING, SIZES, all_cells
+from studies.accuracy.arms_and_seeds import DENSE, PRETRAINING, SIZES, all_cells
 from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
 from studies.accuracy.runner import Runner, Study, missing_of
 from studies.accuracy.tables import render
@@ -101,6 +101,8 @@ def study_of(size: str) -> Study:
     work = Path(os.environ.get("WORK") or f"runs/accuracy_{size}{'_dry' if dry else ''}")
     source = os.environ.get("SOURCE") or SIZES[size].source
     cells = [cell for cell in all_cells(SIZES[size]) if source is None or cell.name != PRETRAINING]
+    if os.environ.get("SOURCE"):  # what it was made from is not known
+        cells = [cell for cell in cells if cell.variant != DENSE]
     return Study(
         size,
         cells,

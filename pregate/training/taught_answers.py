@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from pregate.models.loading import open_model
 from pregate.models.objectives import Row
 from pregate.system.console import say
-from pregate.system.durable import append_text, make_directory, write_text
+from pregate.system.durable import append_text, make_directory, to_jsonable, write_text
 from pregate.system.process_group import main_only
 from pregate.tasks.own_answers import answers
 from pregate.tasks.token_cache import TokenRows
@@ -42,6 +43,11 @@ class AnsweredRows(TokenRows):
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         found = zip(indices, super().__getitems__(indices), strict=True)
         return [row._replace(target=self.taught.get(index, row.target)) for index, row in found]
+
+
+def teacher_weights(teacher: str) -> dict[str, Any]:
+    """What the files of a teacher are known by."""
+    return to_jsonable(open_model(teacher).identity())
 
 
 def batches_to_answer(used: Iterable[int], lengths: Callable[[list[int]], Sequence[int]], size: int) -> list[list[int]]:
@@ -68,6 +74,7 @@ def answered_by(
 ) -> AnsweredRows:
     """`rows` with the answers of `teacher` to those of `batches`. `file` keeps them; what it holds of other answers
     than those `made_from` the same teacher and data is replaced. The main process generates, the others wait."""
+    made_from = json.loads(json.dumps(made_from))  # as it is read back
     main_only(lambda: _complete(teacher, rows, batches, collate, file, made_from, autocast), "asking the teacher")
     kept = _kept(file, made_from)
     taught = {index: row for batch in batches for index, row in zip(batch, kept[tuple(batch)], strict=True)}

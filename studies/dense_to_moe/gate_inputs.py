@@ -37,7 +37,7 @@ INPUTS = {
     "and the whole output of the experts, which comes too late": (STATES, "output"),
 }
 MOVED = "the next block's router, not fitted"
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties, as shares of the mean square of a feature; the best on the held-out tokens counts, for every input."""
 HELD_OUT = 0.2
 ROW_TOKENS, ROWS_AT_ONCE = 256, 2
@@ -90,6 +90,8 @@ def agreements(here: Mapping[str, Tensor], following: Mapping[str, Tensor]) -> d
     constant_N1 = torch.ones(len(wanted_NE), 1, dtype=torch.float64)
     for name, parts in INPUTS.items():
         features_NF = torch.cat([*(here[part].double() for part in parts), constant_N1], dim=1)
+        # else the group of features with the larger numbers would set the penalty of the others
+        features_NF = features_NF / features_NF[held:].square().mean(0).sqrt().clamp_min(1e-12)
         fit_NF = features_NF[held:]
         gram_FF, target_FE = fit_NF.T @ fit_NF, fit_NF.T @ wanted_NE[held:]
         scale = gram_FF.diagonal().mean()
@@ -108,6 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=6144)
     given = parser.parse_args(arguments)
     model = open_moe(given.out / "checkpoint")
+    if not hasattr(model.model.layers[0].mlp, "shared_expert"):
+        parser.error(f"{given.out} has no shared experts: make a model with --form split and --shared above 0.")
     tokenizer = AutoTokenizer.from_pretrained(given.out / "checkpoint")
     rows_BT = packed_rows(read_texts(given.out / "text", "train"), tokenizer, given.tokens, ROW_TOKENS)
     blocks = features_of(model, rows_BT)

@@ -150,3 +150,5 @@ def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir()), "nothing is left behind"
     listed = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*").stdout.split()
     assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad")]
+    other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe")
+    assert other.returncode == 2 and "is no cell" in other.stderr, "what another source was made from is not known"

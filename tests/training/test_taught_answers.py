@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from pregate.cli import compose_run
 from pregate.config import DistillData, UsageError
 from pregate.models.loading import load_resident
 from pregate.models.objectives import Row
+from pregate.tasks import own_answers
+from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator
 from pregate.training import taught_answers
 from pregate.training.taught_answers import FILE, batches_to_answer
 from tests.engine.olmoe import olmoe
-from tests.tiny import upstream_model
-from tests.training.copying import SHALLOW, Recorder, train_tiny
+from tests.tiny import SEQ2SEQ, upstream_model
+from tests.training.copying import SHALLOW, Recorder, train_tiny, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,36 @@ def test_each_row_is_answered_once_and_longer_runs_only_add() -> None:
     assert sorted(row for batch in longer for row in batch) == list(range(97))
     assert max(map(len, batches)) == 3 and batches[:16] == longer[:16]
     assert all(abs(a % 10 - b % 10) <= 2 for batch in longer[:16] for a, b in pairwise(batch))
+
+
+def test_an_answer_ends_with_whatever_stops_generation() -> None:
+    """Behind it stands padding, up to the longest answer of the batch; padding may be one of the ends itself."""
+    assert own_answers._up_to_the_end([7, 5, 1, 1], None, {1, 5}).tolist() == [7, 5]
+    assert own_answers._up_to_the_end([0, 7, 1, 1], 0, {1, 5}).tolist() == [7, 1]
+    assert own_answers._up_to_the_end([7, 8], None, {1}).tolist() == [7, 8]
+    model = upstream_model(seed=2, **SHALLOW).eval()
+    collate = Collator(word_tokenizer(), 10, 4, SEQ2SEQ)
+    prompts = collate.rows([Example("a", "w1 w2 w3", "w1", ("w1",))])
+    [whole] = own_answers.answers(prompts, model, model.generate, collate)
+    assert len(whole) > 1 and whole[0] != 1
+    model.generation_config.eos_token_id = [1, whole[0]]
+    assert own_answers.answers(prompts, model, model.generate, collate)[0].tolist() == [whole[0]]
+
+
+def test_answers_of_a_teacher_that_was_replaced_are_asked_for_again(
+    teachers: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(teachers[False], tmp_path / "teacher")
+    given = lesson(tmp_path / "teacher", False)
+    train_tiny(tmp_path / "run", **given)
+    asked, answers = [], taught_answers.answers
+    monkeypatch.setattr(taught_answers, "answers", lambda rows, *rest: asked.append(len(rows)) or answers(rows, *rest))
+    train_tiny(tmp_path / "run", resume=True, **given)
+    assert not asked
+    upstream_model(seed=9, **SHALLOW).save_pretrained(tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "run" / "last")
+    train_tiny(tmp_path / "run", resume=True, **given)
+    assert sum(asked) > 10
 
 
 @pytest.mark.parametrize(
