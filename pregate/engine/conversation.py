@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pregate.config import UsageError
+from pregate.models.objectives import until_end
 
 
 class Conversation:
@@ -54,7 +55,8 @@ class Conversation:
         result = self._generate(input_ids=tokens_BT, attention_mask=mask_BT, past_key_values=cache, **options)
         whole_BT: Tensor = getattr(result, "sequences", result)
         new_BN = whole_BT[:, tokens_BT.shape[1] :]
-        self.tokens, self.mask, self._cache = whole_BT, torch.cat([mask_BT, self._said(new_BN, options)], 1), cache
+        said_BN = until_end(new_BN, self._option("eos_token_id", options)).long()
+        self.tokens, self.mask, self._cache = whole_BT, torch.cat([mask_BT, said_BN], 1), cache
         return new_BN
 
     def _empty_cache(self) -> DynamicCache:
@@ -77,14 +79,6 @@ class Conversation:
         """As `generate` finds it."""
         given = options.get("generation_config") or self._model.generation_config
         return options.get(name, getattr(given, name, None))
-
-    def _said(self, new_BN: Tensor, options: dict[str, Any]) -> Tensor:
-        """1 for the new tokens up to the end of a row, 0 for the padding behind it."""
-        ends = self._option("eos_token_id", options)
-        if ends is None:
-            return torch.ones_like(new_BN)
-        is_end_BN = torch.isin(new_BN, torch.as_tensor(ends, device=new_BN.device)).long()
-        return (is_end_BN.cumsum(1) - is_end_BN == 0).long()
 
 
 def _behind(before: Tensor | None, turn_BS: Tensor) -> Tensor:

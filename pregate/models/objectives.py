@@ -259,6 +259,14 @@ class Causal:
         return {"logits_at": predicting(batch["labels"])}
 
 
+def until_end(new_BN: Tensor, ends: int | Sequence[int] | None) -> Tensor:
+    """Which generated tokens (B, N) a row said: up to and with the first of `ends`. Behind it stands padding."""
+    if ends is None:
+        return torch.ones_like(new_BN, dtype=torch.bool)
+    is_end_BN = torch.isin(new_BN, torch.as_tensor(ends, device=new_BN.device)).long()
+    return is_end_BN.cumsum(1) - is_end_BN == 0
+
+
 def predicting(labels_BT: Tensor) -> Tensor:
     """Where a causal model predicts a target token: the places (B, T) before those whose label is not -100."""
     at_BT = torch.zeros_like(labels_BT, dtype=torch.bool)

@@ -6,12 +6,12 @@ Knows rows, a collator and how `generate` is called; knows nothing about what th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pregate.models.objectives import Row
+from pregate.models.objectives import Row, until_end
 from pregate.tasks.tokens import Collator
 
 
@@ -19,19 +19,12 @@ def answers(prompts: Sequence[Row], model: Any, generate: Callable[..., Tensor],
     """What `model` answers to the sources of `prompts`, one batch: at most `collate.max_target_tokens` tokens each, up
     to and with the first token at which generation stops. `generate`: the model's, or that of the engine that serves
     it."""
-    stops = model.generation_config.eos_token_id
-    ends = {collate.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    start = model.generation_config.decoder_start_token_id
     inputs = collate.objective.prompts([row.source for row in prompts], collate.padding)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     generated_BT = generate(**inputs, max_new_tokens=collate.max_target_tokens, do_sample=False)
-    new_BT = collate.objective.new_tokens(generated_BT, inputs["input_ids"]).tolist()
-    return [_up_to_the_end(ids, start, ends) for ids in new_BT]
-
-
-def _up_to_the_end(ids: Sequence[int], start: int | None, ends: Collection[int]) -> array[int]:
-    """What was generated, without the token that a decoder begins with, up to the first of `ends`: behind it stands
-    padding."""
-    ids = ids[ids[0] == start :]
-    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return array("i", ids[: first + 1])
+    new_BT = collate.objective.new_tokens(generated_BT, inputs["input_ids"])
+    start, end = model.generation_config.decoder_start_token_id, model.generation_config.eos_token_id
+    # a decoder of its own begins with a token that it has not said
+    new_BT = new_BT[:, int(new_BT[0, 0] == start) :]
+    said_BT = until_end(new_BT, end) & until_end(new_BT, collate.tokenizer.eos_token_id)
+    return [array("i", new_T[said_T].tolist()) for new_T, said_T in zip(new_BT, said_BT, strict=True)]

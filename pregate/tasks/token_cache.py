@@ -47,9 +47,11 @@ ELSEWHERE = ("name", "hub", "hub_config", "hub_revision", "files", "generated", 
 
 
 class TokenRows(Sequence[Row]):
-    """The kept rows, read as they are asked for. Indices are positions in the data."""
+    """The kept rows, read as they are asked for. Indices are positions in the data. The name of `directory` says what
+    they depend on."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self._rows: Any = datasets.Dataset.from_file(str(directory / ROWS_FILE))
         self._prompt_tokens = self._rows.data.column("prompt_tokens").to_numpy()
 

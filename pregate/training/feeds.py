@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from pregate.config import Run, TrainConfig, UsageError
+from pregate.models.loading import open_model
 from pregate.models.objectives import Objective
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import Position, TextStream
-from pregate.tasks.token_cache import TokenRows, identity, token_rows
+from pregate.tasks.token_cache import TokenRows, token_rows
 from pregate.tasks.tokens import Collator
 from pregate.training.batch_order import Batching, MicroBatchSampler, step_plan
 from pregate.training.state_values import TrainState
-from pregate.training.taught_answers import answered_by, batches_to_answer, teacher_weights
+from pregate.training.taught_answers import TeacherAnswers, batches_to_answer
 
 Batch = dict[str, Tensor]
 POSITION = "position"
@@ -123,14 +124,14 @@ class ExampleFeed:
         steps = step_plan(self.lengths, share.batching, run.seed, 0, share.train.steps)
         used = (index for step in steps for index in step)
         batches = batches_to_answer(used, self.rows.prompt_lengths, run.eval.batch_size)
-        limit, split = run.data.max_train_examples, run.task.train_split
+        assert share.train.teacher is not None
         made_from = {
             "teacher": share.train.teacher,
+            "weights": open_model(share.train.teacher).identity(),
             "precision": str(share.train.precision),
-            "weights": teacher_weights(str(share.train.teacher)),
-            "rows": identity(run, split, self.fingerprint, limit, self.collate),
+            "rows": self.rows.directory.name,
         }
-        self.rows = answered_by(teacher, self.rows, batches, self.collate, file, made_from, autocast)
+        self.rows = TeacherAnswers(teacher, self.rows, self.collate, autocast, file, made_from).to(batches)
 
     def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
         micro_batches = list(self._sampler(state.step, state.step + 1))

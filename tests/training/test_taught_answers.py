@@ -15,7 +15,7 @@ import torch
 from pregate.cli import compose_run
 from pregate.config import DistillData, UsageError
 from pregate.models.loading import load_resident
-from pregate.models.objectives import Row
+from pregate.models.objectives import Row, until_end
 from pregate.tasks import own_answers
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator
@@ -125,9 +125,9 @@ def test_each_row_is_answered_once_and_longer_runs_only_add() -> None:
 
 def test_an_answer_ends_with_whatever_stops_generation() -> None:
     """Behind it stands padding, up to the longest answer of the batch; padding may be one of the ends itself."""
-    assert own_answers._up_to_the_end([7, 5, 1, 1], None, {1, 5}).tolist() == [7, 5]
-    assert own_answers._up_to_the_end([0, 7, 1, 1], 0, {1, 5}).tolist() == [7, 1]
-    assert own_answers._up_to_the_end([7, 8], None, {1}).tolist() == [7, 8]
+    said_BN = until_end(torch.tensor([[7, 5, 1, 1], [7, 1, 1, 1], [7, 8, 9, 7]]), [1, 5])
+    assert said_BN.tolist() == [[True, True, False, False]] * 2 + [[True] * 4]
+    assert until_end(torch.tensor([[7, 8]]), None).all()
     model = upstream_model(seed=2, **SHALLOW).eval()
     collate = Collator(word_tokenizer(), 10, 4, SEQ2SEQ)
     prompts = collate.rows([Example("a", "w1 w2 w3", "w1", ("w1",))])
