@@ -99,10 +99,11 @@ def study_of(size: str) -> Study:
     """The study that the environment describes."""
     dry = is_set("DRY")
     work = Path(os.environ.get("WORK") or f"runs/accuracy_{size}{'_dry' if dry else ''}")
-    source = os.environ.get("SOURCE") or SIZES[size].source
-    cells = [cell for cell in all_cells(SIZES[size]) if source is None or cell.name != PRETRAINING]
-    if os.environ.get("SOURCE"):  # what it was made from is not known
-        cells = [cell for cell in cells if cell.variant != DENSE]
+    given = os.environ.get("SOURCE")
+    source = given or SIZES[size].source
+    left_out = {PRETRAINING} if source else set()
+    left_out |= {DENSE} if given else set()  # what another source was made from is not known
+    cells = [cell for cell in all_cells(SIZES[size]) if not {cell.name, cell.variant} & left_out]
     return Study(
         size,
         cells,

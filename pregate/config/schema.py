@@ -138,8 +138,8 @@ class TrainConfig:
     `steps: 0` of `train` leaves the converted model as it is. `teacher`: a model of the same family (directory or hub
     id) to learn from beside the data; `distill_logits` and `distill_routing` weight what is learned from it, see
     `pregate.training.distill`, and `distill_temperature` softens the output logits. `distill_data: generations` puts
-    the teacher's answers in place of the targets. `packing`: several examples stand
-    in one row and do not see each other. `keep_last`: how many states to resume from are kept, the newest included.
+    the teacher's answers in place of the targets. `packing`: several examples stand in one row and do not see each
+    other. `keep_last`: how many states to resume from are kept, the newest included.
     `sharding: full` splits weights, gradients and optimizer state over the processes (FSDP2). `experts: offloaded`:
     those of the model and of its teacher stay frozen where `engine` says. `lora`: what learns beside the gates with
     `trainable: lora`.

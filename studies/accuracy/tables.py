@@ -165,7 +165,8 @@ def score_table(
         headers += [f"difference from {SHORT[base.arm, base.variant]}", "of each seed"]
     headers += [*(metric_label(name) for name in others), "training, s"]
     added = _weights_added(arms, bases[0]) if bases else {}
-    headers += [f"weights added to {SHORT[bases[0].arm, bases[0].variant]}"] if any(added.values()) else []
+    added = added if any(added.values()) else {}
+    headers += [f"weights added to {SHORT[bases[0].arm, bases[0].variant]}"] if added else []
     rows = []
     for arm in arms:
         name = label(arm)
@@ -178,13 +179,13 @@ def score_table(
         for base in bases:
             row += _difference(arm, base)
         row += [*(f"{arm.mean(other):.1f}" for other in others), _seconds(arm)]
-        row += [_count(added.get(name))] if any(added.values()) else []
+        row += [_count(added.get(name))] if added else []
         rows.append(row)
     for name, scores in (trivial or {}).items():
         dashes = [ABSENT] * (1 + 2 * len(bases))
         extra = [f"{scores[other]:.1f}" if other in scores else ABSENT for other in others]
-        last = [ABSENT] * (2 if any(added.values()) else 1)
-        rows.append([f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra, *last])
+        row = [f"*{name}*", ABSENT, f"{scores[metric]:.1f}", *dashes, *extra]
+        rows.append([*row, *[ABSENT] * (len(headers) - len(row))])
     return table(headers, rows)
 
 

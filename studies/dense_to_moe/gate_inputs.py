@@ -13,7 +13,6 @@ Letters: N tokens, D model width, E experts, K experts per token, F features.
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +22,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
 from pregate.measure.table_format import Table, text
+from pregate.models.routing import logits_agreement
 from studies.dense_to_moe.healing_text import packed_rows, read_texts
 from studies.dense_to_moe.moe import open_moe
+from studies.dense_to_moe.split import HELD_OUT, states_of
 
 STATES = "states"
 INPUTS = {
@@ -37,70 +39,51 @@ INPUTS = {
     "and the whole output of the experts, which comes too late": (STATES, "output"),
 }
 MOVED = "the next block's router, not fitted"
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Penalties, as shares of the mean square of a feature; the best on the held-out tokens counts, for every input."""
-HELD_OUT = 0.2
-ROW_TOKENS, ROWS_AT_ONCE = 256, 2
+ROW_TOKENS = 256
 
 
 @torch.no_grad()
 def features_of(model: Any, rows_BT: Tensor) -> list[dict[str, Tensor]]:
     """For each block what a gate in it could read, (N, F) by name, with its router's `logits` and `weight`."""
-    found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in model.model.layers]
     starts = torch.arange(rows_BT.numel()) % rows_BT.shape[1] == 0
-
-    def note(kept: dict[str, list[Tensor]]) -> Any:
-        def hook(block: Any, given: tuple[Tensor], output: Tensor) -> None:
-            states_ND = given[0].flatten(0, -2)
-            logits_NE, _, ids_NK = block.gate(states_ND)
-            shared_ND = block.shared_expert_gate(states_ND).sigmoid() * block.shared_expert(states_ND)
-            kept[STATES].append(states_ND)
-            kept["logits"].append(logits_NE)
-            kept["routes"].append(torch.zeros_like(logits_NE).scatter(1, ids_NK, 1.0))
-            kept["shared"].append(shared_ND)
-            kept["output"].append(output.flatten(0, -2))
-
-        return hook
-
-    hooks = [layer.mlp.register_forward_hook(note(kept)) for layer, kept in zip(model.model.layers, found, strict=True)]
-    try:
-        for part_BT in rows_BT.split(ROWS_AT_ONCE):
-            model(input_ids=part_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    features = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in found]
-    for block, layer in zip(features, model.model.layers, strict=True):
-        before_NE = block["routes"].roll(1, 0)
-        before_NE[starts] = 0
-        block |= {"routes_before": before_NE, "weight": layer.mlp.gate.weight}
+    features = []
+    for layer, states_ND in zip(model.model.layers, states_of(model, rows_BT), strict=True):
+        block = layer.mlp
+        logits_NE, _, ids_NK = block.gate(states_ND)
+        routes_NE = torch.zeros_like(logits_NE).scatter(1, ids_NK, 1.0)
+        features.append(
+            {
+                STATES: states_ND,
+                "logits": logits_NE,
+                "weight": block.gate.weight,
+                "routes": routes_NE,
+                "routes_before": routes_NE.roll(1, 0).masked_fill(starts[:, None], 0.0),
+                "shared": block.shared_expert_gate(states_ND).sigmoid() * block.shared_expert(states_ND),
+                "output": block(states_ND[None])[0],
+            }
+        )
     return features
 
 
 def agreements(here: Mapping[str, Tensor], following: Mapping[str, Tensor]) -> dict[str, float]:
     """The share of the next block's choices that each kind of input finds on held-out tokens."""
-    wanted_NE, chosen_NE = following["logits"].double(), following["routes"]
-    top_k = int(chosen_NE[0].sum())
-    held = int(HELD_OUT * len(wanted_NE))
+    wanted_NE, top_k = following["logits"], int(following["routes"][0].sum())
+    cut = round((1 - HELD_OUT) * len(wanted_NE))
+    fitted, held = slice(None, cut), slice(cut, None)
 
-    def share(logits_NE: Tensor) -> float:
-        return chosen_NE[:held].gather(1, logits_NE.topk(top_k, dim=1).indices).mean().item()
+    def choose(logits_NE: Tensor) -> Tensor:
+        return logits_NE.topk(top_k, dim=-1).indices
 
-    found = {MOVED: share((here[STATES] @ following["weight"].T)[:held])}
-    constant_N1 = torch.ones(len(wanted_NE), 1, dtype=torch.float64)
+    moved_NE = here[STATES][held] @ following["weight"].T
+    found = {MOVED: logits_agreement(moved_NE, wanted_NE[held], choose)}
+    nothing_E = wanted_NE.new_zeros(wanted_NE.shape[1])
     for name, parts in INPUTS.items():
-        features_NF = torch.cat([*(here[part].double() for part in parts), constant_N1], dim=1)
-        # else the group of features with the larger numbers would set the penalty of the others
-        features_NF = features_NF / features_NF[held:].square().mean(0).sqrt().clamp_min(1e-12)
-        fit_NF = features_NF[held:]
-        gram_FF, target_FE = fit_NF.T @ fit_NF, fit_NF.T @ wanted_NE[held:]
-        scale = gram_FF.diagonal().mean()
-        eye_FF = torch.eye(len(gram_FF), dtype=torch.float64)
-        shares = []
-        for ridge in RIDGES:
-            weights_FE = torch.cholesky_solve(target_FE, torch.linalg.cholesky(gram_FF + ridge * scale * eye_FF))
-            shares.append(share(features_NF[:held] @ weights_FE))
-        found[name] = max(shares)
+        features_NF = torch.cat([here[part] for part in parts], dim=1)
+        # else the features with the larger numbers would set the penalty of the others
+        features_NF = features_NF / features_NF[fitted].square().mean(0).sqrt().clamp_min(1e-12)
+        tokens = [Tokens(features_NF[rows], wanted_NE[rows]) for rows in (fitted, held)]
+        nothing_EF = features_NF.new_zeros(len(nothing_E), features_NF.shape[1])
+        found[name] = fit_gate(nothing_EF, nothing_E, *tokens, steps=0, choose=choose).ridge
     return found
 
 
