@@ -78,8 +78,9 @@ def run() -> int:
     if not os.environ.get("PREGATE_DATA") and (SIZES[study.size].pretraining or SIZES[study.size].make_source):
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
     make = SIZES[study.size].make_source
-    if make and study.source and not Path(study.source).is_dir():
-        raise UsageError(f"There is no source in {study.source}: make it with `{make}`, or name one with SOURCE=DIR.")
+    for path in read_of(study) if make else ():
+        if not path.is_dir():
+            raise UsageError(f"There is no source in {path}: make it with `{make}`, or name one with SOURCE=DIR.")
     study.seconds_left, jobs = seconds_left(), number_of_jobs()
     study.several = jobs > 1 or is_set(HELPS)
     check_claim(study.folder, identity)
@@ -115,6 +116,15 @@ def study_of(size: str) -> Study:
         keep=is_set("KEEP"),
         render=partial(render, size=size, cells=cells),
     )
+
+
+def read_of(study: Study) -> list[Path]:
+    """The checkpoints that the cells which were asked for start from, and no cell makes."""
+    if study.source is None:
+        return []
+    source, dense = Path(study.source), SIZES[study.size].dense
+    variants = {cell.variant for cell in study.wanted}
+    return [source] * (variants != {DENSE}) + ([source.parent / dense] if dense and DENSE in variants else [])
 
 
 def seconds_left() -> float | None:

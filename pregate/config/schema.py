@@ -194,9 +194,9 @@ class TrainConfig:
             "both to 0.",
         )
         need(
-            weighted or self.teacher is None,
+            weighted or self.distill_data is DistillData.generations or self.teacher is None,
             f"{prefix}teacher={self.teacher} teaches nothing: set {prefix}distill_logits or {prefix}distill_routing "
-            f"above 0, or {prefix}teacher=null.",
+            f"above 0, or {prefix}distill_data=generations, or {prefix}teacher=null.",
         )
         need(
             self.distill_routing > 0 or self.distill_routing_loss is RoutingLoss.kl,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pregate.config import Experts, LoraTarget, Run, TaskKind, Tier, Trainable, TrainConfig
+from pregate.config import Experts, Learn, LoraTarget, Run, TaskKind, Tier, Trainable, TrainConfig
 from pregate.engine.budget import host_buffers_within, resolve_tier
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import training_slots
@@ -171,6 +171,8 @@ def _add_teacher(needs: Needs, run: Run, teacher: str, device: torch.device) -> 
     if run.train.distill_logits:
         task = run.task
         learnt = task.max_source_tokens if task.kind is TaskKind.language_modelling else task.max_target_tokens
+        if task.learn is Learn.everything:
+            learnt = task.max_source_tokens + task.max_target_tokens
         needs.device["teacher's logits"] = size * _rows(run) * learnt * config.vocab_size
     if run.train.experts is Experts.resident:
         needs.device["teacher"] = size * (others + experts)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pregate.config import Run, Schedule, UsageError, to_dict
+from pregate.config import Run, Schedule, TrainConfig, UsageError, to_dict
 from pregate.models.family import family_named
 from pregate.system.console import first_of, say
 from pregate.tracking import flatten
@@ -78,6 +78,9 @@ def changed_settings(config: Path, run: Run) -> dict[str, str]:
     except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
         return {}
     now = flatten(to_dict(run), separator=".")
+    if not before:
+        return {}
+    before = _newer_settings(before) | before
     stacks = "pregate.stacks"
     if now.get(stacks) is None and before.get(stacks) == list(family_named(run.model.family).stacks):
         before[stacks] = None  # all stacks by name are the same as all stacks
@@ -91,8 +94,16 @@ def changed_settings(config: Path, run: Run) -> dict[str, str]:
     return found
 
 
+def _newer_settings(before: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a release brought after `before` was written: it did what their defaults say."""
+    defaults = flatten(to_dict(Run(source_train=TrainConfig(steps=1))), separator=".")
+    unset = [name for name, value in before.items() if value is None]
+    absent = () if any(name.startswith("source_train.") for name in before) else ("source_train",)
+    return {name: value for name, value in defaults.items() if not _within(name, [*unset, *absent])}
+
+
 def _comparable(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether both know the setting: a release may have brought or dropped it. A section may be null in one."""
+    """Whether both know the setting: a release may have dropped it. A section may be null in one."""
     return name.startswith(OPEN) or all(name in values or _section(name, values) for values in (before, now))
 
 

@@ -137,6 +137,8 @@ def prepare(
     if distillation is not None and train.distill_data is DistillData.generations:
         assert isinstance(feed, ExampleFeed), "check_objective has refused a text"
         feed.answer(distillation.teacher, out_dir / TEACHER_ANSWERS, autocast)
+    if distillation is not None and not distillation.parts():
+        distillation = None  # its answers were all that it had to teach
     return Session(
         model=model,
         wrapped=wrapped,

@@ -152,3 +152,6 @@ def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
     assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad")]
     other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe")
     assert other.returncode == 2 and "is no cell" in other.stderr, "what another source was made from is not known"
+    (tmp_path / "runs" / "smollm2_moe" / "checkpoint").mkdir(parents=True)
+    half = call(tmp_path, "smollm2_moe", PREGATE_DATA=str(tmp_path))
+    assert half.returncode == 2 and "no source in runs/smollm2_moe/dense_as_moe: make it with" in half.stderr

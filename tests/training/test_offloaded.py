@@ -16,9 +16,11 @@ from pregate.cli import compose_run
 from pregate.config import (
     ExpertPath,
     Experts,
+    Learn,
     Optimizer,
     PreGateConfig,
     Run,
+    TaskConfig,
     Trainable,
     TrainConfig,
     UsageError,
@@ -225,3 +227,13 @@ def test_what_a_run_needs_is_what_its_parts_take(source: str, trainable: Trainab
         assert found[Experts.offloaded].device["slots"] == engine.expected_bytes()["slots"]
     assert found[Experts.offloaded].disk["packed experts"] == 20 * engine.slab_bytes
     assert found[Experts.offloaded].device["activations"] > 0
+
+
+@pytest.mark.parametrize(("learn", "learnt"), [(Learn.answers, 4), (Learn.everything, 14)])
+def test_a_teachers_logits_are_those_of_all_learnt_tokens(source: str, learn: Learn, learnt: int) -> None:
+    config = config_of(read_config(source))
+    run = run_of(source, teacher=source, distill_logits=1.0)
+    run.task = TaskConfig(max_source_tokens=10, max_target_tokens=4, learn=learn)
+    run.train.batch_sequences, run.train.micro_batch_tokens = 3, 1000
+    needs = needs_of(run, config, torch.bfloat16, torch.device("cpu"))
+    assert needs.device["teacher's logits"] == 3 * learnt * config.vocab_size * 4

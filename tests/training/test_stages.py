@@ -158,6 +158,14 @@ def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> Non
     (tmp_path / "run" / "config.yaml").write_text(named)
     claim_run_dir(run)
     assert capsys.readouterr().err == ""
+    older = saved.replace("  packing: false\n", "")  # as a release wrote it that had no such setting
+    assert older.count("packing") == 0 < saved.count("packing")
+    for packing, told in ((False, ""), (True, "train.packing False, now True\n")):
+        run.train.packing = packing
+        (tmp_path / "run" / "config.yaml").write_text(older)
+        claim_run_dir(run)
+        said = capsys.readouterr().err
+        assert bool(said) == packing and said.endswith(told)
     for torn in (b"", b"train: {steps: 4", b"seed: ${oops", b"name: \xff", b"[1, 2]"):
         (tmp_path / "run" / "config.yaml").write_bytes(torn)
         claim_run_dir(run)

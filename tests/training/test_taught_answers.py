@@ -82,6 +82,15 @@ def test_rows_are_learnt_with_the_teachers_answers(
     assert all(math.isfinite(loss) for each in losses for loss in each) and losses[0] != losses[1]
 
 
+def test_answers_alone_are_a_lesson(teachers: dict[bool, Path], tmp_path: Path) -> None:
+    _, both, _ = train_tiny(tmp_path / "both", **lesson(teachers[False], False))
+    _, alone, _ = train_tiny(tmp_path / "alone", **lesson(teachers[False], False, distill_logits=0.0))
+    assert ("tiny/kl", 1) in both.at and ("tiny/kl", 1) not in alone.at
+    losses = [[run.at["tiny/loss", step] for step in range(1, 5)] for run in (both, alone)]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1], "the same targets, another gradient"
+    assert all(math.isfinite(loss) for each in losses for loss in each)
+
+
 def test_a_stopped_run_goes_on_with_the_same_answers(
     teachers: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +142,8 @@ def test_an_answer_ends_with_whatever_stops_generation() -> None:
     prompts = collate.rows([Example("a", "w1 w2 w3", "w1", ("w1",))])
     [whole] = own_answers.answers(prompts, model, model.generate, collate)
     assert len(whole) > 1 and whole[0] != 1
+    model.generation_config.num_beams = 3
+    assert own_answers.answers(prompts, model, model.generate, collate) == [whole], "greedily, whatever is usual"
     model.generation_config.eos_token_id = [1, whole[0]]
     assert own_answers.answers(prompts, model, model.generate, collate)[0].tolist() == [whole[0]]
 
