@@ -89,6 +89,7 @@ def settings(
     every = max(1, steps // VALIDATIONS)
     return [
         "task=language_modelling",
+        "name=healing",
         "task.name=healing",
         f"task.files.train={text / 'train.parquet'}",
         f"task.files.validation={text / 'validation.parquet'}",

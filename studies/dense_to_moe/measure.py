@@ -1,5 +1,5 @@
 """The loss on a text by other routes than the gate's: what the best routes would give, and what a gate costs that sits
-one block ahead.
+one, two or three blocks ahead.
 
 Letters: B rows, T tokens of a row, N tokens, D model width, E experts, K experts per token.
 """
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-BEST, OWN, AHEAD, RANDOM = "best", "own", "ahead", "random"
-ROUTES = (BEST, OWN, AHEAD, RANDOM)
+BEST, OWN, RANDOM = "best", "own", "random"
+BLOCKS_AHEAD = {OWN: 0, "ahead": 1, "ahead_2": 2, "ahead_3": 3}
+ROUTES = (BEST, *BLOCKS_AHEAD, RANDOM)
 
 
 class _Router(nn.Module):
     """In the place of a router. best: the experts with the largest outputs, with equal weights. own: as the router.
-    ahead: the router on what enters the block before; the first block keeps its own. random: any K, equal weights."""
+    ahead: the router on what enters the block before, ahead_2 and ahead_3 on that of two and three blocks before; where
+    there is no such block, as the router. random: any K, equal weights."""
 
     def __init__(self, router: Any, experts: Any, before: _Router | None, routes: str, seed: int) -> None:
         super().__init__()
@@ -29,18 +31,22 @@ class _Router(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.read_ND = hidden_ND
-        before = self.before[0]
-        if self.routes == AHEAD and before is not None:
-            return self.router(before.read_ND)
+        if self.routes in BLOCKS_AHEAD:
+            decides = self.blocks_before(BLOCKS_AHEAD[self.routes]) or self
+            return self.router(decides.read_ND)
         logits_NE, weights_NK, ids_NK = self.router(hidden_ND)
-        if self.routes in (OWN, AHEAD):
-            return logits_NE, weights_NK, ids_NK
         if self.routes == BEST:
             logits_NE = self._norms(hidden_ND)
         else:
             logits_NE = torch.rand(logits_NE.shape, generator=self.generator)
         top_k = ids_NK.shape[1]
         return logits_NE, torch.full_like(weights_NK, 1 / top_k), logits_NE.topk(top_k, dim=1).indices
+
+    def blocks_before(self, number: int) -> _Router | None:
+        found: _Router | None = self
+        for _ in range(number):
+            found = found and found.before[0]
+        return found
 
     def _norms(self, hidden_ND: Tensor) -> Tensor:
         found = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from pregate.config import PreGateConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.models.loading import load_resident, open_model
-from studies.dense_to_moe.measure import AHEAD, BEST, OWN, RANDOM, loss_of, losses_by_routes
+from studies.dense_to_moe.measure import BEST, BLOCKS_AHEAD, OWN, RANDOM, ROUTES, loss_of, losses_by_routes
 from studies.dense_to_moe.moe import UPCYCLE, Form, choose_all, empty_moe, fill_split, open_moe
 from studies.dense_to_moe.split import LayerFit, fit, missed_share, split, states_of, upcycle
 from tests.studies.dense_to_moe.llama import NEURONS, llama, rows
@@ -159,18 +159,19 @@ def test_the_missed_share_against_a_naive_sum() -> None:
 # --- losses by routes -------------------------------------------------------------------------------------------------
 
 
-def test_one_block_ahead_is_what_a_conversion_makes(tmp_path: Path) -> None:
-    model = split(llama(), rows(), Form(experts=4, top_k=2, shared=0.25))
+def test_blocks_ahead_are_what_a_conversion_makes(tmp_path: Path) -> None:
+    model = split(llama(num_hidden_layers=5), rows(), Form(experts=4, top_k=2, shared=0.25))
     model.save_pretrained(tmp_path / "source")
-    convert(str(tmp_path / "source"), tmp_path / "pregated", PreGateConfig(lookahead=1))
-    with torch.no_grad():
-        wanted = load_resident(tmp_path / "pregated")(input_ids=rows(), labels=rows()).loss.item()
     reopened = open_moe(tmp_path / "source")
     found = losses_by_routes(reopened, rows())
-    assert found[AHEAD] == pytest.approx(wanted, abs=1e-5)
-    with torch.no_grad():
-        assert found[OWN] == pytest.approx(reopened(input_ids=rows(), labels=rows()).loss.item(), abs=1e-5)
-    assert len({round(loss, 4) for loss in found.values()}) == 4
+    for routes, lookahead in BLOCKS_AHEAD.items():
+        directory = tmp_path / ("pregated" + routes if lookahead else "source")
+        if lookahead:
+            convert(str(tmp_path / "source"), directory, PreGateConfig(lookahead=lookahead))
+        with torch.no_grad():
+            wanted = load_resident(directory)(input_ids=rows(), labels=rows()).loss.item()
+        assert found[routes] == pytest.approx(wanted, abs=1e-5)
+    assert len({round(loss, 4) for loss in found.values()}) == len(ROUTES) == 6
     assert loss_of(reopened, rows(), RANDOM) == found[RANDOM]  # the same routes again
 
 
