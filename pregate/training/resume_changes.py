@@ -98,8 +98,9 @@ def _newer_settings(before: dict[str, Any]) -> dict[str, Any]:
     """The settings that a release brought after `before` was written: it did what their defaults say."""
     defaults = flatten(to_dict(Run(source_train=TrainConfig(steps=1))), separator=".")
     unset = [name for name, value in before.items() if value is None]
-    absent = () if any(name.startswith("source_train.") for name in before) else ("source_train",)
-    return {name: value for name, value in defaults.items() if not _within(name, [*unset, *absent])}
+    absent = () if _section("source_train", before) else ("source_train",)
+    left = {name: value for name, value in defaults.items() if not _within(name, [*unset, *absent])}
+    return {name: value for name, value in left.items() if not _section(name, before)}
 
 
 def _comparable(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:

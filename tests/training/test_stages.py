@@ -19,11 +19,13 @@ from transformers import SwitchTransformersForConditionalGeneration
 from pregate.config import (
     CalibrationConfig,
     Entry,
+    GeneratedConfig,
     Init,
     ModelConfig,
     PreGateConfig,
     Run,
     Schedule,
+    TaskConfig,
     Through,
     TrainConfig,
     UsageError,
@@ -141,7 +143,7 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_lock_the_run_director
 
 
 def test_a_resumed_run_tells_what_it_changes(tmp_path: Path, capsys: Any) -> None:
-    run = Run(run_dir=str(tmp_path / "run"))
+    run = Run(run_dir=str(tmp_path / "run"), task=TaskConfig(generated=GeneratedConfig()))
     claim_run_dir(run)
     run.resume, run.overrides = True, ["resume=true"]
     claim_run_dir(run)
