@@ -7,9 +7,8 @@ or models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -19,14 +18,13 @@ WINDOW_BUCKETS = 64
 """Buckets of similar length are formed within a window of about this many of them."""
 
 
-class Lengths(Protocol):
-    """How long the examples are. Asked for many at a time, and only for those that are about to be used."""
+@dataclass(frozen=True)
+class Lengths:
+    """How long the `count` examples are. `of` is asked for many at a time, and only for those that are about to be
+    used."""
 
-    def __len__(self) -> int:
-        """The number of examples."""
-        ...
-
-    def of(self, indices: Sequence[int]) -> Sequence[int]: ...
+    count: int
+    of: Callable[[list[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def step_plan(lengths: Lengths, batching: Batching, seed: int, first_step: int, 
     dealt to random steps, so that micro batches need little padding and a step still mixes lengths where it holds
     several buckets.
     """
-    window_steps = _window_steps(len(lengths), batching)
+    window_steps = _window_steps(lengths.count, batching)
     step = first_step
     while step < last_step:
         window = step // window_steps
@@ -112,7 +110,7 @@ def _window_steps(num_examples: int, batching: Batching) -> int:
 
 def _window_plan(lengths: Lengths, batching: Batching, seed: int, window: int, window_steps: int) -> list[list[int]]:
     size, bucket = batching.batch_sequences, batching.bucket_sequences
-    drawn = shuffled_stream(len(lengths), seed, window * window_steps * size, window_steps * size)
+    drawn = shuffled_stream(lengths.count, seed, window * window_steps * size, window_steps * size)
     length = dict(zip(drawn, lengths.of(drawn), strict=True))
     drawn.sort(key=length.__getitem__)
     slots = [(step, min(bucket, size - begin)) for step in range(window_steps) for begin in range(0, size, bucket)]
@@ -130,22 +128,9 @@ def _generator(seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed & 0xFFFFFFFF, purpose, index])
 
 
-class MicroBatchSampler:
-    """A batch sampler: the micro batches of one process for steps [first_step, last_step), in order."""
-
-    def __init__(
-        self,
-        lengths: Lengths,
-        batching: Batching,
-        *,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        rank: int,
-    ) -> None:
-        self.lengths, self.batching, self.seed = lengths, batching, seed
-        self.first_step, self.last_step, self.rank = first_step, last_step, rank
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for indices in step_plan(self.lengths, self.batching, self.seed, self.first_step, self.last_step):
-            yield from self.batching.micro_batches(indices, self.rank)
+def micro_batch_plan(
+    lengths: Lengths, batching: Batching, *, seed: int, first_step: int, last_step: int, rank: int
+) -> Iterator[list[int]]:
+    """The micro batches of process `rank` for steps [first_step, last_step), in order."""
+    for indices in step_plan(lengths, batching, seed, first_step, last_step):
+        yield from batching.micro_batches(indices, rank)

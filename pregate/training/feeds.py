@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pregate.config import Run, TrainConfig, UsageError
+from pregate.config import Run, TrainConfig
 from pregate.models.loading import open_model
 from pregate.models.objectives import Objective
 from pregate.tasks.base import Task
 from pregate.tasks.text_stream import Position, TextStream
-from pregate.tasks.token_cache import TokenRows, token_rows
+from pregate.tasks.token_cache import token_rows
 from pregate.tasks.tokens import Collator
-from pregate.training.batch_order import Batching, MicroBatchSampler, step_plan
+from pregate.training.batch_order import Batching, Lengths, micro_batch_plan, step_plan
 from pregate.training.state_values import TrainState
 from pregate.training.taught_answers import TeacherAnswers, batches_to_answer
 
@@ -96,26 +96,18 @@ class ExampleFeed:
         limit = run.data.max_train_examples
         self.rows = token_rows(run, task, run.task.train_split, self.fingerprint, limit, self.collate)
         self.eval_examples = task.examples(run.task.eval_split, share.train.eval_examples)
-        self.lengths = (_Alike if share.train.packing else _PromptLengths)(self.rows)
-        for split, found in ((run.task.train_split, self.rows), (run.task.eval_split, self.eval_examples)):
-            if not found:
-                raise UsageError(f"The {split} split of task {run.task.name} has no examples: check its files.")
+        self.lengths = Lengths(len(self.rows), _alike if share.train.packing else self.rows.prompt_lengths)
 
     def micro_batches(self, state: TrainState) -> Iterator[Batch]:
         workers = self.share.run.data.num_workers
         collate = self.collate.packed_rows if self.share.train.packing else self.collate.of_rows
-        sampler = self._sampler(state.step, self.share.train.steps)
-        return iter(self.share.loader(self.rows, workers, batch_sampler=sampler, collate_fn=collate))
+        plan = self._plan(state.step, self.share.train.steps)
+        return iter(self.share.loader(self.rows, workers, batch_sampler=plan, collate_fn=collate))
 
-    def _sampler(self, first_step: int, last_step: int) -> MicroBatchSampler:
-        share = self.share
-        return MicroBatchSampler(
-            self.lengths,
-            share.batching,
-            seed=share.run.seed,
-            first_step=first_step,
-            last_step=last_step,
-            rank=share.rank,
+    def _plan(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        share, seed = self.share, self.share.run.seed
+        return micro_batch_plan(
+            self.lengths, share.batching, seed=seed, first_step=first_step, last_step=last_step, rank=share.rank
         )
 
     def answer(self, teacher: Any, file: Path, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -134,7 +126,7 @@ class ExampleFeed:
         self.rows = TeacherAnswers(teacher, self.rows, self.collate, autocast, file, made_from).to(batches)
 
     def named(self, state: TrainState, numbers: Sequence[int]) -> list[str]:
-        micro_batches = list(self._sampler(state.step, state.step + 1))
+        micro_batches = list(self._plan(state.step, state.step + 1))
         indices = [index for number in numbers for index in micro_batches[number]]
         return [f"example {own!r}" for own in self.rows.ids(indices)]
 
@@ -142,28 +134,9 @@ class ExampleFeed:
         state.epoch = state.sequences / len(self.rows)
 
 
-class _PromptLengths:
-    def __init__(self, rows: TokenRows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def of(self, indices: Sequence[int]) -> list[int]:
-        return self.rows.prompt_lengths(indices)
-
-
-class _Alike:
+def _alike(indices: list[int]) -> list[int]:
     """Lengths of packed examples: no row needs neighbours of like length, so they keep their random order."""
-
-    def __init__(self, rows: TokenRows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def of(self, indices: Sequence[int]) -> list[int]:
-        return [0] * len(indices)
+    return [0] * len(indices)
 
 
 def sequence_tokens(task: Task | TextStream, tokenizer: Any, run: Run, train: TrainConfig, objective: Objective) -> int:

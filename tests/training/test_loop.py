@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from pregate.config import UsageError
 from pregate.models.families.switch_layers import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
-from pregate.training.batch_order import MicroBatchSampler, derive_batching
+from pregate.training.batch_order import Lengths, derive_batching, micro_batch_plan
 from pregate.training.loop import next_step
 from pregate.training.saved_state import steps_done
 from pregate.training.stop_after_step import Interrupts
@@ -40,15 +40,10 @@ def assert_same_parameters(one: torch.nn.Module, other: torch.nn.Module, **toler
         torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance.get("atol", 0.0), msg=lambda m, n=name: f"{n}: {m}")
 
 
-class Sources:
+def sources() -> Lengths:
     """The lengths of the toy task's training examples: their words and the token that ends them."""
-
-    def __len__(self) -> int:
-        return len(FirstWords().examples("train"))
-
-    def of(self, indices: Sequence[int]) -> list[int]:
-        examples = FirstWords().examples("train")
-        return [len(examples[index].source.split()) + 1 for index in indices]
+    lengths = [len(example.source.split()) + 1 for example in FirstWords().examples("train")]
+    return Lengths(len(lengths), lambda indices: [lengths[index] for index in indices])
 
 
 def timeless(recorder: Recorder, from_step: int = 0) -> dict[tuple[str, int], float]:
@@ -335,8 +330,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     train_tiny(tmp_path, steps=1)
     kept = (tmp_path / "last" / "model.safetensors").read_bytes()
     monkeypatch.setattr(loop, "loss_share", poisoned)
-    sampler = MicroBatchSampler(Sources(), derive_batching(recipe(), 10, 1), seed=0, first_step=1, last_step=2, rank=0)
-    second = ", ".join(f"example '{index}'" for index in list(sampler)[1])
+    plan = micro_batch_plan(sources(), derive_batching(recipe(), 10, 1), seed=0, first_step=1, last_step=2, rank=0)
+    second = ", ".join(f"example '{index}'" for index in list(plan)[1])
     with pytest.raises(
         UsageError,
         match=rf"loss of tiny became nan at step 2, in a micro batch of {second}: lower .* \(the last good state is "
