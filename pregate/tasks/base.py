@@ -57,11 +57,6 @@ class Scores:
     per_example: dict[str, list[float]]
 
 
-def own_id(chunk: Chunk, row: int) -> str | None:
-    """The id that the row has of its own. Raises `UsageError`."""
-    return chunk.read(row, "id", identity) if chunk.has("id") else None
-
-
 class Task:
     """Examples of one split at a time, and the scores of predictions. Build one with `build_task`."""
 
@@ -144,7 +139,7 @@ class Task:
                     merged = tuple(dict.fromkeys(last.references + read.references))
                     last = replace(last, references=merged, target=merged[0] if merged else "")
                 else:
-                    own = own_id(chunk, row)
+                    own = chunk.read(row, "id", identity) if chunk.has("id") else None
                     last = replace(read, id=f"{split}-{rows + row}" if own is None else own)
                 previous = key
             rows += len(chunk)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pregate.config import LoraConfig, LoraTarget, UsageError
+from pregate.models.family import family_of_model
 
 ADAPTERS_FILE = "adapters.safetensors"
 ADAPTER = "default"
@@ -80,7 +81,7 @@ def targets_of(model: Any, lora: LoraConfig) -> tuple[list[str], list[str]]:
 def parts_of(model: Any, target: LoraTarget) -> Iterator[nn.Module]:
     """The modules that are `target` in each layer, with all that is in them."""
     blocks = {id(block.layer_module): block for block in model.moe_blocks()}
-    for stack in dict.fromkeys(block.stack for block in blocks.values()):
+    for stack in family_of_model(model).stacks:
         for layer in model.stack_layers(stack):
             block = blocks.get(id(layer))
             fed = next(module for name, module in layer.named_modules() if name.split(".")[-1] == "mlp")

@@ -8,7 +8,7 @@ Letters: B batch, S source length, T target length, V vocabulary, E experts, N t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,10 @@ def loss_share(
     if balance_weight or z_weight:
         blocks = _blocks_with_masks(outputs, batch, step, objective)
         if balance_weight:
-            balance = _mean_over_blocks(
-                [balance_loss(logits, mask, ids, scores) * share for logits, ids, mask, share in blocks]
-            )
+            shares = [balance_loss(logits, mask, ids, scores) * share for logits, ids, mask, share in blocks]
+            balance = torch.stack(shares).mean()
         if z_weight:
-            z = _mean_over_blocks([z_loss(logits, mask) * share for logits, _, mask, share in blocks])
+            z = torch.stack([z_loss(logits, mask) * share for logits, _, mask, share in blocks]).mean()
     total = of_targets + balance_weight * balance + z_weight * z
     return LossShare(total, cross_entropy, balance, z)
 
@@ -85,7 +84,3 @@ def _blocks_with_masks(
     ]
     assert blocks, "router losses are weighted but the model returned no router logits"
     return blocks
-
-
-def _mean_over_blocks(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).mean()

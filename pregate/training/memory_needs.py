@@ -50,17 +50,13 @@ class Needs:
 
     def line(self, device: torch.device) -> str:
         """A sentence to print."""
-        parts = {"memory": self.device | self.host}
+        parts, where = {"memory": self.device | self.host}, ""
         if device.type != "cpu":
-            parts = {"memory on the device": self.device, "memory of the host": self.host}
+            parts, where = {"memory on the device": self.device, "memory of the host": self.host}, " on the device"
         parts["disk"] = self.disk
         said = [_said(what, sizes) for what, sizes in parts.items() if sum(sizes.values())]
         free = human_bytes(free_memory(device))
-        return f"This run needs about {'; '.join(said)}. {free} of memory are free{_on(device)}."
-
-
-def _on(device: torch.device) -> str:
-    return "" if device.type == "cpu" else " on the device"
+        return f"This run needs about {'; '.join(said)}. {free} of memory are free{where}."
 
 
 def _said(what: str, sizes: dict[str, int]) -> str:

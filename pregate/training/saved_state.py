@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -211,14 +212,18 @@ def _load_whole(directory: Path, model: Any) -> None:
         raise other_model(directory)
 
 
+def _latest_record(directory: Path) -> dict[str, Any] | None:
+    """That of the newest state in `directory` or beside it that can be read."""
+    for place in (directory, *earlier_states(directory)):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            return record_of(place)
+    return None
+
+
 def processes_of(directory: Path) -> int | None:
     """How many processes trained what `save_last` left in `directory`; None if that cannot be told."""
-    for place in (directory, *earlier_states(directory)):
-        try:
-            return len(record_of(place)["random"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return None
+    record = _latest_record(directory)
+    return None if record is None else len(record["random"])
 
 
 def other_model(directory: Path | str) -> UsageError:
@@ -233,14 +238,10 @@ def steps_done(directory: Path) -> int:
 
     Raises `UsageError` if that cannot be told.
     """
-    for place in (directory, *earlier_states(directory)):
-        try:
-            return int(record_of(place)["state"]["step"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    if directory.exists():
+    record = _latest_record(directory)
+    if record is None and directory.exists():
         raise UsageError(
             f"{directory / STATE_FILE} is missing or cannot be read: put it back from a copy, or choose another "
             "run_dir=DIR to start anew."
         )
-    return 0
+    return record["state"]["step"] if record else 0

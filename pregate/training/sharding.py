@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from pregate.config import Sharding
+from pregate.models.family import family_of_model
 
 
 class ShardedModel:
@@ -115,7 +116,7 @@ def shard(model: Any, sharding: Sharding, device: torch.device, num_processes: i
     if not splits(sharding, num_processes):
         return None
     mesh = init_device_mesh(device.type, (num_processes,))
-    layers = [layer for stack in stacks_of(model) for layer in model.stack_layers(stack)]
+    layers = [layer for stack in family_of_model(model).stacks for layer in model.stack_layers(stack)]
     # a layer may return a view (of a bias for attention); nobody changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for layer in layers:
@@ -123,10 +124,6 @@ def shard(model: Any, sharding: Sharding, device: torch.device, num_processes: i
     # the rest, with which every call begins and ends: embeddings, the head, entry gates, the last norms
     fully_shard(model, mesh=mesh)
     return ShardedModel(model, layers, device)
-
-
-def stacks_of(model: Any) -> list[str]:
-    return list(dict.fromkeys(block.stack for block in model.moe_blocks()))
 
 
 def local(tensor: Tensor) -> Tensor:
