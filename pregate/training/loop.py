@@ -9,36 +9,30 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from pregate.config import Keep, Run, TrainConfig, UsageError
+from pregate.config import Keep, UsageError
 from pregate.models.family import family_of_model
 from pregate.models.objectives import TokenCounts
 from pregate.system.process_group import main_only
 from pregate.system.stopping import Terminated
-from pregate.tasks.base import Task
-from pregate.tasks.text_stream import TextStream
-from pregate.tracking import Tracker
 from pregate.training import sharded_saved_state
 from pregate.training.disk_space import make_room, model_bytes, saved_bytes
 from pregate.training.durable_directories import save_model
 from pregate.training.losses import loss_share
 from pregate.training.not_finite import check_finite, check_weights
-from pregate.training.offloaded import Offloaded
 from pregate.training.optimizer_and_schedule import clip_gradients, learning_rate, optimizer_bytes, set_learning_rate
 from pregate.training.progress import Progress
 from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
 from pregate.training.saved_state import save_last
-from pregate.training.session import Session, prepare
-from pregate.training.sharded_saved_state import Weights
+from pregate.training.session import Session
 from pregate.training.state_values import random_state
 from pregate.training.stop_after_step import Interrupts
 from pregate.training.validation import validate
@@ -60,53 +54,23 @@ class TrainSummary:
     target_tokens: int = 0
     peak_device_bytes: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
+def fine_tune(session: Session) -> TrainSummary:
+    """Train the model of `session` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in
+    `out_dir/last`.
 
-def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    task: Task | TextStream,
-    train: TrainConfig,
-    *,
-    run: Run,
-    out_dir: Path,
-    tracker: Tracker,
-    stage: str,
-    carry: Sequence[Path] = (),
-    weights: Weights | None = None,
-    offloaded: Offloaded | None = None,
-) -> TrainSummary:
-    """Train `model` in place; leave what `train.keep` names in `out_dir/checkpoint`, its latest in `out_dir/last`.
+    Where experts are offloaded, `out_dir/kept` holds what the model has learnt, of which
+    `pregate.training.offloaded.complete` makes the checkpoint.
 
-    `offloaded`: where the experts of `model` are, if that is elsewhere. Then `out_dir/kept` holds what it has learnt,
-    of which `pregate.training.offloaded.complete` makes the checkpoint.
-
-    Metrics go to `tracker` under `{stage}/`, validation under `{stage}/eval/`; the files in `carry` are copied into
-    every saved directory; `weights` are those of a model that is not filled. With `run.resume`, training continues from
-    `out_dir/last` if that exists, as if it had never stopped. Ctrl-C and SIGTERM save `out_dir/last` and raise
-    `KeyboardInterrupt` and `Terminated`, in every process after the same step, whichever got the signal. Raises
-    `UsageError` for settings that cannot work, for a loss or for weights that are no longer finite, and for a disk that
-    is full or holds no whole state to resume from.
+    Metrics go to the tracker under `{stage}/`, validation under `{stage}/eval/`. Ctrl-C and SIGTERM save `out_dir/last`
+    and raise `KeyboardInterrupt` and `Terminated`, in every process after the same step, whichever got the signal.
+    Raises `UsageError` for a loss or for weights that are no longer finite, and for a disk that is full.
     """
-    session = prepare(
-        model,
-        tokenizer,
-        task,
-        train,
-        run=run,
-        out_dir=out_dir,
-        tracker=tracker,
-        stage=stage,
-        carry=carry,
-        weights=weights,
-        offloaded=offloaded,
-    )
-    state, main = session.state, session.accelerator.is_main_process
-    tracker.rewind(state.step, stage)
+    state, train, main = session.state, session.train, session.accelerator.is_main_process
+    session.tracker.rewind(state.step, session.stage)
     begun = time.perf_counter() - state.elapsed_seconds
-    with Interrupts() as interrupts, Progress(stage, state.step, train.steps, train.log_every, main) as progress:
+    progress = Progress(session.stage, state.step, train.steps, train.log_every, main)
+    with Interrupts() as interrupts, progress:
         while state.step < train.steps:
             started = time.perf_counter()
             micro_batches, tokens, stop = next_step(session, interrupts)

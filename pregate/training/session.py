@@ -94,12 +94,17 @@ def prepare(
     out_dir: Path,
     tracker: Tracker,
     stage: str,
-    carry: Sequence[Path],
+    carry: Sequence[Path] = (),
     weights: Weights | None = None,
     offloaded: Offloaded | None = None,
 ) -> Session:
-    """Build everything a step needs, or bring it back from `out_dir/last`. `weights`: of a model that is not filled.
-    Raises `UsageError`."""
+    """Build everything a step needs, or with `run.resume` bring it back from `out_dir/last`, if that exists, as if
+    training had never stopped.
+
+    The files in `carry` are copied into every saved directory. `weights`: of a model that is not filled. `offloaded`:
+    where the experts of `model` are, if that is elsewhere. Raises `UsageError` for settings that cannot work, and for a
+    disk that is too small or holds no whole state to resume from.
+    """
     join()
     # autocast is ours and per run, because Accelerate fixes its precision once per process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)

@@ -35,6 +35,7 @@ from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
 from pregate.training.saved_state import steps_done
+from pregate.training.session import prepare
 from pregate.training.sharded_saved_state import Weights
 from pregate.training.sharding import splits
 
@@ -49,13 +50,14 @@ def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any,
     directory = run_dir / SOURCE
     if read_object(directory / SUMMARY) is None:
         model = _random_model(run, tokenizer)
-        summary = fine_tune(
+        session = prepare(
             model, tokenizer, task, run.source_train, run=run, out_dir=directory, tracker=tracker, stage="source"
         )
+        summary = fine_tune(session)
 
         def complete() -> None:
             mark_conventional(directory / CHECKPOINT)
-            write_json(directory / SUMMARY, summary.to_dict())
+            write_json(directory / SUMMARY, asdict(summary))
 
         main_only(complete, "finishing the source")
     return str(directory / CHECKPOINT)
@@ -166,7 +168,7 @@ def _fine_tune_converted(
     carry = [manifest] if manifest.is_file() else []
 
     def tuned(model: Any, weights: Weights | None = None, offloaded: Offloaded | None = None) -> TrainSummary:
-        return fine_tune(
+        session = prepare(
             model,
             tokenizer,
             task,
@@ -179,6 +181,7 @@ def _fine_tune_converted(
             weights=weights,
             offloaded=offloaded,
         )
+        return fine_tune(session)
 
     with PeakMemory(state.device) as peak:
         if run.train.experts is Experts.offloaded:
@@ -242,7 +245,7 @@ def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluati
     if not join().is_main_process:
         return
     scratch = source == str(run_dir / INITIAL)
-    summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": trained.to_dict()}
+    summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": asdict(trained)}
     trained_source = read_object(run_dir / SOURCE / SUMMARY)
     if trained_source is not None:
         summary["source_train"] = trained_source

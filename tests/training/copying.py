@@ -8,16 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pregate.config import Run, TrainConfig
+from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
+from pregate.models.loading import mark_conventional
 from pregate.tasks.base import Example, Scores
 from pregate.training.loop import TrainSummary, fine_tune
+from pregate.training.session import prepare
 from tests.engine.olmoe import olmoe
 from tests.tiny import pregated_model
 
 SHALLOW = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+OLMOE = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+}
 WORDS = [f"w{i}" for i in range(60)]
 
 
@@ -28,6 +41,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def write_olmoe(directory: Path, tokenizer: Any, vocab_size: int, **changes: int) -> None:
+    """A conventional checkpoint with its tokenizer."""
+    torch.manual_seed(0)
+    config = PreGatedOlmoeConfig(**FAMILY.from_scratch({**OLMOE, **changes}, vocab_size), pregate=None)
+    PreGatedOlmoeForCausalLM(config).save_pretrained(directory)
+    mark_conventional(directory)
+    tokenizer.save_pretrained(directory)
 
 
 class FirstWords:
@@ -97,8 +119,9 @@ def recipe(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**defaults, **changes})
 
 
-def short_run(resume: bool = False) -> Run:
+def short_run(resume: bool = False, workers: int = 0) -> Run:
     run = Run(resume=resume)
+    run.data.num_workers = workers
     run.task.max_source_tokens, run.task.max_target_tokens = 10, 4
     run.eval.batch_size = 3
     return run
@@ -108,6 +131,7 @@ def train_tiny(
     out_dir: Path,
     *,
     resume: bool = False,
+    workers: int = 0,
     tracker: Recorder | None = None,
     task: FirstWords | None = None,
     carry: Sequence[Path] = (),
@@ -120,15 +144,15 @@ def train_tiny(
     if model is None:
         model = olmoe() if changes.get("packing") else pregated_model(**{**SHALLOW, **(model_changes or {})})
     tracker = tracker or Recorder()
-    summary = fine_tune(
+    session = prepare(
         model,
         word_tokenizer(),
         task or FirstWords(),  # type: ignore[arg-type]
         recipe(**changes),
-        run=short_run(resume),
+        run=short_run(resume, workers),
         out_dir=out_dir,
         tracker=tracker,  # type: ignore[arg-type]
         stage="tiny",
         carry=carry,
     )
-    return model, tracker, summary
+    return model, tracker, fine_tune(session)

@@ -21,6 +21,7 @@ from pregate.tasks.language_modelling import LanguageModelling
 from pregate.training.batch_order import derive_batching
 from pregate.training.feeds import Share, StreamFeed
 from pregate.training.loop import TrainSummary, fine_tune
+from pregate.training.session import prepare
 from pregate.training.state_values import TrainState
 from tests.engine.olmoe import olmoe
 from tests.tasks.corpora import SETTINGS, corpus_task, sentinel_tokenizer, write_corpus
@@ -100,7 +101,7 @@ def pre_train(
         settings = [f"data.root={root}", "task=language_modelling", "task.max_source_tokens=16"]
         model, task = olmoe(lookahead=0), LanguageModelling(compose_run(settings))
     tracker = tracker or Recorder()
-    summary = fine_tune(
+    session = prepare(
         model,
         sentinel_tokenizer(),
         task,
@@ -110,7 +111,7 @@ def pre_train(
         tracker=tracker,  # type: ignore[arg-type]
         stage="tiny",
     )
-    return model, tracker, summary
+    return model, tracker, fine_tune(session)
 
 
 @pytest.mark.parametrize("kind", sorted(PRE_TRAINING))
