@@ -9,7 +9,7 @@ Letters: R rows of a block, L tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -84,8 +84,8 @@ class TextStream(Generic[PackedRow]):
 
     def first_rows(self, split: str, tokenizer: Any, count: int) -> list[PackedRow]:
         """`count` rows of the first pass over `split`, fewer where it has no more; always the same ones."""
-        stream = self.rows(split, tokenizer, shuffled=False)
-        return [row for row, after in islice(stream, count) if after.epoch == 0]
+        first_pass = takewhile(lambda found: found[1].epoch == 0, self.rows(split, tokenizer, shuffled=False))
+        return [row for row, _ in islice(first_pass, count)]
 
     def rows(
         self, split: str, tokenizer: Any, start: Position = START, shuffled: bool = True

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
@@ -111,10 +112,26 @@ def test_validation_rows_are_the_documents_in_order_with_eos_between(root: Path)
     assert len({row.hidden.tobytes() for row in rows}) > 1
 
 
+class Counting:
+    """A tokenizer that notes how many texts it was given each time."""
+
+    eos_token_id = 1
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.texts: list[int] = []
+
+    def __call__(self, texts: list[str], **options: object) -> object:
+        self.texts.append(len(texts))
+        return self.tokenizer(texts, **options)
+
+
 def test_first_rows_end_with_the_data(root: Path) -> None:
     task, tokenizer = corpus_task(root), sentinel_tokenizer()
     text = sum(len(t.split()) + 1 for t in documents(root, "validation*"))
-    rows = task.first_rows("validation", tokenizer, 10_000)
+    counting = Counting(tokenizer)
+    rows = task.first_rows("validation", counting, 10_000)
+    assert counting.texts == [7, 7, 7, 7, 2, 7], "one pass, and the block that shows its end"
     assert text / task.lengths.row - 5 < len(rows) <= text / task.lengths.row  # at most one row lost a block
 
 
@@ -153,18 +170,9 @@ def test_the_seed_decides_the_order(root: Path) -> None:
 
 
 def test_only_the_asked_for_blocks_are_tokenized(root: Path) -> None:
-    tokenizer, counted = sentinel_tokenizer(), []
-    task = corpus_task(root)
-
-    class Counting:
-        eos_token_id = 1
-
-        def __call__(self, texts: list[str], **options: object) -> object:
-            counted.append(len(texts))
-            return tokenizer(texts, **options)
-
-    next(task.rows("train", Counting(), Position(0, 3, 0)))
-    assert counted == [7]
+    counting = Counting(sentinel_tokenizer())
+    next(corpus_task(root).rows("train", counting, Position(0, 3, 0)))
+    assert counting.texts == [7]
 
 
 def test_bad_input_is_refused(root: Path, tmp_path: Path) -> None:
