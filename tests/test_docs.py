@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from pregate.models.family import BUILT_IN, Family, family_named
 from pregate.overrides import known_keys
@@ -82,12 +82,6 @@ STAND_INS = {
 """For SLURM's commands: two machines are two processes here."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_for_a_cluster_start_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +92,7 @@ def test_the_commands_for_a_cluster_start_two_processes(tmp_path: Path, monkeypa
         (bin_dir / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (bin_dir / name).chmod(0o755)
     (tmp_path / "scripts").mkdir()
-    script = text_of("scripts/slurm_train.sh").replace("29400", str(free_port()))
+    script = text_of("scripts/slurm_train.sh").replace("29400", str(get_free_port()))
     (tmp_path / "scripts" / "slurm_train.sh").write_text(script)
     monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
     for name, value in {"ROOT": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}.items():
@@ -106,7 +100,7 @@ def test_the_commands_for_a_cluster_start_two_processes(tmp_path: Path, monkeypa
     blocks = [text.replace("switch_large_squad", "quickstart") for _, text in BLOCK.findall(text_of("docs/cluster.md"))]
     assert len(blocks) == 6 and "+launcher=slurm" in blocks.pop()
     for block in blocks:
-        joined = block.replace("\\\n", " ").replace("29400", str(free_port()))
+        joined = block.replace("\\\n", " ").replace("29400", str(get_free_port()))
         commands = [f"{line} {FEW_STEPS}" if "+experiment" in line else line for line in joined.splitlines()]
         text = "\n".join(commands)
         run("bash", f"({text}) &\n({text}) &\nwait -n\nwait -n" if "--nnodes" in text else text, tmp_path)

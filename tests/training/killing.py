@@ -27,11 +27,10 @@ import pregate.measure.evaluation  # with what follows it: else every fork would
 import pregate.training.stages  # noqa: F401
 from pregate.cli import compose_run, ending_in_one_sentence
 from pregate.config import GeneratedConfig, Run
-from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
-from pregate.models.loading import mark_conventional
 from pregate.system.stopping import stoppable
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main
+from tests.training.copying import write_olmoe
 
 RECIPE = {
     "batch_sequences": 6,
@@ -56,15 +55,6 @@ SWITCH = (
     "num_layers=2 num_decoder_layers=2 num_sparse_encoder_layers=2 num_sparse_decoder_layers=2 "
     "d_model=16 d_kv=8 d_ff=24 num_heads=2 num_experts=4"
 )
-OLMOE = {
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-}
 
 
 def switch_run(*changes: str, steps: int = 10) -> Run:
@@ -79,11 +69,7 @@ def olmoe_run(root: Path, *changes: str, steps: int = 10) -> Run:
     """A source in `root`, made if it is not there, its conversion, fine-tuning in packed rows and evaluation."""
     source = root / "source"
     if not source.exists():
-        torch.manual_seed(0)
-        config = PreGatedOlmoeConfig(**FAMILY.from_scratch(OLMOE, 512), pregate=None)
-        PreGatedOlmoeForCausalLM(config).save_pretrained(source)
-        mark_conventional(source)
-        generated_tokenizer(GeneratedConfig(train=200, validation=20)).save_pretrained(source)
+        write_olmoe(source, generated_tokenizer(GeneratedConfig(train=200, validation=20)), 512, num_hidden_layers=2)
     train = [f"train.{key}={value}" for key, value in {**RECIPE, "steps": steps, "packing": True}.items()]
     return compose_run([*SHORT, f"model.source={source}", *train, *changes])
 

@@ -16,10 +16,8 @@ from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedO
 from pregate.models.loading import load_resident
 from pregate.training import lora
 from pregate.training.checks import check_memory_savers, trained_config
-from pregate.training.loop import fine_tune
 from tests.tiny import batch, pregated_model
-from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, short_run, word_tokenizer
-from tests.training.test_decoder_only import GEOMETRY
+from tests.training.copying import OLMOE, SHALLOW, Recorder, train_tiny
 
 pytest.importorskip("peft")  # not on every machine that runs the GPU tests
 BOTH = LoraConfig(rank=2, alpha=16, targets=[LoraTarget.attention, LoraTarget.experts])
@@ -33,7 +31,7 @@ def olmoe() -> Any:
     """Its experts are two tensors a block."""
     torch.manual_seed(0)
     gating = {"lookahead": 1, "stacks": [], "entry": "embedding", "init": "source"}
-    settings = FAMILY.from_scratch({**GEOMETRY, "initializer_range": 0.2}, 67)
+    settings = FAMILY.from_scratch(OLMOE, 67)
     return PreGatedOlmoeForCausalLM(PreGatedOlmoeConfig(**settings, pregate=gating)).eval()
 
 
@@ -43,20 +41,9 @@ MODELS = {"switch": switch, "olmoe": olmoe}
 def trained(
     out_dir: Path, model: Any, resume: bool = False, tracker: Recorder | None = None, **changes: Any
 ) -> Recorder:
-    tracker = tracker or Recorder()
     options = {"trainable": Trainable.lora, "lora": BOTH, "precision": "fp32", "save_every": 2, "keep": "last"}
-    train = recipe(**{**options, "eval_every": 4, **changes})
-    fine_tune(
-        model,
-        word_tokenizer(),
-        FirstWords(),  # type: ignore[arg-type]
-        train,
-        run=short_run(resume),
-        out_dir=out_dir,
-        tracker=tracker,  # type: ignore[arg-type]
-        stage="tiny",
-    )
-    return tracker
+    settings = {**options, "eval_every": 4, **changes}
+    return train_tiny(out_dir, resume=resume, tracker=tracker, model=model, **settings)[1]
 
 
 def logits(model: Any) -> Tensor:
