@@ -215,8 +215,7 @@ def follow(settings: list[str], path: Path) -> list[str]:
     return [f"{key}={'title' if 'columns' in key else path}" for key in named]
 
 
-@pytest.mark.parametrize("extra", [[], ["task.eval_split=dev"]])
-@pytest.mark.parametrize("task", ["squad", "web_questions", "qa"])
+@pytest.mark.parametrize(("task", "extra"), [("squad", []), ("web_questions", []), ("qa", ["task.eval_split=dev"])])
 def test_advice_about_files_works_when_it_is_followed(tmp_path: Path, task: str, extra: list[str]) -> None:
     row = {"id": "1", "question": "q", "context": "c", "answers": {"text": ["a"]}}
     path = file(tmp_path, "mine.jsonl", json.dumps(row))

@@ -155,17 +155,19 @@ def test_two_processes_train_like_one_and_open_each_others_states(
 
 @pytest.mark.slow
 def test_what_a_sharded_training_may_also_use(tmp_path: Path) -> None:
-    """A teacher, gates alone, recomputed layers, bf16, the other optimizer: each as in one process."""
-    upstream_model(seed=7, **{**MANY_EXPERTS, "num_experts": 16}).save_pretrained(tmp_path / "teacher")
+    """A teacher, gates alone (also of a model that is whole in each process), recomputed layers, bf16, the other
+    optimizer: each as in one process."""
+    upstream_model(seed=7, **MANY_EXPERTS).save_pretrained(tmp_path / "teacher")
     lessons = {"teacher": str(tmp_path / "teacher"), "distill_logits": 0.5, "distill_routing": 0.5}
     jobs: dict[str, dict[str, Any]] = {
         "gates": {"trainable": "gates", "precision": "bf16", **lessons},
+        "whole": {"trainable": "gates", "sharding": "none", **lessons},
         "recomputed": {"gradient_checkpointing": True, "precision": "bf16", "dropout": 0.0},
         "scaled": {"optimizer": "adamw_scaled", "weight_decay": 0.1, "predicts": False, **lessons},
     }
     one = {name: train("switch_transformers", tmp_path / "one" / name, 2, **job)[1] for name, job in jobs.items()}
-    full = {name: {"steps": 2, "sharding": "full", **job} for name, job in jobs.items()}
-    two = of_two_processes(tmp_path, "switch_transformers", full)
+    all_jobs = {name: {"steps": 2, "sharding": "full", **job} for name, job in jobs.items()}
+    two = of_two_processes(tmp_path, "switch_transformers", all_jobs)
     for name, job in jobs.items():
         # in bf16 a sum over other parts of a batch is rounded at other places, to 8 bits
         rel = 1e-2 if job.get("precision") == "bf16" else 1e-4

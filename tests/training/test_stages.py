@@ -202,8 +202,7 @@ def untrained(run: Run, run_dir: Path, source: str) -> dict[str, torch.Tensor]:
     return opened.read(opened.names())
 
 
-@pytest.mark.parametrize("shard", ["1GB", "20KB"])
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize(("lookahead", "shard"), [(0, "1GB"), (0, "20KB"), (1, "20KB")])
 def test_without_steps_the_converted_model_itself_is_the_checkpoint(tmp_path: Path, lookahead: int, shard: str) -> None:
     source = str(tmp_path / "source")
     upstream_model(0).to(torch.bfloat16).save_pretrained(source, max_shard_size=shard)
@@ -285,7 +284,7 @@ def unordered(value: Any) -> Any:
     return set(value) if isinstance(value, list) else value
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(has=GATINGS, asked=GATINGS, named=st.sets(st.sampled_from(sorted(CHOICES))))
 def test_a_pre_gated_source_has_the_settings_asked_for_or_is_refused(
     ahead: Callable[[dict[str, Any]], str], has: dict[str, Any], asked: dict[str, Any], named: set[str]
@@ -367,8 +366,7 @@ def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) ->
     assert told["seconds"] > 0 and told["task"] == "squad"
 
 
-@pytest.mark.parametrize("summary", ["", "{", "[]"])
-def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path, summary: str) -> None:
+def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path) -> None:
     shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
     run = short_run()
     run.source_train, run.model = TrainConfig(steps=1, batch_sequences=2, eval_examples=2), ModelConfig(geometry=shape)
@@ -377,7 +375,7 @@ def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path, s
     weights = (Path(directory) / "model.safetensors").read_bytes()
     path = tmp_path / "source" / "summary.json"
     whole = json.loads(path.read_text())
-    path.write_text(summary)
+    path.write_text("{")
     run.resume = True
     assert get_source(run, *given) == directory  # type: ignore[arg-type]
     assert json.loads(path.read_text())["steps"] == whole["steps"] == 1
