@@ -23,16 +23,21 @@ from tests.engine.device.experts_cases import CLAMP, ExpertsCase, assert_close, 
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["relu", "gated_silu", "gated_clamped"]
-COMPILED = [(90, 1), (90, 8), (90, 32), (90, 256), (80, 1), (80, 32), (100, 1), (100, 256)]
-"""Architectures and numbers of choices. The kinds of products are those of the number of choices alone."""
+NUMBERS = [(ACTIVATIONS[i], FLOATS[j], list(SlabDtype)[(i + j) % 3]) for i in range(3) for j in range(3)]
+"""Each two of an activation, a dtype and a slab dtype once."""
+numbers = pytest.mark.parametrize(("activation", "dtype", "stored"), NUMBERS, ids=str)
+COMPILED = [
+    *(("relu", *case) for case in [(1, 90), (8, 90), (32, 80), (256, 90)]),
+    *(("gated_silu", *case) for case in [(1, 80), (8, 90), (32, 90), (256, 100)]),
+    *(("gated_clamped", *case) for case in [(1, 100), (8, 90), (32, 80), (256, 100)]),
+]
+"""Activations, numbers of choices and architectures: each activation with each number of choices."""
 COMPILED_BY_DEFAULT = [("relu", 1, 90), ("relu", 32, 80), ("gated_silu", 1, 80), ("gated_clamped", 256, 100)]
 SHARED_BYTES = 99 * 1024
 """The least that GPUs of these architectures give a program."""
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("stored", list(SlabDtype))
+@numbers
 @pytest.mark.parametrize(
     ("slots", "top_k"),
     [([0], 1), ([-1], 1), ([2, 0, 2, -1, 1], 1), ([3] * 6, 1), ([1, 3, 3, 1, -1, 2, -1, -1], 2)],
@@ -111,12 +116,10 @@ def hold_to_reference(case: ExpertsCase, device: str) -> None:
     assert (got_BD[dropped_B] == 0).all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("slab_dtype", list(SlabDtype))
-def test_one_choice_and_several(kernel_device: str, activation: str, dtype: torch.dtype, slab_dtype: SlabDtype) -> None:
+@numbers
+def test_one_choice_and_several(kernel_device: str, activation: str, dtype: torch.dtype, stored: SlabDtype) -> None:
     for slots in ([1], [2, 0, 2, -1, 1]):
-        sizes = {"width": 32, "hidden": 40, "dtype": dtype, "stored": slab_dtype}
+        sizes = {"width": 32, "hidden": 40, "dtype": dtype, "stored": stored}
         hold_to_reference(ExpertsCase.random(len(slots), slots, activation=activation, **sizes), kernel_device)
 
 
@@ -165,11 +168,7 @@ def test_several_experts_a_token(kernel_device: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(
     ("activation", "num_choices", "architecture"),
-    [
-        pytest.param(*case, marks=() if case in COMPILED_BY_DEFAULT else pytest.mark.slow)
-        for activation, (architecture, choices) in itertools.product(ACTIVATIONS, COMPILED)
-        for case in [(activation, choices, architecture)]
-    ],
+    [pytest.param(*case, marks=() if case in COMPILED_BY_DEFAULT else pytest.mark.slow) for case in COMPILED],
 )
 def test_weights_of_a_real_size_are_read_16_bytes_at_a_time(
     compiler: None, activation: str, num_choices: int, architecture: int
