@@ -17,11 +17,14 @@ from pregate.conversion.calibrate import flow
 from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.calibrate.outcome import Calibration
-from pregate.conversion.calibrate.states import gates_to_fit, router_logits, states_read
+from pregate.conversion.calibrate.states import Reached, gates_to_fit, router_logits, states_read
 from pregate.conversion.write import MANIFEST, convert
 from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.tasks.tokens import Collator
+from tests.engine.olmoe import olmoe
+from tests.models.test_objectives import CAUSAL
 from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.training.copying import FirstWords, short_run, word_tokenizer
 
@@ -48,8 +51,8 @@ def calibrated(run: Run, source: Path, output: Path) -> Calibration:
     return calibrate(run, str(source), output, FirstWords(), word_tokenizer())[1]  # type: ignore[arg-type]
 
 
-def batches_of(run: Run) -> Batches:
-    collate = Collator(word_tokenizer(), run.task.max_source_tokens, run.task.max_target_tokens, SEQ2SEQ)
+def batches_of(run: Run, objective: Any = SEQ2SEQ) -> Batches:
+    collate = Collator(word_tokenizer(), run.task.max_source_tokens, run.task.max_target_tokens, objective)
     return Batches.of(FirstWords().examples("train"), collate, run.calibration, run.seed)
 
 
@@ -123,11 +126,40 @@ def test_states_are_those_that_the_gates_see(lookahead: int, entry: str) -> None
         gates = gates_to_fit(model)
         assert sorted((gate.stack, gate.block) for gate in gates) == [(s, b) for s in BOTH[::-1] for b in range(4)]
         for stack in BOTH:
-            wave = [gate for gate in gates if gate.stack == stack]
-            for gate, states_TD in zip(wave, states_read(model, stack, wave, batches.fit), strict=True):
+            wave, reached = [gate for gate in gates if gate.stack == stack], [Reached() for _ in batches.fit]
+            for gate, states_TD in zip(wave, states_read(model, stack, wave, batches.fit, reached), strict=True):
                 torch.testing.assert_close(gate.gate.classifier(states_TD), logits[stack][gate.block])
     counted = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches.fit)
     assert len(logits["encoder"][0]) == counted == batches.num_tokens("encoder")[0]
+
+
+@pytest.mark.parametrize(("lookahead", "entry"), [(1, "own"), (2, "embedding"), (3, "own")])
+@pytest.mark.parametrize("objective", [SEQ2SEQ, CAUSAL])
+@torch.no_grad()
+def test_a_pass_begins_where_the_one_before_it_ended(objective: Any, lookahead: int, entry: str) -> None:
+    """And reads what a pass through the whole model does, once all gates are what they were set to on the way."""
+    if objective is SEQ2SEQ:
+        model: Any = pregated_model(3, lookahead, entry=entry, **DEPTH)
+    else:
+        model = olmoe(num_hidden_layers=5, pregate={"lookahead": lookahead, "entry": entry})
+    stacks, [batch, *_] = family_of_model(model).stacks, batches_of(settings(), objective).fit
+    ran: list[tuple[str, int]] = []
+    for block in model.moe_blocks():
+        block.module.register_forward_hook(lambda *_, key=(block.stack, block.index): ran.append(key))
+    found: list[tuple[Any, Tensor]] = []
+    for stack in stacks:
+        reached = [Reached()]
+        for wave in flow._waves([gate for gate in gates_to_fit(model) if gate.stack == stack and not gate.exact]):
+            found += zip(wave, states_read(model, stack, wave, [batch], reached), strict=True)
+            for gate in wave:  # as a fit changes them
+                gate.set_weights(torch.randn(gate.weights()[0].shape), None)
+        once = [key for key in ran if key[0] == stack]
+        assert len(once) == len(set(once)), "no block runs twice"
+        batch.settled |= family_of_model(model).objective.settled(model, stack, batch.inputs)
+    for gate, states_TD in found:
+        [again_TD] = states_read(model, gate.stack, [gate], [batch], [Reached()])
+        assert torch.equal(again_TD, states_TD) and again_TD.isfinite().all()
+    assert ran and len(found) > len(stacks) and len({float(states_TD.sum()) for _, states_TD in found}) > len(stacks)
 
 
 def test_padding_does_not_count(source: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pregate.conversion.calibrate.outcome import Calibration, FittedGate, outcom
 from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
 from pregate.conversion.calibrate.states import (
     GateToFit,
+    Reached,
     agreement_of,
     gates_to_fit,
     mean_agreement,
@@ -129,9 +130,10 @@ def fit_gates(
     before = agreement_of(router_logits(model, batches.held_out), wanted_held, rules)
     fitted: list[FittedGate] = []
     for stack in family.stacks:
+        fit_reached, held_reached = ([Reached() for _ in part] for part in (batches.fit, batches.held_out))
         for wave in _waves([gate for gate in gates if gate.stack == stack and not gate.exact]):
-            fit_states = states_read(model, stack, wave, batches.fit)
-            held_states = states_read(model, stack, wave, batches.held_out)
+            fit_states = states_read(model, stack, wave, batches.fit, fit_reached)
+            held_states = states_read(model, stack, wave, batches.held_out, held_reached)
             for gate, fit_TD, held_TD in zip(wave, fit_states, held_states, strict=True):
                 fit = Tokens(fit_TD, wanted_fit[stack][gate.block])
                 held = Tokens(held_TD, wanted_held[stack][gate.block])

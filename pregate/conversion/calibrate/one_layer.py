@@ -18,7 +18,7 @@ from pregate.models.pregated_models import Gate
 from pregate.models.routing import Routing
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Raised within a forward pass behind the last thing that was asked for."""
 
 
@@ -30,13 +30,13 @@ def run_layer(model: Any, stack: str, layer: int, inputs: Mapping[str, Any], bef
 
     def end(module: nn.Module, arguments: Any, output: Any) -> None:
         returned.append(output)
-        raise _EnoughError
+        raise EnoughError
 
     handle = layers[layer].register_forward_hook(end)
     try:
-        with _returning(before, layers[:layer]):
+        with returning(before, layers[:layer]):
             family_of_model(model).objective.run_stack(model, stack, inputs)
-    except _EnoughError:
+    except EnoughError:
         pass
     finally:
         handle.remove()
@@ -45,12 +45,12 @@ def run_layer(model: Any, stack: str, layer: int, inputs: Mapping[str, Any], bef
 
 def run_end(model: Any, stack: str, inputs: Mapping[str, Any], before: Any) -> dict[str, Any]:
     """What later stacks read of `stack`, whose last layer returned `before`."""
-    with _returning(before, model.stack_layers(stack)):
+    with returning(before, model.stack_layers(stack)):
         return family_of_model(model).objective.settled(model, stack, inputs)
 
 
 @contextmanager
-def _returning(output: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+def returning(output: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, `layers` compute nothing and return `output`."""
     for layer in layers:
         layer.forward = lambda *_, **__: output
@@ -87,7 +87,7 @@ class GateListener:
     def _on_gate(self, gate: Gate, arguments: tuple[Tensor, ...], routing: Routing) -> Routing:
         self.states = arguments[0]
         if self.stop_at_gate:
-            raise _EnoughError
+            raise EnoughError
         taken = routing if self.decide is None else self.decide(self.states)
         self.logits = taken.logits_BTE
         if self.weighs:

@@ -7,7 +7,8 @@ Letters: B batch, T tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pregate.conversion.calibrate.examples import Batch
+from pregate.conversion.calibrate.one_layer import EnoughError, returning
 from pregate.models.family import family_of_model
 from pregate.models.pregated_models import Gate
+from pregate.models.route_handover import Routes
 from pregate.models.routing import Choose, logits_agreement
 
 Agreement = dict[str, list[float]]
@@ -90,36 +93,88 @@ def router_logits(model: Any, batches: Sequence[Batch]) -> dict[str, list[Tensor
     return {stack: [torch.cat(row) for row in rows] for stack, rows in found.items()}
 
 
-class _EnoughError(Exception):
-    """Raised within a forward pass when all states that were asked for have been seen."""
+@dataclass
+class Reached:
+    """How far one batch has come in a stack whose blocks are settled one after the other, so that a pass begins where
+    the one before it ended.
+
+    num_layers: so many layers are passed for good. output: what the last of them returned. reads: what the gates read
+    that sit there and decide for a block behind, with the gate, by that block.
+    """
+
+    num_layers: int = 0
+    output: Any = None
+    reads: dict[int, tuple[Gate, Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def going_on(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside, a pass through `layers` computes those alone that were not passed."""
+
+        def decide(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            [routes] = (one for one in (*arguments, *named.values()) if isinstance(one, Routes))
+            for block, (gate, states_BTD) in self.reads.items():
+                routes.commit(block, gate(states_BTD))
+
+        handle = layers[self.num_layers].register_forward_pre_hook(decide, with_kwargs=True)
+        try:
+            with returning(self.output, layers[: self.num_layers]):
+                yield
+        finally:
+            handle.remove()
 
 
-def states_read(model: Any, stack: str, wave: Sequence[GateToFit], batches: Sequence[Batch]) -> list[Tensor]:
-    """The states_TD that each gate of `wave` reads in `model`, of all counted tokens. Runs no deeper than needed."""
+def states_read(
+    model: Any, stack: str, wave: Sequence[GateToFit], batches: Sequence[Batch], reached: Sequence[Reached]
+) -> list[Tensor]:
+    """The states_TD that each gate of `wave` reads in `model`, of all counted tokens. Runs no deeper than needed.
+
+    `reached`: of each batch, brought up to date. All blocks before those of the wave must be settled.
+    """
     caught: list[list[Tensor]] = [[] for _ in wave]
+    layers, layer_of = model.stack_layers(stack), {b.index: b.layer for b in model.moe_blocks() if b.stack == stack}
     objective = family_of_model(model).objective
-    mask_BT = torch.empty(0)
-    left = 0
+    here, mask_BT, left = Reached(), torch.empty(0), 0
 
-    def catcher(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def catcher(gate: GateToFit, rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def catch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             nonlocal left
             states = module.read(arguments[0]) if isinstance(module, Gate) else arguments[0]
-            rows.append(states.flatten(0, -2)[mask_BT.flatten()].float())
+            states_BTD = states.view(*mask_BT.shape, -1)
+            rows.append(states_BTD[mask_BT].float())
+            if gate.after < gate.block and not gate.reads_embeddings:
+                here.reads[gate.block] = gate.gate, states_BTD
             left -= 1
             if not left:
-                raise _EnoughError
+                raise EnoughError
 
         return catch
 
-    handles = [gate.reads.register_forward_pre_hook(catcher(rows)) for gate, rows in zip(wave, caught, strict=True)]
+    def passer(number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def passed(module: nn.Module, arguments: Any, output: Any) -> None:
+            here.num_layers, here.output = number, output
+
+        return passed
+
+    handles = [
+        gate.reads.register_forward_pre_hook(catcher(gate, rows)) for gate, rows in zip(wave, caught, strict=True)
+    ]
     try:
-        for batch in batches:
+        for batch, here in zip(batches, reached, strict=True):
             mask_BT, left = batch.counted[stack], len(wave)
-            try:
-                objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
-            except _EnoughError:
-                continue
+            with here.going_on(layers):
+                hooks = [
+                    layer.register_forward_hook(passer(number))
+                    for number, layer in enumerate(layers, 1)
+                    if number > here.num_layers
+                ]
+                try:
+                    objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
+                except EnoughError:
+                    pass
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+            here.reads = {block: read for block, read in here.reads.items() if layer_of[block] >= here.num_layers}
     finally:
         for handle in handles:
             handle.remove()
