@@ -57,6 +57,8 @@ LABELS = {
 """Of variants that are no change to their arm as the others are."""
 SHORT = {(arm, ""): name.split()[0] for arm, name in LETTERS.items()} | {TAUGHT: "(a) distilled"}
 """What differences are taken from, in the heads of tables."""
+MOST_COLUMNS = 16
+"""The most MoE blocks that a table shows one by one."""
 AHEAD = {"n2": "lookahead 2", "n3": "lookahead 3"}
 PLOTS = {
     "lookahead": "Score of the arms against how far ahead the gates decide",
@@ -228,9 +230,10 @@ def routing_tables(arms: Sequence[ArmSummary]) -> list[str]:
         found = {name: blocks for name, blocks in found.items() if blocks}
         if found:
             stacks = next(iter(found.values()))
-            heads = [f"{stack} {block}" for stack, blocks in stacks.items() for block in range(len(blocks))]
+            of_blocks = _each if sum(map(len, stacks.values())) <= MOST_COLUMNS else _extremes
+            heads = [f"{stack} {head}" for stack, blocks in stacks.items() for head in of_blocks(blocks)]
             rows = [
-                [name, *(_percent(v) for stack in stacks for v in blocks[stack]), _percent(overall(blocks))]
+                [name, *(v for stack in stacks for v in of_blocks(blocks[stack]).values()), _percent(overall(blocks))]
                 for name, blocks in found.items()
             ]
             parts += [title, table(["arm", *heads, "mean"], rows)]
@@ -248,6 +251,18 @@ def routing_tables(arms: Sequence[ArmSummary]) -> list[str]:
         parts += ["Load of the experts (100 is even) and switches between neighbouring tokens, mean of all blocks:"]
         parts.append(table(heads, rows))
     return parts
+
+
+def _each(blocks: Sequence[float | None]) -> dict[str, str]:
+    return {str(number): _percent(value) for number, value in enumerate(blocks)}
+
+
+def _extremes(blocks: Sequence[float | None]) -> dict[str, str]:
+    """Of a stack with many blocks. The plot shows every one."""
+    known = {number: value for number, value in enumerate(blocks) if value is not None}
+    least, most = (f(known, key=known.__getitem__, default=None) for f in (min, max))
+    ends = {"least (block)": least, "most (block)": most}
+    return {head: ABSENT if at is None else f"{_percent(known[at])} ({at})" for head, at in ends.items()}
 
 
 def _percent(value: float | None) -> str:

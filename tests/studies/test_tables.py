@@ -109,6 +109,15 @@ def test_weights_that_an_arm_adds_are_told(tmp_path: Path) -> None:
     }
 
 
+def test_of_many_blocks_a_table_shows_the_extremes(tmp_path: Path) -> None:
+    blocks = {"decoder": [None, *(0.9 - block / 100 for block in range(20)), 0.95]}
+    [record] = [record for record in synthetic_records() if record["cell"] == "sst2_shifted_s1"]
+    text = rendered(tmp_path, [{**record, "routing": {**record["routing"], "agreement": blocks}}])
+    heads, row = rows_of(text, "Routing agreement")
+    assert heads == ["arm", "decoder least (block)", "decoder most (block)", "mean"]
+    assert row[1:] == ["71 (20)", "95 (21)", "81"]
+
+
 def test_commands_say_where_and_with_how_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
