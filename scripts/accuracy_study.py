@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not installed
 
 from pregate.config import UsageError
-from studies.accuracy.arms_and_seeds import DENSE, PRETRAINING, SIZES, all_cells
+from studies.accuracy.arms_and_seeds import DENSE, PRETRAINING, SIZES, all_cells, start_of
 from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
 from studies.accuracy.runner import Runner, Study, missing_of
 from studies.accuracy.tables import render
@@ -77,10 +77,10 @@ def run() -> int:
         return 0
     if not os.environ.get("PREGATE_DATA") and (SIZES[study.size].pretraining or SIZES[study.size].make_source):
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
-    make = SIZES[study.size].make_source
-    for path in read_of(study) if make else ():
-        if not path.is_dir():
-            raise UsageError(f"There is no source in {path}: make it with `{make}`, or name one with SOURCE=DIR.")
+    make, source = SIZES[study.size].make_source, study.source
+    for start in (start_of(cell, study.size, source) for cell in study.wanted) if make and source else ():
+        if not Path(start).is_dir():
+            raise UsageError(f"There is no source in {start}: make it with `{make}`, or name one with SOURCE=DIR.")
     study.seconds_left, jobs = seconds_left(), number_of_jobs()
     study.several = jobs > 1 or is_set(HELPS)
     check_claim(study.folder, identity)
@@ -116,15 +116,6 @@ def study_of(size: str) -> Study:
         keep=is_set("KEEP"),
         render=partial(render, size=size, cells=cells),
     )
-
-
-def read_of(study: Study) -> list[Path]:
-    """The checkpoints that the cells which were asked for start from, and no cell makes."""
-    if study.source is None:
-        return []
-    source, dense = Path(study.source), SIZES[study.size].dense
-    variants = {cell.variant for cell in study.wanted}
-    return [source] * (variants != {DENSE}) + ([source.parent / dense] if dense and DENSE in variants else [])
 
 
 def seconds_left() -> float | None:

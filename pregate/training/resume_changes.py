@@ -77,9 +77,9 @@ def changed_settings(config: Path, run: Run) -> dict[str, str]:
         before = flatten(OmegaConf.to_container(OmegaConf.load(config)), separator=".")  # type: ignore[arg-type]
     except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):  # a new run, or a spoilt file
         return {}
-    now = flatten(to_dict(run), separator=".")
     if not before:
         return {}
+    now = flatten(to_dict(run), separator=".")
     before = _newer_settings(before) | before
     stacks = "pregate.stacks"
     if now.get(stacks) is None and before.get(stacks) == list(family_named(run.model.family).stacks):
@@ -96,11 +96,10 @@ def changed_settings(config: Path, run: Run) -> dict[str, str]:
 
 def _newer_settings(before: dict[str, Any]) -> dict[str, Any]:
     """The settings that a release brought after `before` was written: it did what their defaults say."""
-    defaults = flatten(to_dict(Run(source_train=TrainConfig(steps=1))), separator=".")
-    unset = [name for name, value in before.items() if value is None]
-    absent = () if _section("source_train", before) else ("source_train",)
-    left = {name: value for name, value in defaults.items() if not _within(name, [*unset, *absent])}
-    return {name: value for name, value in left.items() if not _section(name, before)}
+    source_train = TrainConfig() if _section("source_train", before) else None
+    defaults = flatten(to_dict(Run(source_train=source_train)), separator=".")
+    null = [name for name, value in before.items() if value is None]
+    return {name: value for name, value in defaults.items() if not (_within(name, null) or _section(name, before))}
 
 
 def _comparable(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:

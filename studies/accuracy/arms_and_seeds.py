@@ -245,6 +245,12 @@ def cell_name(task: str, arm: str, seed: int, variant: str = "") -> str:
     return "_".join(part for part in (task, arm, variant, f"s{seed}") if part)
 
 
+def start_of(cell: Cell, size_name: str, source: str) -> str:
+    """The checkpoint that a cell starts from: `source`, or the dense model beside it."""
+    dense = SIZES[size_name].dense if cell.variant == DENSE else None
+    return str(Path(source).parent / dense) if dense else source
+
+
 def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, reference: str | None) -> list[str]:
     """The settings of a cell's command. `source`: the checkpoint that it starts from, for the arms that do not start
     from `reference` by themselves; `reference`: arm (a)'s of the same task and seed, None for (a) itself."""
@@ -252,8 +258,7 @@ def overrides_of(cell: Cell, size_name: str, run_dir: str, source: str | None, r
         return [f"+experiment={SIZES[size_name].pretraining}", f"run_dir={run_dir}"]
     given = [f"+experiment=accuracy_{size_name}_{cell.task}", f"+arm={cell.arm}", f"seed={cell.seed}", *cell.overrides]
     if source is not None and cell.from_source:
-        dense = SIZES[size_name].dense if cell.variant == DENSE else None
-        given.append(f"model.source={Path(source).parent / dense if dense else source}")
+        given.append(f"model.source={start_of(cell, size_name, source)}")
     if reference is not None:
         given.append(f"reference={reference}")
     return [*given, f"name=accuracy_{size_name}_{cell.name}", f"run_dir={run_dir}"]

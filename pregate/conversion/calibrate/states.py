@@ -8,7 +8,7 @@ Letters: B batch, T tokens, D model width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,22 +158,13 @@ def states_read(
     handles = [
         gate.reads.register_forward_pre_hook(catcher(gate, rows)) for gate, rows in zip(wave, caught, strict=True)
     ]
+    # layers that compute nothing say again what they said before
+    handles += [layer.register_forward_hook(passer(number)) for number, layer in enumerate(layers, 1)]
     try:
         for batch, here in zip(batches, reached, strict=True):
             mask_BT, left = batch.counted[stack], len(wave)
-            with here.going_on(layers):
-                hooks = [
-                    layer.register_forward_hook(passer(number))
-                    for number, layer in enumerate(layers, 1)
-                    if number > here.num_layers
-                ]
-                try:
-                    objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
-                except EnoughError:
-                    pass
-                finally:
-                    for hook in hooks:
-                        hook.remove()
+            with here.going_on(layers), suppress(EnoughError):
+                objective.run_stack(model, stack, {**batch.inputs, **batch.settled})
             here.reads = {block: read for block, read in here.reads.items() if layer_of[block] >= here.num_layers}
     finally:
         for handle in handles:
