@@ -25,7 +25,7 @@ from pregate.system.durable import digest_file
 from pregate.tasks.cell_values import CellError, identity, of_type
 from pregate.tasks.csv_and_json import Record, header_advice, json_rows, table_rows, undecodable
 from pregate.tasks.generated import generate
-from pregate.tasks.sources import TABLES, files_of, key_of
+from pregate.tasks.sources import TABLES, check_source, files_of, key_of
 
 Meaning = TypeVar("Meaning")
 Shard = TypeVar("Shard")
@@ -106,8 +106,9 @@ def read_columns(
     Nothing is read before the first chunk is asked for, and nothing beyond the last one.
 
     Raises `UsageError` for a missing directory, split or column, a file that cannot be parsed, and a hub that
-    cannot be reached; `check_source` has passed `task`.
+    cannot be reached.
     """
+    check_source(task, data_root)
     if task.generated is not None:
         rows = ((None, row) for row in generate(task.generated, split))
         return _row_chunks(Columns(task, columns, f"the generated split {split!r}"), rows, chunk_rows)
@@ -213,6 +214,7 @@ def fingerprint(task: TaskConfig, data_root: str | None, split: str) -> str:
 
     Raises `UsageError` as `read_columns` does.
     """
+    check_source(task, data_root)
     if task.generated is not None:
         return f"generated {sorted(asdict(task.generated).items())}"
     files = files_of(task, data_root, split)

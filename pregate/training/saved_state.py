@@ -7,7 +7,7 @@ checksums of its files, and the state before it stays beside it. Knows nothing a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -212,18 +212,17 @@ def _load_whole(directory: Path, model: Any) -> None:
         raise other_model(directory)
 
 
-def _latest_record(directory: Path) -> dict[str, Any] | None:
-    """That of the newest state in `directory` or beside it that can be read."""
+def _of_latest(directory: Path, read: Callable[[dict[str, Any]], int]) -> int | None:
+    """What `read` gives for the record of the newest state, in `directory` or beside it, of which that can be read."""
     for place in (directory, *earlier_states(directory)):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return record_of(place)
+            return read(record_of(place))
     return None
 
 
 def processes_of(directory: Path) -> int | None:
     """How many processes trained what `save_last` left in `directory`; None if that cannot be told."""
-    record = _latest_record(directory)
-    return None if record is None else len(record["random"])
+    return _of_latest(directory, lambda record: len(record["random"]))
 
 
 def other_model(directory: Path | str) -> UsageError:
@@ -238,10 +237,10 @@ def steps_done(directory: Path) -> int:
 
     Raises `UsageError` if that cannot be told.
     """
-    record = _latest_record(directory)
-    if record is None and directory.exists():
+    done = _of_latest(directory, lambda record: int(record["state"]["step"]))
+    if done is None and directory.exists():
         raise UsageError(
             f"{directory / STATE_FILE} is missing or cannot be read: put it back from a copy, or choose another "
             "run_dir=DIR to start anew."
         )
-    return record["state"]["step"] if record else 0
+    return done or 0

@@ -35,6 +35,7 @@ from pregate.training.saved_state import (
     STATE_FILE,
     damage,
     load_last,
+    processes_of,
     save_last,
     settle,
     steps_done,
@@ -199,6 +200,14 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(
     assert found is not None and found[0].step == 1 and optimizer.state
     save_last(run / "last", model, word_tokenizer(), optimizer, TrainState(step=2), [random_state()])
     assert {path.name: steps_done(path) for path in run.iterdir()} == {"last": 2, PREVIOUS: 1}
+
+
+def test_a_record_with_a_value_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    for name, step, states in (("last", "x", 7), (PREVIOUS, 4, [{}, {}])):
+        (tmp_path / name).mkdir()
+        record = {"state": {"step": step}, "optimizer": {}, "random": states}
+        (tmp_path / name / STATE_FILE).write_text(json.dumps(record))
+    assert steps_done(tmp_path / "last") == 4 and processes_of(tmp_path / "last") == 2
 
 
 def test_so_many_states_are_kept_and_the_latest_whole_one_is_used(
@@ -374,8 +383,19 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_state(
     assert refused > 5 and {path.name: steps_done(path) for path in run.iterdir()} == {"last": 2, PREVIOUS: 1}
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["full", "quota", "rust"],
+)
 @pytest.mark.parametrize("what", ["model", "tokenizer", "optimizer", "flush"])
-def test_whatever_finds_no_room_is_told(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_finds_no_room_is_told(
+    what: str, failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = pregated_model(**SHALLOW), word_tokenizer()
     optimizer = build_optimizer(model, TrainConfig())
     save_last(tmp_path / "last", model, tokenizer, optimizer, TrainState(step=1), [])
@@ -383,7 +403,7 @@ def test_whatever_finds_no_room_is_told(what: str, tmp_path: Path, monkeypatch: 
     before = tree_of(tmp_path)
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise failure
 
     place, name = {
         "model": (model, "save_pretrained"),
