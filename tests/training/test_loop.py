@@ -77,8 +77,9 @@ def test_a_finished_run_that_lost_its_checkpoint_says_so(tmp_path: Path) -> None
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file() and logged, "one step more makes it again"
 
 
-def test_sigterm_saves_the_step_and_resuming_equals_an_unbroken_run(tmp_path: Path) -> None:
-    settings = {"dropout": 0.1, "eval_every": 2, "steps": 4}
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_sigterm_saves_the_step_and_resuming_equals_an_unbroken_run(tmp_path: Path, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "dropout": 0.1, "eval_every": 2, "steps": 4}
     straight, logged, _ = train_tiny(tmp_path / "straight", **settings)
     with pytest.raises(Terminated):
         train_tiny(tmp_path / "halves", tracker=Recorder(interrupt_at=3, signal_number=signal.SIGTERM), **settings)
@@ -94,7 +95,10 @@ def test_a_signal_in_the_last_step_ends_as_elsewhere(tmp_path: Path) -> None:
     assert steps_done(tmp_path / "last") == 2
 
 
-def test_a_signal_to_all_processes_ends_the_loaders_workers_and_saves_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_loaders_workers_and_saves_all_the_same(
+    tmp_path: Path, signal_number: int
+) -> None:
     """The workers die first, so that the loop is waiting for a batch, or about to, when its own signal comes."""
 
     class ToAll(Recorder):
@@ -108,8 +112,9 @@ def test_a_signal_to_all_processes_ends_the_loaders_workers_and_saves_all_the_sa
             super().log(metrics, step)
 
     straight, _, _ = train_tiny(tmp_path / "straight", steps=9)
-    with pytest.raises(KeyboardInterrupt):
-        train_tiny(tmp_path / "halves", steps=9, workers=1, tracker=ToAll(interrupt_at=2))
+    tracker = ToAll(interrupt_at=2, signal_number=signal_number)
+    with pytest.raises(Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt):
+        train_tiny(tmp_path / "halves", steps=9, workers=1, tracker=tracker)
     assert steps_done(tmp_path / "halves" / "last") == 2
     resumed, _, _ = train_tiny(tmp_path / "halves", steps=9, resume=True)
     assert_same_parameters(straight, resumed)
@@ -139,8 +144,10 @@ def test_a_loader_that_fails_is_excused_by_a_signal_alone() -> None:
         next_step(session(None), interrupts)
 
 
-def test_a_run_goes_on_from_the_state_before_a_damaged_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "optimizer.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])
+def test_a_run_goes_on_from_the_state_before_a_damaged_one(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     straight, logged, _ = train_tiny(tmp_path / "straight", steps=5, dropout=0.1, save_every=2)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path / "cut", steps=5, dropout=0.1, save_every=2, tracker=Recorder(interrupt_at=3))
@@ -198,8 +205,11 @@ def test_resume_refuses_another_model_or_optimizer(tmp_path: Path, changes: dict
         train_tiny(tmp_path, steps=2, resume=True, **changes)
 
 
-def test_the_toy_task_is_learned(tmp_path: Path) -> None:
-    _, tracker, summary = train_tiny(tmp_path, steps=30, batch_sequences=16, micro_batch_tokens=160, learning_rate=2e-2)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_the_toy_task_is_learned(tmp_path: Path, optimizer: str) -> None:
+    _, tracker, summary = train_tiny(
+        tmp_path, steps=30, batch_sequences=16, micro_batch_tokens=160, optimizer=optimizer, learning_rate=2e-2
+    )
     first, last = tracker.at["tiny/loss", 1], tracker.at["tiny/loss", 30]
     assert last < 0.5 * first, (first, last)
     assert summary.metrics["tiny/loss"] == last

@@ -284,7 +284,7 @@ def unordered(value: Any) -> Any:
     return set(value) if isinstance(value, list) else value
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(has=GATINGS, asked=GATINGS, named=st.sets(st.sampled_from(sorted(CHOICES))))
 def test_a_pre_gated_source_has_the_settings_asked_for_or_is_refused(
     ahead: Callable[[dict[str, Any]], str], has: dict[str, Any], asked: dict[str, Any], named: set[str]
@@ -366,7 +366,8 @@ def test_calibrated_gates_are_what_a_run_without_steps_leaves(tmp_path: Path) ->
     assert told["seconds"] > 0 and told["task"] == "squad"
 
 
-def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("summary", ["", "{", "[]"])
+def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path, summary: str) -> None:
     shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
     run = short_run()
     run.source_train, run.model = TrainConfig(steps=1, batch_sequences=2, eval_examples=2), ModelConfig(geometry=shape)
@@ -375,7 +376,7 @@ def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path) -
     weights = (Path(directory) / "model.safetensors").read_bytes()
     path = tmp_path / "source" / "summary.json"
     whole = json.loads(path.read_text())
-    path.write_text("{")
+    path.write_text(summary)
     run.resume = True
     assert get_source(run, *given) == directory  # type: ignore[arg-type]
     assert json.loads(path.read_text())["steps"] == whole["steps"] == 1
