@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,19 @@ from pregate import __version__
 from pregate.config import PreGateConfig, Run, UsageError
 from pregate.conversion.disk_space import refuse_full_disk, refuse_occupied
 from pregate.conversion.gate_starts import GateFitter, gate_starts
-from pregate.conversion.pregated_config import Target, target_of
+from pregate.conversion.manifest import MANIFEST, provenance
+from pregate.conversion.pregated_config import target_of
 from pregate.conversion.report import ConversionReport
 from pregate.conversion.shards import MAX_SHARD_BYTES, Shards, write_shards
 from pregate.conversion.tensor_plan import plan_tensors
 from pregate.engine.storage.origin import Unchanged
-from pregate.models.checkpoint import CONFIG, TOKENIZER_FILES, read_config, side_files
+from pregate.models.checkpoint import CONFIG, read_config
 from pregate.models.loading import open_model
+from pregate.models.side_files import TOKENIZER_FILES, side_files
 from pregate.system.console import progress
 from pregate.system.durable import put
 from pregate.system.unfinished import Unfinished, unfinished_beside
 
-MANIFEST = "pregate_manifest.json"
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id")
 """Settings of a config that opening a checkpoint completes."""
 
@@ -88,7 +87,7 @@ def convert(
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
         _write_json(unfinished.folder / CONFIG, target.json | tokens)
         origin = {"source": source, "revision": revision, "source_sha256": hashes}
-        _write_json(unfinished.folder / MANIFEST, origin | _provenance(target, seed) | account)
+        _write_json(unfinished.folder / MANIFEST, origin | provenance(target, seed) | account)
     return ConversionReport(
         output=output,
         gating=target.config.pregating,
@@ -151,23 +150,6 @@ def _appearing(output: Path, made_from: dict[str, Any]) -> Iterator[Unfinished]:
         if isinstance(error, OSError | SafetensorError):
             raise UsageError(f"Writing {output} failed ({error}): check the disk and run the command again.") from error
         raise
-
-
-def _provenance(target: Target, seed: int) -> dict[str, Any]:
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {
-        **target.config.pregating.to_dict(),
-        "seed": seed,
-        "num_moe_blocks": target.num_blocks,
-        "versions": {"pregate": __version__}
-        | {name: installed(name) for name in ("torch", "transformers", "safetensors")},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

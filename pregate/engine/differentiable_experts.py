@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pregate.engine.offloaded_experts import Arithmetic, OffloadedExperts, by_use
+from pregate.engine.fetch_order import by_use
+from pregate.engine.offloaded_experts import Arithmetic, OffloadedExperts
 from pregate.models.expert_math import Factor, Grouping, group_by_expert, in_dtype
 from pregate.models.experts import ExpertKey
 

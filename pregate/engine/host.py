@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy
+from pregate.engine.fetch_order import routed_experts
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.make_mover import make_mover
-from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices, routed_experts
+from pregate.engine.offloaded_experts import OffloadedExperts, SlotMatrices
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slot_cache import SlotTable
 from pregate.engine.storage.store import Store

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pregate.engine.fetch_order import by_use
 from pregate.engine.fetching import Fetcher
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.trace import Trace
 from pregate.models.expert_math import Factor, Grouping, combine, group_by_expert, in_dtype
 from pregate.models.experts import ExpertKey, ExpertSpec
-from pregate.models.routing import DROPPED, Routing
+from pregate.models.routing import DROPPED
 
 Arithmetic = Callable[[ExpertKey, Sequence[Factor], Tensor], Tensor]
 """An expert, its matrices and its tokens (N, D) to its results (N, D)."""
@@ -152,16 +153,3 @@ class OffloadedExperts(nn.Module):
             result_ND = arithmetic(key, self._matrices[slot], hidden_ND)
         self._scheduler.release(key)
         return result_ND
-
-
-def by_use(grouping: Grouping) -> list[tuple[int, int, int]]:
-    """The runs of a grouping, those of most tokens first."""
-    return sorted(grouping.groups, key=lambda group: group[1] - group[2])
-
-
-def routed_experts(routing: Routing) -> Sequence[int]:
-    """The ids a route uses, by how many tokens they serve, most first."""
-    if routing.expert_ids_BTK.shape[:2].numel() == 1:
-        return [expert for expert in routing.expert_ids_BTK.flatten().tolist() if expert != DROPPED]
-    ids, counts = routing.expert_ids_BTK[routing.expert_ids_BTK != DROPPED].unique(return_counts=True)
-    return ids[counts.argsort(descending=True, stable=True)].tolist()

@@ -19,11 +19,11 @@ from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span
 from pregate.measure.equality import check_moved, compare_logits, tolerance
 from pregate.measure.servers import Inputs, engine_server, forced_logits
+from pregate.measure.timeline import middle_of
 from pregate.measure.timing import medians
 from pregate.models.family import family_of_model
 from pregate.system.memory import PeakMemory
 
-TIMELINE_TOKENS = 2
 COUNTED = ("bytes_moved", "hits", "misses")
 
 
@@ -110,26 +110,4 @@ def measure_policy(
     if shown.spans is None:
         return record, []
     keep_trace(shown.spans)
-    return record, _window(shown.spans, shown.seconds)
-
-
-def _window(spans: Sequence[Span], seconds: Sequence[float]) -> list[dict[str, Any]]:
-    """The spans of a few decoding steps in the middle, for the timeline."""
-    middle = max(0, (len(seconds) - TIMELINE_TOKENS) // 2)
-    begin = seconds[middle] * 1e3
-    end = seconds[min(len(seconds) - 1, middle + TIMELINE_TOKENS)] * 1e3
-    waits = [s for s in spans if s.lane == "wait"]
-    shown = [s for s in spans if s.lane in ("transfer", "wait")]
-    shown += [piece for s in spans if s.lane == "layer" for piece in _without(s, waits)]
-    shown = [s for s in shown if s.end_ms > begin and s.start_ms < end]
-    return [s.to_dict() for s in sorted(shown, key=lambda s: s.start_ms)]
-
-
-def _without(layer: Span, waits: Sequence[Span]) -> list[Span]:
-    """The parts of a layer's span in which it computed rather than waited, as spans of lane `compute`."""
-    pieces, start = [], layer.start_ms
-    for wait in waits:
-        if layer.start_ms <= wait.start_ms and wait.end_ms <= layer.end_ms:
-            pieces.append(Span("compute", layer.name, start, wait.start_ms))
-            start = wait.end_ms
-    return [*pieces, Span("compute", layer.name, start, layer.end_ms)]
+    return record, middle_of(shown.spans, shown.seconds)

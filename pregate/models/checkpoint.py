@@ -26,23 +26,11 @@ from pregate.system.console import first_of
 from pregate.system.memory import read_ahead
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TEXT = "text_config"
 """The section of a config.json that describes the language model, where the whole also reads images or sound."""
 QUANTISATION = "quantization_config"
 """The section of a config.json that says how the weights are quantised. `quantised_checkpoints` reads it."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-GENERATION = "generation_config.json"
-SIDE_FILES = (GENERATION, *TOKENIZER_FILES)
 # in transformers' own order of preference: what it would load is what is read
 WEIGHT_FILES = (
     "model.safetensors",
@@ -205,7 +193,7 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
 
     Raises `UsageError` where there is no such directory or id, or no readable config in it.
     """
-    whole = _read_json(_directory(source, revision, [CONFIG]) / CONFIG, source)
+    whole = _read_json(local_directory(source, revision, [CONFIG]) / CONFIG, source)
     text = whole.get(TEXT)
     if not isinstance(text, dict) or "model_type" not in text:
         return whole
@@ -215,14 +203,8 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
 def read_generation_settings(source: str, revision: str | None = None) -> dict[str, Any]:
     """What the `generation_config.json` of a directory or hub id says; nothing where there is none. Raises `UsageError`
     for one that cannot be read."""
-    path = _directory(source, revision, [GENERATION]) / GENERATION
+    path = local_directory(source, revision, [GENERATION]) / GENERATION
     return _read_json(path, source) if path.is_file() else {}
-
-
-def side_files(source: str, revision: str | None = None, names: tuple[str, ...] = SIDE_FILES) -> list[Path]:
-    """The small files beside the weights (tokenizer, generation config) that `source` has. Raises `UsageError`."""
-    directory = _directory(source, revision, list(names))
-    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> SourceCheckpoint:
@@ -259,11 +241,11 @@ def _locate_weights(source: str, revision: str | None) -> tuple[Path, Path]:
     """The directory, and the weight file or index that transformers would choose; of a hub id, only that is fetched."""
     directory = Path()
     for name in WEIGHT_FILES:
-        directory = _directory(source, revision, [name])
+        directory = local_directory(source, revision, [name])
         if (directory / name).is_file():
             if name.endswith(".index.json"):
                 shards = set(_weight_map(directory / name, source).values())
-                directory = _directory(source, revision, sorted(shards))
+                directory = local_directory(source, revision, sorted(shards))
             return directory, directory / name
     raise UsageError(
         f"{source} holds no weights: give a directory or hub id with one of {', '.join(WEIGHT_FILES)} in it."
@@ -289,7 +271,7 @@ def _weight_map(index: Path, source: str) -> dict[str, str]:
     return promised
 
 
-def _directory(source: str, revision: str | None, names: list[str]) -> Path:
+def local_directory(source: str, revision: str | None, names: list[str]) -> Path:
     """`source` itself if it is a directory, else the local snapshot of the hub id with the files `names` fetched."""
     local = Path(source).expanduser()
     if local.is_dir():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pregate.models.pregating import GatePlacement
-from pregate.models.routing import Routing
+from pregate.models.routing import Routing, straight_through
 
 RouteListener = Callable[[str, int, Routing], None]
 """Gets (stack, block, routing) at the moment when the route of that block is committed."""
@@ -82,10 +82,4 @@ class BlockGates(nn.Module):
             return routing
         assert self.router is not None
         weights_BTK = self.router.weigh(hidden_BTD, routing.expert_ids_BTK)
-        return routing._replace(weights_BTK=taught(weights_BTK, routing.weights_BTK))
-
-
-def taught(weights_BTK: Tensor, early_BTK: Tensor) -> Tensor:
-    """`weights_BTK`, bit for bit, whose gradient also reaches the gate that has chosen the experts, as if its own
-    weights `early_BTK` were used. A choice has no gradient: without this the gate would learn nothing from the task."""
-    return weights_BTK + (early_BTK - early_BTK.detach()) if early_BTK.requires_grad else weights_BTK
+        return routing._replace(weights_BTK=straight_through(weights_BTK, routing.weights_BTK))

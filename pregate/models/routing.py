@@ -75,6 +75,12 @@ def weights_of(logits_BTE: Tensor, expert_ids_BTK: Tensor, dtype: torch.dtype) -
     return logits_BTE.softmax(-1).to(dtype).gather(-1, expert_ids_BTK.clamp_min(0))
 
 
+def straight_through(weights_BTK: Tensor, early_BTK: Tensor) -> Tensor:
+    """`weights_BTK`, bit for bit, whose gradient also reaches the gate that has chosen the experts, as if its own
+    weights `early_BTK` were used. A choice has no gradient: without this the gate would learn nothing from the task."""
+    return weights_BTK + (early_BTK - early_BTK.detach()) if early_BTK.requires_grad else weights_BTK
+
+
 def slots_in_common(expert_ids_TK: Tensor, reference_TK: Tensor) -> Tensor:
     """For each token the share (T,) of its chosen experts that `reference_TK` has chosen too; with K = 1 it is 1 or
     0."""

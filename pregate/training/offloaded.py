@@ -25,9 +25,10 @@ from pregate.engine.budget import host_buffers_within
 from pregate.engine.storage.pack import default_pack_dir
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import TrainingEngine, training_slots
-from pregate.models.checkpoint import CONFIG, SourceCheckpoint, side_files
+from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.family import experts_of
 from pregate.models.loading import open_model
+from pregate.models.side_files import side_files
 from pregate.system.console import say
 from pregate.system.durable import write_json
 from pregate.system.process_group import join

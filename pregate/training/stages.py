@@ -16,11 +16,13 @@ import torch
 
 from pregate.config import CalibrationConfig, Experts, Init, Run, UsageError
 from pregate.conversion.calibrate.flow import calibrate
-from pregate.conversion.write import MANIFEST, convert_for
-from pregate.models.checkpoint import CONFIG, SIDE_FILES, WEIGHT_FILES, read_config, side_files
+from pregate.conversion.manifest import MANIFEST
+from pregate.conversion.write import convert_for
+from pregate.models.checkpoint import CONFIG, WEIGHT_FILES, read_config
 from pregate.models.family import family_named, family_of
 from pregate.models.loading import load_resident, mark_conventional, open_model, unfilled
 from pregate.models.pregating import SETTINGS, PreGating
+from pregate.models.side_files import SIDE_FILES, side_files
 from pregate.system.console import first_of
 from pregate.system.durable import discard, read_object, write_json
 from pregate.system.machine import set_seed

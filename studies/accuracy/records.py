@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pregate.config import UsageError
-from pregate.conversion.write import MANIFEST
+from pregate.conversion.manifest import MANIFEST
 from pregate.system.durable import to_jsonable, write_json
 from pregate.system.machine import environment
 from studies.accuracy.arms_and_seeds import PRETRAINING, Cell

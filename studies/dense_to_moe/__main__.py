@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from pregate.cli import compose_run, ending_in_one_sentence
 from pregate.config import UsageError
-from pregate.models.checkpoint import SIDE_FILES
+from pregate.models.side_files import SIDE_FILES
 from pregate.system.console import say, silent_bars
 from pregate.system.durable import make_directory, read_object, write_json, write_text
 from pregate.system.machine import environment

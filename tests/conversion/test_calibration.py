@@ -18,7 +18,8 @@ from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.flow import calibrate
 from pregate.conversion.calibrate.outcome import Calibration
 from pregate.conversion.calibrate.states import Reached, gates_to_fit, router_logits, states_read
-from pregate.conversion.write import MANIFEST, convert
+from pregate.conversion.manifest import MANIFEST
+from pregate.conversion.write import convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident

@@ -34,7 +34,7 @@ from pregate.conversion.calibrate.flow import calibrate, calibrate_source
 from pregate.conversion.calibrate.outcome import Calibration
 from pregate.conversion.calibrate.through_engine import work_of
 from pregate.conversion.calibrate.work_dir import WorkDir
-from pregate.conversion.write import MANIFEST
+from pregate.conversion.manifest import MANIFEST
 from pregate.engine.opening import Opened
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.families.olmoe import FAMILY

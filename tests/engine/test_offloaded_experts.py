@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pregate.config import CacheRule, Policy, SlabDtype
+from pregate.engine.fetch_order import routed_experts
 from pregate.engine.fetching import Fetcher
 from pregate.engine.io.base import Move
 from pregate.engine.io.threads import ThreadMover
-from pregate.engine.offloaded_experts import FEW_ROWS, OffloadedExperts, SlotMatrices, routed_experts, run_of
+from pregate.engine.offloaded_experts import FEW_ROWS, OffloadedExperts, SlotMatrices, run_of
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slot_cache import SlotTable
 from pregate.engine.storage.aligned_memory import aligned_bytes

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import load_file, save_file
 
 from pregate.config import UsageError
-from pregate.models.checkpoint import open_checkpoint, read_config, side_files
+from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.models.side_files import side_files
 from tests.make_switch_base import TINY, make
 
 FORMS = [("bin", 1), ("bin", 3), ("safetensors", 1), ("safetensors", 3)]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pregate.config import PreGateConfig, Tier, UsageError
 from pregate.conversion import shards
-from pregate.conversion.write import MANIFEST, convert
+from pregate.conversion.manifest import MANIFEST
+from pregate.conversion.write import convert
 from pregate.engine.opening import open_store
 from pregate.engine.storage import origin, pack
 from pregate.models.checkpoint import SourceCheckpoint, _describe

@@ -14,7 +14,7 @@ import torch
 
 from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
-from pregate.conversion.write import MANIFEST
+from pregate.conversion.manifest import MANIFEST
 from pregate.models.families.olmoe import FAMILY
 from pregate.models.head import kl_sum
 from pregate.models.loading import load_resident

@@ -31,7 +31,8 @@ from pregate.config import (
     UsageError,
     to_dict,
 )
-from pregate.conversion.write import MANIFEST, convert
+from pregate.conversion.manifest import MANIFEST
+from pregate.conversion.write import convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.tracking import flatten
 from pregate.training.checks import check_model, check_teachers

@@ -38,10 +38,11 @@ from pregate.conversion.calibrate.through_engine import fit_through_engine, work
 from pregate.conversion.gate_starts import FittedGates
 from pregate.conversion.tensor_plan import TensorPlan
 from pregate.conversion.write import ConversionReport, convert_for
-from pregate.models.checkpoint import TOKENIZER_FILES, read_config, side_files
+from pregate.models.checkpoint import read_config
 from pregate.models.family import family_named, family_of_model
 from pregate.models.loading import load_resident, open_model
 from pregate.models.pregated_models import compute_buffers
+from pregate.models.side_files import TOKENIZER_FILES, side_files
 from pregate.system.console import say
 from pregate.system.durable import remove
 from pregate.system.machine import pick_device

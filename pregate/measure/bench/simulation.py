@@ -21,6 +21,7 @@ from pregate.engine.io.base import Move, Transfer
 from pregate.engine.scheduler import Scheduler
 from pregate.engine.slot_cache import SlotTable
 from pregate.engine.trace import Counters, Trace
+from pregate.measure.bench.simulated_routes import Load
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.pregating import PreGating
 
@@ -125,21 +126,6 @@ class VirtualMover:
 
     def close(self) -> None:
         return None
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is served: `batch` tokens a step, each block's experts drawn evenly, or exactly `active_experts` of them."""
-
-    batch: int = 1
-    active_experts: int | None = None
-
-    def route(self, num_experts: int, top_k: int, draw: random.Random) -> list[int]:
-        """The distinct experts of one block in one step."""
-        if self.active_experts is not None:
-            return list(range(self.active_experts))
-        chosen = [expert for _ in range(self.batch) for expert in draw.sample(range(num_experts), top_k)]
-        return list(dict.fromkeys(chosen))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pregate.config import CacheRule, Policy
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.measure.bench.grid import RowSpec
 from pregate.measure.bench.models import BenchModel
-from pregate.measure.bench.simulation import Load, simulate
+from pregate.measure.bench.simulated_routes import Load
+from pregate.measure.bench.simulation import simulate
 from pregate.measure.bench.step_times import Profile
 
 

@@ -13,7 +13,8 @@ from pregate.engine.io.base import Move
 from pregate.engine.trace import Counters, Span
 from pregate.measure.bench.advice import advice
 from pregate.measure.bench.models import bench_models
-from pregate.measure.bench.simulation import Clock, Durations, Load, Predicted, VirtualMover, simulate
+from pregate.measure.bench.simulated_routes import Load
+from pregate.measure.bench.simulation import Clock, Durations, Predicted, VirtualMover, simulate
 from pregate.measure.bench.step_times import FEW_EXPERTS, durations, few_experts, shallow, stretched
 from pregate.measure.timing import Timed
 from pregate.models.experts import ExpertKey, ExpertSpec

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pregate.config import PreGateConfig, UsageError
-from pregate.conversion.write import MANIFEST, convert
+from pregate.conversion.manifest import MANIFEST
+from pregate.conversion.write import convert
 from pregate.models.loading import load_resident
 from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregating import PreGating
