@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier
-    from pregate.engine.device.engine import DeviceEngine
+    from pregate.engine.device.device_engine import DeviceEngine
     from pregate.engine.engine import OffloadEngine
     from pregate.models.families.switch_config import PreGatedSwitchTransformersConfig
     from pregate.models.families.switch_model import PreGatedSwitchTransformersForConditionalGeneration
@@ -23,7 +23,7 @@ _EXPORTS = {
     "PreGatedSwitchTransformersForConditionalGeneration": "pregate.models.families.switch_model",
     "register_family": "pregate.models.family",
     "OffloadEngine": "pregate.engine.engine",
-    "DeviceEngine": "pregate.engine.device.engine",
+    "DeviceEngine": "pregate.engine.device.device_engine",
     "CacheRule": "pregate.config",
     "Drive": "pregate.config",
     "Policy": "pregate.config",

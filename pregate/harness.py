@@ -21,7 +21,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval._cli import HarnessCLI  # pyright: ignore[reportMissingImports]
 
-    from pregate.measure.harness import checked
+    from pregate.measure.lm_eval_model import checked
     from pregate.models.family import families
 
     given = HarnessCLI().parse_args()

@@ -84,7 +84,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lm_eval")
-    from tests.measure.test_harness import upstream
+    from tests.measure.test_lm_eval_model import upstream
 
     root, tokenizer = tmp_path_factory.mktemp("checkpoint"), chat_tokenizer(None)
     upstream(len(tokenizer), max_position_embeddings=256).save_pretrained(root / "plain")
@@ -104,7 +104,7 @@ def test_local_files_are_scored_as_by_the_harness(checkpoint: Path, data: Path) 
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import pregate.measure.harness  # noqa: F401 - registers the model
+    import pregate.measure.lm_eval_model  # noqa: F401 - registers the model
 
     found: dict[str, Any] = {}
     for model, options in {"hf": {}, "pregate": ENGINE}.items():

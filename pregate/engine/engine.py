@@ -21,7 +21,7 @@ from pregate.config.validators import chosen
 from pregate.engine.base import Engine
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.conversation import Conversation
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.device.engine import DeviceEngine
-from pregate.measure.timing import Timed
+from pregate.engine.device.device_engine import DeviceEngine
+from pregate.measure.request_timing import Timed
 
 
 def time_steps(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.models.finite import finite_logits
 

@@ -1,7 +1,7 @@
 """The evaluation of one checkpoint: accuracy and parity, routing agreement, and each policy's latency and memory.
 
-Reads as a table of contents; the parts are `engine_predictions`, `latency`, `route_comparison` and `report`. Leaves
-`eval.json`, `predictions.jsonl` and `report.html` in one directory.
+Reads as a table of contents; the parts are `engine_predictions`, `policy_latency`, `route_comparison` and `report`.
+Leaves `eval.json`, `predictions.jsonl` and `report.html` in one directory.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 from pregate.config import Drive, Policy, Run, SlabDtype, Tier, UsageError
 from pregate.engine.budget import DeviceFullError, resolve_tier, slots_within
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.engine_predictions import predict
 from pregate.measure.intervals import bootstrap_interval
-from pregate.measure.latency import BenchRequest, Expected, measure_policy, resident_answers
 from pregate.measure.perfetto import write_perfetto
+from pregate.measure.policy_latency import BenchRequest, Expected, measure_policy, resident_answers
+from pregate.measure.report.evaluation_plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.evaluation_tables import print_summary
 from pregate.measure.report.page import write_report
-from pregate.measure.report.plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.route_comparison import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config

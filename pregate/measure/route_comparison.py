@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.engine_predictions import length_sorted_batches, refuse_not_finite
 from pregate.models.family import family_of_model

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from pregate.config import Drive, Policy, Run, UsageError
 from pregate.engine.budget import host_buffers_within, slots_within
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.limits import refuse_settings, slots_for
 from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.request import read_request

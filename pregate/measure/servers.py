@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.device_steps import stepped_logits, time_steps
 from pregate.measure.equality import check_moved
-from pregate.measure.timing import Timed, TokenClock, time_request
+from pregate.measure.request_timing import Timed, TokenClock, time_request
 from pregate.models.family import family_of_model
 from pregate.models.finite import finite_logits
 from pregate.models.objectives import Objective

@@ -1,6 +1,6 @@
 """The part of a request's trace that an evaluation shows as a timeline: computing, transfers and waiting.
 
-Knows spans; `report.plots` draws them.
+Knows spans; `report.evaluation_plots` draws them.
 """
 
 from __future__ import annotations

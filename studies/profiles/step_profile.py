@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from pregate.config import Device, Entry, Policy, Precision, Run, SlabDtype, Tier, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.graph import STEPS_AT_ONCE
 from pregate.engine.opening import open_store
 from pregate.measure.bench.models import BenchModel, bench_models

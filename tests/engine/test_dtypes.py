@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import Policy, Tier, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
 from pregate.models.loading import load_resident

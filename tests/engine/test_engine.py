@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, Drive, Policy, SlabDtype, Tier, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Trace
 from pregate.models.loading import load_resident

@@ -21,7 +21,7 @@ from pregate.conversion.write import convert
 from pregate.engine import budget
 from pregate.engine.budget import DeviceFullError, allocate_slots, slabs_within
 from pregate.engine.device import device_addresses
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io import host_cache
 from pregate.engine.opening import open_store
@@ -234,7 +234,7 @@ def test_float64_has_no_kernels(served: Served, tmp_path: Path, monkeypatch: pyt
     pregated_model(1).double().save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("pregate.engine.device.engine.require_triton", lambda: None)
+    monkeypatch.setattr("pregate.engine.device.device_engine.require_triton", lambda: None)
     with pytest.raises(UsageError, match=r"no kernels for float64: use engine\.drive=host"):
         DeviceEngine.open(tmp_path, device="cuda")
     with OffloadEngine.open(tmp_path) as engine:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.measure.device_steps import time_steps
-from pregate.measure.timing import Timed
+from pregate.measure.request_timing import Timed
 from tests.tiny import batch, pregated_model
 
 

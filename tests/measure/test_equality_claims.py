@@ -22,7 +22,7 @@ from pregate.measure.bench import run as bench
 from pregate.measure.bench.table import bench_tables
 from pregate.measure.equality import check_moved, compare_logits, tolerance
 from pregate.measure.equality_words import equality, equality_statement
-from pregate.measure.latency import BenchRequest, resident_answers
+from pregate.measure.policy_latency import BenchRequest, resident_answers
 from pregate.measure.report.evaluation_tables import engine_statement
 from pregate.models.finite import FiniteLogits
 from pregate.models.loading import load_resident

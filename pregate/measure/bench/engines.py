@@ -15,7 +15,7 @@ import torch
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.budget import DeviceFullError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
 from pregate.engine.storage.pack import INDEX

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from pregate.measure.bench.grid import RowSpec
+from pregate.measure.request_timing import Timed
 from pregate.measure.servers import Inputs
-from pregate.measure.timing import Timed
 
 NEVER_AGAIN = 1e6
 """`repetition_penalty`: a token's own logit is by far its largest in a random model with tied embeddings."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.bench.active_experts import counted_experts
 from pregate.measure.bench.floors import Decoding, Probes, floors
@@ -24,8 +24,8 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import WARM_UP, Effort, Requests, greedy
 from pregate.measure.equality import LOGIT_TOKENS, check_moved, compare_logits, logit_difference, tolerance
+from pregate.measure.request_timing import Timed, medians
 from pregate.measure.servers import Server, forced_logits
-from pregate.measure.timing import Timed, medians
 from pregate.system.memory import PeakMemory
 
 

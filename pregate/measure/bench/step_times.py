@@ -27,7 +27,7 @@ from pregate.measure.bench.models import BenchModel, num_blocks, smaller
 from pregate.measure.bench.requests import Requests, greedy
 from pregate.measure.bench.simulation import Durations
 from pregate.measure.bench.transfer_speed import Ground, Reading
-from pregate.measure.timing import Timed, TokenClock, time_request
+from pregate.measure.request_timing import Timed, TokenClock, time_request
 from pregate.models.experts import ExpertKey
 
 FEW_BLOCKS, FEW_EXPERTS = 2, 4

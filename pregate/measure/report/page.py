@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pregate.measure.report.evaluation_plots import Spans, plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.evaluation_tables import (
     ON_PAGE,
     Evaluation,
@@ -24,7 +25,6 @@ from pregate.measure.report.evaluation_tables import (
     routing_table,
     score_table,
 )
-from pregate.measure.report.plots import Spans, plot_agreement, plot_engine, plot_timeline
 from pregate.measure.templates import fill
 from pregate.system.durable import write_text
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.sampler_state import Sampling
 from tests.engine.device.steps.test_t5 import inputs_of
 from tests.engine.serving import ClosedBehind, Served

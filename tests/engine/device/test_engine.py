@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.device import fetching as policies
-from pregate.engine.device.engine import EOS_CHECK_EVERY, DeviceEngine
+from pregate.engine.device.device_engine import EOS_CHECK_EVERY, DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.device.sampler_state import StepKind
 from pregate.engine.opening import open_store

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pregate.config import Tier, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import open_store
 from pregate.models.family import family_of_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.sampler_state import StepKind
 from pregate.measure.bench.active_experts import forced_experts
 from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate

@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 sys.modules["triton"] = None
 import torch
-import pregate.engine.device.engine
+import pregate.engine.device.device_engine
 import studies.profiles.gather_probe
 from pregate.engine.device.ops.assign_slots import assign_slots
 from pregate.engine.device.slots import DeviceSlots, Fetch

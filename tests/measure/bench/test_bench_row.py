@@ -16,7 +16,7 @@ from pregate.measure.bench.references import Reference
 from pregate.measure.bench.requests import Effort, Requests, greedy
 from pregate.measure.bench.row import figures
 from pregate.measure.equality import logit_difference
-from pregate.measure.timing import Timed, TokenClock, time_request
+from pregate.measure.request_timing import Timed, TokenClock, time_request
 
 SPEC = RowSpec("m", "float32", 1, "own", "pre_gated", batch=4, prompt_len=8, new_tokens=3, seed=5)
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_no_repeat_begins_after_the_time_is_up() -> None:
 def test_work_between_steps_is_not_timed_and_counts_are_read_with_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only the test moves: a step takes 1 s, the work before it 100 s."""
     calls, counter, now = [], iter(range(100, 200)), [50.0]
-    monkeypatch.setattr("pregate.measure.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pregate.measure.request_timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def between() -> None:
         calls.append(1)

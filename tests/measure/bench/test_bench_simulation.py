@@ -16,7 +16,7 @@ from pregate.measure.bench.models import bench_models
 from pregate.measure.bench.simulated_routes import Load
 from pregate.measure.bench.simulation import Clock, Durations, Predicted, VirtualMover, simulate
 from pregate.measure.bench.step_times import FEW_EXPERTS, durations, few_experts, shallow, stretched
-from pregate.measure.timing import Timed
+from pregate.measure.request_timing import Timed
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.models.family import experts_of
 from pregate.models.pregating import PreGating

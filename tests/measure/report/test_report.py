@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from pregate.measure.figure_style import WAIT
-from pregate.measure.report import evaluation_tables, page, plots
+from pregate.measure.report import evaluation_plots as plots
+from pregate.measure.report import evaluation_tables, page
 
 VOID = {"meta", "img", "br", "link"}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import CacheRule, Policy, SlabDtype, UsageError
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.limits import slots_for
 from pregate.engine.device.ops.residual_and_norm import norm
 from pregate.engine.device.steps.registry import step_of

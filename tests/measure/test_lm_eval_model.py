@@ -29,7 +29,7 @@ pytest.importorskip("lm_eval")  # an optional package, which the development env
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from pregate.measure.harness import OF_ENGINE, OF_HARNESS, PregateLM
+from pregate.measure.lm_eval_model import OF_ENGINE, OF_HARNESS, PregateLM
 
 MOST = 48
 """Tokens that the models take: less than some of the requests have."""

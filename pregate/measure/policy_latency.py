@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.engine.device.engine import DeviceEngine
+from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span
 from pregate.measure.equality import check_moved, compare_logits, tolerance
+from pregate.measure.request_timing import medians
 from pregate.measure.servers import Inputs, engine_server, forced_logits
 from pregate.measure.timeline import middle_of
-from pregate.measure.timing import medians
 from pregate.models.family import family_of_model
 from pregate.system.memory import PeakMemory
 
