@@ -1,5 +1,6 @@
-"""The settings of every command: `schema` names them, `validators` and `choices` say what they may be."""
+"""The settings of every command: a file for each section, `schema` for the whole, and what values may be."""
 
+from pregate.config.calibration import CalibrationConfig
 from pregate.config.choices import (
     PRE_TRAINING,
     Baseline,
@@ -31,18 +32,13 @@ from pregate.config.choices import (
     WandbMode,
     Weights,
 )
-from pregate.config.schema import (
-    CalibrationConfig,
-    LoraConfig,
-    ModelConfig,
-    PreGateConfig,
-    Run,
-    TrackingConfig,
-    TrainConfig,
-    save_run,
-    to_dict,
-)
+from pregate.config.lora import LoraConfig
+from pregate.config.model import ModelConfig
+from pregate.config.pregate import PreGateConfig
+from pregate.config.schema import Run, save_run, to_dict
 from pregate.config.task import GeneratedConfig, TaskConfig
+from pregate.config.tracking import TrackingConfig
+from pregate.config.train import TrainConfig
 from pregate.config.validators import UsageError
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The evaluation of one checkpoint: accuracy and parity, routing agreement, and each policy's latency and memory.
 
-Reads as a table of contents; the parts are `engine_predictions`, `policy_latency`, `route_comparison` and `report`.
+Reads as a table of contents; the parts are `engine_predictions`, `policy_latency`, `routing_figures` and `report`.
 Leaves `eval.json`, `predictions.jsonl` and `report.html` in one directory.
 """
 
@@ -27,7 +27,7 @@ from pregate.measure.policy_latency import BenchRequest, Expected, measure_polic
 from pregate.measure.report.evaluation_plots import plot_agreement, plot_engine, plot_timeline
 from pregate.measure.report.evaluation_tables import print_summary
 from pregate.measure.report.page import write_report
-from pregate.measure.route_comparison import BlockRoutes, compare_routes, record_routes
+from pregate.measure.routing_figures import BlockRoutes, compare_routes, record_routes
 from pregate.measure.servable import check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.experts import ExpertSpec

@@ -25,7 +25,6 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models.family import MoEBlock, family_named
-from pregate.models.head import IGNORED, Lesson, head_losses
 from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
 from pregate.models.pregating import PreGating
@@ -34,6 +33,7 @@ from pregate.models.router_losses import balance_loss
 from pregate.models.routing import Routing
 from pregate.models.training_experts import LEARNING
 from pregate.models.upstream_routers import check_linear, choices_by, route_with, weights_by
+from pregate.models.vocabulary_losses import IGNORED, Lesson, head_losses
 
 STACK = "decoder"
 """The only stack of these models."""

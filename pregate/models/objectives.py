@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pregate.models.head import IGNORED
+from pregate.models.vocabulary_losses import IGNORED
 
 Rows = Sequence["array[int]"]
 """Token ids, one array a row."""

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from pregate.config import RoutingLoss, TrainConfig, UsageError
 from pregate.models.family import Family, family_named, family_of, family_of_model
-from pregate.models.head import Lesson, kl_sum
 from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
 from pregate.models.routing import ScoreFunction
+from pregate.models.vocabulary_losses import Lesson, kl_sum
 from pregate.training.sharding import shard
 
 

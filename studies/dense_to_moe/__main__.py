@@ -38,7 +38,8 @@ from studies.dense_to_moe.dense import NEURONS, check_dense, check_packages, ope
 from studies.dense_to_moe.healing_text import TASKS, check_sources, packed_rows, read_texts, write_mixture
 from studies.dense_to_moe.measure import loss_of, losses_by_routes
 from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all, open_moe
-from studies.dense_to_moe.split import LayerFit, split, upcycle
+from studies.dense_to_moe.split import LayerFit, split
+from studies.dense_to_moe.upcycle import upcycle
 
 RECORD, SETTINGS, PLAN = "record.json", "settings.json", "plan.json"
 DENSE_AS_MOE = "dense_as_moe"

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pregate.cli import compose_run
 from pregate.config import UsageError
-from pregate.models.head import Lesson
 from pregate.models.loading import load_resident
 from pregate.models.objectives import predicting
+from pregate.models.vocabulary_losses import Lesson
 from pregate.system.durable import read_object, write_json
 from pregate.train import main as train
 from pregate.training.run_dir_lock import SUMMARY

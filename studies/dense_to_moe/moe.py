@@ -151,21 +151,6 @@ def fill_split(block: Any, layer: Any, shared_S: Tensor, experts_EH: Tensor, gat
         block.shared_expert_gate.weight.zero_()
 
 
-@torch.no_grad()
-def fill_copies(block: Any, layer: Any, form: Form, generator: torch.Generator) -> None:
-    """Make every expert of `block` a copy of the dense `layer` with noise, and the gate small and random."""
-    gate_FD, up_FD, down_DF = (getattr(layer, f"{name}_proj").weight for name in ("gate", "up", "down"))
-    for expert in range(form.experts):
-        noisy = [
-            weight + form.noise * weight.std() * torch.randn(weight.shape, generator=generator)
-            for weight in (gate_FD, up_FD, down_DF)
-        ]
-        block.experts.gate_up_proj[expert].copy_(torch.cat(noisy[:2]))
-        block.experts.down_proj[expert].copy_(noisy[2])
-    shape = block.gate.weight.shape
-    block.gate.weight.copy_(torch.randn(shape, generator=generator) * shape[1] ** -0.5)
-
-
 def open_moe(directory: Path) -> Any:
     """A checkpoint of a form as an upstream model, whose routers can be exchanged; in float32 and evaluation mode."""
     with silent_bars():

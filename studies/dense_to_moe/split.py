@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
 from studies.dense_to_moe.clusters import experts_of_neurons, shared_neurons
-from studies.dense_to_moe.moe import UPCYCLE, Form, empty_moe, fill_copies, fill_split
+from studies.dense_to_moe.moe import Form, empty_moe, fill_split
 
 HELD_OUT = 0.2
 """Share of the tokens by which fits of a gate are compared."""
@@ -118,12 +118,3 @@ def missed_share(products_TEE: Tensor, logits_TE: Tensor, top_k: int, equal: boo
     missed_TE = 1 - torch.zeros_like(logits_TE).scatter_(1, chosen.indices, weights_TK)
     missed = (missed_TE[:, None] @ products_TEE @ missed_TE[:, :, None]).sum()
     return (missed / products_TEE.sum().clamp_min(1e-30)).item()
-
-
-def upcycle(dense: Any, form: Form, seed: int = 0) -> Any:
-    """The MoE model of `dense` whose experts are copies with noise, in evaluation mode."""
-    assert form.kind == UPCYCLE
-    model, generator = empty_moe(dense, form), torch.Generator().manual_seed(seed)
-    for number, layer in enumerate(dense.model.layers):
-        fill_copies(model.model.layers[number].mlp, layer.mlp, form, generator)
-    return model

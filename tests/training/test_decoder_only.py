@@ -16,9 +16,9 @@ from pregate.cli import compose_run
 from pregate.config import GeneratedConfig, UsageError
 from pregate.conversion.manifest import MANIFEST
 from pregate.models.families.olmoe import FAMILY
-from pregate.models.head import kl_sum
 from pregate.models.loading import load_resident
 from pregate.models.objectives import Causal, Row
+from pregate.models.vocabulary_losses import kl_sum
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train
 from pregate.training.checks import check_objective

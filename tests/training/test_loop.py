@@ -22,7 +22,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForSeq2SeqLM
 
 from pregate.config import UsageError
-from pregate.models.families.switch_layers import SwitchGate
+from pregate.models.families.switch_router import SwitchGate
 from pregate.models.objectives import TokenCounts
 from pregate.system.stopping import Terminated
 from pregate.training.batch_order import Lengths, derive_batching, micro_batch_plan

@@ -24,17 +24,16 @@ from pregate.models.families.switch_config import STACKS, PreGatedSwitchTransfor
 from pregate.models.families.switch_layers import (
     FAST,
     REFERENCE,
-    EmbeddingGate,
     PreGatedSparseMLP,
     PreGatedSwitchBlock,
-    SwitchGate,
     use_fast_norms,
 )
+from pregate.models.families.switch_router import EmbeddingGate, SwitchGate
 from pregate.models.family import MoEBlock
-from pregate.models.head import IGNORED, Lesson, head_losses
 from pregate.models.pregated_models import PreGatedModel, ServedModel
 from pregate.models.route_handover import RouteListener, Routes
 from pregate.models.router_losses import balance_loss, z_loss
+from pregate.models.vocabulary_losses import IGNORED, Lesson, head_losses
 
 
 @dataclass

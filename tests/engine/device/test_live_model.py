@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.sampler_state import StepKind
 from pregate.measure.bench.active_experts import forced_experts
-from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
+from pregate.models.families.switch_router import EmbeddingGate, SwitchGate
 from pregate.models.routing import Routing
 from tests.engine.device.steps.test_t5 import ATOL, inputs_of
 from tests.tiny import pregated_model

@@ -14,7 +14,8 @@ from pregate.conversion.write import convert
 from pregate.models.loading import load_resident, open_model
 from studies.dense_to_moe.measure import BEST, BLOCKS_AHEAD, OWN, RANDOM, ROUTES, loss_of, losses_by_routes
 from studies.dense_to_moe.moe import UPCYCLE, Form, choose_all, empty_moe, fill_split, open_moe
-from studies.dense_to_moe.split import LayerFit, fit, missed_share, split, states_of, upcycle
+from studies.dense_to_moe.split import LayerFit, fit, missed_share, split, states_of
+from studies.dense_to_moe.upcycle import upcycle
 from tests.studies.dense_to_moe.llama import NEURONS, llama, rows
 
 FORMS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pregate.engine.device.ops.first_choice import first_choice
 from pregate.engine.device.ops.gate_logits import gate_logits
-from pregate.models.families.switch_layers import EmbeddingGate, SwitchGate
+from pregate.models.families.switch_router import EmbeddingGate, SwitchGate
 from pregate.models.linear import has_hooks, is_plain
 from pregate.models.routing import Routing, route, router_logits
 

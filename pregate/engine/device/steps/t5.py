@@ -28,7 +28,8 @@ from pregate.engine.device.steps.static_t5_attention import (
     StaticSelfAttention,
     source_mask,
 )
-from pregate.models.families.switch_layers import EmbeddingGate, PreGatedSparseMLP, SwitchGate, finite
+from pregate.models.families.switch_layers import PreGatedSparseMLP, finite
+from pregate.models.families.switch_router import EmbeddingGate, SwitchGate
 from pregate.models.route_handover import Routes
 from pregate.models.routing import Routing
 

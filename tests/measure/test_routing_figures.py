@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pregate.engine.engine import OffloadEngine
-from pregate.measure.route_comparison import (
+from pregate.measure.routing_figures import (
     BlockRoutes,
     compare_routes,
     gate_mass,
