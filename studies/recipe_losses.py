@@ -4,8 +4,9 @@
 
 MOE is a directory of `studies.dense_to_moe`: the source is MOE/checkpoint, the text MOE/text. A loss on a few thousand
 tokens shows differences that the score of a task on a few hundred examples hides. A recipe that is measured already is
-passed over, and one that was stopped goes on. A trained model is removed when it is measured. WORK takes, for
-SmolLM2-135M, half a GB for each conversion and 4 GB for the training that runs.
+passed over, and one that was stopped goes on. Other settings than before need other directories. A trained model is
+removed when it is measured. WORK takes, for SmolLM2-135M, half a GB for each conversion and 4 GB for the training that
+runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +41,7 @@ from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.routing import slot_agreement
 from pregate.system.console import say
-from pregate.system.durable import make_directory, read_object, write_text
+from pregate.system.durable import append_text, make_directory, read_object, write_json, write_text
 from pregate.system.machine import environment
 from pregate.system.stopping import going_on, stoppable
 from pregate.training.run_dir_lock import CHECKPOINT, SUMMARY
@@ -47,7 +49,7 @@ from studies.accuracy.records import num_parameters
 from studies.dense_to_moe import healing
 from studies.dense_to_moe.healing_text import packed_rows, read_texts
 
-ROWS = "recipes.jsonl"
+ROWS, SETTINGS = "recipes.jsonl", "settings.json"
 OWN, SHIFTED = "own", "shifted"
 SAMPLES = 10_000
 """Of the bootstrap."""
@@ -81,7 +83,6 @@ RECIPES = {
     "conventional": Recipe("(a) the source, all weights trained", (), ()),
     "distilled": Recipe("(e) all weights trained, with a teacher", (AHEAD,), (TAUGHT[0], "train.distill_routing=0.1")),
     "calibrated_late": Recipe("(c) with the weights of the block's own router", (*CALIBRATED, "pregate.weights=late")),
-    "calibrated_mlp": Recipe("(c) with a small network in each gate", (*CALIBRATED, "pregate.gate=mlp")),
     "pre_gated_calibrated": Recipe("(d) from calibrated gates", CALIBRATED, ()),
     "gates_rank": Recipe("(f) with a loss that ranks", CALIBRATED, (GATES, *TAUGHT, "train.distill_routing_loss=rank")),
     "gates_lora": Recipe(
@@ -149,10 +150,34 @@ class Study:
 
 
 def check(study: Study) -> None:
-    """Raises `UsageError` for a directory that `studies.dense_to_moe` has not finished."""
+    """Raises `UsageError` for a directory that `studies.dense_to_moe` has not finished, and for too few steps or
+    tokens."""
     for needed in (study.source / "config.json", study.corpus / "train.parquet", study.moe / "settings.json"):
         if not needed.is_file():
             raise UsageError(f"{needed} is missing: make {study.moe} with python -m studies.dense_to_moe first.")
+    if study.steps < 1 or study.calibration_tokens < 1:
+        raise UsageError("--steps and --calibration-tokens must be at least 1.")
+    if study.measure_tokens < study.row_tokens:
+        raise UsageError(f"--measure-tokens must be at least {study.row_tokens}, the tokens of a row of {study.moe}.")
+
+
+def claim(study: Study, results: Path) -> None:
+    """Note in both directories what the study was begun with. Raises `UsageError` for other settings than before: the
+    losses could not be compared, and a checkpoint in WORK would be another one than the settings say."""
+    mine = {
+        "moe": study.moe.resolve().name,
+        "steps": study.steps,
+        "calibration_tokens": study.calibration_tokens,
+        "measure_tokens": study.measure_tokens,
+        "seed": study.seed,
+    }
+    for place in (results, study.work):
+        begun = read_object(place / SETTINGS) or mine
+        if other := [f"{name}={begun.get(name)}" for name, value in mine.items() if begun.get(name) != value]:
+            raise UsageError(f"{place} was begun with {', '.join(other)}: use these again, or name another directory.")
+    for place in (results, study.work):
+        make_directory(place)
+        write_json(place / SETTINGS, mine)
 
 
 # --- one recipe -------------------------------------------------------------------------------------------------------
@@ -171,7 +196,8 @@ def converted(study: Study, recipe: Recipe) -> Path:
             "calibration.batch_size=4",
         ]
         fitted = calibration if CALIBRATED[1] in recipe.convert else []
-        call("pregate.convert", [f"source={study.source}", f"output={place}", *recipe.convert, *fitted])
+        places = [f"source={study.source}", f"output={place}"]
+        call("pregate.convert", [*places, f"seed={study.seed}", *recipe.convert, *fitted])
     return place
 
 
@@ -191,10 +217,22 @@ def trained(study: Study, name: str, recipe: Recipe, start: Path) -> Path:
 
 
 def call(module: str, settings: list[str]) -> None:
-    """Run a command of the project. Raises `UsageError` if it fails."""
+    """Run a command of the project. Ctrl-C and SIGTERM stop it in such a way that it saves its state. Raises
+    `UsageError` if it fails."""
     command = [sys.executable, "-m", module, *settings]
     say(shlex.join(["python", *command[1:]]))
-    if subprocess.run(command, check=False).returncode:
+    # in its own session the terminal's Ctrl-C does not reach it as well, which would count as a second, hard one
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait()
+            finally:
+                process.kill()
+            raise
+    if process.returncode:
         raise UsageError(f"python -m {module} has failed, see above: the same command of the study goes on from there.")
 
 
@@ -313,8 +351,8 @@ What recipes win back of what moved gates lose. The loss is in nats a token, on 
 
 - The letters are those of the [accuracy study](../../docs/accuracy.md#which-recipe). Gates sit one block ahead where
   nothing else is said. The source is a conventional model, whose gates sit in their own blocks.
-- The difference has a 95 % interval, which resamples the rows of text. It holds no luck of the seed: each recipe ran
-  once.
+- The difference has a 95 % interval, which resamples the rows of text. It does not show how much depends on the
+  seed: each recipe ran once.
 - *Won back*: the share of the difference between the source and (b). More than 100 % is possible where weights are
   trained, because training improves the source too: compare with (a).
 - *Routing agreement*: the share of choices that the source has made for the same token, as a mean over all blocks.
@@ -326,7 +364,7 @@ Settings and the losses of each row are in `{ROWS}`. Environment: {facts_line(fi
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """A bar for each recipe, with the source and the moved gates as lines."""
+    """A bar for each recipe, grey for the source and for moved gates, and a line at the loss of the source."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -348,6 +386,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 def render(folder: Path, command: str) -> None:
     rows = with_differences(load_rows(folder))
     if rows:
+        command += "" if len(rows) == len(RECIPES) else f" --recipes {' '.join(row['recipe'] for row in rows)}"
         write_text(folder / "README.md", readme(folder.name, rows, command))
         plot(rows, folder / "losses.png")
 
@@ -370,21 +409,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
-    budget = given.steps, given.calibration_tokens, given.measure_tokens
-    study = Study(given.moe, given.work, *budget, given.seed)
+    budget = given.steps, given.calibration_tokens, given.measure_tokens, given.seed
+    study = Study(given.moe, given.work, *budget)
     check(study)
-    for place in (given.results, given.work):
-        make_directory(place)
-    limits = f"--steps {budget[0]} --calibration-tokens {budget[1]} --measure-tokens {budget[2]}"
+    claim(study, given.results)
+    limits = "--steps {} --calibration-tokens {} --measure-tokens {} --seed {}".format(*budget)
     command = f"python -m studies.recipe_losses results/{given.results.name} MOE --work WORK {limits}"
+    render(given.results, command)  # a study that was stopped may not show its last row yet
     for name in given.recipes:
-        if name in load_rows(given.results):
-            continue
-        row = measured(study, name, RECIPES[name])
-        say(f"{RECIPES[name].label}: {statistics.mean(row['losses']):.3f} nats a token.")
-        with (given.results / ROWS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        render(given.results, command)
+        if name not in load_rows(given.results):
+            row = measured(study, name, RECIPES[name])
+            say(f"{RECIPES[name].label}: {statistics.mean(row['losses']):.3f} nats a token.")
+            append_text(given.results / ROWS, json.dumps(row) + "\n")
+            render(given.results, command)
         shutil.rmtree(study.run_dir(name), ignore_errors=True)
 
 

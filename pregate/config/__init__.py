@@ -1,4 +1,4 @@
-"""The settings of every command: a file for each section, `schema` for the whole, and what values may be."""
+"""The settings of every command: a file for each section, `schema` for the whole, and which values they may take."""
 
 from pregate.config.calibration import CalibrationConfig
 from pregate.config.choices import (

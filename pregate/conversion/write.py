@@ -1,8 +1,8 @@
 """Re-attaching gates: a conventional checkpoint in, a pre-gated one out, without training and shard by shard.
 
-Knows how a converted directory is written, whole or not at all, and what it says about its origin. `tensor_plan`
-decides which tensor goes where, `pregated_config` what the model becomes, `gate_starts` what moved gates hold. Every
-other tensor keeps its name and its bits. Knows nothing about tasks, training or engines.
+Knows how a converted directory is written, whole or not at all. `tensor_plan` decides which tensor goes where,
+`pregated_config` what the model becomes, `gate_starts` what moved gates hold, `manifest` what the directory says about
+its origin. Every other tensor keeps its name and its bits. Knows nothing about tasks, training or engines.
 """
 
 from __future__ import annotations

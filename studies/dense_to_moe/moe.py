@@ -1,7 +1,8 @@
-"""The MoE form of a dense model: its settings, and the tensors of a layer made of neurons or of copies.
+"""The MoE form of a dense model: its settings, and the tensors of a layer whose neurons are parted.
 
 A layer with shared neurons takes the form of Qwen2-MoE, one without that of Mixtral. Both compute attention, norms and
 embeddings exactly as Llama does. Knows names, shapes and factors; which neuron goes where is decided in `clusters`.
+`upcycle` fills a layer with copies.
 
 Letters: D model width, F neurons of the dense layer, E experts, H neurons of an expert, S shared neurons.
 """

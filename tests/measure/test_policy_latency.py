@@ -11,8 +11,9 @@ import torch
 from pregate.config import Policy
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Span
-from pregate.measure.policy_latency import BenchRequest, _without, measure_policy, resident_answers
+from pregate.measure.policy_latency import BenchRequest, measure_policy, resident_answers
 from pregate.measure.request_timing import TokenClock
+from pregate.measure.timeline import _without
 from pregate.system.memory import PeakMemory
 from tests.tiny import batch, pregated_model
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pregate.models import head
+from pregate.models import vocabulary_losses
 from tests.tiny import batch, pregated_model
 
 
@@ -17,13 +17,13 @@ from tests.tiny import batch, pregated_model
 @pytest.mark.parametrize("ignored", [0, 4, 11])
 def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_a_block: int, ignored: int) -> None:
     torch.manual_seed(0)
-    monkeypatch.setitem(head.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
+    monkeypatch.setitem(vocabulary_losses.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
     labels = torch.randint(37, (11,))
-    labels[torch.randperm(11)[:ignored]] = head.IGNORED
+    labels[torch.randperm(11)[:ignored]] = vocabulary_losses.IGNORED
     found = []
     for function in (
         lambda s, w: F.cross_entropy(F.linear(s, w), labels, ignore_index=-100, reduction="sum"),
-        lambda s, w: head.linear_losses(s, w, labels)[0],
+        lambda s, w: vocabulary_losses.linear_losses(s, w, labels)[0],
     ):
         torch.manual_seed(1)
         states, weight = torch.randn(11, 6, requires_grad=True), torch.randn(37, 6, requires_grad=True)
@@ -41,17 +41,17 @@ def test_a_teachers_lesson(
 ) -> None:
     """Against the losses of all logits. A head with a bias is called."""
     torch.manual_seed(0)
-    monkeypatch.setitem(head.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
+    monkeypatch.setitem(vocabulary_losses.BLOCK_NUMBERS, "cpu", rows_a_block * 37)
     labels, taught_NV = torch.randint(37, (11,)), 3 * torch.randn(11, 37)
-    labels[torch.randperm(11)[:4]] = head.IGNORED
-    kept = labels != head.IGNORED
+    labels[torch.randperm(11)[:4]] = vocabulary_losses.IGNORED
+    kept = labels != vocabulary_losses.IGNORED
     found = []
     for alone in (False, True):
         torch.manual_seed(1)
         states, linear = torch.randn(11, 6, requires_grad=True), torch.nn.Linear(6, 37, bias=biased)
         if alone:
-            lesson = head.Lesson(taught_NV[kept], 0.3, temperature)
-            loss, terms = head.head_losses(linear, states * 2, labels, lesson)
+            lesson = vocabulary_losses.Lesson(taught_NV[kept], 0.3, temperature)
+            loss, terms = vocabulary_losses.head_losses(linear, states * 2, labels, lesson)
         else:
             logits_NV = linear(states * 2)[kept]
             q, p = (logits_NV / temperature).softmax(-1), (taught_NV[kept] / temperature).softmax(-1)
@@ -66,12 +66,12 @@ def test_a_teachers_lesson(
 
 def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
     states, weight = torch.randn(5, 6), torch.randn(37, 6, requires_grad=True)
-    head.linear_losses(states, weight, torch.arange(5))[0].backward()
+    vocabulary_losses.linear_losses(states, weight, torch.arange(5))[0].backward()
     assert weight.grad is not None
     expected = F.cross_entropy(states @ weight.T, torch.arange(5), reduction="sum").detach()
     # the weight could have a gradient and nobody will ask for it: nothing of its shape is made
     with torch.no_grad(), Shapes() as made:
-        torch.testing.assert_close(head.linear_losses(states, weight, torch.arange(5))[0], expected)
+        torch.testing.assert_close(vocabulary_losses.linear_losses(states, weight, torch.arange(5))[0], expected)
     assert (5, 37) in made.shapes and (37, 6) not in made.shapes
 
 
@@ -98,7 +98,7 @@ def test_under_autocast_it_follows_its_dtype() -> None:
         states, weight = torch.randn(9, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if fused:
-                loss = head.linear_losses(states, weight, labels)[0]
+                loss = vocabulary_losses.linear_losses(states, weight, labels)[0]
             else:
                 loss = F.cross_entropy(F.linear(states, weight).float(), labels, reduction="sum")
         loss.backward()

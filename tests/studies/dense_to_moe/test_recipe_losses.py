@@ -25,7 +25,7 @@ def test_figures_against_hand_values() -> None:
     rows = {
         OWN: row(OWN, [2.0, 4.0]),
         SHIFTED: row(SHIFTED, [6.0, 8.0], agreement=0.25),
-        "calibrated_mlp": row("calibrated_mlp", [3.0, 5.0], parameters=130, calibration_seconds=7.5),
+        "calibrated_late": row("calibrated_late", [3.0, 5.0], parameters=130, calibration_seconds=7.5),
     }
     own, shifted, fitted = with_differences(rows)
     assert own["loss"] == 3.0 and "difference" not in own and "won_back" not in shifted
@@ -71,6 +71,9 @@ def test_recipes_are_measured_once_and_compared(
     page = (results / "README.md").read_text()
     assert "(f) calibrated gates, then trained" in page and (results / "losses.png").is_file()
     capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, OWN, "--steps", "3"])
+    assert "was begun with steps=2" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([str(results), str(tmp_path / "nothing"), "--work", str(work)])
     assert "python -m studies.dense_to_moe first" in capsys.readouterr().err
