@@ -7,7 +7,8 @@ functions of the step, so there is no scheduler state to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from pregate.config import Optimizer, Precision, Schedule, TrainConfig, UsageError
+from pregate.models.nonlinear import NAME as NONLINEAR
 from pregate.training.sharding import local, whole
 
 CLIP_MARGIN = 1e-6
 """What torch adds to the norm of the gradients before it divides by it."""
+LEAST_RMS = 1e-3
+"""For steps relative to a parameter's size: a smaller one counts as that large, or zeros would never move."""
+BEGIN_AT_ZERO = re.compile(rf"\.lora_B\.|\.{NONLINEAR}\.down$")
+"""The names of matrices that begin at zero, so that what they belong to changes nothing at first."""
 LEAST_8BIT = 4096
 """Of fewer numbers than these bitsandbytes keeps the moments in float32."""
 
@@ -75,8 +81,15 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
 
         return AdamW8bit(groups, lr=rate)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    kind = ScaledAdamW if train.optimizer == Optimizer.adamw_scaled else torch.optim.AdamW
-    return kind(groups, lr=rate, fused=fused)
+    if train.optimizer == Optimizer.adamw_scaled:
+        return ScaledAdamW(groups, least_rms(model), lr=rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=rate, fused=fused)
+
+
+def least_rms(model: nn.Module) -> dict[nn.Parameter, float]:
+    """How large the matrices that begin at zero count at least: as a random one with as many inputs, or a step relative
+    to their size would be too small to see."""
+    return {p: p.shape[-1] ** -0.5 for name, p in model.named_parameters() if BEGIN_AT_ZERO.search(name)}
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -123,14 +136,13 @@ class ScaledAdamW(torch.optim.AdamW):
 
     Adafactor's parameter scaling (Shazeer and Stern 2018, section 8) on AdamW, as in nanoT5 (Nawrot 2023). T5 draws
     embeddings with a standard deviation of 1 and matrices with one of a tenth or less, so that one absolute rate is too
-    small for the ones or too large for the others. A parameter below `LEAST_RMS` counts as that large, or zeros would
-    never move.
+    small for the ones or too large for the others. `least`: the least size that a parameter counts as, where that is
+    not `LEAST_RMS`.
     """
 
-    LEAST_RMS = 1e-3
-
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], least: Mapping[nn.Parameter, float], **options: Any) -> None:
         super().__init__([{**group, "params": [p]} for group in groups for p in group["params"]], **options)
+        self._least = least
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -138,7 +150,8 @@ class ScaledAdamW(torch.optim.AdamW):
         parameters = [group["params"][0] for group in self.param_groups]
         norms = norms_of(parameters).tolist()
         for group, parameter, rate, norm in zip(self.param_groups, parameters, rates, norms, strict=True):
-            group["lr"] = rate * max(self.LEAST_RMS, norm / math.sqrt(parameter.numel()))
+            least = self._least.get(parameter, LEAST_RMS)
+            group["lr"] = rate * max(least, norm / math.sqrt(parameter.numel()))
         try:
             return super().step(closure)
         finally:

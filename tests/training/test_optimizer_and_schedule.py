@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-from pregate.config import Optimizer, Precision, Run, Schedule, TrainConfig, UsageError
-from pregate.training import optimizer_and_schedule
+from pregate.config import LoraConfig, LoraTarget, Optimizer, Precision, Run, Schedule, TrainConfig, UsageError
+from pregate.training import lora, optimizer_and_schedule
 from pregate.training.checks import check_precision
 from pregate.training.optimizer_and_schedule import (
     autocast_dtype,
@@ -62,6 +64,27 @@ def test_scaled_steps_are_relative_to_the_size_of_a_parameter() -> None:
     for parameter, old, size in zip(model, before, (3.0, 0.5, 1e-3), strict=True):
         torch.testing.assert_close(old - parameter.detach(), torch.full_like(old, 0.01 * size), rtol=1e-4, atol=0)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_matrices_that_begin_at_zero_move_as_random_ones_of_their_shape() -> None:
+    """The second matrix of an MLP gate, and that of an adapter: a thousandth of the rate would leave them at zero."""
+    model = pregated_model(gate="mlp")
+    zeros = [name for name, _ in model.named_parameters() if name.endswith("nonlinear.down")]
+    for name in zeros:
+        torch.nn.init.zeros_(model.get_parameter(name))  # as a conversion leaves it
+    if find_spec("peft") is not None:  # not on every machine that runs the GPU tests
+        lora.add_adapters(model, LoraConfig(rank=4, targets=[LoraTarget.attention]))
+        zeros += [name for name, _ in model.named_parameters() if ".lora_B." in name]
+    model.requires_grad_(True)
+    named = dict(model.named_parameters())
+    assert zeros and all(not named[name].any() for name in zeros)
+    optimizer = build_optimizer(model, TrainConfig(optimizer=Optimizer.adamw_scaled, learning_rate=0.01))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name in zeros:
+        moved, inputs = named[name].abs(), named[name].shape[-1]
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.01 / inputs**0.5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", list(Optimizer))
