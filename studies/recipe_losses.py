@@ -44,6 +44,7 @@ from pregate.system.console import say
 from pregate.system.durable import append_text, make_directory, read_object, write_json, write_text
 from pregate.system.machine import environment
 from pregate.system.stopping import going_on, stoppable
+from pregate.training.lora import check_installed
 from pregate.training.run_dir_lock import CHECKPOINT, SUMMARY
 from studies.accuracy.records import num_parameters
 from studies.dense_to_moe import healing
@@ -70,6 +71,12 @@ class Recipe:
     train: tuple[str, ...] | None = None
 
     @property
+    def moved(self) -> str | None:
+        """The recipe whose loss it has to win back: gates that are moved as far, and nothing else."""
+        ahead = self.convert[:1]
+        return next((name for name, other in RECIPES.items() if other.convert == ahead and other.train is None), None)
+
+    @property
     def taught(self) -> bool:
         return any(setting.startswith("train.distill") for setting in self.train or ())
 
@@ -92,7 +99,10 @@ RECIPES = {
     ),
     "shifted_late": Recipe("(b) with the weights of the block's own router", (AHEAD, "pregate.weights=late")),
     "shifted_start": Recipe("(b) with the first block conventional", (AHEAD, "pregate.start=1")),
+    "gates_mlp": Recipe("(f) with a small network in each gate", (*CALIBRATED, "pregate.gate=mlp"), (GATES, *TAUGHT)),
+    "shifted_2": Recipe("(b) two blocks ahead", ("pregate.lookahead=2",)),
     "calibrated_2": Recipe("(c) two blocks ahead", ("pregate.lookahead=2", CALIBRATED[1])),
+    "shifted_3": Recipe("(b) three blocks ahead", ("pregate.lookahead=3",)),
     "calibrated_3": Recipe("(c) three blocks ahead", ("pregate.lookahead=3", CALIBRATED[1])),
 }
 """In the order of their worth."""
@@ -291,7 +301,7 @@ def load_rows(folder: Path) -> dict[str, dict[str, Any]]:
 def with_differences(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
     """The rows with what the tables and the plot show: mean losses, and differences from the source of the same text
     with their 95 % intervals over the rows of text."""
-    own, shifted = (rows[name]["losses"] if name in rows else None for name in (OWN, SHIFTED))
+    own = rows[OWN]["losses"] if OWN in rows else None
     found = []
     for name, row in rows.items():
         more: dict[str, Any] = {"label": RECIPES[name].label, "loss": statistics.mean(row["losses"])}
@@ -301,8 +311,9 @@ def with_differences(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
                 "difference": statistics.mean(differences),
                 "interval": bootstrap_interval(differences, SAMPLES, seed=0),
             }
-        if own is not None and shifted is not None and name not in (OWN, SHIFTED):
-            lost = statistics.mean(shifted) - statistics.mean(own)
+        moved = RECIPES[name].moved
+        if own is not None and moved in rows and moved not in (OWN, name):
+            lost = statistics.mean(rows[moved]["losses"]) - statistics.mean(own)
             more["won_back"] = 1 - more["difference"] / lost if lost > 0 else None
         if OWN in rows and row["parameters"] != rows[OWN]["parameters"]:
             more["added"] = row["parameters"] - rows[OWN]["parameters"]
@@ -314,7 +325,7 @@ def _difference(row: Row) -> str | None:
     if "difference" not in row:
         return None
     low, high = row["interval"]
-    return f"{signed(row['difference'], 2)} [{signed(low, 2)}, {signed(high, 2)}]"
+    return f"{signed(row['difference'], 3)} [{signed(low, 3)}, {signed(high, 3)}]"
 
 
 def _won_back(row: Row) -> str | None:
@@ -323,7 +334,7 @@ def _won_back(row: Row) -> str | None:
 
 COLUMNS = {
     "recipe": text("label"),
-    "loss": lambda row: f"{row['loss']:.2f}",
+    "loss": lambda row: f"{row['loss']:.3f}",
     "difference from the source": _difference,
     "won back, %": _won_back,
     "routing agreement, %": lambda row: f"{100 * row['agreement']:.0f}",
@@ -353,7 +364,7 @@ What recipes win back of what moved gates lose. The loss is in nats a token, on 
   nothing else is said. The source is a conventional model, whose gates sit in their own blocks.
 - The difference has a 95 % interval, which resamples the rows of text. It does not show how much depends on the
   seed: each recipe ran once.
-- *Won back*: the share of the difference between the source and (b). More than 100 % is possible where weights are
+- *Won back*: the share of the difference between the source and (b), as many blocks ahead. More than 100 % is possible where weights are
   trained, because training improves the source too: compare with (a).
 - *Routing agreement*: the share of choices that the source has made for the same token, as a mean over all blocks.
 - Trained recipes share text, steps, batch, schedule and seed. The seconds of a calibrated start stand beside those of
@@ -369,9 +380,9 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, row in enumerate(rows):
-            untouched = row["recipe"] in (OWN, SHIFTED)
+            untouched = row["recipe"] == OWN or row["recipe"] == RECIPES[row["recipe"]].moved
             axes.barh(place, row["loss"], 0.68, color=QUIET if untouched else COMPUTE)
-            axes.annotate(f"{row['loss']:.2f}", (row["loss"], place), (4, 0), textcoords="offset points", va="center")
+            axes.annotate(f"{row['loss']:.3f}", (row["loss"], place), (4, 0), textcoords="offset points", va="center")
             if row["recipe"] == OWN:
                 axes.axvline(row["loss"], color=INK, lw=0.9, ls=":")
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
@@ -412,6 +423,8 @@ def run(given: argparse.Namespace) -> None:
     budget = given.steps, given.calibration_tokens, given.measure_tokens, given.seed
     study = Study(given.moe, given.work, *budget)
     check(study)
+    if any("train.trainable=lora" in (RECIPES[name].train or ()) for name in given.recipes):
+        check_installed()
     claim(study, given.results)
     limits = "--steps {} --calibration-tokens {} --measure-tokens {} --seed {}".format(*budget)
     command = f"python -m studies.recipe_losses results/{given.results.name} MOE --work WORK {limits}"

@@ -14,7 +14,7 @@ from pregate import convert, train
 from pregate.cli import compose_run
 from studies import recipe_losses
 from studies.dense_to_moe.healing_text import packed_rows, read_texts
-from studies.recipe_losses import COLUMNS, OWN, SHIFTED, main, with_differences
+from studies.recipe_losses import COLUMNS, OWN, RECIPES, SHIFTED, main, with_differences
 
 
 def row(name: str, losses: list[float], **more: Any) -> dict[str, Any]:
@@ -32,8 +32,10 @@ def test_figures_against_hand_values() -> None:
     assert (shifted["loss"], shifted["difference"], shifted["interval"]) == (7.0, 4.0, [4.0, 4.0])
     assert (fitted["difference"], fitted["won_back"], fitted["added"]) == (1.0, 0.75, 30)
     cells = {name: write(fitted) for name, write in COLUMNS.items()}
-    assert cells["difference from the source"] == "+1.00 [+1.00, +1.00]" and cells["won back, %"] == "75"
+    assert cells["difference from the source"] == "+1.000 [+1.000, +1.000]" and cells["won back, %"] == "75"
     assert COLUMNS["routing agreement, %"](shifted) == "25"
+    # what gates two blocks ahead win back is compared with gates that are moved as far
+    assert (RECIPES["calibrated_2"].moved, RECIPES["gates_lora"].moved) == ("shifted_2", SHIFTED)
 
 
 def test_recipes_are_measured_once_and_compared(
