@@ -312,7 +312,7 @@ def with_differences(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
                 "interval": bootstrap_interval(differences, SAMPLES, seed=0),
             }
         moved = RECIPES[name].moved
-        if own is not None and moved in rows and moved not in (OWN, name):
+        if own is not None and moved is not None and moved in rows and moved not in (OWN, name):
             lost = statistics.mean(rows[moved]["losses"]) - statistics.mean(own)
             more["won_back"] = 1 - more["difference"] / lost if lost > 0 else None
         if OWN in rows and row["parameters"] != rows[OWN]["parameters"]:
@@ -364,8 +364,8 @@ What recipes win back of what moved gates lose. The loss is in nats a token, on 
   nothing else is said. The source is a conventional model, whose gates sit in their own blocks.
 - The difference has a 95 % interval, which resamples the rows of text. It does not show how much depends on the
   seed: each recipe ran once.
-- *Won back*: the share of the difference between the source and (b), as many blocks ahead. More than 100 % is possible where weights are
-  trained, because training improves the source too: compare with (a).
+- *Won back*: the share of the difference between the source and (b), as many blocks ahead. More than 100 % is
+  possible where weights are trained, because training improves the source too: compare with (a).
 - *Routing agreement*: the share of choices that the source has made for the same token, as a mean over all blocks.
 - Trained recipes share text, steps, batch, schedule and seed. The seconds of a calibrated start stand beside those of
   training.
