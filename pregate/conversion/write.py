@@ -74,7 +74,8 @@ def convert(
     sides = _side_files(source, revision, tokenizer)
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(files.sizes.values())
     refuse_full_disk(output, files.sizes.values())
-    starts, account = gate_starts(plan, target, seed, fit)
+    with Unchanged(checkpoint):  # fitting takes long, and gates belong to the weights that they were fitted on
+        starts, account = gate_starts(plan, target, seed, fit)
     files = replace(files, starts=starts)
     made_from = files.made_from() | {"config": target.json, "pregate": __version__}
     made_from |= {"seed": seed} if plan.made else {}

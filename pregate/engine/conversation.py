@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pregate.config import UsageError
+from pregate.engine.generation_options import asked_for
 from pregate.models.objectives import until_end
 
 
@@ -55,7 +56,7 @@ class Conversation:
         result = self._generate(input_ids=tokens_BT, attention_mask=mask_BT, past_key_values=cache, **options)
         whole_BT: Tensor = getattr(result, "sequences", result)
         new_BN = whole_BT[:, tokens_BT.shape[1] :]
-        said_BN = until_end(new_BN, self._option("eos_token_id", options)).long()
+        said_BN = until_end(new_BN, asked_for("eos_token_id", options, self._model)).long()
         self.tokens, self.mask, self._cache = whole_BT, torch.cat([mask_BT, said_BN], 1), cache
         return new_BN
 
@@ -69,16 +70,11 @@ class Conversation:
                 "or begin another conversation."
             )
         for name in ("num_beams", "num_return_sequences"):
-            if (self._option(name, options) or 1) > 1:
+            if (asked_for(name, options, self._model) or 1) > 1:
                 raise UsageError(f"A conversation goes on from one text a row: leave {name} at 1.")
         for name in ("stop_strings", "stopping_criteria"):
-            if len(input_ids) > 1 and self._option(name, options):
+            if len(input_ids) > 1 and asked_for(name, options, self._model):
                 raise UsageError(f"Where {name} ends a row among several is not known: have a conversation for each.")
-
-    def _option(self, name: str, options: dict[str, Any]) -> Any:
-        """As `generate` finds it."""
-        given = options.get("generation_config") or self._model.generation_config
-        return options.get(name, getattr(given, name, None))
 
 
 def _behind(before: Tensor | None, turn_BS: Tensor) -> Tensor:

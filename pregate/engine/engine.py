@@ -22,6 +22,7 @@ from pregate.engine.base import Engine
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.conversation import Conversation
 from pregate.engine.device.device_engine import DeviceEngine
+from pregate.engine.generation_options import asked_for
 from pregate.engine.opening import Checkpoint, Opened
 from pregate.engine.storage.store import Store
 from pregate.engine.trace import Counters, Trace
@@ -132,10 +133,11 @@ class OffloadEngine(Engine):
         return Conversation(self.model, self.generate)
 
     def _in_chunks(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ids, config = inputs.get("input_ids"), inputs.get("generation_config") or self.model.generation_config
+        ids = inputs.get("input_ids")
         ids = inputs.get("inputs") if ids is None else ids
-        is_cached = inputs.get("use_cache", config.use_cache) is not False
-        if not (self._continues_prompts and self.prefill_chunk and is_cached) or config.prefill_chunk_size:
+        is_cached = asked_for("use_cache", inputs, self.model) is not False
+        is_chunked = bool(asked_for("prefill_chunk_size", inputs, self.model))
+        if not (self._continues_prompts and self.prefill_chunk and is_cached) or is_chunked:
             return inputs
         chunk = max(self.prefill_chunk, self._least_chunk)
         if ids is None or ids.shape[1] <= chunk:

@@ -33,10 +33,14 @@ Factor = Tensor | RowScaled
 
 
 def in_dtype(factor: Factor, dtype: torch.dtype) -> Factor:
-    """The factor for tokens in `dtype`, itself where it has that already."""
+    """The factor for tokens in `dtype`, itself where it has that already. In float16 a product with the values alone
+    could overflow, so they are scaled first."""
     if isinstance(factor, RowScaled):
-        own = factor.values_RC.dtype == dtype
-        return factor if own else RowScaled(factor.values_RC.to(dtype), factor.scale_R.to(dtype))
+        if factor.values_RC.dtype == dtype:
+            return factor
+        if dtype is torch.float16:
+            return (factor.values_RC * factor.scale_R[:, None]).to(dtype)
+        return RowScaled(factor.values_RC.to(dtype), factor.scale_R.to(dtype))
     # even where it does nothing, `to` takes microseconds, and an engine comes here for every expert
     return factor if factor.dtype == dtype else factor.to(dtype)
 

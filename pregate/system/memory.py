@@ -77,6 +77,12 @@ class PeakMemory:
         self.num_bytes = None if high is None else self._highest
         return self.num_bytes
 
+    def lower_to(self, peak: int) -> None:
+        """Forget what was higher than `peak`, an earlier one, once it is given back."""
+        with self.left_out():
+            pass
+        self._highest = peak
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """For work in between that is none of what is measured: what it takes does not count once it is given back."""

@@ -133,7 +133,10 @@ class ChatTemplate:
 
     def _text(self, messages: Sequence[Message], answering: bool = False) -> str:
         turns = [message._asdict() for message in messages]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answering)
+        # a template that knows no thinking takes no notice of it
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -48,6 +48,11 @@ class TextStream(Generic[PackedRow]):
             raise UsageError(
                 f"task.primary_metric={self.primary_metric} is no metric of a {run.task.kind} task: set it to loss."
             )
+        if run.data.max_train_examples is not None:
+            raise UsageError(
+                f"data.max_train_examples counts examples, and a {run.task.kind} task reads rows of text: leave it "
+                "out, or name a shorter file."
+            )
         check_source(run.task, run.data.root)
 
     @property

@@ -143,6 +143,12 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
             else:
                 student = config_of(read_config(run.model.source, run.model.revision))
             check_teacher(train.teacher, student)
+            if run.model.revision is not None and train.teacher == run.model.source:
+                raise UsageError(
+                    f"model.revision={run.model.revision} is of the source, and train.teacher={train.teacher} would be "
+                    "its newest version: download the revision, and set model.source and train.teacher to its "
+                    "directory."
+                )
             check_routing_loss(train, family_named(student.model_type))
 
 

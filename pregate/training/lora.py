@@ -84,7 +84,8 @@ def parts_of(model: Any, target: LoraTarget) -> Iterator[nn.Module]:
     for stack in family_of_model(model).stacks:
         for layer in model.stack_layers(stack):
             block = blocks.get(id(layer))
-            fed = next(module for name, module in layer.named_modules() if name.split(".")[-1] == "mlp")
+            dense = (module for name, module in layer.named_modules() if name.split(".")[-1] == "mlp")
+            fed = next(dense) if block is None else block.module
             if target is LoraTarget.attention:
                 inside = set(fed.modules())
                 yield from (m for m in layer.modules() if isinstance(m, nn.Linear) and m not in inside)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -33,6 +33,7 @@ FORMAT = 2
 """Of `STATE_FILE`; the first named no format and had no checksums beside it."""
 PREVIOUS = "previous"
 """The state before the newest one, beside it; `previous_2` is the one before that, and so on."""
+Value = TypeVar("Value")
 DAMAGED = "damaged"
 """Where a newest state goes that is not as it was saved, `damaged_2` the one before it; the next save removes them."""
 
@@ -212,12 +213,17 @@ def _load_whole(directory: Path, model: Any) -> None:
         raise other_model(directory)
 
 
-def _of_latest(directory: Path, read: Callable[[dict[str, Any]], int]) -> int | None:
+def _of_latest(directory: Path, read: Callable[[dict[str, Any]], Value]) -> Value | None:
     """What `read` gives for the record of the newest state, in `directory` or beside it, of which that can be read."""
     for place in (directory, *earlier_states(directory)):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return read(record_of(place))
     return None
+
+
+def data_of(directory: Path) -> str:
+    """The fingerprint of the training examples of what `save_last` left in `directory`; empty if that is unknown."""
+    return _of_latest(directory, lambda record: str(record["state"]["data"])) or ""
 
 
 def processes_of(directory: Path) -> int | None:

@@ -36,8 +36,8 @@ from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
 from pregate.training.optimizer_and_schedule import autocast_dtype, build_optimizer, freeze_all_but, set_dropout
 from pregate.training.resume_changes import check_data
-from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST
-from pregate.training.saved_state import settle
+from pregate.training.run_dir_lock import CHECKPOINT, KEPT, LAST, SOURCE
+from pregate.training.saved_state import data_of, settle
 from pregate.training.sharded_saved_state import Weights, fill, open_last
 from pregate.training.sharding import ShardedModel, shard
 from pregate.training.state_values import TrainState, set_random_state
@@ -128,7 +128,9 @@ def prepare(
     optimizer = build_optimizer(model, train)
     checkpoint = None if offloaded is None else offloaded.checkpoint_bytes
     state = restore(model, optimizer, train, run, out_dir, accelerator, sharded, checkpoint)
-    check_data(run, out_dir / LAST, state.data, feed.fingerprint)
+    # the first stage of a run, the training of its source, may be all that there is of it
+    learnt = out_dir / LAST if state.data else out_dir / SOURCE / LAST
+    check_data(run, learnt, state.data or data_of(learnt), feed.fingerprint)
     state.data = feed.fingerprint
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, and has no replacement of its meaning yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)

@@ -32,7 +32,7 @@ from pregate.tasks.base import Task
 from pregate.tasks.text_stream import TextStream
 from pregate.tracking import Tracker
 from pregate.training.durable_directories import replaced, write_model
-from pregate.training.from_scratch import geometry_config, vocabulary_size
+from pregate.training.from_scratch import geometry_config, special_tokens, vocabulary_size
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
@@ -67,7 +67,7 @@ def get_source(run: Run, run_dir: Path, task: Task | TextStream, tokenizer: Any,
 
 def _random_model(run: Run, tokenizer: Any) -> Any:
     set_seed(run.seed)
-    config = geometry_config(run, PreGating(), vocabulary_size(tokenizer))
+    config = geometry_config(run, PreGating(), vocabulary_size(tokenizer), special_tokens(tokenizer))
     return family_named(run.model.family).model_class(config)
 
 

@@ -105,7 +105,7 @@ def _interval(axes: Axes, arm: ArmSummary, x: float) -> None:
 
 
 def plot_agreement(arms: Arms, path: Path) -> bool:
-    """Share of tokens routed as the conventional model of the same seed routes them; a row a task, a column a stack."""
+    """Share of choices that the conventional model of the same seed makes too; a row a task, a column a stack."""
     shown: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for task, found in arms.items():
         blocks = {_key(arm): by_block(arm.records, "agreement") for arm in found if arm.variant in ("", OTHER_SEED)}
@@ -123,7 +123,7 @@ def plot_agreement(arms: Arms, path: Path) -> bool:
                     points = [(n, 100 * v) for n, v in enumerate(values[stack]) if v is not None]
                     axes.plot(*zip(*points, strict=True), _line(arm), color=COLORS.get(arm, FAINT), lw=1.3, ms=4)
                     axes.set_xticks(range(0, len(values[stack]), 1 + (len(values[stack]) - 1) // 16))
-                axes.set_title(f"{TASK_LABELS.get(task, task)}, {stack}: tokens routed as in (a)")
+                axes.set_title(f"{TASK_LABELS.get(task, task)}, {stack}: choices as in (a)")
                 axes.set_ylim(0, 104)
                 axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)], color=FAINT)
                 _tidy(axes)

@@ -13,6 +13,7 @@ from typing import Any
 from pregate.measure.report.evaluation_tables import METRIC_LABELS, metric_label
 from pregate.measure.table_format import ABSENT, signed
 from pregate.system.console import first_of
+from pregate.system.durable import read_object
 from studies.accuracy.arms_and_seeds import (
     AS_IT_IS,
     CHANGES,
@@ -28,7 +29,7 @@ from studies.accuracy.arms_and_seeds import (
     Cell,
 )
 from studies.accuracy.plots import plot_study
-from studies.accuracy.records import load_baselines, load_records
+from studies.accuracy.records import STUDY, load_baselines, load_records
 from studies.accuracy.statistics import (
     ArmSummary,
     by_block,
@@ -72,7 +73,8 @@ def render(folder: Path, size: str, cells: Sequence[Cell]) -> None:
     records, baselines = load_records(folder), load_baselines(folder)
     arms = {task: summaries(records, task) for task in tasks_of(records)}
     drawn = plot_study(arms, folder / "plots")
-    text = study_markdown(records, arms, baselines, size, cells, drawn, told_place(folder))
+    source = (read_object(folder / STUDY) or {}).get("source")
+    text = study_markdown(records, arms, baselines, size, cells, drawn, told_place(folder), source)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -91,7 +93,9 @@ def study_markdown(
     cells: Sequence[Cell],
     plots: Sequence[str] = (),
     place: str = "DIR",
+    source: str | None = None,
 ) -> str:
+    """`source`: the model that cells start from, where it is not the size's own."""
     names = {record["cell"] for record in records}
     missing = [cell.name for cell in cells if cell.name not in names]
     done = f"{len(cells) - len(missing)} of {len(cells)} cells."
@@ -99,7 +103,7 @@ def study_markdown(
         done += f" Missing: {first_of(missing, 8)}."
     parts = [f"# Accuracy study, {size}", "Does it cost accuracy to decide a block ahead? " + done]
     parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
-    parts.append(how_to_repeat(records, size, place if missing else None))
+    parts.append(how_to_repeat(records, size, place if missing else None, source))
     for task, found in arms.items():
         parts += task_section(task, found, baselines.get(task, {}))
     for name in plots:
@@ -223,7 +227,7 @@ def routing_tables(arms: Sequence[ArmSummary]) -> list[str]:
     """Agreement and mass of every block, then load and switches as means over the blocks."""
     parts = []
     for figure, title in (
-        ("agreement", "Routing agreement with (a) of the same seed, % of tokens:"),
+        ("agreement", "Routing agreement with (a) of the same seed, % of choices:"),
         ("gate_mass", "Gate mass, % of what (a)'s routers give to their own choice:"),
     ):
         found = {label(arm): by_block(arm.records, figure) for arm in arms}
@@ -269,9 +273,11 @@ def _percent(value: float | None) -> str:
     return ABSENT if value is None else f"{100 * value:.0f}"
 
 
-def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | None) -> str:
-    """The commands that give these results again. `place`: this folder, if cells are missing in it."""
-    whole = f"./scripts/reproduce_accuracy.sh {size}"
+def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | None, source: str | None = None) -> str:
+    """The commands that give these results again. `place`: this folder, if cells are missing in it. `source`: what
+    SOURCE was set to."""
+    own = "" if source is None else f"SOURCE={'DIR' if Path(source).is_absolute() else source} "
+    whole = f"{own}./scripts/reproduce_accuracy.sh {size}"
     told, lines = ["all of it"], [whole]
     if place is not None:
         told.append("what is missing here")

@@ -38,6 +38,7 @@ from pregate.conversion.manifest import MANIFEST
 from pregate.engine.opening import Opened
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.families.olmoe import FAMILY
+from pregate.models.family import config_of
 from pregate.models.loading import load_resident, mark_conventional, open_model
 from pregate.system.byte_sizes import parse_bytes
 from pregate.system.stopping import GOES_ON, Terminated, stoppable
@@ -395,3 +396,18 @@ def _agreement(one: Any, other: Any, batches: Batches) -> Iterator[list[float]]:
         for row, t in mask.nonzero().tolist():
             chosen = [[set(block[row, t].topk(K).indices.tolist()) for block in blocks] for blocks in pair]
             yield [len(a & b) / K for a, b in zip(*chosen, strict=True)]
+
+
+def test_a_changed_config_begins_anew(tmp_path: Path) -> None:
+    """The states that an interrupted calibration keeps were computed by the config as it was."""
+    olmoe(tmp_path)
+
+    def made_from() -> dict[str, Any]:
+        source = open_model(str(tmp_path))
+        return through_engine._made_from(Run(), source, config_of(source.config), [], torch.float32)
+
+    before = made_from()
+    assert made_from() == before
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts_per_tok": 2}))
+    assert made_from() != before

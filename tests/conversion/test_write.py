@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, SwitchTransformersForConditionalGeneration
 
 from pregate import __version__
-from pregate.config import Entry, Init, PreGateConfig
+from pregate.config import Entry, Init, PreGateConfig, UsageError
+from pregate.conversion.gate_starts import FittedGates
 from pregate.conversion.write import convert
-from pregate.models.loading import load_resident
+from pregate.models.loading import load_resident, open_model
 from tests.make_switch_base import SWITCH_BASE_8, TINY, make, shapes, weight
+from tests.tiny import upstream_model
 
 BOTH = ["encoder", "decoder"]
 GEOMETRIES = {
@@ -316,3 +318,19 @@ def test_an_untied_model_with_one_table_for_both_stacks_opens(tmp_path):
     _, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"], info
     assert torch.equal(written(tmp_path / "out")["decoder.embed_tokens.weight"], tensors["shared.weight"])
+
+
+def test_a_source_that_changes_while_gates_are_fitted_is_refused(tmp_path):
+    """Its gates would belong to other weights than those that are written."""
+    upstream_model(0).save_pretrained(tmp_path / "source")
+    opened = open_model(str(tmp_path / "source"))
+
+    def fit(plan, config):
+        read = opened.read([origin for move in plan.moves for origin in move.renamed.values()])
+        tensors = {n: read[o].clone() for move in plan.moves for n, o in move.renamed.items()}
+        upstream_model(1).save_pretrained(tmp_path / "source")
+        return FittedGates(tensors, {})
+
+    with pytest.raises(UsageError, match="was written to while it was read"):
+        convert(str(tmp_path / "source"), tmp_path / "out", gate(init="calibrated"), fit=fit)
+    assert not (tmp_path / "out").exists()

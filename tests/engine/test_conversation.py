@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pregate.config import UsageError
 from pregate.engine.engine import OffloadEngine
@@ -55,6 +56,24 @@ def test_every_turn_equals_a_fresh_run_on_the_whole_text(model: Any, engine: Any
         assert sum(read) == 6 + turn + (turn > 0) + 3
         tokens, mask = torch.cat([tokens, reply], 1), torch.cat([mask, torch.ones_like(reply)], 1)
         assert torch.equal(talk.tokens, tokens) and torch.equal(talk.mask, mask)
+
+
+def test_a_generation_config_of_the_caller_leaves_the_rest_to_the_models_own(model: Any, engine: Any) -> None:
+    """Upstream fills what it does not say from the model's: here the token at which the first row ends early."""
+    said = prompts(3)
+    first = model.generate(**said, **PLAIN, eos_token_id=None)[:, said["input_ids"].shape[1] :]
+    own = engine.model.generation_config
+    own.eos_token_id = int(first[0, 1])
+    try:
+        talks = engine.conversation(), engine.conversation()
+        talks[0].reply(**said, **PLAIN)
+        talks[1].reply(**said, generation_config=GenerationConfig(**PLAIN))
+        own.use_cache = False
+        engine.generate(**prompts(1), generation_config=GenerationConfig(**PLAIN))  # upstream reads no chunks then
+    finally:
+        own.eos_token_id, own.use_cache = None, True
+    assert torch.equal(talks[0].tokens, talks[1].tokens) and torch.equal(talks[0].mask, talks[1].mask)
+    assert not talks[1].mask[0, -2:].any() and talks[1].mask[1:, -4:].any()
 
 
 def test_padding_behind_an_early_end_is_no_text(model: Any, engine: Any) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pregate.system.durable import write_json
 from studies.accuracy.arms_and_seeds import SIZES, all_cells
-from studies.accuracy.records import add_baselines, append_record
+from studies.accuracy.records import STUDY, add_baselines, append_record
 from studies.accuracy.tables import render
 from tests.studies.synthetic import synthetic_records
 
@@ -123,6 +124,9 @@ def test_commands_say_where_and_with_how_many_threads(tmp_path: Path, monkeypatc
     text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
     assert "DIR OUT=results/here ./scripts/reproduce_accuracy.sh nano\n" in text
     assert "DIR OMP_NUM_THREADS=1 python -m pregate.train +arm=conventional\n" in text
+    write_json(tmp_path / "results" / "here" / STUDY, {"size": "nano", "source": "owner/model"})
+    text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
+    assert "DIR OUT=results/here SOURCE=owner/model ./scripts/reproduce_accuracy.sh nano\n" in text
 
 
 def test_a_study_that_has_only_begun(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pregate.config import Device, UsageError
 from pregate.system import machine
+from pregate.system.memory import PeakMemory
 
 
 def test_set_seed_repeats_every_generator():
@@ -84,3 +85,15 @@ def test_half_precision_gives_way_where_a_cpu_has_no_instructions_for_it(
     assert machine.fast_dtype(torch.bfloat16, cpu) is expected
     assert machine.fast_dtype(torch.bfloat16, torch.device("cuda")) is torch.bfloat16
     assert machine.fast_dtype(torch.float32, cpu) is torch.float32
+
+
+def test_a_peak_can_be_lowered_to_an_earlier_one() -> None:
+    """Or a small load that follows a large one would have the peak of the large one."""
+    with PeakMemory(torch.device("cpu")) as peak:
+        if peak.read() is None:
+            pytest.skip("this system does not tell peaks of memory")
+        large = torch.ones(50_000_000)
+        first = peak.read() or 0
+        del large
+        peak.lower_to(1000)
+        assert first > 190_000_000 > (peak.read() or 0)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +193,10 @@ def test_every_task_yaml_builds(monkeypatch):
         assert task.name == {"span_corruption": "corpus", "language_modelling": "corpus"}.get(name, name)
         assert task.primary_metric in task.metric_names
         assert run.task.kind in TaskKind
+
+
+def test_a_stream_of_text_has_no_number_of_examples(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("a b c")
+    settings = ["task=language_modelling", "data.max_train_examples=5", f"task.files.train={tmp_path / 'c.txt'}"]
+    with pytest.raises(UsageError, match=r"data\.max_train_examples counts examples"):
+        build_training_task(compose_run(settings))

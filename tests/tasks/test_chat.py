@@ -221,3 +221,20 @@ def test_a_template_in_a_file_goes_with_the_tokenizer(tmp_path: Path) -> None:
     assert ChatTemplate(kept, 50, 50).tokenizer.chat_template == CHATML
     with pytest.raises(UsageError, match=r"task.chat_template=.*missing cannot be read"):
         load_tokenizer(compose_run([*arguments, f"task.chat_template={tmp_path}/missing"]))
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Qwen3's way: an answer without thought has an empty one, which the prompt holds where thinking is off."""
+
+
+def test_an_empty_thought_belongs_to_the_prompt() -> None:
+    tokenizer = chat_tokenizer(THINKING)
+    row = collator(tokenizer).rows([SHORT])[0]
+    assert tokenizer.decode(row.target) == f"{SHORT.target}<|im_end|>\n"
+    assert tokenizer.decode(row.source).endswith("<think>\n\n</think>\n\n")

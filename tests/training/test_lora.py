@@ -13,9 +13,11 @@ from torch import Tensor
 
 from pregate.config import LoraConfig, LoraTarget, Run, TaskConfig, Trainable, TrainConfig, UsageError
 from pregate.models.families.olmoe import FAMILY, PreGatedOlmoeConfig, PreGatedOlmoeForCausalLM
+from pregate.models.family import family_of
 from pregate.models.loading import load_resident
 from pregate.training import lora
 from pregate.training.checks import check_memory_savers, trained_config
+from tests.models.families.test_decoder_only import Row, every_family, upstream_model
 from tests.tiny import batch, pregated_model
 from tests.training.copying import OLMOE, SHALLOW, Recorder, train_tiny
 
@@ -129,6 +131,16 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path, monkeypatch: pytest.M
         Run(train=TrainConfig(lora=LoraConfig(rank=4)))
     with pytest.raises(UsageError, match="must name each part once"):
         Run(train=TrainConfig(trainable=Trainable.lora, lora=LoraConfig(targets=[LoraTarget.experts] * 2)))
+
+
+@every_family
+def test_attention_and_experts_of_every_family_can_be_adapted(row: Row) -> None:
+    upstream = upstream_model(row, 0)
+    family = family_of(upstream.config.to_dict())
+    model = family.model_class(family.config(upstream.config.to_dict()))
+    modules, tensors = lora.targets_of(model, BOTH)
+    assert modules and any("expert" in name for name in (*modules, *tensors))
+    assert not any("gate." in name or "router" in name for name in modules)
 
 
 def test_the_parts_of_a_model() -> None:

@@ -34,8 +34,10 @@ from pregate.config import (
 from pregate.conversion.manifest import MANIFEST
 from pregate.conversion.write import convert
 from pregate.models.checkpoint import open_checkpoint, read_config
+from pregate.models.pregating import PreGating
 from pregate.tracking import flatten
 from pregate.training.checks import check_model, check_teachers
+from pregate.training.from_scratch import geometry_config, special_tokens, vocabulary_size
 from pregate.training.resume_changes import OTHER_RESULT, SAME_RESULT
 from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, claim_run_dir
 from pregate.training.saved_state import steps_done
@@ -324,6 +326,9 @@ def test_a_teacher_is_compared_with_the_model_to_train(tmp_path: Path, which: st
     check_teachers(Run(model=source), tokenizer)
     with pytest.raises(UsageError, match="has 64 ids in the vocabulary but the model to train has 128"):
         check_teachers(Run(model=source, **taught), tokenizer)
+    source.revision, taught[which].teacher = "v1", source.source
+    with pytest.raises(UsageError, match=r"model\.revision=v1 is of the source"):
+        check_teachers(Run(model=source, **taught), tokenizer)
 
 
 def calibrated_run(**calibration: Any) -> Run:
@@ -382,3 +387,32 @@ def test_a_spoilt_summary_of_a_trained_source_is_written_again(tmp_path: Path, s
     assert get_source(run, *given) == directory  # type: ignore[arg-type]
     assert json.loads(path.read_text())["steps"] == whole["steps"] == 1
     assert (Path(directory) / "model.safetensors").read_bytes() == weights
+
+
+def test_data_that_changed_between_two_stages_are_refused(tmp_path: Path) -> None:
+    """The run holds a trained source and no state of the fine-tuning yet."""
+    shape = {name: value for name, value in geometry().items() if name != "vocab_size"}
+    run = short_run()
+    run.source_train, run.model = TrainConfig(steps=1, batch_sequences=2, eval_examples=2), ModelConfig(geometry=shape)
+    task, tokenizer = FirstWords(), word_tokenizer()
+    source = get_source(run, tmp_path, task, tokenizer, Recorder())  # type: ignore[arg-type]
+    run.resume, run.pregate = True, PreGateConfig(lookahead=0)
+    run.train = TrainConfig(steps=1, warmup_steps=0, batch_sequences=2, eval_examples=2)
+    given = (run, tmp_path, source, task, tokenizer, Recorder())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FirstWords, "fingerprint", lambda self, split: "other")
+        with pytest.raises(UsageError, match="was trained on examples with other content"):
+            train_converted(*given)  # type: ignore[arg-type]
+    assert train_converted(*given).steps == 1  # type: ignore[arg-type]
+
+
+def test_a_model_from_scratch_ends_and_pads_as_its_tokenizer_does(tmp_path: Path) -> None:
+    shape = {name: value for name, value in geometry().items() if not name.endswith("_id") and name != "vocab_size"}
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<fill>"})
+    assert min(tokenizer.eos_token_id, tokenizer.pad_token_id) > 1
+    config = geometry_config(
+        Run(model=ModelConfig(geometry=shape)), PreGating(), vocabulary_size(tokenizer), special_tokens(tokenizer)
+    )
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert config.decoder_start_token_id == tokenizer.pad_token_id

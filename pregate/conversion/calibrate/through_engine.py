@@ -155,6 +155,7 @@ def _made_from(
         digest.update(f"{len(ids)} ".encode() + ids.tobytes())
     return {
         "source": source.identity(),
+        "config": source.config,
         "pregate": config.pregating.to_dict(),
         "calibration": asdict(run.calibration),
         "lengths": [run.task.max_source_tokens, run.task.max_target_tokens],

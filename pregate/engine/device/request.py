@@ -87,7 +87,8 @@ def read_request(
             continue
         if name in WHEN_SAMPLING and not sample:
             continue
-        if value not in ({}, [], False):
+        # not `in`: zero equals False, and changes the tokens
+        if value is not False and value not in ({}, []):
             _refuse({name: value})
     start = 0 if prompt_len is not None else config.decoder_start_token_id
     if start is None:

@@ -83,8 +83,10 @@ class Whole:
     def _in_memory(self, rows: Sequence[RowSpec], missing: dict[tuple[RowSpec, str], RowSpec], record: Record) -> None:
         with PeakMemory(self.device) as peak:
             whole = resident_model(self.model, self.device)
+            opening = peak.read() or 0
             # quantised weights replace the model's own, so those come last
             for load in dict.fromkeys([*rows, *(spec for spec, _ in missing)]):
+                peak.lower_to(opening)  # or a row would have the peak of a larger one before it
                 row = self._row(whole, load, SlabDtype.source, peak)
                 if load in rows:
                     record(row)

@@ -74,8 +74,8 @@ class RowSpec:
         return " ".join(str(part) for part in parts if part is not None)
 
     def slug(self) -> str:
-        """`sentence` as a file name."""
-        return re.sub(r"[^\w.-]+", "_", self.sentence())
+        """`sentence` and the dtype as a file name."""
+        return re.sub(r"[^\w.-]+", "_", f"{self.sentence()} {self.dtype}")
 
 
 def grid(run: Run, model: BenchModel, device: torch.device) -> list[RowSpec]:

@@ -5,13 +5,16 @@ Knows settings, geometries and sizes; measures nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from omegaconf import OmegaConf
 
 from pregate.config import Drive, Policy, Precision, Run, SlabDtype, UsageError
@@ -67,6 +70,12 @@ class BenchModel:
         """Names its files among those of other models."""
         few = f"-{self.blocks}".replace(" ", "-") if self.blocks else ""
         return f"{self.name}{few}-{self.dtype_name}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of its weights and config: models of one name may differ."""
+        made_of = {"weights": self.source.identity(), "config": self.source.config}
+        return xxhash.xxh3_64_hexdigest(json.dumps(made_of, sort_keys=True, default=str).encode())
 
     def num_bytes(self) -> int:
         """Of the whole model in memory."""

@@ -82,8 +82,10 @@ def _by_kind(rows: Sequence[Row], model: str, field: str) -> dict[Kind, dict[str
 
 
 def _as_the_paper(row: Row) -> bool:
-    """Whether a policy of the paper decoded at batch 1, with experts in host memory, no cache and its own budget."""
+    """Whether a policy of the paper decoded at batch 1, with experts in host memory, no cache and its own budget,
+    all of the model, and at most one block ahead."""
     plain = row.get("cache") in (None, "none") and row.get("budget") is None and row.get("forced_experts") is None
+    plain = plain and row.get("blocks") is None and row.get("lookahead") in (None, 0, 1)
     return plain and row["policy"] in POLICIES and row["batch"] == 1 and row.get("tier") in (None, "dram")
 
 

@@ -81,9 +81,14 @@ def group_labels(rows: Sequence[Row]) -> list[str]:
 
 def _settings(row: Row) -> list[str | None]:
     experts, budget, drive = row.get("forced_experts"), row.get("budget"), row.get("drive")
+    lookahead, blocks = row.get("lookahead"), row.get("blocks")
     return [
         str(row.get("model", "")),
         str(row.get("dtype", "")),
+        None if lookahead is None else f"lookahead {lookahead}",
+        row.get("gates"),
+        None if blocks is None else f"{blocks} blocks",
+        None if row.get("prompt_len") is None else f"{row['prompt_len']} tokens in",
         row.get("tier"),
         f"{row.get('slab_dtype') or 'source'} slabs",
         f"batch {row.get('batch')}",

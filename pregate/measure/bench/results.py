@@ -10,6 +10,7 @@ from typing import Any
 
 from pregate.config import UsageError
 from pregate.measure.bench.grid import RowSpec
+from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.table import short_figures
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.system.console import say
@@ -41,9 +42,10 @@ class Results:
         plain = to_jsonable({**row, "command": self.command})
         append_text(self.path, json.dumps(plain, ensure_ascii=False) + "\n")
         self.rows.append(plain)
-        sentence = RowSpec.of(plain).sentence()
+        spec = RowSpec.of(plain)
+        sentence = spec.sentence()
         say(f"{len(self.rows)} of {self.total}: {sentence}: {short_figures(plain)}")
-        label = sentence.replace(" ", "_")
+        label = f"{sentence} {spec.dtype}".replace(" ", "_")
         self.tracker.log({f"bench/{label}/{k}": plain[k] for k in FIGURES if plain.get(k) is not None}, len(self.rows))
 
 
@@ -63,6 +65,21 @@ def earlier_rows(run_dir: Path, resume: bool) -> list[dict[str, Any]]:
     if rows and not resume:
         raise UsageError(f"{path} holds {len(rows)} rows: go on with resume=true, or choose another run_dir=DIR.")
     return rows
+
+
+def refuse_other_rows(rows: Sequence[dict[str, Any]], model: BenchModel, device: str) -> None:
+    """Raises `UsageError` if rows that bear the name and the gates of `model` were measured with other weights, or on
+    another kind of device. Rows that do not say count as alike."""
+    gating = model.gating
+    mine = {"model": model.name, "dtype": model.dtype_name, "blocks": model.blocks, "gates": model.gates}
+    mine |= {"lookahead": gating.lookahead, "entry": str(gating.entry)}
+    for row in rows:
+        if any(row.get(name) != value for name, value in mine.items()):
+            continue
+        for name, now in (("fingerprint", model.fingerprint), ("device", device)):
+            if row.get(name, now) != now:
+                other = f"on {row[name]}" if name == "device" else "with other weights or another geometry"
+                raise UsageError(f"The rows of {model.name} were measured {other}: choose another run_dir=DIR.")
 
 
 def refuse_not_finite(rows: Sequence[dict[str, Any]], out_dir: Path) -> None:

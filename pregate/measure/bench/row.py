@@ -59,7 +59,7 @@ def measure_row(
             server.serve(requests.prompt(WARM_UP + number), options, traced=False) for number in range(effort.warmup)
         ]
     timed = effort.run(lambda number: server.serve(requests.prompt(number), options), lambda: probes.take(peak))
-    row = spec.to_dict()
+    row: dict[str, Any] = spec.to_dict() | {"fingerprint": model.fingerprint, "device": server.device.type}
     if engine is not None:
         check_moved(spec.policy, sum(one.counted["bytes_moved"] for one in [*warm_up, *timed]))
         row |= engine_report(engine, spec, timed, active)

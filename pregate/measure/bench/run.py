@@ -25,7 +25,7 @@ from pregate.measure.bench.models import BenchModel, bench_models, check_models
 from pregate.measure.bench.plots import plot_bench
 from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
-from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite
+from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite, refuse_other_rows
 from pregate.measure.bench.table import command, print_bench, write_bench
 from pregate.measure.bench.transfer_speed import Reading
 from pregate.system.byte_sizes import human_bytes
@@ -54,6 +54,8 @@ class Benchmark:
         measured = [] if run.plan else earlier_rows(Path(run.run_dir), run.resume)
         models = bench_models(run)
         check_models(run, models)
+        for model in models:
+            refuse_other_rows(measured, model, device.type)
         benchmark = cls(run, device, {model: grid(run, model, device) for model in models}, measured)
         if not run.plan:
             _refuse_full_disk(benchmark)

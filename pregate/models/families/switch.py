@@ -52,7 +52,8 @@ class SwitchFamily(Family):
         return super().pregated_json({k: v for k, v in config.items() if k != OLD_MARKER}, gating)
 
     def from_scratch(self, geometry: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-        return super().from_scratch({"decoder_start_token_id": 0, **geometry}, vocab_size)
+        start = geometry.get("pad_token_id", 0)  # as T5 does
+        return super().from_scratch({"decoder_start_token_id": start, **geometry}, vocab_size)
 
     def complete(self, source: str, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
         """With the token that the decoder begins with: the config's, else that of `generation_config.json`, else the

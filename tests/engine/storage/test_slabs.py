@@ -19,7 +19,7 @@ from pregate.engine.storage.quantisation import STRIP, dequantise, quantise, wid
 from pregate.engine.storage.slabs import LINE, SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
-from pregate.models.expert_math import RowScaled, project
+from pregate.models.expert_math import RowScaled, in_dtype, project
 from pregate.models.experts import ExpertSpec, TensorSlice
 from pregate.models.family import experts_of
 from tests.engine.serving import Served
@@ -215,3 +215,15 @@ def test_both_tiers_hold_the_same_slabs(served: Served, tmp_path: Any, stored: S
         assert torch.equal(read, encoded), key
     disk.close()
     dram.close()
+
+
+def test_in_float16_scales_come_before_the_product() -> None:
+    """Slabs of a bfloat16 checkpoint, computed in float16: the product with the stored numbers alone would overflow."""
+    factor = RowScaled(
+        torch.full((2, 64), 448.0, dtype=torch.bfloat16), torch.full((2,), 2.0**-12, dtype=torch.bfloat16)
+    )
+    hidden_ND = torch.full((1, 64), 8.0, dtype=torch.float16)
+    found = project(hidden_ND, in_dtype(factor, torch.float16))
+    assert torch.equal(found, torch.full((1, 2), 64 * 8 * 448 * 2.0**-12, dtype=torch.float16))
+    wide = in_dtype(factor, torch.float32)
+    assert isinstance(wide, RowScaled) and wide.values_RC.dtype == torch.float32

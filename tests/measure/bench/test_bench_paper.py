@@ -63,12 +63,17 @@ def test_only_plain_rows_of_batch_1_stand_beside_the_paper() -> None:
         row("pre_gated", 11.0, tier="disk"),
         row("pre_gated", 12.0, budget="20%"),
         row("pre_gated", 13.0, new_tokens=16),
+        row("pre_gated", 14.0, new_tokens=512, blocks="2 of 6"),
+        row("pre_gated", 15.0, new_tokens=512, lookahead=2),
     ]
     text = narrow(beside_the_paper(rows))
     assert "| switch-base-64 | the paper | 142 | 113 | 78 | 3 |" in text
     assert "| | bfloat16, device-driven, slabs source | 500 | 400 | – | – |" in text
     assert "| | bfloat16, device-driven, slabs int8 | – | 333 | – | – |" in text
-    assert not any(number in text for number in (" 450 ", "4e+03", " 90 ", " 77 ", " 11 ", " 12 ", " 13 ", "Base-8"))
+    assert not any(
+        number in text
+        for number in (" 450 ", "4e+03", " 90 ", " 77 ", " 11 ", " 12 ", " 13 ", " 14 ", " 15 ", "Base-8")
+    )
     assert "Figure 11" in text and "Figure 10" not in text, "nothing was measured for that one"
     assert beside_the_paper([]) == ""
 

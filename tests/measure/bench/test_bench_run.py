@@ -182,6 +182,8 @@ def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch
     assert len(probes) == rows[2]["repeats"] + 1 == len(rows[2]["link_gb_per_s_probes"])
     assert min(probes) <= rows[2]["compute_ms"] <= max(probes)
     assert rows[0]["command"] + " resume=true" == rows[2]["command"]
+    with pytest.raises(UsageError, match="were measured with other weights or another geometry"):
+        command.main(tiny_run(tmp_path, policies, "resume=true", "model.geometry.d_ff=32"))
     shown = (tmp_path / "bench.md").read_text()
     assert f"```\n{rows[0]['command']}\n{rows[2]['command']}\n```" in shown, "both commands made the table"
 
@@ -352,3 +354,8 @@ def test_a_plan_says_what_pays_and_packs_no_whole_model(tmp_path: Path, capsys: 
     assert load["verdicts"][0].split()[0] in printed and "Plan: " in printed
     shown = (tmp_path / "plan.md").read_text()
     assert all(said in shown for said in load["verdicts"]) and str(tmp_path) not in shown
+
+
+def test_traces_of_two_dtypes_are_two_files() -> None:
+    spec = RowSpec("tiny", "float32", 1, "own", "pre_gated", 1, 8, 4, 0)
+    assert spec.slug() != replace(spec, dtype="bfloat16").slug()

@@ -189,6 +189,8 @@ def test_bars_stand_where_their_settings_differ() -> None:
     assert group_labels(rows[:1]) == ["switch-base-64"]
     shares = [engine_row("on_demand", 5.0, budget=budget) for budget in ("1%", "10%")]
     assert group_labels(shares) == ["1% of experts", "10% of experts"]
+    further = [engine_row("on_demand", 5.0, lookahead=lookahead) for lookahead in (1, 2)]
+    assert group_labels(further) == ["lookahead 1", "lookahead 2"]
 
 
 def test_every_figure_that_was_measured_is_drawn(tmp_path: Path) -> None:
