@@ -326,8 +326,9 @@ def test_a_source_that_changes_while_gates_are_fitted_is_refused(tmp_path):
     opened = open_model(str(tmp_path / "source"))
 
     def fit(plan, config):
-        read = opened.read([origin for move in plan.moves for origin in move.renamed.values()])
-        tensors = {n: read[o].clone() for move in plan.moves for n, o in move.renamed.items()}
+        origins = {n: o for move in plan.moves for n, o in move.renamed.items() if o in opened.tensors}
+        read = opened.read(origins.values())
+        tensors = {name: read[origin].clone() for name, origin in origins.items()}
         upstream_model(1).save_pretrained(tmp_path / "source")
         return FittedGates(tensors, {})
 

@@ -79,9 +79,9 @@ def test_every_row_of_the_disk_tier_is_measured_compared_and_shown(
     }
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
     assert len(list((tmp_path / "traces").iterdir())) == 12
-    trace = json.loads((tmp_path / "traces" / "tiny_disk_pre_gated_30_batch_2.json").read_text())
+    trace = json.loads((tmp_path / "traces" / "tiny_disk_pre_gated_30_batch_2_bfloat16.json").read_text())
     assert {event["cat"] for event in trace["traceEvents"] if event["ph"] == "X"} >= {"layer", "compute", "transfer"}
-    assert "bench/tiny_disk_on_demand_30%_batch_2/tpot_ms" in (tmp_path / "metrics.jsonl").read_text()
+    assert "bench/tiny_disk_on_demand_30%_batch_2_bfloat16/tpot_ms" in (tmp_path / "metrics.jsonl").read_text()
     printed = capsys.readouterr()
     assert "15 of 15: tiny disk int8 pre_gated lru 30% batch 2: " in printed.err
     assert f"Tables: {tmp_path / 'bench.md'}" in printed.out
@@ -183,7 +183,9 @@ def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch
     assert min(probes) <= rows[2]["compute_ms"] <= max(probes)
     assert rows[0]["command"] + " resume=true" == rows[2]["command"]
     with pytest.raises(UsageError, match="were measured with other weights or another geometry"):
-        command.main(tiny_run(tmp_path, policies, "resume=true", "model.geometry.d_ff=32"))
+        other = tiny_run(tmp_path, policies, "resume=true")
+        other.model.geometry = {**other.model.geometry, "d_ff": 32}
+        command.main(other)
     shown = (tmp_path / "bench.md").read_text()
     assert f"```\n{rows[0]['command']}\n{rows[2]['command']}\n```" in shown, "both commands made the table"
 
