@@ -121,7 +121,7 @@ SIZES = {
     "smollm2_moe": Size(
         ("web_questions", "sst2", "squad"),
         source="runs/smollm2_moe/checkpoint",
-        make_source="python -m studies.dense_to_moe runs/smollm2_moe",
+        make_source="python -m studies.dense_to_moe runs/smollm2_moe --teach",
         dense="dense_as_moe",
         threads=(2, 1),
         stacks=("decoder",),

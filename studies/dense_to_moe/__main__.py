@@ -1,7 +1,7 @@
 """From a dense model that knows a language to a conventional MoE checkpoint that does.
 
     pip install --no-deps -r studies/dense_to_moe/requirements.txt
-    PREGATE_DATA=DIR python -m studies.dense_to_moe OUT [--hours 2.5] [--experts 8] [--top-k 4] [--shared 0.03125]
+    PREGATE_DATA=DIR python -m studies.dense_to_moe OUT [--hours 2.5] [--experts 8] [--top-k 4] [--shared 0]
 
 Unpacks SmolLM2-135M-Instruct, writes a text of DIR/corpus and tasks as conversations, parts the neurons of each
 feed-forward layer into experts (or, with --form upcycle, copies the layer), fits the gates, heals all of it with

@@ -60,7 +60,7 @@ class Form:
     kind: str = SPLIT
     experts: int = 8
     top_k: int = 4
-    shared: float = 0.03125
+    shared: float = 0.0
     shared_by: str = "strength"
     noise: float = 0.02
 

@@ -99,7 +99,9 @@ def test_neurons_that_cannot_be_parted_are_shared() -> None:
     for experts, shared, num_shared, width in ((5, 0.0, 8, 24), (4, 0.25, 32, 24), (4, 0.0, 0, 32)):
         form = Form(experts=experts, shared=shared)
         assert (form.num_shared(NEURONS), form.width(NEURONS)) == (num_shared, width)
-    assert (Form().num_shared(1536), Form().width(1536)) == (64, 184)
+    assert (Form().num_shared(1536), Form().width(1536)) == (0, 192)
+    few = Form(shared=0.03125)
+    assert (few.num_shared(1536), few.width(1536)) == (64, 184)
 
 
 @pytest.mark.parametrize(
