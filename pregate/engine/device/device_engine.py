@@ -166,10 +166,12 @@ class DeviceEngine(Engine):
         """One teacher-forced call of the model, driven by the host: same arguments and result as its `forward`."""
         with self._served():
             self._wait_for_steps()
+            counted = self.table.counters.clone()  # of the steps of a request that may go on
             try:
                 return self.host.run(self.model, inputs)
             finally:
                 self._take_slots()
+                self.table.counters.copy_(counted)
 
     def request(self, input_ids: Tensor, **options: Any) -> Request:
         """`options` of `generate` as the steps need them. Raises `UsageError` for what they cannot follow."""

@@ -50,8 +50,10 @@ class CudaMover:
             self._reader = SlabReader(store, counters, num_threads, buffers)
 
     def start(self, moves: Sequence[Move]) -> list[Transfer]:
-        self._counters.bytes_moved += len(moves) * self._store.layout.slab_bytes
+        size = len(moves) * self._store.layout.slab_bytes
+        self._counters.bytes_moved += size
         if self._reader is None:
+            self._counters.bytes_read += size
             return [_EventTransfer(self._copy_resident(*move), self._device) for move in moves]
         jobs = [self._job(self._reader, *move) for move in moves]
         self._reader.submit(jobs)

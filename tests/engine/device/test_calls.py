@@ -50,7 +50,10 @@ def test_decoding_goes_as_far_as_the_engine_was_opened_for(engine: DeviceEngine,
     engine.decode(NEW - 1)
     with pytest.raises(UsageError, match=r"2 more tokens .* room for 1 of the 4 .* ask for 0 to 1, or open it with a"):
         engine.decode(2)
+    counted = engine.counters
+    assert counted.hits + counted.misses > 0
     engine.forward(**inputs, decoder_input_ids=wanted[:, :2])
+    assert (engine.counters.hits, engine.counters.misses) == (counted.hits, counted.misses)
     engine.decode_one_token()
     assert torch.equal(engine.tokens(), wanted)
     for too_many in (1, -1, -3):
