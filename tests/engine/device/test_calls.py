@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.config import CacheRule, UsageError
+from pregate.config import CacheRule, Policy, UsageError
 from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.sampler_state import Sampling
 from tests.engine.device.steps.test_t5 import inputs_of
@@ -51,7 +51,7 @@ def test_decoding_goes_as_far_as_the_engine_was_opened_for(engine: DeviceEngine,
     with pytest.raises(UsageError, match=r"2 more tokens .* room for 1 of the 4 .* ask for 0 to 1, or open it with a"):
         engine.decode(2)
     counted = engine.counters
-    assert counted.hits + counted.misses > 0
+    assert counted.hits + counted.misses > 0 or engine.policy is Policy.gpu_only  # which counts nothing
     engine.forward(**inputs, decoder_input_ids=wanted[:, :2])
     assert (engine.counters.hits, engine.counters.misses) == (counted.hits, counted.misses)
     engine.decode_one_token()
