@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,16 +50,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """What the whole model decodes, by load and weights, kept in `folder`. `source`: the identity of the model's
-    checkpoint; after it has changed, what is kept is of another."""
+    """What the whole model decodes, by load and weights, kept in `folder`. `fingerprint`: of the
+    model; after it has changed, what is kept is of another."""
 
     folder: Path
     repeats: int
     new_tokens: int
-    source: dict[str, Any]
+    fingerprint: str
 
     def path(self, spec: RowSpec, weights: str) -> Path:
-        said = repr((resident_of(spec, self.new_tokens), str(weights), self.repeats, self.source))
+        said = repr((resident_of(spec, self.new_tokens), str(weights), self.repeats, self.fingerprint))
         return self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
 
     def get(self, spec: RowSpec, weights: str = SlabDtype.source) -> Reference | None:

@@ -138,7 +138,7 @@ def _measure_model(benchmark: Benchmark, model: BenchModel, results: Results) ->
         return
     bench, device, effort = benchmark.run.bench, benchmark.device, benchmark.effort
     folder = benchmark.out_dir / SCRATCH
-    references = References(folder, bench.repeats, bench.new_tokens, model.source.identity())
+    references = References(folder, bench.repeats, bench.new_tokens, model.fingerprint)
     engines = EngineRows(
         model, device, effort, references, results, benchmark.reading, partial(benchmark.pack_dir, model)
     )

@@ -11,6 +11,7 @@ import torch
 from pregate.config import Policy
 from pregate.measure.bench.baseline_rows import Accelerated
 from pregate.measure.bench.grid import ACCELERATE_WARM, RowSpec
+from pregate.measure.bench.models import bench_model
 from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
 from pregate.models.checkpoint import open_checkpoint
@@ -23,9 +24,9 @@ def test_references_are_those_of_the_weights(tmp_path: Path) -> None:
     paths = []
     for seed in (0, 0, 1):
         pregated_model(seed).save_pretrained(tmp_path / "model")
-        source = open_checkpoint(str(tmp_path / "model")).identity()
-        paths.append(References(tmp_path, 3, 4, source).path(SPEC, "source"))
-        assert References(tmp_path, 3, 4, source).path(SPEC, "source") == paths[-1]
+        model = bench_model("tiny", None, open_checkpoint(str(tmp_path / "model")))
+        paths.append(References(tmp_path, 3, 4, model.fingerprint).path(SPEC, "source"))
+        assert References(tmp_path, 3, 4, model.fingerprint).path(SPEC, "source") == paths[-1]
     assert paths[2] not in paths[:2]
 
 
@@ -44,6 +45,6 @@ def test_what_a_killed_run_left_is_not_measured(tmp_path: Path, monkeypatch: pyt
     model: Any = None
     rows: list[dict[str, Any]] = []
     spec = RowSpec(**{**SPEC.to_dict(), "policy": ACCELERATE_WARM, "tier": "disk"})
-    references = References(tmp_path, 3, 4, {})
+    references = References(tmp_path, 3, 4, "")
     Accelerated(model, torch.device("cpu"), Effort(1, 0, 1), references, folder).measure([spec], rows.append)
     assert written == [folder] and rows == [{}] and not folder.exists()
