@@ -47,10 +47,11 @@ from pregate.system.stopping import going_on, stoppable
 from pregate.training.lora import check_installed
 from pregate.training.run_dir_lock import CHECKPOINT, SUMMARY
 from studies.accuracy.records import num_parameters
+from studies.begun_with import SETTINGS, begun_alike
 from studies.dense_to_moe import healing
 from studies.dense_to_moe.healing_text import packed_rows, read_texts
 
-ROWS, SETTINGS = "recipes.jsonl", "settings.json"
+ROWS = "recipes.jsonl"
 OWN, SHIFTED = "own", "shifted"
 SAMPLES = 10_000
 """Of the bootstrap."""
@@ -133,7 +134,7 @@ class Study:
 
     @cached_property
     def row_tokens(self) -> int:
-        return int((read_object(self.moe / "settings.json") or {})["row_tokens"])
+        return int((read_object(self.moe / SETTINGS) or {})["row_tokens"])
 
     @cached_property
     def rows(self) -> Tensor:
@@ -162,7 +163,7 @@ class Study:
 def check(study: Study) -> None:
     """Raises `UsageError` for a directory that `studies.dense_to_moe` has not finished, and for too few steps or
     tokens."""
-    for needed in (study.source / "config.json", study.corpus / "train.parquet", study.moe / "settings.json"):
+    for needed in (study.source / "config.json", study.corpus / "train.parquet", study.moe / SETTINGS):
         if not needed.is_file():
             raise UsageError(f"{needed} is missing: make {study.moe} with python -m studies.dense_to_moe first.")
     if study.steps < 1 or study.calibration_tokens < 1:
@@ -182,9 +183,7 @@ def claim(study: Study, results: Path) -> None:
         "seed": study.seed,
     }
     for place in (results, study.work):
-        begun = read_object(place / SETTINGS) or mine
-        if other := [f"{name}={begun.get(name)}" for name, value in mine.items() if begun.get(name) != value]:
-            raise UsageError(f"{place} was begun with {', '.join(other)}: use these again, or name another directory.")
+        begun_alike(place, mine)
     for place in (results, study.work):
         make_directory(place)
         write_json(place / SETTINGS, mine)

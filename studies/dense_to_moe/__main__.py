@@ -32,6 +32,7 @@ from pregate.system.durable import make_directory, read_object, write_json, writ
 from pregate.system.machine import environment
 from pregate.system.stopping import going_on, stoppable
 from pregate.training.durable_directories import replaced
+from studies.begun_with import SETTINGS, begun_alike
 from studies.dense_to_moe import healing
 from studies.dense_to_moe.clusters import SHARED_BY
 from studies.dense_to_moe.dense import NEURONS, check_dense, check_packages, open_dense, unpack
@@ -41,7 +42,7 @@ from studies.dense_to_moe.moe import SPLIT, UPCYCLE, Form, choose_all, open_moe
 from studies.dense_to_moe.split import LayerFit, split
 from studies.dense_to_moe.upcycle import upcycle
 
-RECORD, SETTINGS, PLAN = "record.json", "settings.json", "plan.json"
+RECORD, PLAN = "record.json", "plan.json"
 DENSE_AS_MOE = "dense_as_moe"
 """The dense model in the form of the checkpoint: the teacher of `--teach`, and a baseline of studies."""
 NOTICE = """# {name}
@@ -117,16 +118,11 @@ def settings_of(given: argparse.Namespace, steps: int) -> list[str]:
 def claim(given: argparse.Namespace) -> None:
     """Note the settings in OUT, or refuse other ones than those that it was begun with. Raises `UsageError`."""
     mine = {name: value for name, value in vars(given).items() if name not in ("out", "data")}
-    begun = read_object(given.out / SETTINGS)
-    if begun is None:
+    if not begun_alike(given.out, mine):
         if given.out.is_dir() and any(given.out.iterdir()):
             raise UsageError(f"{given.out} holds something else: name a directory that is new or empty.")
         make_directory(given.out)
         write_json(given.out / SETTINGS, mine)
-        return
-    other = [f"{name}={begun.get(name)}" for name, value in mine.items() if begun.get(name) != value]
-    if other:
-        raise UsageError(f"{given.out} was begun with {', '.join(other)}: use these again, or name another directory.")
 
 
 def make_split(given: argparse.Namespace, dense: Any, tokenizer: Any, target: Path, rows_BT: Tensor) -> None:
