@@ -12,7 +12,6 @@ runs.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import signal
@@ -41,7 +40,7 @@ from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.routing import slot_agreement
 from pregate.system.console import say
-from pregate.system.durable import append_text, make_directory, read_object, write_json, write_text
+from pregate.system.durable import append_line, make_directory, read_lines, read_object, write_json, write_text
 from pregate.system.machine import environment
 from pregate.system.stopping import going_on, stoppable
 from pregate.training.lora import check_installed
@@ -291,9 +290,7 @@ def losses_and_routes(checkpoint: Path, rows_BT: Tensor) -> tuple[Tensor, list[T
 
 
 def load_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / ROWS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = {row["recipe"]: row for row in map(json.loads, lines)}
+    rows = {row["recipe"]: row for row in read_lines(folder / ROWS)}
     return {name: rows[name] for name in RECIPES if name in rows}
 
 
@@ -432,7 +429,7 @@ def run(given: argparse.Namespace) -> None:
         if name not in load_rows(given.results):
             row = measured(study, name, RECIPES[name])
             say(f"{RECIPES[name].label}: {statistics.mean(row['losses']):.3f} nats a token.")
-            append_text(given.results / ROWS, json.dumps(row) + "\n")
+            append_line(given.results / ROWS, row)
             render(given.results, command)
         shutil.rmtree(study.run_dir(name), ignore_errors=True)
 

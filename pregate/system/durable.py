@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,35 @@ def write_text(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Add `text` to the end of `path`, to stay. Torn by a power cut, it lacks its end."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write each value as a line of JSON, to stay; a reader sees the old file or the whole new one, never a part."""
+    write_text(path, "".join(_line(value) for value in values))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add `value` to `path` as a line of JSON, to stay. A last line that an interruption tore is ended first."""
+    line = _line(value).encode()
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
         file.flush()
         flush(file.fileno())
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values that `write_lines` and `append_line` have written to `path`, none if there is no such file. Lines that
+    an interruption tore are left out."""
+    values = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # also of bytes that are no text
+            values.append(json.loads(line))
+    return values
 
 
 def to_jsonable(value: Any) -> Any:

@@ -7,7 +7,6 @@ so that a resumed run learns from the same ones. Knows rows, a file and `generat
 
 from __future__ import annotations
 
-import json
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 
 from pregate.models.objectives import Row
 from pregate.system.console import say
-from pregate.system.durable import append_text, make_directory, write_text
+from pregate.system.durable import append_line, make_directory, read_lines, write_lines
 from pregate.system.process_group import main_only
 from pregate.tasks.own_answers import answers
 from pregate.tasks.token_cache import TokenRows
@@ -85,13 +84,13 @@ class TeacherAnswers:
         if not missing:
             return
         make_directory(self.file.parent)
-        write_text(self.file, "".join([_line(self.made_from), *(_batch_line(*answered) for answered in kept.items())]))
+        write_lines(self.file, [self.made_from, *(_answered(*answered) for answered in kept.items())])
         say(f"the teacher answers {sum(map(len, missing))} training examples.")
         begun = told = time.perf_counter()
         for number, batch in enumerate(missing, 1):
             with self.autocast():
                 found = answers(self.rows.__getitems__(batch), self.teacher, self.teacher.generate, self.collate)
-            append_text(self.file, _batch_line(batch, found))
+            append_line(self.file, _answered(batch, found))
             now = time.perf_counter()
             if now - told > TELL_EVERY_S:
                 told = now
@@ -99,26 +98,12 @@ class TeacherAnswers:
                 say(f"{number} of {len(missing)} batches are answered; about {left:.0f} s left.")
 
     def _kept(self) -> dict[tuple[int, ...], list[array[int]]]:
-        """The batches that the file holds; none if it is missing or was made from something else. A torn last line is
-        left out."""
-        if not self.file.is_file():
+        """The batches that the file holds; none if it is missing or was made from something else."""
+        made_from, *answered = read_lines(self.file) or [None]
+        if made_from != self.made_from:
             return {}
-        first, *lines = self.file.read_text(encoding="utf-8").splitlines() or [""]
-        if first != _line(self.made_from).rstrip():
-            return {}
-        found: dict[tuple[int, ...], list[array[int]]] = {}
-        for line in lines:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                break
-            found[tuple(value["rows"])] = [array("i", ids) for ids in value["answers"]]
-        return found
+        return {tuple(value["rows"]): [array("i", ids) for ids in value["answers"]] for value in answered}
 
 
-def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value) + "\n"
-
-
-def _batch_line(batch: Sequence[int], found: Sequence[array[int]]) -> str:
-    return _line({"rows": list(batch), "answers": [ids.tolist() for ids in found]})
+def _answered(batch: Sequence[int], found: Sequence[array[int]]) -> dict[str, Any]:
+    return {"rows": list(batch), "answers": [ids.tolist() for ids in found]}

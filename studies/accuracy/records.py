@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import safe_open
 
 from pregate.config import UsageError
 from pregate.conversion.manifest import MANIFEST
-from pregate.system.durable import to_jsonable, write_json
+from pregate.system.durable import append_line, read_lines, to_jsonable, write_json
 from pregate.system.machine import environment
 from studies.accuracy.arms_and_seeds import PRETRAINING, Cell
 
@@ -181,14 +180,9 @@ def recorded_cells(folder: Path) -> set[str]:
 
 
 def _lines(folder: Path) -> list[Record]:
-    """Every line, the environment filled in where it is that of the line before; without a torn last one."""
+    """Every line, the environment filled in where it is that of the line before."""
     records: list[Record] = []
-    path = folder / CELLS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in read_lines(folder / CELLS):
         record.setdefault("environment", records[-1]["environment"] if records else {})
         records.append(record)
     return records
@@ -201,15 +195,7 @@ def append_record(folder: Path, record: Record) -> None:
         known = _lines(folder)
         if known and known[-1]["environment"] == record.get("environment", {}):
             record = {key: value for key, value in record.items() if key != "environment"}
-        torn = not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        _write(path, ("\n" if torn else "") + json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        append_line(path, record)
 
 
 def load_baselines(folder: Path) -> dict[str, Any]:

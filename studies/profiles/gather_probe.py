@@ -11,7 +11,6 @@ says nothing about a link: it is there so that the code is tested. GB are powers
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from pregate.engine.device.ops.language import require_triton
 from pregate.engine.device.slots import Fetch
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, page_lock, page_unlock, round_up
 from pregate.system.byte_sizes import human_bytes
+from pregate.system.durable import append_line
 from pregate.system.machine import environment, pick_device
 
 ROWS = "gather_probe.jsonl"
@@ -63,11 +63,9 @@ def probe(device: torch.device, out_dir: Path, settings: ProbeSettings) -> list[
         require_triton()
     out_dir.mkdir(parents=True, exist_ok=True)
     found, rows = environment(), []
-    with (out_dir / ROWS).open("a") as file:
-        for row in _measured(device, settings):
-            rows.append(row)
-            file.write(json.dumps({**row, "environment": found}) + "\n")
-            file.flush()
+    for row in _measured(device, settings):
+        rows.append(row)
+        append_line(out_dir / ROWS, {**row, "environment": found})
     (out_dir / TABLE).write_text(table(rows))
     return rows
 

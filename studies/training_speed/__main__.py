@@ -20,6 +20,7 @@ import torch
 from pregate.cli import compose_run
 from pregate.config import Device, UsageError
 from pregate.models.family import family_named
+from pregate.system.durable import append_line, read_lines
 from pregate.system.machine import environment, pick_device
 from pregate.tasks.tokens import Collator
 from studies.training_speed.compared_models import BATCH_SEQUENCES, LEARNING_RATE, Case, cases
@@ -108,28 +109,23 @@ def main(arguments: list[str] | None = None) -> None:
     file = given.out / f"{NAME}.jsonl"
     try:
         for case in wanted:
-            done = {record["name"] for record in read(file)}
+            done = {record["name"] for record in read_lines(file)}
             if case.name in done or (given.rows and case.name not in given.rows):
                 continue
             steps = given.steps - given.steps % given.block_steps
             data = DRY if given.dry else DATA
             record = measure(case, steps, given.block_steps, given.seconds, given.precision, data)
             record["environment"] = environment()
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record) + "\n")
+            append_line(file, record)
             report(given.out, file)
     except UsageError as error:
         parser.exit(2, f"pregate: {error}\n")
     print((given.out / f"{NAME}.md").read_text(), end="")
 
 
-def read(file: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def report(out: Path, file: Path) -> None:
     """Write the table and the plot of all rows so far."""
-    records = read(file)
+    records = read_lines(file)
     (out / f"{NAME}.md").write_text(markdown(records, records[-1]["environment"]), encoding="utf-8")  # type: ignore[arg-type]
     plot(records, out / f"{NAME}.png")
 

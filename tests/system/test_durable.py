@@ -64,10 +64,21 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
 def test_a_row_is_there_once_it_was_added(tmp_path: Path) -> None:
     with Disk(tmp_path).watched() as disk:
         durable.write_text(tmp_path / "rows", "")
-        durable.append_text(tmp_path / "rows", "1\n")
+        durable.append_line(tmp_path / "rows", 1)
         disk.forget()
-        durable.append_text(tmp_path / "rows", "2\n")
+        durable.append_line(tmp_path / "rows", 2)
     assert {tree["rows"] for tree in disk.outcomes} == {b"1\n", b"1\n2\n"}
+
+
+def test_a_row_behind_a_torn_one_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    assert durable.read_lines(path) == []
+    durable.write_lines(path, [{"row": 1}, {"row": "ü"}])
+    path.write_bytes(path.read_bytes()[:-4])  # in the middle of a letter
+    assert durable.read_lines(path) == [{"row": 1}]
+    durable.append_line(path, {"row": 2})
+    durable.append_line(path, {"row": 3})
+    assert durable.read_lines(path) == [{"row": 1}, {"row": 2}, {"row": 3}]
 
 
 @pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from pregate.measure.bench.models import BenchModel
 from pregate.measure.bench.table import short_figures
 from pregate.models.finite import WHAT_TO_CHECK
 from pregate.system.console import say
-from pregate.system.durable import append_text, to_jsonable, write_text
+from pregate.system.durable import append_line, read_lines, to_jsonable, write_lines
 from pregate.tracking import Tracker
 
 ROWS = "bench.jsonl"
@@ -33,14 +32,14 @@ class Results:
 
     def begin(self) -> None:
         """Write the file without a torn last line; empty at first, which marks the directory as a benchmark's."""
-        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        write_lines(self.path, self.rows)
 
     def find(self, spec: RowSpec) -> dict[str, Any] | None:
         return next((row for row in self.rows if RowSpec.of(row) == spec), None)
 
     def add(self, row: dict[str, Any]) -> None:
         plain = to_jsonable({**row, "command": self.command})
-        append_text(self.path, json.dumps(plain, ensure_ascii=False) + "\n")
+        append_line(self.path, plain)
         self.rows.append(plain)
         spec = RowSpec.of(plain)
         sentence = spec.sentence()
@@ -56,12 +55,7 @@ def earlier_rows(run_dir: Path, resume: bool) -> list[dict[str, Any]]:
         if (run_dir / "config.yaml").is_file():
             raise UsageError(f"{run_dir} holds another kind of run: choose name=NAME or run_dir=DIR.")
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # torn by an interruption: that row is measured again
-            break
+    rows = read_lines(path)
     if rows and not resume:
         raise UsageError(f"{path} holds {len(rows)} rows: go on with resume=true, or choose another run_dir=DIR.")
     return rows
