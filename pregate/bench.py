@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pregate.cli import entry_point
-from pregate.config import Run, UsageError
+from pregate.cli import entry_point, refuse_ignored
+from pregate.config import Run
 from pregate.system.launcher_environment import check_alone
+
+MODEL = "the model is checkpoint=DIR_OR_ID, or bench.models=[NAME,…] with random weights"
+ADVICE = {"source": MODEL, "model.source": MODEL, "output": "the directory is run_dir=DIR"}
 
 
 def main(run: Run) -> None:
     check_alone("bench")
+    refuse_ignored(run, "bench", ADVICE)
     from pregate.engine.storage.pack import refuse_output
     from pregate.measure.bench.run import Benchmark, measure
+    from pregate.system.directory_lock import hold
     from pregate.tracking import open_tracker
 
     refuse_output("run_dir", Path(run.run_dir))
     benchmark = Benchmark.checked(run)
     out_dir = Path(run.run_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out_dir} cannot be made ({error.strerror}): choose another run_dir=DIR.") from error
+    hold(out_dir, "run_dir")
     if run.plan:
         from pregate.measure.bench.plan_report import write_plan
 

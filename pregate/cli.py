@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -89,6 +89,15 @@ def _check_arm(cfg: Any, overrides: Sequence[str]) -> None:
         raise UsageError(
             f"+arm={arm} starts from reference={cfg.reference}: leave out model.source={cfg.model.source}."
         )
+
+
+def refuse_ignored(run: Run, command: str, advice: Mapping[str, str]) -> None:
+    """Refuse a setting on the command line that `command` would not read, so that the user is told before another model
+    is trained or measured than was meant. `advice`: what to write in place of each. Raises `UsageError`."""
+    for override in run.overrides:
+        name = override.partition("=")[0].lstrip("+")
+        if name in advice:
+            raise UsageError(f"pregate.{command} does not read {override}: {advice[name]}.")
 
 
 FULL_ERROR = "HYDRA_FULL_ERROR"

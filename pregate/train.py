@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pregate.cli import entry_point
+from pregate.cli import entry_point, refuse_ignored
 from pregate.config import Run
+
+MODEL = "the model is model.source=DIR_OR_ID"
+ADVICE = {
+    "source": MODEL,
+    "checkpoint": MODEL,
+    "output": "the directory is run_dir=DIR",
+    "plan": "only pregate.bench makes plans",
+}
 
 
 def main(run: Run) -> None:
     from pregate.engine.storage.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
-    from pregate.measure.servable import check_engine
+    from pregate.measure.servable import check_engine, check_reference
     from pregate.models.checkpoint import read_config
     from pregate.system.process_group import join, leave
     from pregate.tasks.registry import build_training_task, splits_read
@@ -22,6 +30,7 @@ def main(run: Run) -> None:
     from pregate.training.offloaded import check_offloaded
     from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
 
+    refuse_ignored(run, "train", ADVICE)
     state = join()
     checks.check_precision(run)
     refuse_output("run_dir", Path(run.run_dir))
@@ -34,6 +43,7 @@ def main(run: Run) -> None:
     if run.model.source is not None:
         check_vocabulary(tokenizer, run.model.source, read_config(run.model.source, run.model.revision))
     checks.check_teachers(run, tokenizer)
+    check_reference(run, run.reference if run.then_eval else None, trained[0].to_dict(), tokenizer)
     checks.check_inputs(run, tokenizer)
     task.check(tokenizer, splits_read(run))
     run_dir = claim_run_dir(run)

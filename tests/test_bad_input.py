@@ -41,7 +41,7 @@ TRAIN_SETTINGS = [
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with good and bad checkpoints and data."""
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import OlmoeConfig, OlmoeForCausalLM, T5Config, T5ForConditionalGeneration
 
     from pregate.config import GeneratedConfig
     from pregate.tasks.generated import generated_tokenizer
@@ -77,6 +77,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = json.loads((root / name / "config.json").read_text())
         (root / name / "config.json").write_text(json.dumps({**config, **changes}))
         (root / name / "generation_config.json").unlink()
+    sizes = {"vocab_size": 512, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    olmoe = OlmoeConfig(**sizes, num_attention_heads=2, num_experts=4, num_experts_per_tok=2)
+    OlmoeForCausalLM(olmoe).save_pretrained(root / "decoder_only")
     weights = root / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4096])
     T5ForConditionalGeneration(
@@ -163,7 +166,37 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "run directory in use": (
         "train",
         ["model.source={root}/conventional", "QA:good.jsonl", "run_dir={root}/used"],
-        "resume=true, or choose another run_dir",
+        "holds files but no run: choose another run_dir",
+    ),
+    "setting of another command": (
+        "train",
+        ["source={root}/conventional", "QA:good.jsonl", "run_dir={out}/run"],
+        "pregate.train does not read source=|the model is model.source=DIR_OR_ID",
+    ),
+    "plan of a training": (
+        "train",
+        ["plan=true", "model.source={root}/conventional", "QA:good.jsonl", "run_dir={out}/run"],
+        "only pregate.bench makes plans",
+    ),
+    "source of a benchmark": (
+        "bench",
+        ["model.source={root}/conventional", "run_dir={out}/bench"],
+        "the model is checkpoint=DIR_OR_ID",
+    ),
+    "reference of another vocabulary": (
+        "eval",
+        ["checkpoint={root}/pregated", "reference={root}/small", "QA:good.jsonl", "output={out}/eval"],
+        "has 67 embeddings, and the tokenizer 511 ids: name a reference",
+    ),
+    "reference of a training with another vocabulary": (
+        "train",
+        ["model.source={root}/conventional", "reference={root}/small", "QA:good.jsonl", "run_dir={out}/run"],
+        "has 67 embeddings, and the tokenizer 511 ids: name a reference",
+    ),
+    "reference of another family": (
+        "eval",
+        ["checkpoint={root}/pregated", "reference={root}/decoder_only", "QA:good.jsonl", "output={out}/eval"],
+        "is a model of type olmoe",
     ),
     "budget smaller than one expert": (
         "train",

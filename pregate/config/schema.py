@@ -69,6 +69,9 @@ class Run:
         A section does not check itself, because only the run knows its name: `train` and `source_train` share a class.
         """
         check_section(self, "")
+        for name in ("run_dir", "source", "output", "checkpoint", "reference"):
+            setattr(self, name, _at_home(getattr(self, name)))
+        self.engine.pack_dir = _at_home(self.engine.pack_dir)
 
     def check(self, prefix: str) -> None:
         """What concerns several sections."""
@@ -84,6 +87,11 @@ class Run:
             "source_train.experts=offloaded leaves experts as they are, and a model that is trained from scratch has "
             "none on the disk: set source_train.experts=resident.",
         )
+
+
+def _at_home(place: Any) -> Any:
+    """Shells leave the ~ in key=~/place as it is."""
+    return str(Path(place).expanduser()) if place and place.startswith("~") else place
 
 
 def to_dict(run: Run) -> dict[str, Any]:

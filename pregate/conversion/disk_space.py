@@ -8,17 +8,18 @@ from pathlib import Path
 from pregate.config import UsageError
 from pregate.engine.storage.pack import refuse_output
 from pregate.system.byte_sizes import human_bytes
+from pregate.system.directory_lock import refuse_unwritable
 from pregate.system.durable import free_bytes
 from pregate.system.unfinished import reclaimable_bytes
 
 
 def refuse_occupied(output: Path) -> None:
-    """Raises `UsageError` for an output in use."""
+    """Raises `UsageError` for an output in use, and one that cannot be written."""
     refuse_output("output", output)
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
+    empty = output.is_dir() and not any(output.iterdir())
+    if not empty and (output.exists() or output.is_symlink()):
         raise UsageError(f"{output} exists already: name a new output directory, or remove it first.")
+    refuse_unwritable(output, "output")
 
 
 def refuse_full_disk(output: Path, shard_bytes: Iterable[int]) -> None:

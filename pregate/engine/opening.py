@@ -71,7 +71,7 @@ class Opened:
     def store(self, layout: SlabLayout, tier: Tier, device: torch.device, pack_dir: str | Path | None = None) -> Store:
         """See `open_store`."""
         if resolve_tier(tier, device) is Tier.disk:
-            where = Path(pack_dir) if pack_dir else default_pack_dir(self.source.directory, layout.stored)
+            where = Path(pack_dir).expanduser() if pack_dir else default_pack_dir(self.source.directory, layout.stored)
             with Unchanged(self.source) as signs:
                 packed = pack(self.source, self.family, layout, where)
             return DiskStore(packed, signs.identity)

@@ -28,7 +28,7 @@ from pregate.measure.report.evaluation_plots import plot_agreement, plot_engine,
 from pregate.measure.report.evaluation_tables import print_summary
 from pregate.measure.report.page import write_report
 from pregate.measure.routing_figures import BlockRoutes, compare_routes, record_routes
-from pregate.measure.servable import check_servable, open_driven
+from pregate.measure.servable import check_reference, check_servable, open_driven
 from pregate.models.checkpoint import read_config
 from pregate.models.experts import ExpertSpec
 from pregate.models.family import config_of, family_of
@@ -124,14 +124,14 @@ def prepare(run: Run, checkpoint: str, reference: str | None = None) -> Bench:
     """
     device = pick_device(run.engine.device)
     family, slab_bytes = check_servable(run, checkpoint)
-    if reference:
-        check_servable(run, reference)
     check_gates(run, checkpoint)
     task = build_task(run)
     tokenizer = load_tokenizer(replace(run, checkpoint=checkpoint))
-    check_vocabulary(tokenizer, checkpoint, read_config(checkpoint))
+    config = read_config(checkpoint)
+    check_vocabulary(tokenizer, checkpoint, config)
+    check_reference(run, reference, config, tokenizer)
     examples = task.examples(run.eval.split or run.task.eval_split, run.eval.examples)
-    objective = family_of(read_config(checkpoint)).objective
+    objective = family_of(config).objective
     collate = Collator.for_task(run.task, tokenizer, objective)
     return Bench(run, checkpoint, reference, task, tokenizer, collate, examples, device, family, slab_bytes)
 

@@ -5,6 +5,7 @@ Knows settings, headers and sizes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from pregate.engine.device.request import read_request
 from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout
+from pregate.models.checkpoint import read_config
 from pregate.models.experts import ExpertSpec
-from pregate.models.family import config_of, experts_of
+from pregate.models.family import config_of, experts_of, family_of
 from pregate.models.loading import generation_config, open_model
 from pregate.system.machine import pick_device
 
@@ -31,6 +33,27 @@ def check_servable(run: Run, directory: str) -> tuple[ExpertSpec, int]:
     config = config_of(opened.config)
     family = experts_of(config).as_found_in(opened.tensors)
     return family, check_config(run, config, serving_dtype(config, opened, family), generation_config(opened))
+
+
+def check_reference(run: Run, reference: str | None, config: Mapping[str, Any], tokenizer: Any) -> None:
+    """Refuse a reference that a model with `config` cannot be compared with on the text of `tokenizer`; None is no
+    reference. Raises `UsageError`."""
+    if not reference:
+        return
+    check_servable(run, reference)
+    other = read_config(reference)
+    family, its_family = (family_of(found).source_type for found in (config, other))
+    if family != its_family:
+        raise UsageError(
+            f"reference={reference} is a model of type {its_family}, which one of type {family} cannot be compared "
+            "with: name a reference of the same type."
+        )
+    rows = other.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UsageError(
+            f"reference={reference} has {rows} embeddings, and the tokenizer {len(tokenizer)} ids: name a reference "
+            "with the same tokenizer."
+        )
 
 
 def check_config(run: Run, config: Any, dtype: torch.dtype, generation: GenerationConfig) -> int:

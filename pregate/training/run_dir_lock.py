@@ -1,20 +1,20 @@
 """The directory of one run: what lies where in it, and that one command at a time works in it.
 
-Knows locks; what a resumed run may change is in `resume_changes`. Knows nothing about what a run does.
+What a resumed run may change is in `resume_changes`. Knows nothing about what a run does.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
 from pregate.config import Run, UsageError, save_run
-from pregate.system.durable import FULL, clear_scratch, make_directory
+from pregate.system.directory_lock import hold, refusing_unwritable
+from pregate.system.durable import clear_scratch, read_object
 from pregate.system.process_group import join, main_only
 from pregate.training.resume_changes import check_changes
-from pregate.training.saved_state import processes_of
+from pregate.training.saved_state import earlier_states, processes_of
 
+RUN_DIR = "run_dir"
 CONFIG = "config.yaml"
 SOURCE, INITIAL, CONVERTED = "source", "initial", "converted"
 """The model trained as a source, a random one, and the converted one."""
@@ -33,52 +33,34 @@ def claim_run_dir(run: Run) -> Path:
 
 
 def _claim(run: Run, run_dir: Path) -> None:
-    used = f"{run_dir} holds a run already: continue it with resume=true, or choose another run_dir=DIR."
-    if not run.resume and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UsageError(used)
-    try:
-        make_directory(run_dir)
-        _lock(run_dir)
-        if not run.resume and any(run_dir.iterdir()):  # another process was faster, and has ended
-            raise UsageError(used)
-        begun = any((run_dir / name).exists() for name in (SOURCE, INITIAL, CONVERTED, LAST, CHECKPOINT))
+    _refuse_in_use(run, run_dir)
+    hold(run_dir, RUN_DIR)
+    _refuse_in_use(run, run_dir)  # another process was faster, and has ended
+    with refusing_unwritable(run_dir, RUN_DIR):
         processes = processes_of(run_dir / LAST) or processes_of(run_dir / SOURCE / LAST)
-        check_changes(run, run_dir / CONFIG, (processes, join().num_processes), begun)
+        check_changes(run, run_dir / CONFIG, (processes, join().num_processes), _begun(run_dir))
         for place in (run_dir, run_dir / CHECKPOINT, run_dir / SOURCE, run_dir / SOURCE / CHECKPOINT):
             clear_scratch(place)
         save_run(run, run_dir / CONFIG)
-    except OSError as error:
-        way = "make room" if error.errno in FULL else "choose another run_dir=DIR"
-        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): {way}.") from error
 
 
-_locked: dict[Path, int] = {}
+def _begun(run_dir: Path) -> bool:
+    return any((run_dir / name).exists() for name in (SOURCE, INITIAL, CONVERTED, LAST, CHECKPOINT))
 
 
-def _let_go() -> None:
-    """In a forked process: a loader's worker that outlives its killed parent must not keep the directory locked."""
-    while _locked:
-        os.close(_locked.popitem()[1])
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _lock(run_dir: Path) -> None:
-    """Keep every other process out of `run_dir` until this one ends, however it ends. Raises `UsageError`."""
-    place = run_dir.resolve()
-    if place in _locked:
-        return
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError(
-            f"Another process works in {run_dir}: wait for its end, or choose another run_dir=DIR (several processes "
-            "of one run are started by a launcher, see the README)."
-        ) from error
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return
-    _locked[place] = handle
+def _refuse_in_use(run: Run, run_dir: Path) -> None:
+    """Raises `UsageError` for a directory that holds something, unless that is a run that can be resumed."""
+    another = f"choose another {RUN_DIR}=DIR"
+    is_run = (run_dir / CONFIG).is_file()
+    if run.resume:
+        if not is_run and _begun(run_dir):
+            raise UsageError(f"{run_dir} holds models but no {CONFIG} that says of which run: {another}.")
+        finished = (read_object(run_dir / SUMMARY) or {}).get("train", {}).get("steps")
+        if finished and run.train.steps and not ((run_dir / LAST).exists() or earlier_states(run_dir / LAST)):
+            raise UsageError(
+                f"{run_dir} holds a finished run without the state to resume from, {LAST}/, so that it would begin at "
+                f"step 0: evaluate it with python -m pregate.eval run_dir={run_dir}, or {another}."
+            )
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        way = "holds a run already: continue it with resume=true, or" if is_run else "holds files but no run:"
+        raise UsageError(f"{run_dir} {way} {another}.")

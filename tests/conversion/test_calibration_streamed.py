@@ -402,12 +402,15 @@ def test_a_changed_config_begins_anew(tmp_path: Path) -> None:
     """The states that an interrupted calibration keeps were computed by the config as it was."""
     olmoe(tmp_path)
 
-    def made_from() -> dict[str, Any]:
+    def made_from(**settings: Any) -> dict[str, Any]:
         source = open_model(str(tmp_path))
-        return through_engine._made_from(Run(), source, config_of(source.config), [], torch.float32)
+        run = Run(calibration=CalibrationConfig(through=Through.engine, **settings))
+        return through_engine._made_from(run, source, config_of(source.config), [], torch.float32)
 
     before = made_from()
     assert made_from() == before
+    assert made_from(memory="4GB", batch_size=7) == before, "another speed alone"
+    assert made_from(steps=3) != before
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts_per_tok": 2}))
     assert made_from() != before

@@ -97,3 +97,30 @@ def test_a_peak_can_be_lowered_to_an_earlier_one() -> None:
         del large
         peak.lower_to(1000)
         assert first > 190_000_000 > (peak.read() or 0)
+
+
+def test_peak_memory_sees_a_large_allocation_and_forgets_it() -> None:
+    with PeakMemory(torch.device("cpu")) as first:
+        torch.ones(8_000_000)
+    with PeakMemory(torch.device("cpu")) as second:
+        torch.ones(10)
+    if first.num_bytes is None:  # a kernel that does not let the mark be reset
+        pytest.skip("this kernel does not let the mark be reset")
+    assert 30e6 < first.num_bytes < 60e6
+    assert second.num_bytes is not None and second.num_bytes < 10e6
+
+
+def test_what_is_left_out_of_a_peak_does_not_count() -> None:
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(2_000_000)
+        with peak.left_out():
+            torch.ones(16_000_000)
+        torch.ones(4_000_000)
+    if peak.num_bytes is None:
+        pytest.skip("this kernel does not let the mark be reset")
+    assert 14e6 < peak.num_bytes < 50e6, "16 MB, not 64 MB"
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(16_000_000)
+        with peak.left_out():
+            torch.ones(10)
+    assert peak.num_bytes is not None and peak.num_bytes > 60e6, "what came before stays"

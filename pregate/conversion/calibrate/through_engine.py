@@ -36,6 +36,9 @@ from pregate.system.stopping import going_on
 from pregate.tasks.base import Task
 from pregate.tasks.tokens import Collator
 
+SPEED_ALONE = ("memory", "batch_size")
+"""Settings that a calibration may go on with otherwise than it was begun: files keep the batch size that they have."""
+
 
 def work_of(output: Path) -> Path:
     """Where a calibration for `output` keeps what it has done, until it is complete."""
@@ -157,7 +160,7 @@ def _made_from(
         "source": source.identity(),
         "config": source.config,
         "pregate": config.pregating.to_dict(),
-        "calibration": asdict(run.calibration),
+        "calibration": {name: value for name, value in asdict(run.calibration).items() if name not in SPEED_ALONE},
         "lengths": [run.task.max_source_tokens, run.task.max_target_tokens],
         "slab_dtype": run.engine.slab_dtype,
         "dtype": dtype_name(dtype),

@@ -51,7 +51,10 @@ class WorkDir:
             ) from error
         except OSError:  # a file system without locks
             pass
-        if read_object(folder / MADE_FROM) != to_jsonable(made_from):
+        begun = read_object(folder / MADE_FROM)
+        if begun != to_jsonable(made_from):
+            if begun is not None:
+                say(f"{folder} was begun with other weights, examples or settings: it is removed, and begins anew.")
             self._clear()
             write_json(folder / MADE_FROM, made_from)
         self.num_done = max(self._steps(), default=0)

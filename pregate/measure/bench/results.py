@@ -17,6 +17,7 @@ from pregate.system.durable import append_line, read_lines, to_jsonable, write_l
 from pregate.tracking import Tracker
 
 ROWS = "bench.jsonl"
+PLAN = ("plan.md", "plan.json")
 FIGURES = ("ttft_ms", "tpot_ms", "tokens_per_s", "block_ms", "exposed_ms_per_token", "over_floor", "peak_device_bytes")
 
 
@@ -52,8 +53,8 @@ def earlier_rows(run_dir: Path, resume: bool) -> list[dict[str, Any]]:
     """The rows that lie in the run directory. Raises `UsageError` unless they, or nothing, may lie there."""
     path = run_dir / ROWS
     if not path.is_file():
-        if (run_dir / "config.yaml").is_file():
-            raise UsageError(f"{run_dir} holds another kind of run: choose name=NAME or run_dir=DIR.")
+        if run_dir.is_dir() and any(place.name not in PLAN for place in run_dir.iterdir()):
+            raise UsageError(f"{run_dir} holds something else than a benchmark: choose name=NAME or run_dir=DIR.")
         return []
     rows = read_lines(path)
     if rows and not resume:

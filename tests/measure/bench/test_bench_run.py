@@ -251,10 +251,18 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
 
 
 def test_the_directory_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("name: trained\n")
-    with pytest.raises(UsageError, match="holds another kind of run: choose name=NAME or run_dir=DIR"):
-        bench.Benchmark.checked(tiny_run(tmp_path))
-    assert (tmp_path / "config.yaml").read_text() == "name: trained\n"
+    """What it writes to `scratch/` is removed at its end, and a user's directory may have one too."""
+    thesis = tmp_path / "scratch" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("all")
+    with pytest.raises(UsageError, match="holds something else than a benchmark: choose name=NAME or run_dir=DIR"):
+        command.main(tiny_run(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and thesis.read_text() == "all"
+
+
+def test_a_benchmark_follows_its_plan_in_the_same_directory(tmp_path: Path) -> None:
+    (tmp_path / "plan.md").write_text("| a plan |\n")
+    assert bench.Benchmark.checked(tiny_run(tmp_path)).measured == []
 
 
 def test_the_grid_holds_each_sensible_combination_once() -> None:
