@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `studies` is not
 
 from pregate.config import UsageError
 from studies.accuracy.arms_and_seeds import DENSE, PRETRAINING, SIZES, all_cells, start_of
-from studies.accuracy.records import CELLS, check_claim, claim, recorded_cells
+from studies.accuracy.records import CELLS, check_claim, claim, load_records, recorded_cells
 from studies.accuracy.runner import Runner, Study, missing_of
 from studies.accuracy.tables import render
 
@@ -103,12 +103,14 @@ def study_of(size: str) -> Study:
     given = os.environ.get("SOURCE")
     source = given or SIZES[size].source
     left_out = {PRETRAINING} if source else set()
-    left_out |= {DENSE} if given else set()  # what another source was made from is not known
+    folder = results_folder(size, work, dry)
+    if given and all(record["variant"] != DENSE for record in load_records(folder)):
+        left_out |= {DENSE}  # what another source was made from is not known
     cells = [cell for cell in all_cells(SIZES[size]) if not {cell.name, cell.variant} & left_out]
     return Study(
         size,
         cells,
-        results_folder(size, work, dry),
+        folder,
         work,
         source=source,
         only=os.environ.get("ONLY"),

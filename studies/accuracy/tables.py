@@ -146,8 +146,12 @@ def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Ma
         parts += ["How far ahead:", score_table(ahead, present(conventional), first="lookahead")]
     for base in ((arm, "") for arm in LETTERS):
         changed = present(*(key for key in CHANGES if key[0] == base[0]))
+        if base not in named:
+            told = f"One change to {SHORT[base]} at a time, without {SHORT[base]} itself, which has not been run:"
+            parts += [told, score_table(changed, present(conventional))] if changed else []
+            continue
         beside = present(base, distilled) if base == pre_gated else present(base)
-        if base in named and len(beside) + len(changed) > 1:
+        if len(beside) + len(changed) > 1:
             parts += [f"One change to {SHORT[base]} at a time:", score_table([*beside, *changed], beside[:1])]
     if TAUGHT in named:
         parts += [
@@ -287,7 +291,7 @@ def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | 
         told.append("one cell and what it needs, apart from these results")
         lines.append(f"OUT=runs/repeat/results WORK=runs/repeat ONLY={cells[0]['cell']} {whole}")
         told.append("that cell alone, where the checkpoints that it names are there")
-        lines.append(command_of(cells[0], size))
+        lines.append(command_of(cells[0], size, source))
     commands = "\n".join(f"PREGATE_DATA=DIR {line}" for line in lines)
     named = "; ".join(told)
     return (
@@ -296,10 +300,13 @@ def how_to_repeat(records: Sequence[Mapping[str, Any]], size: str, place: str | 
     )
 
 
-def command_of(record: Mapping[str, Any], size: str) -> str:
-    """A cell's command with the threads that it computed with where its digits depend on them."""
+def command_of(record: Mapping[str, Any], size: str, source: str | None = None) -> str:
+    """A cell's command with the threads that it computed with where its digits depend on them, and with `source` in
+    place of the size's own, which may be another model by now."""
     threads = record.get("environment", {}).get("torch_threads")
     given = record["command"]
+    if source is not None:
+        given = given.replace(f" model.source={SIZES[size].source} ", f" model.source={source} ")
     if SIZES[size].threads is None or threads is None or given.startswith(THREADS):
         return given
     return f"{THREADS}={threads} {given}"
@@ -316,17 +323,18 @@ def pretraining_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 NOTES = (
-    "Difference: score minus that of the other arm, of the same seed on the same examples. Its 95 % interval resamples "
-    "seeds and examples with replacement, both at once, 10,000 times "
-    "(`studies.accuracy.statistics.paired_bootstrap`). With three seeds it counts what varies between seeds two "
-    "thirds and the luck of single predictions two to three times: too narrow where seeds differ much, too wide where "
-    "they hardly do. With one seed it holds no luck of the seed at all. “Not worse beyond its interval” means that the "
-    "interval holds zero or lies above it, not that the two are equal: its lower end is the loss that is not excluded. "
-    "Many arms are compared, and nothing is corrected for that.\n\n"
-    "Rows in italics need no model. Trained arms of a task share data, steps, batch, schedule and seeds, and keep "
-    "their last state: no score has chosen a checkpoint. Agreement, gate mass, load and switches are those of the "
-    "first `eval.agreement_examples` examples. Training seconds hold neither loading nor a teacher's own training, and "
-    "cells that ran at a time slowed one another."
+    "**Difference**: the score minus that of the other arm, in points, for models of the same seed and on the same "
+    "examples. Its 95 % interval comes from a bootstrap that resamples seeds and examples together, 10,000 times "
+    "(`studies.accuracy.statistics.paired_bootstrap`). With three seeds, this bootstrap multiplies the variance "
+    "between seeds by 2/3, the variance between examples by 1, and the remaining variance (of single predictions) by "
+    "7/3. So the interval is too narrow if seeds differ much. It is too wide if they hardly differ. With one seed, it "
+    "does not show how much the score depends on the seed. “Not worse beyond its interval” means that the interval "
+    "contains zero or lies above zero. It does not mean that the two are equal: the lower end is the largest loss that "
+    "is not excluded. The intervals are not corrected for the number of comparisons.\n\n"
+    "Rows in italics need no model. All trained arms of a task have the same data, steps, batch, schedule and seeds. "
+    "The score of an arm is that of its last state, so no score has chosen a checkpoint. Agreement, gate mass, load "
+    "and switches are measured on the first `eval.agreement_examples` examples. Training seconds do not include "
+    "loading or the training of a teacher. Cells that ran at the same time slowed one another."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,11 @@ def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
     assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad")]
     other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe")
     assert other.returncode == 2 and "is no cell" in other.stderr, "what another source was made from is not known"
+    dense = next(record for record in synthetic_records("smollm2_moe") if record["variant"] == "dense")
+    append_record(tmp_path / "out", dense)
+    other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe", OUT="out")
+    assert other.stdout.splitlines()[0] == f"done {dense['cell']}" and other.stdout.count("\n") == 3, "unless it ran"
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "runs" / "smollm2_moe" / "checkpoint").mkdir(parents=True)
     half = call(tmp_path, "smollm2_moe", PREGATE_DATA=str(tmp_path))
     assert half.returncode == 2 and "no source in runs/smollm2_moe/dense_as_moe: make it with" in half.stderr

@@ -10,7 +10,7 @@ import pytest
 from pregate.system.durable import write_json
 from studies.accuracy.arms_and_seeds import SIZES, all_cells
 from studies.accuracy.records import STUDY, add_baselines, append_record
-from studies.accuracy.tables import render
+from studies.accuracy.tables import command_of, render
 from tests.studies.synthetic import synthetic_records
 
 CELLS = all_cells(SIZES["nano"])
@@ -96,6 +96,15 @@ def test_without_the_base_of_a_table_its_differences_are_dashes(tmp_path: Path) 
     assert control[4:8] == ["–"] * 4 and taught[6:8] == ["–"] * 2 and taught[4] != "–"
 
 
+def test_a_change_is_shown_without_the_arm_that_it_changes(tmp_path: Path) -> None:
+    names = ("sst2_conventional_s1", "sst2_pre_gated_init_calibrated_s1", "sst2_distilled_s1")
+    records = [record for record in synthetic_records() if record["cell"] in names]
+    heads, row = rows_of(rendered(tmp_path, records), "One change to (d) at a time, without (d) itself")
+    scores = {record["arm"]: record["scores"]["accuracy"] for record in records}
+    assert heads[4] == "difference from (a)" and row[0] == "(d) pre-gated, calibrated gates"
+    assert row[5] == f"{scores['pre_gated'] - scores['conventional']:+.1f}".replace("-", "−")
+
+
 def test_weights_that_an_arm_adds_are_told(tmp_path: Path) -> None:
     counts = {"sst2_conventional_s1": 1000, "sst2_pre_gated_s1": 1000, "sst2_pre_gated_mlp_s1": 3500}
     records = [record for record in synthetic_records() if record["cell"] in counts]
@@ -127,6 +136,12 @@ def test_commands_say_where_and_with_how_many_threads(tmp_path: Path, monkeypatc
     write_json(tmp_path / "results" / "here" / STUDY, {"size": "nano", "source": "owner/model"})
     text = rendered(tmp_path / "results" / "here", synthetic_records()[:2])
     assert "DIR OUT=results/here SOURCE=owner/model ./scripts/reproduce_accuracy.sh nano\n" in text
+    own = {
+        **synthetic_records()[1],
+        "command": "python -m pregate.train model.source=runs/smollm2_moe/checkpoint seed=1",
+    }
+    assert command_of(own, "smollm2_moe").endswith(own["command"])
+    assert command_of(own, "smollm2_moe", "runs/moved").endswith("pregate.train model.source=runs/moved seed=1")
 
 
 def test_a_study_that_has_only_begun(tmp_path: Path) -> None:
