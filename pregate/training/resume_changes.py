@@ -118,4 +118,6 @@ def _within(name: str, names: Any) -> bool:
 def _changes_result(name: str, run: Run) -> bool:
     if name == "train.steps" and run.train.schedule is Schedule.constant:
         return False  # the steps that are there already would have been the same
+    if name == "model.family" and run.model.source is not None:
+        return False  # a source says its own family
     return name in OTHER_RESULT or not _within(name, SAME_RESULT)

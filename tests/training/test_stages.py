@@ -117,6 +117,18 @@ def test_a_resumed_run_refuses_changes_of_its_result_unless_they_are_allowed(tmp
     assert "learning_rate: 0.5" in (run_dir / CONFIG).read_text()
 
 
+def test_the_family_of_a_resumed_run_may_change_where_a_source_says_its_own(tmp_path: Path) -> None:
+    run = Run(run_dir=str(tmp_path / "run"), model=ModelConfig(source="DIR"))
+    claim_run_dir(run)
+    train_tiny(tmp_path / "run", steps=1)
+    run.resume, run.model.family = True, "mixtral"
+    claim_run_dir(run)
+    assert "family: mixtral" in (tmp_path / "run" / CONFIG).read_text()
+    run.model.source, run.model.family = None, "olmoe"
+    with pytest.raises(UsageError, match=r"model\.family mixtral, now olmoe"):
+        claim_run_dir(run)
+
+
 def test_what_does_not_change_a_result_is_a_setting() -> None:
     now = flatten(to_dict(Run(source_train=TrainConfig())), separator=".")
     for name in (*SAME_RESULT, *OTHER_RESULT):
