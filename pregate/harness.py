@@ -17,7 +17,10 @@ def main() -> None:
     """Register the model and pre-gated checkpoints, then run the harness. Raises `UsageError`."""
     check_alone("harness")
     if find_spec("lm_eval") is None:
-        raise UsageError("The package lm_eval is missing: install it with pip install '.[harness]'.")
+        raise UsageError(
+            "The package lm_eval is missing: pip install '.[harness]' in the directory of pregate, or "
+            "pip install lm_eval."
+        )
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval._cli import HarnessCLI  # pyright: ignore[reportMissingImports]
 

@@ -170,7 +170,8 @@ class Reader:
         except Exception as error:
             if "hydra/launcher/submitit" in str(error):
                 raise UsageError(
-                    "Launchers of sweeps come with an extra: pip install 'pregate[cluster]' (hydra-submitit-launcher)."
+                    "Launchers of sweeps need the package hydra-submitit-launcher: pip install '.[cluster]' in the "
+                    "directory of pregate, or pip install hydra-submitit-launcher."
                 ) from error
             raise UsageError(f"{' '.join(choices)} cannot be used here: {first_line(error)}.") from error
 

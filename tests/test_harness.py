@@ -47,7 +47,7 @@ SENTENCES = (
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"The package lm_eval is missing: install it with pip install"):
+    with pytest.raises(UsageError, match=r"The package lm_eval is missing: pip install '\.\[harness\]' in the"):
         harness.main()
 
 

@@ -27,7 +27,10 @@ BASE, PARTS = ".base_layer", (".lora_A.", ".lora_B.")
 def check_installed() -> None:
     """Raises `UsageError` where there is no peft."""
     if find_spec("peft") is None:
-        raise UsageError("train.trainable=lora needs the package peft: pip install 'pregate[lora]'.")
+        raise UsageError(
+            "train.trainable=lora needs the package peft: pip install '.[lora]' in the directory of pregate, or "
+            "pip install peft."
+        )
 
 
 def add_adapters(model: Any, lora: LoraConfig) -> None:

@@ -126,8 +126,8 @@ def check_8bit(train: TrainConfig) -> None:
     """Raises `UsageError` where moments of 8 bits are asked for and the package that keeps them is missing."""
     if train.optimizer == Optimizer.adamw_8bit and find_spec("bitsandbytes") is None:
         raise UsageError(
-            "train.optimizer=adamw_8bit needs the package bitsandbytes: pip install 'pregate[8bit]', or set "
-            "train.optimizer=adafactor."
+            "train.optimizer=adamw_8bit needs the package bitsandbytes: pip install '.[8bit]' in the directory of "
+            "pregate, or pip install bitsandbytes, or set train.optimizer=adafactor."
         )
 
 
