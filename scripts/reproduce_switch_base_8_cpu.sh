@@ -2,12 +2,16 @@
 # The whole road at the geometry of google/switch-base-8 (random weights) on a machine without a GPU: convert both file
 # forms, train two steps on real SQuAD, evaluate eight questions through the engine, and keep the figures.
 #   PREGATE_DATA=DIR ./scripts/reproduce_switch_base_8_cpu.sh [RESULT_DIR]     DIR holds squad/*.parquet and t5_tokenizer
+#   PYTHON=… …             another interpreter, else .venv is made
 # Needs about 14 GB of memory, 20 GB of disk and ten minutes on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${PREGATE_DATA:?set PREGATE_DATA to a directory with squad/*.parquet and t5_tokenizer}"
 result="${1:-results/switch_base_8_cpu_$(date +%F)}"
-python="${PYTHON:-.venv/bin/python}"
+if [ -z "${PYTHON:-}" ]; then
+  ./scripts/setup.sh
+fi
+python="${PYTHON:-${VENV:-.venv}/bin/python}"
 run=runs/switch_base_8
 mkdir -p runs
 for form in bin safetensors; do
