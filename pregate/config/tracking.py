@@ -9,6 +9,12 @@ from pregate.config.choices import Tracker, WandbMode
 
 @dataclass
 class TrackingConfig:
+    """Where metrics go beside `metrics.jsonl`, which is always written. All but `kind` is for Weights & Biases.
+
+    `mode: auto` is online after `wandb login`, and offline without. `group`: shows several runs as one.
+    `log_checkpoint`: uploads the checkpoint too.
+    """
+
     kind: Tracker = Tracker.wandb
     mode: WandbMode = WandbMode.auto
     project: str = "pregate"
