@@ -26,6 +26,7 @@ from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train
 from tests import made_up
 from tests.made_up import MadeUpConfig, MadeUpForCausalLM
+from tests.tiny import layer_passes
 
 LAYOUTS = ("fused", "apart")
 
@@ -173,9 +174,10 @@ def test_two_steps_of_training_and_an_evaluation(source: Path, tmp_path: Path) -
 
 def test_recomputed_layers_give_the_same_gradients() -> None:
     labels = prompts()["input_ids"]
-    gradients = []
+    gradients, passes = [], []
     for recompute in (False, True):
         trained = model(lookahead=2).train()
+        passes.append(layer_passes(trained))
         if recompute:
             trained.gradient_checkpointing_enable()
         trained(**prompts(), labels=labels, output_router_logits=True, use_cache=False).loss.backward()
@@ -183,6 +185,7 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     plain, recomputed = gradients
     assert all(torch.equal(gradient, recomputed[name]) for name, gradient in plain.items())
     assert plain["model.layers.1.mlp.gate.pre_gate.router.weight"].abs().max() > 0
+    assert [list(each.values()) for each in passes] == [[1] * 8, [2] * 8]
 
 
 def test_threads_do_not_mix_up_the_routes_of_one_model() -> None:

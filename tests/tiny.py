@@ -76,6 +76,24 @@ def pregated_model(
     return model.eval()
 
 
+def layer_passes(model: Any) -> dict[str, int]:
+    """How often each layer of `model` computes for a backward pass from now on: twice as often where layers are
+    recomputed. A layer is seen by its first linear map, because upstream recomputes within the call of a layer."""
+    passes: dict[str, int] = {}
+
+    def counted(name: str, linear: torch.nn.Module) -> None:
+        def count(*_: Any) -> None:
+            passes[name] += torch.is_grad_enabled() and model.training
+
+        passes[name] = 0
+        linear.register_forward_pre_hook(count)
+
+    for stack in {block.stack for block in model.moe_blocks()}:
+        for index, layer in enumerate(model.stack_layers(stack)):
+            counted(f"{stack} {index}", next(m for m in layer.modules() if isinstance(m, torch.nn.Linear)))
+    return passes
+
+
 def batch(
     seed: int = 0, size: int = 3, source: int = 9, target: int = 7, vocab: int = 67, padded: bool = True
 ) -> dict[str, torch.Tensor]:

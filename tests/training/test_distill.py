@@ -25,7 +25,7 @@ from pregate.training.distill import (
     load_distillation,
     routing_share,
 )
-from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
+from tests.tiny import SEQ2SEQ, layer_passes, pregated_model, upstream_model
 from tests.tiny import batch as random_batch
 from tests.training.copying import SHALLOW, Recorder, train_tiny
 
@@ -339,10 +339,13 @@ def test_a_resumed_distillation_equals_one_that_never_stopped(tmp_path: Path, te
 
 def test_gradient_checkpointing_does_not_change_a_distillation(tmp_path: Path, teacher: str) -> None:
     settings: dict[str, Any] = {"teacher": teacher, **LESSONS, "steps": 1}
-    _, plain, _ = train_tiny(tmp_path / "plain", **settings)
-    _, saving, _ = train_tiny(tmp_path / "saving", gradient_checkpointing=True, **settings)
+    models = [pregated_model(**SHALLOW) for _ in range(2)]
+    once, twice = map(layer_passes, models)
+    _, plain, _ = train_tiny(tmp_path / "plain", model=models[0], **settings)
+    _, saving, _ = train_tiny(tmp_path / "saving", model=models[1], gradient_checkpointing=True, **settings)
     for term in ("loss", "kl", "routing", "grad_norm"):
         assert saving.at[f"tiny/{term}", 1] == pytest.approx(plain.at[f"tiny/{term}", 1], rel=1e-4), term
+    assert min(once.values()) > 0 and twice == {layer: 2 * count for layer, count in once.items()}
 
 
 def test_a_distillation_in_bf16_is_near_that_in_fp32(tmp_path: Path, teacher: str) -> None:
@@ -351,3 +354,4 @@ def test_a_distillation_in_bf16_is_near_that_in_fp32(tmp_path: Path, teacher: st
     _, half, _ = train_tiny(tmp_path / "half", precision="bf16", **settings)
     for term in ("loss", "kl", "routing"):
         assert half.at[f"tiny/{term}", 1] == pytest.approx(full.at[f"tiny/{term}", 1], rel=0.1), term
+        assert half.at[f"tiny/{term}", 1] != pytest.approx(full.at[f"tiny/{term}", 1], rel=1e-5), term

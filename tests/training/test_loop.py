@@ -29,7 +29,7 @@ from pregate.training.batch_order import Lengths, derive_batching, micro_batch_p
 from pregate.training.loop import next_step
 from pregate.training.saved_state import steps_done
 from pregate.training.stop_after_step import Interrupts
-from tests.tiny import pregated_model, upstream_model
+from tests.tiny import layer_passes, pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,9 +336,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
-    plain, _, _ = train_tiny(tmp_path / "plain", steps=2)
-    saving, _, _ = train_tiny(tmp_path / "saving", steps=2, gradient_checkpointing=True)
+    before, plain, saving = (pregated_model(**SHALLOW) for _ in range(3))
+    once, twice = layer_passes(plain), layer_passes(saving)
+    train_tiny(tmp_path / "plain", steps=2, model=plain)
+    train_tiny(tmp_path / "saving", steps=2, model=saving, gradient_checkpointing=True)
     assert_same_parameters(plain, saving, atol=1e-6)
+    assert (plain.shared.weight - before.shared.weight).abs().max() > 1e-4
+    assert len(once) == 8 and min(once.values()) > 0
+    assert twice == {layer: 2 * count for layer, count in once.items()}
 
 
 def test_loader_workers_do_not_change_training(tmp_path: Path) -> None:

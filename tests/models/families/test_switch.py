@@ -18,7 +18,7 @@ from pregate.models.family import config_of
 from pregate.models.loading import load_resident, mark_conventional
 from tests.make_switch_base import TINY, make
 from tests.models.families.naive_switch import naive_logits
-from tests.tiny import batch, geometry, pregated_model, upstream_model
+from tests.tiny import batch, geometry, layer_passes, pregated_model, upstream_model
 
 
 def random_geometry(seed: int) -> dict[str, Any]:
@@ -231,6 +231,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(lookahead: int, weights
     model = pregated_model(1, lookahead, **settings, dropout_rate=0.1, router_jitter_noise=0.1).train()
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable()
+    once, twice = layer_passes(model), layer_passes(checkpointed)
     for candidate in (model, checkpointed):
         torch.manual_seed(0)
         candidate(**batch(1), output_router_logits=True, use_cache=False).loss.backward()
@@ -238,6 +239,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(lookahead: int, weights
     assert expected.keys() == actual.keys()
     for name in expected:
         assert torch.equal(expected[name], actual[name]), name
+    assert len(once) == 12 and set(once.values()) == {1} and set(twice.values()) == {2}
 
 
 def test_reentrant_gradient_checkpointing_is_refused() -> None:
