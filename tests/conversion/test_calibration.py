@@ -98,8 +98,10 @@ def test_only_gates_change_and_agreement_does_not_fall(case: str, source: Path, 
             assert told[stack] == pytest.approx(shares)
     mean = {name: sum(map(sum, told.values())) for name, told in (("a", found.after), ("b", found.before))}
     assert mean["a"] > mean["b"]
-    for gate in found.gates:
-        assert max(gate.fit.ridge, gate.fit.refined, gate.fit.copy) >= gate.fit.copy
+    for fit in (gate.fit for gate in found.gates):
+        scores = {"copy": fit.copy, "ridge": fit.ridge, "temperature": fit.refined}
+        assert scores[fit.chosen.split()[0]] == max(scores.values()), fit
+    assert any(gate.fit.chosen != "copy" for gate in found.gates)
 
 
 def test_a_source_whose_routes_can_be_read_one_block_ahead_is_followed_exactly(tmp_path: Path) -> None:
@@ -273,12 +275,15 @@ def test_refusals_come_before_any_example_is_read(source: Path, tmp_path: Path) 
 
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
-    for run, output, said in (
-        (settings(), tmp_path / "used", "exists already"),
-        (settings({"lookahead": 3, "stacks": ["decoder"]}), tmp_path / "used", "exists already"),
+    upstream_model(0).save_pretrained(tmp_path / "shallow")
+    for run, model, output, said in (
+        (settings(), source, tmp_path / "used", "exists already"),
+        (settings({"lookahead": 3}), tmp_path / "shallow", tmp_path / "out", "lookahead=3 needs at least 4 MoE blocks"),
+        (settings({"stacks": ["middle"]}), source, tmp_path / "out", "names middle, but the model has encoder"),
     ):
         with pytest.raises(UsageError, match=said):
-            calibrate(run, str(source), output, Unread(), word_tokenizer())  # type: ignore[arg-type]
+            calibrate(run, str(model), output, Unread(), word_tokenizer())  # type: ignore[arg-type]
+        assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match=r"call pregate\.conversion\.calibrate\.flow\.calibrate"):
         convert(str(source), tmp_path / "out", PreGateConfig(init=Init.calibrated))
     assert not (tmp_path / "out").exists()

@@ -173,5 +173,6 @@ def test_sigmoid_fits_are_minima_of_their_own_losses() -> None:
 
     for loss, gate_ED, tolerance in ((ridge, closed_ED, 1e-6), (entropy, found_ED, 1e-3)):
         slope_ED = torch.autograd.functional.jacobian(loss, gate_ED)
-        assert slope_ED.abs().max() < tolerance < 10 * torch.autograd.functional.jacobian(loss, start).abs().max()
+        begun_ED = torch.autograd.functional.jacobian(loss, start)
+        assert slope_ED.abs().max() < tolerance < begun_ED.abs().max() / 10
     assert (found_ED - closed_ED).abs().max() > 1e-3
