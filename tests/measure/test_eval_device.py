@@ -25,8 +25,10 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint")
+    """Beside it is the reference, another model."""
+    directory = tmp_path_factory.mktemp("models") / "checkpoint"
     pregated_model(0, 2, vocab_size=512).save_pretrained(directory)
+    pregated_model(1, 2, vocab_size=512).save_pretrained(directory.with_name("reference"))
     generated_tokenizer(GeneratedConfig(train=200, validation=20)).save_pretrained(directory)
     (directory / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     return directory
@@ -41,7 +43,7 @@ def run_of(checkpoint: Path, output: Path, *overrides: str) -> Run:
             "task.max_source_tokens=40",
             "task.max_target_tokens=6",
             f"checkpoint={checkpoint}",
-            f"reference={checkpoint}",
+            f"reference={checkpoint.with_name('reference')}",
             f"output={output}",
             f"run_dir={output}",
             "tracking=jsonl",
@@ -67,6 +69,7 @@ def test_it_predicts_what_the_host_driven_evaluation_predicts(checkpoint: Path, 
     assert predictions == host_predictions
     for key in ("scores", "parity", "routing"):
         assert device[key] == host[key]
+    assert all(share < 1 for blocks in host["routing"]["agreement"].values() for share in blocks)
     assert device["engine_settings"]["drive"] == "device"
     assert device["engine_settings"]["tier"] == "dram"
     assert (tmp_path / "d" / "report.html").is_file()
