@@ -135,11 +135,14 @@ def test_a_cache_of_ones_own_works_with_generate(model: Any, engine: Any) -> Non
     asked = prompts(1)
     first = engine.generate(**asked, **PLAIN, eos_token_id=None, return_dict_in_generate=True)
     text = torch.cat([first.sequences, prompts(1, seed=1)["input_ids"]], 1)
-    mask = torch.ones_like(text)
+    mask, read = torch.ones_like(text), []
+    engine.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     second = engine.generate(
         input_ids=text, attention_mask=mask, past_key_values=first.past_key_values, **PLAIN, eos_token_id=None
     )
     assert torch.equal(second[:, text.shape[1] :], fresh(model, text, mask, eos_token_id=None))
+    # of the text before, the last token alone was not read
+    assert sum(read) == text.shape[1] - first.sequences.shape[1] + 1 + 3
 
 
 def side_by_side(rows: list[list[int]]) -> dict[str, Tensor]:

@@ -133,6 +133,9 @@ def test_settings_may_be_given_by_name(served: Served) -> None:
     names = {"policy": "prefetch_all", "tier": "dram", "cache": "lfu", "slab_dtype": "source", "device": "cpu"}
     with OffloadEngine.open(str(served.directory), **names) as engine:  # type: ignore[arg-type]
         assert_same(generated(engine.generate, request(1)), expected)
+        host: Any = engine.host
+        assert engine.policy is Policy.prefetch_all and host.scheduler._table._rule is CacheRule.lfu
+        assert host.mover._store.in_host_memory and engine.counters.bytes_moved > 0
 
 
 def test_an_engine_computes_in_another_dtype_than_its_experts_have(tmp_path: Path) -> None:

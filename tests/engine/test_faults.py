@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -134,11 +135,14 @@ def damages() -> dict[str, Callable[[dict[str, Any]], Any]]:
 def test_an_altered_index_is_packed_anew(
     served: Served, pack_dir: Path, expected: tuple[Tensor, Tensor], damage: str
 ) -> None:
-    index = json.loads((pack_dir / "index.json").read_text())
+    sound = json.loads((pack_dir / "index.json").read_text())
+    index = copy.deepcopy(sound)
     damages()[damage](index)
+    assert index != sound
     (pack_dir / "index.json").write_text(json.dumps(index))
     with OffloadEngine.open(served.directory, pack_dir=pack_dir) as engine:
         assert_serves(engine, expected)
+    assert json.loads((pack_dir / "index.json").read_text()) == sound
 
 
 def test_an_altered_checksum_is_told_and_packing_again_helps(
@@ -230,17 +234,22 @@ def test_reads_may_come_in_pieces_and_out_of_the_blue(
 ) -> None:
     """A read may return less than was asked for; the rest is read, not made up."""
     preadv, read = os.preadv, Ring.read
+    asked: list[int] = []
 
     def short(file: int, buffers: list[Any], offset: int) -> int:
+        asked.append(len(buffers[0]))
         return preadv(file, [buffers[0][:PAGE]], offset)
 
     def short_read(ring: Ring, number: int, file: int, offset: int, address: int, length: int, piece: int) -> None:
+        asked.append(length)
         read(ring, number, file, offset, address, min(length, PAGE), piece)
 
     monkeypatch.setattr(os, "preadv", short)
     monkeypatch.setattr(Ring, "read", short_read)
     with OffloadEngine.open(served.directory, cache=CacheRule.lru, io_uring=io_uring) as engine:
         assert_serves(engine, expected)
+        # a slab has two pages: both are asked for, and then the second
+        assert asked.count(PAGE) >= asked.count(SLAB) >= engine.counters.misses > 0
 
 
 def test_a_pack_removed_while_it_is_open(tmp_path: Path, served: Served, expected: tuple[Tensor, Tensor]) -> None:

@@ -302,13 +302,14 @@ def test_steps_before_a_capture_spoil_nothing(
 ) -> None:
     """Where a step is captured it runs a few times first, between what the host has left in the slots and what it
     will put there."""
-    inputs = inputs_of(5, 2)
+    inputs, prepared = inputs_of(5, 2), []
     wanted = reference(served.model, inputs, STEPS, None)
     with DeviceEngine.open(
         served.directory, batch=2, max_source_len=11, max_new_tokens=STEPS + 1, policy=policy, cache=cache
     ) as engine:
 
         def prepare(kind: Any) -> None:
+            prepared.append(kind)
             for _ in range(2):
                 engine._begin_nothing()
                 engine._graphs._step(kind)
@@ -322,6 +323,7 @@ def test_steps_before_a_capture_spoil_nothing(
             assert torch.equal(got[0], wanted[0]), f"{got[0]}\n{wanted[0]}"
             again = engine.forward(**inputs, decoder_input_ids=targets).logits
             assert torch.equal(again, before), f"{again}\n{before}"
+    assert len(prepared) == 2, "one request, one look at what is captured"
 
 
 def test_after_an_error_it_serves_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
