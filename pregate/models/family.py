@@ -17,11 +17,12 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto import tokenization_auto
 
 from pregate.config import UsageError
 from pregate.models.checkpoint import QUANTISATION
@@ -232,6 +233,26 @@ def register_family(family: Family) -> None:
     conversions = get_checkpoint_conversion_mapping(family.source_type)
     if conversions:  # upstream reads and writes other tensors than its modules have; so do we
         register_checkpoint_conversion_mapping(family.model_type, conversions, overwrite=True)
+    _share_tokenizers(family)
+
+
+def _share_tokenizers(family: Family) -> None:
+    """Have `AutoTokenizer` choose the same class beside a pre-gated model as beside the conventional one.
+
+    Published tokenizer files name a wrong class for some models. transformers knows which, and what is right, by
+    `model_type`. A wrong class splits texts differently.
+    """
+    # no public interface: a version of transformers without such a table corrects nothing by it
+    names = getattr(tokenization_auto, "TOKENIZER_MAPPING_NAMES", {})
+    if family.source_type in names:
+        names[family.model_type] = names[family.source_type]
+    misnamed = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    if family.source_type in misnamed:
+        misnamed.add(family.model_type)
+    # what it chooses where no file names a class
+    classes, conventional = tokenization_auto.TOKENIZER_MAPPING, family.source_type in CONFIG_MAPPING
+    if conventional and (chosen := classes.get(CONFIG_MAPPING[family.source_type], None)):
+        classes.register(family.config_class, chosen, exist_ok=True)
 
 
 def families() -> list[Family]:
