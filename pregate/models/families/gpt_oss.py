@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import GptOssConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss import modeling_gpt_oss as upstream
 
 from pregate.models import decoder_only, gated_experts
@@ -44,7 +45,33 @@ class PreGatedGptOssPreTrainedModel(decoder_only.PreGatedPreTrained, upstream.Gp
 
 
 class PreGatedGptOssModel(decoder_only.PreGatedStack, PreGatedGptOssPreTrainedModel, upstream.GptOssModel):
-    pass
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream's, but texts whose positions begin again in a row do not see each other, as in other models."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            # upstream makes its masks without the positions, and takes those that are given to it
+            given = (self.config, inputs_embeds, None, None, position_ids)
+            attention_mask = {
+                "full_attention": create_causal_mask(*given),
+                "sliding_attention": create_sliding_window_causal_mask(*given),
+            }
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
 
 
 class PreGatedGptOssForCausalLM(

@@ -383,6 +383,23 @@ def test_every_way_to_the_loss_agrees(row: Row) -> None:
         assert torch.equal(one.flatten(0, 1), other)
 
 
+@pytest.mark.parametrize("name", [name for name, row in FAMILIES.items() if row.family.objective.packs])
+@pytest.mark.parametrize(("lookahead", "entry"), [(0, "own"), (2, "embedding")])
+@torch.no_grad()
+def test_packed_texts_do_not_see_each_other(name: str, lookahead: int, entry: str) -> None:
+    """Both are longer than any sliding window."""
+    row = FAMILIES[name]
+    ours = pregated(row, upstream_model(row, 40), gating(lookahead, entry))
+    first, second = torch.randint(2, VOCABULARY, (2, 1, 9), generator=torch.Generator().manual_seed(6))
+    texts, places = torch.cat([first, second], 1), torch.arange(9).repeat(2)[None]
+    alone = ours(second, use_cache=False).logits
+    packed = ours(texts, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :9], ours(first, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed[:, 9:], alone, rtol=1e-4, atol=1e-4)
+    one_text = ours(texts, use_cache=False).logits
+    assert packed.isfinite().all() and not torch.allclose(one_text[:, 9:], alone, atol=1e-2)
+
+
 @every_family
 @pytest.mark.parametrize("first", ["upstream", "ours"])
 def test_experts_are_computed_as_by_upstreams_default(row: Row, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
