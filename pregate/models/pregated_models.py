@@ -194,6 +194,9 @@ class ServedModel:
     """What conversion, training and engines ask of a whole model. A subclass says where its blocks and stacks are."""
 
     modules: Any
+    accepts_loss_kwargs = False
+    """For transformers' Trainer, which would take any `forward` with `**kwargs` to divide by the number of targets of
+    all micro batches. The loss is the mean of its own batch, so the Trainer divides by their number."""
 
     def moe_blocks(self) -> Iterator[MoEBlock]:
         """Stack by stack, in the order of execution."""

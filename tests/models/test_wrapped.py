@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
 from pregate.models.linear import is_plain
 from pregate.models.loading import load_resident
+from tests.test_made_up_family import model as made_up_model
 from tests.tiny import batch, pregated_model, upstream_model
 
 peft = pytest.importorskip("peft")  # not on every machine that runs the GPU tests
@@ -209,3 +211,31 @@ def test_what_counts_as_a_plain_layer() -> None:
     assert is_plain(layer)
     layer.compile(backend="eager")
     assert not is_plain(layer)
+
+
+@pytest.mark.parametrize("make", [pregated_model, made_up_model], ids=["switch", "decoder_only"])
+def test_the_trainer_accumulates_gradients_to_those_of_one_batch(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Of examples of one length, so that the mean of means is the mean."""
+    whole = batch(7, size=4, padded=False)
+    if make is made_up_model:
+        whole["labels"] = whole["input_ids"]
+    rows = [{name: tensor[row] for name, tensor in whole.items()} for row in range(4)]
+    logged = {}
+    for size, accumulated in ((4, 1), (1, 4)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(make(), arguments, train_dataset=rows)  # type: ignore[arg-type]
+        trainer.train()
+        logged[size] = trainer.state.log_history[0]
+    AcceleratorState._reset_state(reset_partial_state=True)  # of this process, which other tests train in
+    for name in ("loss", "grad_norm"):
+        assert logged[4][name] > 0 and logged[1][name] == pytest.approx(logged[4][name], rel=1e-3), name
