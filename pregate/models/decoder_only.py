@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +63,11 @@ _layer_call: ContextVar[_LayerCall | None] = ContextVar("layer_call", default=No
 
 class TopKGate(Gate):
     """A gate of its own, which decides for another block than the one it sits in: upstream's router and its rule.
-    `norm`: what an entry gate applies to the embeddings."""
+    `in_float32`: as in `TopKGates`. `norm`: what an entry gate applies to the embeddings."""
 
-    def __init__(self, router: nn.Module, gating: PreGating, norm: nn.Module | None = None) -> None:
+    def __init__(self, router: nn.Module, gating: PreGating, in_float32: bool, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.router, self.norm = router, norm
+        self.router, self.in_float32, self.norm = router, in_float32, norm
         self.nonlinear = Nonlinear.of(gating, router.get_parameter("weight"))
         if self.nonlinear is not None:
             check_linear(router)
@@ -79,11 +80,14 @@ class TopKGate(Gate):
         return hidden_BTD if self.norm is None else self.norm(hidden_BTD)
 
     def choices(self, logits_TE: Tensor) -> Tensor:
-        return choices_by(self.router, type(self.router), logits_TE)
+        with _precision(self.in_float32, logits_TE):
+            return choices_by(self.router, type(self.router), logits_TE)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
         router = self.router if self.nonlinear is None else partial(route_with, self.router, self.nonlinear)
-        return _routing(router, self.read(hidden_BTD))
+        read_BTD = self.read(hidden_BTD)
+        with _precision(self.in_float32, read_BTD):
+            return _routing(router, read_BTD)
 
 
 class _OwnGate(Gate):
@@ -104,17 +108,26 @@ class _OwnGate(Gate):
         return self.linear.named_parameters(recurse=False)
 
     def choices(self, logits_TE: Tensor) -> Tensor:
-        return choices_by(self.linear, self.linear.router_class, logits_TE)
+        with _precision(self.linear.in_float32, logits_TE):
+            return choices_by(self.linear, self.linear.router_class, logits_TE)
 
     def weigh(self, hidden_BTD: Tensor, expert_ids_BTK: Tensor) -> Tensor:
         router = self.linear.for_weighing()
-        weights_TK = weights_by(
-            router, self.linear.router_class, hidden_BTD.flatten(0, 1), expert_ids_BTK.flatten(0, 1)
-        )
+        with _precision(self.linear.in_float32, hidden_BTD):
+            weights_TK = weights_by(
+                router, self.linear.router_class, hidden_BTD.flatten(0, 1), expert_ids_BTK.flatten(0, 1)
+            )
         return weights_TK.view(expert_ids_BTK.shape)
 
     def forward(self, hidden_BTD: Tensor) -> Routing:
-        return _routing(self.linear.forward_of_router, hidden_BTD)
+        with _precision(self.linear.in_float32, hidden_BTD):
+            return _routing(self.linear.forward_of_router, hidden_BTD)
+
+
+def _precision(in_float32: bool, states: Tensor) -> AbstractContextManager[Any]:
+    """For a router's own arithmetic. Autocast would put the short dtype in the place of the float32 that a rule asks
+    for."""
+    return torch.autocast(states.device.type, enabled=False) if in_float32 else nullcontext()
 
 
 def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:
@@ -128,6 +141,8 @@ class TopKGates(BlockGates):
 
     router_class: ClassVar[type[nn.Module]]
     """The upstream class."""
+    in_float32: ClassVar[bool] = False
+    """Whether upstream converts states and weight to float32 for its linear map. It does so whatever autocast says."""
 
     def __init__(self, config: Any, stack: str, index: int, num_blocks: int) -> None:
         placed = config.pregating.gates_at(stack, index, num_blocks)
@@ -137,9 +152,14 @@ class TopKGates(BlockGates):
         if not placed.own:
             self._parameters.update(dict.fromkeys(self._parameters))
             self._buffers.update(dict.fromkeys(self._buffers))
-        self.pre_gate = None if placed.target is None else TopKGate(self.router_class(config), config.pregating)
+        self.pre_gate = None if placed.target is None else self.ahead(config)
         if placed.weighs:
             self._check_rule()
+
+    @classmethod
+    def ahead(cls, config: Any, norm: nn.Module | None = None) -> TopKGate:
+        """A gate for another block."""
+        return TopKGate(cls.router_class(config), config.pregating, cls.in_float32, norm)
 
     def _check_rule(self) -> None:
         """Raises `UsageError` for a rule that weighs nothing but its own choice."""
@@ -246,9 +266,8 @@ class PreGatedStack:
         for index, number in enumerate(moe_layers):
             self.layers[number].take_gates(self.gates_class(config, STACK, index, len(moe_layers)))
         entries = config.pregating.embedding_entries(STACK, len(moe_layers))
-        router = self.gates_class.router_class
         self.entry_gates = nn.ModuleDict(
-            {str(block): TopKGate(router(config), config.pregating, copy.deepcopy(self.norm)) for block in entries}
+            {str(block): self.gates_class.ahead(config, copy.deepcopy(self.norm)) for block in entries}
         )
         self.post_init()
 

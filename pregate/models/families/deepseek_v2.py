@@ -24,7 +24,7 @@ class PreGatedDeepseekV2Config(PreGatedConfig, DeepseekV2Config):
 
 
 class PreGatedDeepseekV2Gates(decoder_only.TopKGates, upstream.DeepseekV2TopkRouter):
-    router_class = upstream.DeepseekV2TopkRouter
+    router_class, in_float32 = upstream.DeepseekV2TopkRouter, True
 
     def for_weighing(self) -> Any:
         """Without groups: they limit which experts are chosen, and the scores of all others are set to zero."""

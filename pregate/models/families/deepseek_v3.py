@@ -24,7 +24,7 @@ class PreGatedDeepseekV3Config(PreGatedConfig, DeepseekV3Config):
 
 
 class PreGatedDeepseekV3Gates(decoder_only.TopKGates, upstream.DeepseekV3TopkRouter):
-    router_class = upstream.DeepseekV3TopkRouter
+    router_class, in_float32 = upstream.DeepseekV3TopkRouter, True
 
 
 class PreGatedDeepseekV3Layer(decoder_only.PreGatedLayer, upstream.DeepseekV3DecoderLayer):

@@ -24,7 +24,7 @@ class PreGatedGlm4MoeConfig(PreGatedConfig, Glm4MoeConfig):
 
 
 class PreGatedGlm4MoeGates(decoder_only.TopKGates, upstream.Glm4MoeTopkRouter):
-    router_class = upstream.Glm4MoeTopkRouter
+    router_class, in_float32 = upstream.Glm4MoeTopkRouter, True
 
 
 class PreGatedGlm4MoeLayer(decoder_only.PreGatedLayer, upstream.Glm4MoeDecoderLayer):

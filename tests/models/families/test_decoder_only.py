@@ -34,9 +34,11 @@ from pregate.conversion.tensor_plan import plan_moves
 from pregate.conversion.write import convert
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.training_engine import TrainingEngine
+from pregate.models.decoder_only import TopKGate
 from pregate.models.family import Family, family_named
 from pregate.models.loading import load_resident
 from pregate.models.objectives import predicting
+from pregate.models.pregated_models import Gate
 from pregate.models.pregating import PreGating
 from pregate.models.synthetic import synthetic_checkpoint
 
@@ -348,6 +350,34 @@ def test_gates_decide_ahead(row: Row, lookahead: int, padding: str, recompute: b
         other = theirs[renamed.get(name, name)]
         assert (slope - other).abs().max() <= 1e-4 * other.abs().max(), name  # added up in another order
     assert all(slopes[name].abs().max() > 0 for name in renamed if name in slopes)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+@torch.no_grad()
+def test_autocast_leaves_routers_that_compute_in_float32_as_they_are(name: str) -> None:
+    """Routers, pre-gates and entry gates, and routers that weigh: all that a training step in bf16 asks of them."""
+    row = FAMILIES[name]
+    late = PreGating(2, entry="embedding", weights="late", gate="mlp", gate_width=5)
+    ours = pregated(row, upstream_model(row, 50), late)
+    hidden = torch.randn(2, 40, ours.config.hidden_size, generator=torch.Generator().manual_seed(7))
+
+    def asked(gate: Gate) -> list[Tensor]:
+        routing = gate(hidden)
+        parts = [*routing, gate.choices(routing.logits_BTE.flatten(0, 1))]
+        return parts if isinstance(gate, TopKGate) else [*parts, gate.weigh(hidden, routing.expert_ids_BTK)]
+
+    kinds = set()
+    for gate in ours.gates():
+        expected = asked(gate)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.mm(hidden[0], hidden[0].T).dtype is torch.bfloat16
+            found = asked(gate)
+        assert gate(hidden).logits_BTE.dtype is torch.float32 and all(map(torch.equal, found, expected))
+        kinds.add(type(gate))
+    assert len(kinds) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = ours(**batch(RIGHT), output_router_logits=True).router_logits
+    assert all(logits.dtype is torch.float32 and logits.isfinite().all() for logits in seen)
 
 
 @every_family
