@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from pregate.config import (
     CalibrationConfig,
@@ -80,13 +80,36 @@ def olmoe(directory: Path) -> None:
     OlmoeForCausalLM(config).save_pretrained(directory)
 
 
+def granite(directory: Path) -> None:
+    """With embeddings so small that the norm of an entry gate tells scaled ones from those of the table."""
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(
+        vocab_size=67,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        initializer_range=0.3,
+        embedding_multiplier=12.0,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = GraniteMoeForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.001)
+    model.save_pretrained(directory)
+
+
 def with_dense_layers(directory: Path) -> None:
     made_up.model().save_pretrained(directory)
     made_up.take_apart(directory)
     mark_conventional(directory)
 
 
-MAKERS = {"switch": switch, "olmoe": olmoe, "dense layers between": with_dense_layers}
+MAKERS = {"switch": switch, "olmoe": olmoe, "granite": granite, "dense layers between": with_dense_layers}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +158,7 @@ def assert_same_gates(one: Path, other: Path, tolerance: float = 2e-3) -> None:
     ("model", "case", "steps"),
     [
         *(("switch", "paper", 2), ("olmoe", "two ahead", 0), ("dense layers between", "embedding", 2)),
-        *(("switch", "late", 0), ("olmoe", "start", 0), ("olmoe", "mlp", 0)),
+        *(("switch", "late", 0), ("olmoe", "start", 0), ("olmoe", "mlp", 0), ("granite", "embedding", 0)),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in product(MAKERS, CASES, (0, 2))

@@ -64,8 +64,8 @@ def returning(output: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
 class GateListener:
     """What the gates of a conventional model read and decide in a pass; `decide` may put another route there.
 
-    states: what the last gate read, (B, T, D). embedded: the input embeddings of the stack. logits: behind the route
-    that was taken.
+    states: what the last gate read, (B, T, D). embedded: the input embeddings of the stack, as its entry gates get
+    them. logits: behind the route that was taken.
     """
 
     states: Tensor
@@ -80,9 +80,9 @@ class GateListener:
         self.stop_at_gate = False
         """Whether a pass ends where it comes to a gate."""
         gates = [block.gates.router for block in model.moe_blocks()]
-        tables = {id(table): table for table in (model.stack_module(s).get_input_embeddings() for s in stacks)}
+        tables = {id(table): (table, scale) for table, scale in map(_table_of, map(model.stack_module, stacks))}
         self._handles = [gate.register_forward_hook(self._on_gate) for gate in gates]
-        self._handles += [table.register_forward_hook(self._on_table) for table in tables.values()]
+        self._handles += [table.register_forward_hook(self._on_table(scale)) for table, scale in tables.values()]
 
     def _on_gate(self, gate: Gate, arguments: tuple[Tensor, ...], routing: Routing) -> Routing:
         self.states = arguments[0]
@@ -94,9 +94,17 @@ class GateListener:
             taken = taken._replace(weights_BTK=gate.weigh(self.states, taken.expert_ids_BTK))
         return taken
 
-    def _on_table(self, table: nn.Module, arguments: Any, embedded_BTD: Tensor) -> None:
-        self.embedded = embedded_BTD
+    def _on_table(self, scale: float) -> Any:
+        def listen(table: nn.Module, arguments: Any, embedded_BTD: Tensor) -> None:
+            self.embedded = embedded_BTD * scale
+
+        return listen
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _table_of(stack: Any) -> tuple[nn.Module, float]:
+    """The embedding table of a stack, and what the stack multiplies the embeddings by."""
+    return stack.get_input_embeddings(), getattr(stack, "embedding_multiplier", 1.0)
