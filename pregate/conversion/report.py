@@ -19,7 +19,7 @@ STARTS = {Init.source: "as copies", Init.random: "at random", Init.calibrated: "
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did. `made` are tensors that no source has. `dropped` are source tensors that repeat another or
-    that the architecture never reads."""
+    that the architecture never reads. `tokenizer_is_code`: so the source's was left out."""
 
     output: Path
     gating: PreGating
@@ -31,6 +31,7 @@ class ConversionReport:
     source_bytes: int
     output_bytes: int
     has_tokenizer: bool
+    tokenizer_is_code: bool
     seconds: float
 
     def told(self, source: str) -> str:
@@ -61,7 +62,12 @@ class ConversionReport:
             f"  {human_bytes(self.output_bytes)} in {len(self.shards)} safetensors file(s), "
             f"from {human_bytes(self.source_bytes)}, in {self.seconds:.1f} s"
         )
-        if not self.has_tokenizer:
+        if self.tokenizer_is_code:
+            lines.append(
+                "  the tokenizer of the source is code (auto_map in tokenizer_config.json), which is not taken along: "
+                "add model.tokenizer=DIRECTORY_OR_HUB_ID with a tokenizer.json"
+            )
+        elif not self.has_tokenizer:
             lines.append("  no tokenizer in the source: add model.tokenizer=DIRECTORY_OR_HUB_ID to include one")
         lines.append(f"next: python -m pregate.eval checkpoint={self.output} reference={source}")
         return "\n".join(lines)

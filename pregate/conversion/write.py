@@ -31,7 +31,7 @@ from pregate.conversion.tensor_plan import plan_tensors
 from pregate.engine.storage.origin import Unchanged
 from pregate.models.checkpoint import CONFIG, read_config
 from pregate.models.loading import open_model
-from pregate.models.side_files import TOKENIZER_FILES, side_files
+from pregate.models.side_files import TOKENIZER_FILES, side_files, tokenizer_is_code
 from pregate.system.console import progress
 from pregate.system.durable import put
 from pregate.system.unfinished import Unfinished, unfinished_beside
@@ -71,7 +71,7 @@ def convert(
     checkpoint = open_model(source, revision)
     plan = plan_tensors(checkpoint, target.config, seed)
     files = Shards.of(checkpoint, plan, max_shard_bytes)
-    sides = _side_files(source, revision, tokenizer)
+    sides, is_code = _side_files(source, revision, tokenizer)
     source_bytes, output_bytes = sum(f.stat().st_size for f in checkpoint.files), sum(files.sizes.values())
     refuse_full_disk(output, files.sizes.values())
     with Unchanged(checkpoint):  # fitting takes long, and gates belong to the weights that they were fitted on
@@ -100,6 +100,7 @@ def convert(
         source_bytes=source_bytes,
         output_bytes=output_bytes,
         has_tokenizer=any(file.name in TOKENIZER_FILES for file in sides),
+        tokenizer_is_code=is_code,
         seconds=time.perf_counter() - began,
     )
 
@@ -117,15 +118,19 @@ def convert_for(run: Run, source: str, output: Path, fit: GateFitter | None = No
     )
 
 
-def _side_files(source: str, revision: str | None, tokenizer: str | None) -> list[Path]:
-    """The files to copy unchanged: generation config and tokenizer, the latter from `tokenizer` if that is given."""
+def _side_files(source: str, revision: str | None, tokenizer: str | None) -> tuple[list[Path], bool]:
+    """The files to copy unchanged: generation config and tokenizer, the latter from `tokenizer` if that is given. And
+    whether the source's tokenizer is left out because it is code."""
     own = side_files(source, revision)
+    others = [file for file in own if file.name not in TOKENIZER_FILES]
     if tokenizer is None:
-        return own
+        # files that cannot be opened would stand in the way of another tokenizer that a command names
+        return (others, True) if tokenizer_is_code(own) else (own, False)
     chosen = side_files(tokenizer, names=TOKENIZER_FILES)
-    if not chosen:
-        raise UsageError(f"{tokenizer} holds no tokenizer: give a directory or hub id with tokenizer.json in it.")
-    return [file for file in own if file.name not in TOKENIZER_FILES] + chosen
+    if not chosen or tokenizer_is_code(chosen):
+        what = "holds a tokenizer that is code" if chosen else "holds no tokenizer"
+        raise UsageError(f"{tokenizer} {what}: give a directory or hub id with tokenizer.json in it.")
+    return others + chosen, False
 
 
 @contextmanager

@@ -251,6 +251,26 @@ def test_tokenizer_from_elsewhere(tiny, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "with")("a")["input_ids"] == [0]
 
 
+@pytest.mark.parametrize("auto_map", [["tokens.Tokens", None], {"AutoTokenizer": ["tokens.Tokens", None]}])
+def test_a_tokenizer_that_is_code_is_not_taken_along(tiny, tmp_path, auto_map):
+    """As the tokenizer of Moonlight is published. The report says what to do, and another tokenizer can be named."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tokens", "auto_map": auto_map}))
+    (source / "tokens.py").write_text("raise SystemExit")
+    report = convert(str(source), tmp_path / "out", gate())
+    assert not report.has_tokenizer and report.tokenizer_is_code
+    [line] = (line for line in report.told("source").splitlines() if "model.tokenizer=" in line)
+    assert "is code" in line and "no tokenizer" not in line
+    assert not list((tmp_path / "out").glob("token*"))  # or a command would not look at model.tokenizer
+    with pytest.raises(UsageError, match=r"is code: give .* tokenizer\.json"):
+        convert(str(tiny), tmp_path / "named", gate(), tokenizer=str(source))
+    # with a tokenizer.json it can be opened without the code
+    (source / "tokenizer.json").write_text("{}")
+    report = convert(str(source), tmp_path / "whole", gate())
+    assert report.has_tokenizer and not report.tokenizer_is_code and (tmp_path / "whole" / "tokenizer.json").is_file()
+
+
 def test_random_gates_depend_on_seed_and_name_alone(tmp_path):
     config = make(tmp_path / "source", "bin", **{**TINY, "d_model": 64, "num_experts": 16, "router_bias": True})
     first = gate(1, init="random")
