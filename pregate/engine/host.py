@@ -50,7 +50,8 @@ class HostDriver:
         self._family, self._keys, self._slots_NB = family, family.keys(), slots_NB
         self._is_resident = policy is Policy.gpu_only
         table = SlotTable(self.num_slots, CacheRule.lru if self._is_resident else cache)
-        self.scheduler = Scheduler(list(slots_NB), table, self.mover, self.trace, self.counters)
+        # `data`: what a mover copies into one slot must not count as a change of another that a gradient still needs
+        self.scheduler = Scheduler(list(slots_NB.data), table, self.mover, self.trace, self.counters)
         self._fetcher = Fetcher(policy, family, self.scheduler)
         self._hooks: list[Any] = []
         self._models: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 
 from pregate.config import SlabDtype, Tier, UsageError
+from pregate.engine.differentiable_experts import DifferentiableExperts
+from pregate.engine.io.base import Move
+from pregate.engine.offloaded_experts import Arithmetic
 from pregate.engine.training_engine import TrainingEngine
+from pregate.models.expert_math import Factor
 from pregate.models.experts import ExpertKey
 from pregate.models.loading import load_resident
 from tests.engine.hostile import poison_slots
@@ -70,6 +75,43 @@ def test_a_step_is_that_of_the_resident_model(root: Path, slab_dtype: SlabDtype,
         gates = [got[1][name] for name in got[1] if "classifier" in name]
         assert len(gates) == 6 and all(gate.any() for gate in gates)
         assert engine.counters.bytes_moved > 0
+
+
+def test_slots_that_are_filled_meanwhile_disturb_no_gradient(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's reading threads do: torch copies into other slots between an expert's result and its gradient."""
+    with TrainingEngine.open(switch(root).directory, tier=Tier.dram, device_budget="50%") as engine:
+        with engine.step():
+            expected = passed(engine.model)
+        mover: Any = engine.host.mover
+        slots: dict[int, Tensor] = {}
+        filled: list[int] = []
+        start, arithmetic = mover.start, DifferentiableExperts._arithmetic
+
+        def noted(moves: Sequence[Move]) -> Any:
+            slots.update((slot.data_ptr(), slot) for _, slot in moves)
+            return start(moves)
+
+        def beside(experts: DifferentiableExperts) -> Arithmetic:
+            compute = arithmetic(experts)
+
+            def result(key: ExpertKey, matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
+                result_ND = compute(key, matrices, hidden_ND)
+                if torch.is_grad_enabled():
+                    mover.drain()
+                    for slot in slots.values():
+                        slot.copy_(slot.clone(), non_blocking=True)
+                    filled.append(len(slots))
+                return result_ND
+
+            return result
+
+        monkeypatch.setattr(mover, "start", noted)
+        monkeypatch.setattr(DifferentiableExperts, "_arithmetic", beside)
+        with engine.step():
+            got = passed(engine.model)
+        assert_same(got, expected, rtol=1e-6)
+        assert all(grad.any() for name, grad in got[1].items() if "classifier" in name)
+        assert len(filled) > 6 and min(filled) > 1
 
 
 @pytest.mark.gpu
