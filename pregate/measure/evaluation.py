@@ -6,6 +6,7 @@ Leaves `eval.json`, `predictions.jsonl` and `report.html` in one directory.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import dataclass, replace
@@ -268,6 +269,7 @@ def check_logits(checkpoint: str, how: str, finite: bool) -> None:
 def _expected(bench: Bench, request: BenchRequest) -> Expected | None:
     """What the resident model gives, or None where the whole model does not fit on the device."""
     source = open_model(bench.checkpoint)
+    gc.collect()  # models that have been served refer to themselves, and would count as used memory
     try:
         # asked before, because a system without memory ends the process
         if sum(source.num_bytes(name) for name in source.names()) > free_memory(bench.device):

@@ -98,7 +98,9 @@ class PeakMemory:
 def free_memory(device: torch.device) -> int:
     """Memory that `device` has left: the GPU's, or the machine's within the limit of its container."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # torch keeps what tensors have given back, and gives it to the next ones
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

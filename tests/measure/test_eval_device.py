@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pregate import eval as command
 from pregate import tracking
@@ -63,9 +66,32 @@ def evaluated(run: Run, output: Path) -> tuple[dict[str, Any], str]:
     return json.loads((output / "eval.json").read_text()), (output / "predictions.jsonl").read_text()
 
 
-def test_it_predicts_what_the_host_driven_evaluation_predicts(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_predicts_what_the_host_driven_evaluation_predicts(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no model that it has served is left where it asks whether the whole one fits."""
     host, host_predictions = evaluated(run_of(checkpoint, tmp_path / "h", "engine.tier=dram"), tmp_path / "h")
-    device, predictions = evaluated(run_of(checkpoint, tmp_path / "d", "engine.drive=device"), tmp_path / "d")
+    open_engine, free_memory = evaluation.open_engine, evaluation.free_memory
+    served: list[weakref.ref[Any]] = []
+    left: list[list[bool]] = []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        engine = open_engine(*given, **options)
+        served.append(weakref.ref(engine.model))
+        return engine
+
+    def asked(device: torch.device) -> int:
+        left.append([model() is not None for model in served])
+        return free_memory(device)
+
+    monkeypatch.setattr(evaluation, "open_engine", noted)
+    monkeypatch.setattr(evaluation, "free_memory", asked)
+    gc.disable()  # or it could happen to run in between
+    try:
+        device, predictions = evaluated(run_of(checkpoint, tmp_path / "d", "engine.drive=device"), tmp_path / "d")
+    finally:
+        gc.enable()
+    assert left == [[False, False]]
     assert predictions == host_predictions
     for key in ("scores", "parity", "routing"):
         assert device[key] == host[key]

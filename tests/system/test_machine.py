@@ -10,7 +10,7 @@ import torch
 
 from pregate.config import Device, UsageError
 from pregate.system import machine
-from pregate.system.memory import PeakMemory
+from pregate.system.memory import PeakMemory, free_memory
 
 
 def test_set_seed_repeats_every_generator():
@@ -74,6 +74,16 @@ def test_git_state_only_of_a_checkout_that_tracks_the_file(tmp_path):
     dirty = machine._git_state(tracked)
     assert dirty is not None
     assert dirty["dirty"] is True
+
+
+def test_what_tensors_have_given_back_is_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator keeps it, so that the device counts it as used."""
+    asked = []
+    for name, told in {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 200}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: asked.append(device) or told)
+    device = torch.device("cuda", 1)
+    assert free_memory(device) == 1500
+    assert asked == [device] * 3
 
 
 @pytest.mark.parametrize("supported", [True, False])
