@@ -27,7 +27,7 @@ from pregate.engine.io import host_cache
 from pregate.engine.opening import open_store
 from pregate.engine.storage import aligned_memory as memory
 from pregate.engine.storage import pack, store
-from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock
+from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock, page_unlock
 from pregate.system.machine import compute_device
 from pregate.system.memory import is_out_of_memory
 from tests.engine.serving import SLAB, Served
@@ -199,14 +199,34 @@ def test_host_memory_that_has_run_out_is_one_sentence(served: Served, monkeypatc
     ("status", "kind"), [(2, UsageError), (304, UsageError), (801, UsageError), (700, RuntimeError)]
 )
 def test_page_locking_that_fails(monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception]) -> None:
+    """And whatever runs next does not raise the error that CUDA keeps of it, nor that of memory that was not locked."""
+    kept = []
+
     class Runtime:
         def cudaHostRegister(self, *_: int) -> int:
+            kept.append(status)
             return status
 
+        def cudaHostUnregister(self, *_: int) -> int:
+            return self.cudaHostRegister()
+
+    class Kernel:
+        def add_(self, _: int) -> None:
+            if kept:
+                raise RuntimeError(f"CUDA error {kept.pop()}, as torch tells behind a kernel")
+
+    def ones(size: int, device: str) -> Kernel:
+        assert (size, device) == (1, "cuda")
+        return Kernel()
+
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", ones)
     with pytest.raises(kind, match=rf"CUDA error {status}") as caught:
         page_lock(aligned_bytes(memory.PAGE))
     assert isinstance(caught.value, UsageError) == (kind is UsageError)
+    assert kept == []
+    page_unlock(aligned_bytes(memory.PAGE))
+    assert kept == []
 
 
 @pytest.mark.parametrize("status", [700, 201])

@@ -6,10 +6,11 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.engine.storage.aligned_memory import aligned_bytes, page_lock, page_unlock
+from pregate.engine.storage.aligned_memory import PageLocks, aligned_bytes
 from pregate.models.experts import ExpertKey
 from pregate.system.byte_sizes import human_bytes
 
@@ -38,6 +39,8 @@ class HostBuffers:
     _buffers: list[HostBuffer] = field(default_factory=list)
     _clock: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _page_locks: PageLocks = field(default_factory=PageLocks)
+    _memory: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def __post_init__(self) -> None:
         try:
@@ -48,7 +51,7 @@ class HostBuffers:
                 "had: lower engine.host_budget."
             ) from error
         if self.page_locked:
-            page_lock(self._memory)
+            self._page_locks.lock(self._memory)
         self._buffers = [HostBuffer(m) for m in self._memory.view(self.num_buffers, self.slab_bytes)]
 
     @property
@@ -75,6 +78,13 @@ class HostBuffers:
             buffer.busy, buffer.key, buffer.free_since = False, key, self._clock
 
     def close(self) -> None:
-        if self.page_locked and self._buffers:
-            page_unlock(self._memory)
+        """May be called again."""
+        for buffer in self._buffers if self._page_locks.are_ours() else ():
+            if buffer.copied is not None:  # a copy to the device that still reads
+                buffer.copied.synchronize()
+        self._page_locks.release()
         self._buffers, self._memory = [], self._memory[:0].clone()
+
+    def __del__(self) -> None:
+        # memory of an engine that was dropped unclosed would stay page-locked after it is freed
+        self.close()

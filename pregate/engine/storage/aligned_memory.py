@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -65,6 +67,8 @@ def page_lock(memory: Tensor) -> None:
     `UsageError` if the system allows no more of it, `RuntimeError` for any other fault."""
     register = cast(Any, torch.cuda.cudart()).cudaHostRegister
     status = int(register(memory.data_ptr(), memory.numel(), HOST_REGISTER_MAPPED))
+    if status != 0:
+        _forget_last_error()
     if status not in (0, *CANNOT_LOCK):
         raise RuntimeError(f"Page-locking {human_bytes(memory.numel())} of host memory ended in CUDA error {status}.")
     if status != 0:
@@ -75,4 +79,36 @@ def page_lock(memory: Tensor) -> None:
 
 
 def page_unlock(memory: Tensor) -> None:
-    cast(Any, torch.cuda.cudart()).cudaHostUnregister(memory.data_ptr())
+    if int(cast(Any, torch.cuda.cudart()).cudaHostUnregister(memory.data_ptr())) != 0:
+        _forget_last_error()
+
+
+def _forget_last_error() -> None:
+    """CUDA keeps the error of a call that failed, and torch raises it behind the next kernel, which has no part in it.
+    Here that kernel is one that nobody needs."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda").add_(1)
+
+
+class PageLocks:
+    """Memory that is page-locked until `release`. What a forked process inherits of it is its parent's."""
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []
+        self._process = os.getpid()
+
+    def lock(self, memory: Tensor) -> None:
+        """See `page_lock`."""
+        page_lock(memory)
+        self._memory.append(memory)
+
+    def are_ours(self) -> bool:
+        """Whether there is anything to unlock. A process that ends leaves no memory locked."""
+        return bool(self._memory) and os.getpid() == self._process and not sys.is_finalizing()
+
+    def release(self) -> None:
+        """May be called again, also after an interrupted call."""
+        while self.are_ours():
+            page_unlock(self._memory[-1])
+            self._memory.pop()
+        self._memory.clear()

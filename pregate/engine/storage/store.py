@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import UsageError
-from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes, as_buffer, copy_bytes, page_lock, page_unlock
+from pregate.engine.storage.aligned_memory import PAGE, PageLocks, aligned_bytes, as_buffer, copy_bytes
 from pregate.engine.storage.origin import LONG_CHECK, Unchanged
 from pregate.engine.storage.pack import SLABS, checksum, read_index, read_slabs
 from pregate.engine.storage.slabs import SlabLayout
@@ -86,10 +86,11 @@ class DramStore(Store):
     in_host_memory = True
 
     def __init__(self, checkpoint: SourceCheckpoint, family: ExpertSpec, layout: SlabLayout, page_locked: bool) -> None:
+        self._chunks: list[Tensor] = []
+        self._locks = PageLocks()
         self.layout = layout
         keys = family.keys()
         per_chunk = max(1, CHUNK // layout.slab_bytes)
-        self._chunks = []
         try:
             for first in range(0, len(keys), per_chunk):
                 self._chunks.append(aligned_bytes(min(per_chunk, len(keys) - first) * layout.slab_bytes))
@@ -99,12 +100,10 @@ class DramStore(Store):
                 f"The experts need {human_bytes(len(keys) * layout.slab_bytes)} of host memory, which are not to be "
                 "had: use engine.tier=disk."
             ) from error
-        self._registered: list[Tensor] = []
         self._place = {key: divmod(number, per_chunk) for number, key in enumerate(keys)}
         try:
             for chunk in self._chunks if page_locked else ():
-                page_lock(chunk)
-                self._registered.append(chunk)
+                self._locks.lock(chunk)
             with Unchanged(checkpoint) as signs:
                 for key, slab in read_slabs(checkpoint, family, layout):
                     self.slab(key).copy_(slab)
@@ -127,10 +126,12 @@ class DramStore(Store):
         return torch.equal(self.slab(key), slab_B)
 
     def close(self) -> None:
-        for chunk in self._registered:
-            page_unlock(chunk)
-        self._registered.clear()
+        self._locks.release()
         self._chunks.clear()
+
+    def __del__(self) -> None:
+        # memory of a store that was dropped unclosed would stay page-locked after it is freed
+        self.close()
 
 
 class DiskStore(Store):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import torch
 import xxhash
 
 from pregate.config import UsageError
+from pregate.engine.io.host_cache import HostBuffers
+from pregate.engine.storage import aligned_memory
 from pregate.engine.storage import pack as pack_module
-from pregate.engine.storage.aligned_memory import aligned_bytes
+from pregate.engine.storage import store as store_module
+from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
 from pregate.engine.storage.pack import FORMAT, check_experts, pack, read_index
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
@@ -144,6 +149,84 @@ def test_a_pack_that_another_process_finished_first_is_kept(
     pack(packed["checkpoint"], packed["family"], packed["layout"], where)
     assert [(where / "slabs.bin").stat().st_ino] == other
     assert list(tmp_path.iterdir()) == [where]
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses of the memory that is page-locked."""
+    addresses: list[int] = []
+    monkeypatch.setattr(aligned_memory, "page_lock", lambda memory: addresses.append(memory.data_ptr()))
+    monkeypatch.setattr(aligned_memory, "page_unlock", lambda memory: addresses.remove(memory.data_ptr()))
+    return addresses
+
+
+def of_several_chunks(packed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> DramStore:
+    monkeypatch.setattr(store_module, "CHUNK", 7 * packed["layout"].slab_bytes)
+    return DramStore(packed["checkpoint"], packed["family"], packed["layout"], page_locked=True)
+
+
+def test_a_store_that_is_dropped_unclosed_leaves_no_memory_locked(
+    packed: dict[str, Any], locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of five chunks is unlocked once: an address that is not locked any more would raise."""
+    store: Any = of_several_chunks(packed, monkeypatch)
+    assert len(set(locked)) == 5
+    store.itself = store
+    del store
+    gc.collect()
+    assert locked == []
+    store = of_several_chunks(packed, monkeypatch)
+    store.close()
+    store.close()
+    assert locked == []
+
+
+@pytest.mark.parametrize("where", ["process", "end"])
+def test_memory_is_not_unlocked_where_that_would_be_wrong(
+    packed: dict[str, Any], locked: list[int], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """In a forked process, to which it does not belong, and while the interpreter ends."""
+    store = of_several_chunks(packed, monkeypatch)
+    with monkeypatch.context() as elsewhere:
+        if where == "process":
+            elsewhere.setattr(os, "getpid", lambda: 1)
+        else:
+            elsewhere.setattr(sys, "is_finalizing", lambda: True)
+        del store
+        gc.collect()
+        assert len(locked) == 5
+
+
+def test_a_store_that_could_not_lock_all_its_memory_leaves_none_locked(
+    packed: dict[str, Any], locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = aligned_memory.page_lock
+
+    def third_fails(memory: torch.Tensor) -> None:
+        if len(locked) == 2:
+            raise UsageError("no more")
+        lock(memory)
+
+    monkeypatch.setattr(aligned_memory, "page_lock", third_fails)
+    with pytest.raises(UsageError, match="no more"):
+        of_several_chunks(packed, monkeypatch)
+    gc.collect()
+    assert locked == []
+
+
+def test_host_buffers_that_are_dropped_are_unlocked_behind_their_copies(locked: list[int]) -> None:
+    done: list[int] = []
+
+    class Copied:
+        def synchronize(self) -> None:
+            done.append(len(locked))
+
+    buffers = HostBuffers(3, PAGE, page_locked=True)
+    assert len(locked) == 1
+    buffers._buffers[1].copied = Copied()
+    del buffers
+    gc.collect()
+    assert locked == [] and done == [1]
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
