@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -32,10 +32,12 @@ class Engine:
         self.slab_bytes, self.num_slots = store.layout.slab_bytes, host.num_slots
         self._closers: list[Callable[[], None]] = []
         """In the order of opening; called from the last to the first."""
+        self._device = host.matrices.device
         self._serving = threading.RLock()
         self._busy = self._closed = False
 
     @classmethod
+    @torch.inference_mode(False)  # tensors of that mode may not be changed outside of it, where an engine lives on
     def _assemble(
         cls,
         opened: Opened,
@@ -80,7 +82,8 @@ class Engine:
     @contextmanager
     def _served(self) -> Iterator[None]:
         """One call at a time, none of a closed engine, and none from within another: a streamer, a hook or a signal
-        handler of a request may call in the same thread."""
+        handler of a request may call in the same thread. The engine's GPU is the current one meanwhile: Triton starts
+        kernels there, wherever their tensors are."""
         with self._serving:
             if self._closed:
                 raise RuntimeError(CLOSED)
@@ -88,7 +91,8 @@ class Engine:
                 raise RuntimeError(BUSY)
             try:
                 self._busy = True
-                yield
+                with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+                    yield
             finally:
                 self._busy = False
 

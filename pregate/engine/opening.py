@@ -77,6 +77,7 @@ class Opened:
             return DiskStore(packed, signs.identity)
         return DramStore(self.source, self.family, layout, page_locked=device.type == "cuda")
 
+    @torch.inference_mode(False)
     def model(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
         """The model with everything but its experts on `device`, in the dtype it is served in or in another; the
         experts' tensors stay unread."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import Policy
+from pregate.engine.base import Engine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.io.ring import Ring, RingUnavailableError
 from pregate.engine.storage.aligned_memory import PAGE, aligned_bytes
@@ -109,6 +110,12 @@ def assert_serves(engine: OffloadEngine, expected: tuple[Tensor, Tensor]) -> Non
     """The engine generates what the resident model does, again and again."""
     for _ in range(2):
         assert_same(serve(engine), expected)
+
+
+def lasting(engine: Engine) -> list[Tensor]:
+    """What an engine has from the beginning to the end: its model's tensors and its slots."""
+    slots, scratch = engine.host.matrices._slots_NB, engine.host.matrices._scratch
+    return [*engine.model.parameters(), *engine.model.buffers(), slots, *scratch]
 
 
 class ClosedBehind:

@@ -16,7 +16,7 @@ from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.engine import OffloadEngine
 from pregate.engine.trace import Trace
 from pregate.models.loading import load_resident
-from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, request
+from tests.engine.serving import OFFLOADED, SLAB, Served, assert_same, generated, lasting, request
 from tests.tiny import batch, pregated_model
 
 DECODER_STEPS, BLOCKS = 5, 3
@@ -174,6 +174,8 @@ def test_opened_under_inference_mode_it_serves_as_well(served: Served) -> None:
         if slab_dtype is SlabDtype.source:
             assert_same((tokens, logits), expected)
         assert logits.isfinite().all()
+        assert engine.forward(**batch(3)).logits.isfinite().all()
+        assert not any(tensor.is_inference() for tensor in lasting(engine))
         engine.close()
 
 

@@ -59,7 +59,6 @@ class DeviceEngine(Engine):
     ) -> None:
         super().__init__(opened, store, policy, host, model)
         self.batch, self.max_source_len, self.max_new_tokens = batch, max_source_len, max_new_tokens
-        self._device = model.device
         keys = self.family.keys()
         self.table = DeviceSlots.empty(len(keys), self.num_slots, self._device)
         addresses_G = device_addresses(_slabs(store, keys), self._device)

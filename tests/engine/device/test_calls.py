@@ -3,7 +3,9 @@ next request is right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from pregate.config import CacheRule, Policy, UsageError
 from pregate.engine.device.device_engine import DeviceEngine
 from pregate.engine.device.sampler_state import Sampling
+from pregate.engine.engine import OffloadEngine
 from tests.engine.device.steps.test_t5 import inputs_of
 from tests.engine.serving import ClosedBehind, Served
 
@@ -133,3 +136,37 @@ def test_a_request_cannot_be_served_or_closed_from_within_another(engine: Device
             engine.generate(**inputs, **OPTIONS)
         hook.remove()
         assert_generates(engine, served)
+
+
+@pytest.mark.parametrize("drive", ["host", "device"])
+def test_the_engines_gpu_is_the_current_one_while_it_serves(
+    served: Served, drive: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels in Triton start on the current device, wherever their tensors are."""
+    current, seen = [torch.device("cuda", 0)], []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def where(*_: Any) -> None:
+        seen.append(current[-1])
+
+    inputs = inputs_of(5, 2)
+    with OffloadEngine.open(served.directory, drive=drive, batch=2, max_new_tokens=NEW) as engine:
+        engine.model.encoder.register_forward_pre_hook(where)
+        engine.forward(**inputs, decoder_input_ids=inputs["input_ids"])
+        assert seen == [current[0]], "on a CPU there is nothing to change"
+        monkeypatch.setattr(torch.cuda, "device", device)
+        monkeypatch.setattr(engine, "_device", torch.device("cuda", 1))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
+        engine.forward(**inputs, decoder_input_ids=inputs["input_ids"])
+        engine.generate(**inputs, **OPTIONS)
+        assert seen[1:] == [torch.device("cuda", 1)] * 2 and current == [torch.device("cuda", 0)]
+        with pytest.raises(ValueError):
+            engine.forward(nonsense=1)
+        assert current == [torch.device("cuda", 0)]

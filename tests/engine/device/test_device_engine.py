@@ -25,7 +25,7 @@ from pregate.models.family import experts_of
 from pregate.models.loading import load_resident
 from tests.engine.device.stepping import assert_equal_while_live
 from tests.engine.device.steps.test_t5 import ATOL, ODD_WIDTH, inputs_of, models, reference
-from tests.engine.serving import SLAB, Served, as_stored, saved
+from tests.engine.serving import SLAB, Served, as_stored, lasting, saved
 
 STEPS = 8
 OPTIONS: dict[str, Any] = {
@@ -357,8 +357,20 @@ def test_engines_share_a_store_and_leave_it_open(served: Served) -> None:
 
 def test_opened_under_inference_mode_it_serves_as_well(served: Served) -> None:
     with torch.inference_mode():
+        engine = DeviceEngine.open(served.directory)
+    inputs = inputs_of(0, 1)
+    wanted = reference(served.model, inputs, STEPS, None)
+    labels = {**inputs, "decoder_input_ids": wanted[0][:, :4]}
+    for _ in range(2):
+        assert_equal_while_live(served_by(engine, inputs, STEPS, None), wanted, None, ATOL[torch.float32])
+        found, expected = engine.forward(**labels).logits, served.model(**labels).logits
+        assert torch.allclose(found, expected, atol=1e-5) and found.isfinite().all()
+    assert engine.counters.bytes_moved > 0
+    assert not any(tensor.is_inference() for tensor in (*lasting(engine), *engine.table, engine.tokens()))
+    engine.close()
+    with torch.inference_mode():
         engine = DeviceEngine.open(served.directory, slab_dtype=SlabDtype.int8)
-    assert engine.generate(**inputs_of(0, 1), max_new_tokens=3, eos_token_id=None).shape == (1, 4)
+    assert engine.generate(**inputs, max_new_tokens=3, eos_token_id=None).shape == (1, 4)
     engine.close()
 
 
