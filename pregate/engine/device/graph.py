@@ -6,6 +6,7 @@ Knows streams and graphs; knows nothing about what runs in them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -94,15 +95,18 @@ class StepGraphs:
         self._step, self._begin, self._device = step, begin, device
         self._graphs: dict[tuple[StepKind, int], Any] = {}
         self._pool: Any = None
+        self._stream: Any = None
+        """Of warm-ups and captures alike: torch's own for captures is of whichever device captured first."""
 
     def prepare(self, kind: StepKind) -> None:
         """Capture `kind` unless that was done. Runs a few steps, so whatever a request has prepared is lost."""
         if self._device.type == "cuda" and (kind, 1) not in self._graphs:
-            pool = self._pool
+            gc.collect()  # what has been dropped may own page-locked memory, and must not give it back during a capture
             try:
                 self._graphs |= {(kind, steps): self._capture(kind, steps) for steps in (1, STEPS_AT_ONCE)}
             except BaseException:
-                self._pool = pool  # the one of a graph that is dropped is gone with it
+                # torch and CUDA may take the capture for one that still runs
+                self._pool = self._stream = None
                 raise
 
     def run(self, kind: StepKind, steps: int = 1) -> None:
@@ -124,18 +128,39 @@ class StepGraphs:
     def _capture(self, kind: StepKind, steps: int) -> Any:
         # what is drawn here is forgotten with the steps, so that a seed set before the request still begins with it
         with torch.cuda.device(self._device), torch.random.fork_rng([torch.cuda.current_device()]):
-            aside: Any = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            own, caller = self._stream, torch.cuda.current_stream()
+            own.wait_stream(caller)
+            try:
+                with torch.cuda.stream(own):
+                    for _ in range(WARM_UPS):
+                        self._begin()
+                        self._step(kind)
                     self._begin()
-                    self._step(kind)
-                self._begin()
-            torch.cuda.current_stream().wait_stream(aside)
+            finally:
+                caller.wait_stream(own)
             graph = torch.cuda.CUDAGraph()
-            # other threads of the process may use CUDA meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                for _ in range(steps):
-                    self._step(kind)
+            self._record(graph, own, kind, steps)
             self._pool = graph.pool()
         return graph
+
+    def _record(self, graph: Any, own: Any, kind: StepKind, steps: int) -> None:
+        """Raises what a step raised, whatever the end of the capture makes of it."""
+        raised: BaseException | None = None
+        # other threads of the process may use CUDA meanwhile
+        options: dict[str, Any] = {"pool": self._pool, "stream": own, "capture_error_mode": "thread_local"}
+        try:
+            # entered outside as well: a capture whose end fails stays on its stream
+            with torch.cuda.stream(own), torch.cuda.graph(graph, **options):
+                try:
+                    for _ in range(steps):
+                        self._step(kind)
+                except BaseException as error:
+                    raised = error
+                    raise
+        except BaseException:
+            if raised is None:
+                raise
+        if raised is not None:
+            raise raised
