@@ -21,7 +21,7 @@ def main(run: Run) -> None:
     from pregate.measure.evaluation import evaluate, prepare
     from pregate.measure.servable import check_engine, check_reference
     from pregate.models.checkpoint import read_config
-    from pregate.system.process_group import join, leave
+    from pregate.system.process_group import join, leave, main_only, part
     from pregate.tasks.registry import build_training_task, splits_read
     from pregate.tasks.tokens import check_vocabulary, load_tokenizer
     from pregate.tracking import open_tracker
@@ -56,13 +56,18 @@ def main(run: Run) -> None:
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)
         tuned = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
         leave()
-        evaluation = None
-        if run.then_eval and is_main:
-            reference = run.reference or (source if run.source_train is not None else None)
-            evaluation = evaluate(prepare(run, tuned.checkpoint, reference), run_dir, tracker)
-        stages.finish(run, run_dir, source, tuned, evaluation)
-        if run.tracking.log_checkpoint:
-            tracker.artifact(run_dir / CHECKPOINT)
+
+        def hand_over() -> None:
+            evaluation = None
+            if run.then_eval:
+                reference = run.reference or (source if run.source_train is not None else None)
+                evaluation = evaluate(prepare(run, tuned.checkpoint, reference), run_dir, tracker)
+            stages.finish(run, run_dir, source, tuned, evaluation)
+            if run.tracking.log_checkpoint:
+                tracker.artifact(run_dir / CHECKPOINT)
+
+        main_only(hand_over, "evaluating")
+    part()
     if is_main:
         print(f"Run: {run_dir}")
 

@@ -16,6 +16,7 @@ from pregate.train import main
 from tests.system.test_process_group import ROOT, launched, told
 from tests.tiny import upstream_model
 from tests.training.copying import SHALLOW
+from tests.training.test_loop import in_two_processes
 
 STEPS = 4
 
@@ -83,6 +84,47 @@ def test_the_documented_commands_train_as_one_process_does(
     assert state["state"]["target_tokens"] == alone["state"]["target_tokens"] > 0
     assert json.loads((run_dir / "summary.json").read_text())["train"]["steps"] == STEPS
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(path.name for path in single.iterdir())
+
+
+EVALUATING = """
+import os, sys, time
+from pathlib import Path
+from pregate.cli import compose_run, ending_in_one_sentence
+from pregate.config import UsageError
+from pregate.measure import evaluation
+from pregate.train import main
+
+done, how = Path(sys.argv[1]), sys.argv[2]
+
+def evaluate(*_):
+    time.sleep(3)
+    if how == "fails":
+        raise UsageError("The evaluation cannot.")
+    done.write_text(os.environ["RANK"])
+    return {"scores": {"pre_gated": {"em": 12.5}}}
+
+evaluation.prepare, evaluation.evaluate = lambda *_: None, evaluate
+ending_in_one_sentence(lambda: main(compose_run(sys.argv[3:])))
+assert done.read_text() == "0", "the main process still evaluates"
+"""
+
+
+@pytest.mark.slow
+def test_no_process_ends_before_the_evaluation_has(settings: list[str], tmp_path: Path) -> None:
+    """Without torchrun, where the store by which the others wait is in the process of rank 0."""
+    run_dir, done = tmp_path / "run", tmp_path / "done"
+    arguments = [*settings, f"run_dir={run_dir}", "then_eval=true", "train.steps=1"]
+    in_two_processes(tmp_path, EVALUATING, [str(done), "works", *arguments], 0)
+    assert json.loads((run_dir / "summary.json").read_text())["scores"] == {"pre_gated": {"em": 12.5}}
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_ends_all_in_one_sentence(settings: list[str], tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(EVALUATING)
+    arguments = [*settings, f"run_dir={tmp_path / 'run'}", "then_eval=true", "train.steps=1"]
+    command = ["torchrun", "--nproc_per_node", "2", str(script), str(tmp_path / "done"), "fails", *arguments]
+    done = launched(command, tmp_path)
+    assert done.returncode and told(done.stderr)[-1:] == ["pregate: The evaluation cannot."], done.stderr
 
 
 @pytest.mark.slow

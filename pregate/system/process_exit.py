@@ -23,11 +23,13 @@ class PeerFailedError(Exception):
 
 @dataclass
 class Group:
-    """The processes that train together, as one of them sees it; `store` is what they share beside tensors."""
+    """The processes that train together, as one of them sees it; `store` is what they share beside tensors.
+    `held`: the store of the process group, which rank 0 may hold for all; it has to live as long as this process."""
 
     rank: int
     size: int
     store: Any = None
+    held: Any = None
     calls: int = 0
 
 

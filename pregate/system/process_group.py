@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from pregate.config import UsageError
 from pregate.system import process_exit
@@ -27,6 +28,8 @@ WAIT_S = (0.01, 1.0)
 """The first and the longest pause between two looks at what rank 0 has done."""
 TELL_AFTER_S = 60.0
 """After this time a waiting process says once what it waits for."""
+PART_S = 30.0
+"""How long rank 0 waits at the end for the others to notice that it is done."""
 
 
 def join() -> PartialState:
@@ -44,7 +47,8 @@ def join() -> PartialState:
                 f"{state.num_processes}: start {SEVERAL} for several, {ONE.format(command='train')} without {variable} "
                 "for one, and set ACCELERATE_USE_CPU=true to keep off an accelerator."
             )
-        process_exit.group = Group(state.process_index, state.num_processes, _shared_store() if size > 1 else None)
+        store, held = (_shared_store(), _get_default_store()) if size > 1 else (None, None)
+        process_exit.group = Group(state.process_index, state.num_processes, store, held)
     return PartialState()
 
 
@@ -128,6 +132,22 @@ def _wait_for(store: Any, key: str, sentence: str) -> None:
 
 
 def leave() -> None:
-    """End the collective part of a run; what follows is rank 0's, and the others may end."""
+    """End the collective part of a run. What follows is rank 0's, and the others wait for it in `main_only`."""
     if process_exit.group is not None and process_exit.group.store is not None:
         torch.distributed.destroy_process_group()
+
+
+def part() -> None:
+    """End a run: no process ends before rank 0 has come here, and rank 0 ends last.
+
+    torchrun ends all processes 5 minutes after those of one machine have ended. Without torchrun the store is in the
+    process of rank 0, and the others must read in it that the work is done.
+    """
+    main_only(lambda: None, "ending")
+    group = process_exit.group
+    if group is None or group.store is None:
+        return
+    parted, limit = group.store.add("parted", 1), time.monotonic() + PART_S
+    while group.rank == 0 and parted < group.size and time.monotonic() < limit:
+        time.sleep(WAIT_S[0])
+        parted = group.store.add("parted", 0)

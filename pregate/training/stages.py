@@ -243,9 +243,8 @@ def _copy_model(source: str, revision: str | None, directory: Path) -> None:
 
 
 def finish(run: Run, run_dir: Path, source: str, trained: TrainSummary, evaluation: dict[str, Any] | None) -> None:
-    """Write `summary.json`, and drop the untrained checkpoints that the trained one replaces."""
-    if not join().is_main_process:
-        return
+    """Write `summary.json`, and drop the untrained checkpoints that the trained one replaces. The main process calls
+    it alone."""
     scratch = source == str(run_dir / INITIAL)
     summary: dict[str, Any] = {"name": run.name, "source": None if scratch else source, "train": asdict(trained)}
     trained_source = read_object(run_dir / SOURCE / SUMMARY)

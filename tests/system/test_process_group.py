@@ -187,6 +187,17 @@ def test_the_others_end_with_a_main_process_that_takes_the_store_along(monkeypat
     assert not process_exit.may_tell()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_ends_last(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, looks = HashStore(), iter(range(9))
+    other = {0: lambda: store.add("parted", 1), 1: lambda: store.set("main/1", "done")}[rank]
+    monkeypatch.setattr(process_group.time, "sleep", lambda _: next(looks) == 5 and other())
+    as_one_of_two(rank, store, monkeypatch)
+    process_group.part()
+    assert next(looks) == 6, "it ended before the other was ready"
+    assert store.add("parted", 0) == 2 - rank
+
+
 def full_disk() -> None:
     raise OSError("disk full")
 
