@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pregate.config import UsageError
 from pregate.training.optimizer_and_schedule import has_8bit_state
+from pregate.training.sharding import local
 
 
 @dataclass
@@ -66,8 +67,9 @@ def optimizer_state(
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 # the code book of 8-bit moments is one tensor for all parameters, and files hold no tensor twice
-                shared = value.data_ptr() in seen and value.numel() > 0
-                seen.add(value.data_ptr())
+                place = local(value).data_ptr()  # 0 for one without elements
+                shared = place in seen and place != 0
+                seen.add(place)
                 tensors[f"{name}/{key}"] = value.detach().clone() if shared else value.detach().contiguous()
             elif value is not None:
                 numbers[f"{name}/{key}"] = value

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from pregate.config import Optimizer, Run, Sharding, TrainConfig, UsageError
 from pregate.models.loading import load_resident
 from pregate.training import sharded_saved_state
 from pregate.training.feeds import ExampleFeed
 from pregate.training.saved_state import damage, steps_done
+from pregate.training.sharding import local
+from pregate.training.state_values import optimizer_state
 from tests.models.test_distributed import model_of
 from tests.tiny import pregated_model, upstream_model
 from tests.training.copying import SHALLOW, FirstWords, Recorder, recipe, train_tiny, word_tokenizer
@@ -47,6 +53,34 @@ def train(family: str, out_dir: Path, steps: int, **changes: Any) -> tuple[Any, 
     model = pregated_model(**MANY_EXPERTS) if family == "switch_transformers" else model_of(family)
     trained, logged, _ = train_tiny(out_dir, steps=steps, model=model, task=task, **{**COMMON, **changes})
     return trained, logged
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_save_copies_no_moment_of_a_sharded_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    book = torch.arange(4.0)
+    for parameter in model.parameters():
+        optimizer.state[parameter] |= {"book": book, "none": torch.empty(0)}
+    tensors, _ = optimizer_state(optimizer, model)
+    places = {name: local(tensor).data_ptr() for name, tensor in tensors.items()}
+    assert len(places) == 4 * 5
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        for key, value in optimizer.state[parameter].items():
+            is_copy = key == "book" and index > 0  # files hold no tensor twice
+            assert (places[f"{name}/{key}"] != local(value).data_ptr()) == is_copy, (name, key)
+            assert torch.equal(local(tensors[f"{name}/{key}"]), local(value))
+        assert local(tensors[f"{name}/exp_avg"]).abs().sum() > 0
 
 
 JOBS = """
