@@ -48,6 +48,7 @@ def predict(
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
+                **collate.stopping(engine.model),
             )
             refuse_not_finite(rows_not_finite(), [examples[i] for i in batch for _ in range(num_beams)], name, engine)
         new_BT = collate.objective.new_tokens(tokens_BT, inputs["input_ids"])

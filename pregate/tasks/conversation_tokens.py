@@ -1,7 +1,8 @@
 """Conversations in tokens, exactly as a tokenizer's chat template writes them.
 
 The tokens of a conversation are those of `apply_chat_template`. An answer of the assistant begins where the template,
-asked for a generation prompt, stops. Knows messages and token ids; knows nothing about batches or models.
+asked for a generation prompt, stops; if it then writes more than white space ahead of the answer's text, behind that.
+Knows messages and token ids; knows nothing about batches or models.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pregate.models.objectives import Row
 from pregate.system.console import reason_of
 from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message
 
-PROBE = (Message(USER, "a"), Message(ASSISTANT, "b"))
+QUESTION, ANSWERS = Message(USER, "a"), (Message(ASSISTANT, "b"), Message(ASSISTANT, "0"))
+"""A probe: what the template writes alike for both answers stands around an answer."""
 OTHER = "set task.chat_template=FILE to one that can, or task.chat_template=null for plain prompts"
 
 
@@ -43,13 +45,15 @@ class Written:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. Raises `UsageError` for one that cannot be cut where an answer begins."""
+    """The chat template of a tokenizer. `end`: the special token that ends an answer, if there is one. Raises
+    `UsageError` for a template that cannot be cut where an answer begins."""
 
     def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.max_source_tokens, self.max_target_tokens = max_source_tokens, max_target_tokens
         try:
-            prompt, whole = self._text(PROBE[:1], answering=True), self._text(PROBE)
+            prompt = self._text((QUESTION,), answering=True)
+            whole, other = (self._text((QUESTION, answer)) for answer in ANSWERS)
         except Exception as error:  # a template raises what it likes
             raise UsageError(
                 f"The chat template cannot write a user's turn and an answer ({reason_of(error)}): {OTHER}."
@@ -60,6 +64,12 @@ class ChatTemplate:
                 "The chat template cannot be cut where the assistant's turn begins, because its generation prompt is "
                 f"not the beginning of that turn: {OTHER}."
             )
+        lead = whole[len(prompt) : _in_common(whole, other)]
+        ending = whole[len(whole) - _in_common(whole[::-1], other[::-1]) :]
+        # as the channel of gpt-oss; white space is the answer's, as a token may join it with the text
+        self._lead = lead if lead.strip() else ""
+        added = tokenizer.added_tokens_decoder
+        self.end = next((token for token in self._ids(ending) if token in added and added[token].special), None)
 
     def write(self, example: Example, earlier_answers: bool) -> Written:
         """`example` in tokens. Turns ahead of the last answer are left out, the earliest first, until
@@ -72,7 +82,7 @@ class ChatTemplate:
         try:
             asked = self._fitting(example.conversation[:-1])
             answer, cut = self._cut_answer(asked, example.conversation[-1])
-            text, prompt = self._text((*asked, answer)), self._text(asked, answering=True)
+            text, prompt = self._text((*asked, answer)), self._prompt(asked)
             whole, prompt_ids = self._ids(text), self._ids(prompt)
             learnt = self._answers(asked, text, whole) if earlier_answers else ()
         except UsageError as error:
@@ -91,7 +101,7 @@ class ChatTemplate:
         found = []
         for turn, message in enumerate(asked):
             if message.role == ASSISTANT:
-                before, behind = self._text(asked[:turn], answering=True), self._text(asked[: turn + 1])
+                before, behind = self._prompt(asked[:turn]), self._text(asked[: turn + 1])
                 if not (text.startswith(before) and text.startswith(behind)):
                     raise UsageError(
                         "the chat template writes an earlier answer in another way than the last one: set "
@@ -113,10 +123,10 @@ class ChatTemplate:
         return asked
 
     def _excess(self, asked: Sequence[Message]) -> int:
-        return max(0, len(self._ids(self._text(asked, answering=True))) - self.max_source_tokens)
+        return max(0, len(self._ids(self._prompt(asked))) - self.max_source_tokens)
 
     def _cut_answer(self, asked: Sequence[Message], answer: Message) -> tuple[Message, bool]:
-        cut, prompt = False, len(self._ids(self._text(asked, answering=True)))
+        cut, prompt = False, len(self._ids(self._prompt(asked)))
         while (excess := len(self._ids(self._text((*asked, answer)))) - prompt - self.max_target_tokens) > 0:
             answer, cut = self._shortened(answer, excess, "task.max_target_tokens"), True
         return answer, cut
@@ -131,6 +141,10 @@ class ChatTemplate:
         end = places[-excess][0] if excess < len(places) else 0
         return message._replace(content=message.content[: min(end, len(message.content) - 1)])
 
+    def _prompt(self, asked: Sequence[Message]) -> str:
+        """Everything ahead of the text of the answer to `asked`."""
+        return self._text(asked, answering=True) + self._lead
+
     def _text(self, messages: Sequence[Message], answering: bool = False) -> str:
         turns = [message._asdict() for message in messages]
         # a template that knows no thinking takes no notice of it
@@ -142,7 +156,7 @@ class ChatTemplate:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """With how many tokens, or characters, both begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

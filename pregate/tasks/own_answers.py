@@ -21,9 +21,12 @@ def answers(prompts: Sequence[Row], model: Any, generate: Callable[..., Tensor],
     it."""
     inputs = collate.objective.prompts([row.source for row in prompts], collate.padding)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    generated_BT = generate(**inputs, max_new_tokens=collate.max_target_tokens, do_sample=False, num_beams=1)
+    stopping = collate.stopping(model)
+    limit = collate.max_target_tokens
+    generated_BT = generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1, **stopping)
     new_BT = collate.objective.new_tokens(generated_BT, inputs["input_ids"])
-    start, end = model.generation_config.decoder_start_token_id, model.generation_config.eos_token_id
+    start = model.generation_config.decoder_start_token_id
+    end = stopping.get("eos_token_id", model.generation_config.eos_token_id)
     # a decoder of its own begins with a token that it has not said
     new_BT = new_BT[:, int(new_BT[0, 0] == start) :]
     said_BT = until_end(new_BT, end) & until_end(new_BT, collate.tokenizer.eos_token_id)

@@ -208,6 +208,13 @@ class Collator:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
         return self.objective.prompts(self._prompts(examples), self.padding)
 
+    def stopping(self, model: Any) -> dict[str, list[int]]:
+        """Options by which `generate` of `model` stops where the chat template ends an answer; none if it does so."""
+        own = model.generation_config.eos_token_id
+        ends = [] if own is None else [own] if isinstance(own, int) else [*own]
+        end = self.chat and self.chat.end
+        return {} if end is None or end in ends else {"eos_token_id": [*ends, end]}
+
     def of_rows(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """A batch of examples that are in tokens already."""
         return self.objective.batch(rows, self.padding, self.multiple)

@@ -68,9 +68,9 @@ def validate(
             if not abs(loss) < float("inf"):
                 broken += chosen
             if predicts:
-                prompts = _on(accelerator.device, collate.prompts(rows))
+                request = {**_on(accelerator.device, collate.prompts(rows)), **collate.stopping(model)}
                 with sharded.generating() if sharded else nullcontext():
-                    tokens_BT, not_finite = _generate(model, objective, prompts, max_new_tokens, sharded is not None)
+                    tokens_BT, not_finite = _generate(model, objective, request, max_new_tokens, sharded is not None)
                 broken += [chosen[row] for row in not_finite if chosen]
                 texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)[: len(chosen)]
                 predictions += zip(chosen, (text.strip() for text in texts), strict=True)
@@ -92,15 +92,15 @@ def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generate(
-    model: Any, objective: Objective, prompts: dict[str, Tensor], max_new_tokens: int, together: bool
+    model: Any, objective: Objective, request: dict[str, Any], max_new_tokens: int, together: bool
 ) -> tuple[Tensor, list[int]]:
     """The new tokens (B, T) of greedy generation, and the rows in which logits were not finite. `together`: with as
     many calls as every other process makes."""
     with finite_logits(model) as finite:
         tokens_BT = model.generate(
-            **prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
+            **request, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
         )
-        return objective.new_tokens(tokens_BT, prompts["input_ids"]), finite.rows_not_finite()
+        return objective.new_tokens(tokens_BT, request["input_ids"]), finite.rows_not_finite()
 
 
 def _refuse_broken(broken: Sequence[int], examples: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_template_that_writes_earlier_answers_otherwise_teaches_the_last() -> 
     with pytest.raises(UsageError, match=r"Example 'chat'.*task.learn=last_answer"):
         collator(tokenizer)([LONG])
     batch = collator(tokenizer, learn=Learn.last_answer)([LONG])
-    assert learnt_text(tokenizer, batch) == "<think></think>In the year 1843.<|im_end|>\n"
+    assert learnt_text(tokenizer, batch) == "In the year 1843.<|im_end|>\n"
 
 
 def test_a_prompt_that_is_too_long_loses_its_first_turns_and_then_its_end() -> None:
@@ -238,3 +239,36 @@ def test_an_empty_thought_belongs_to_the_prompt() -> None:
     row = collator(tokenizer).rows([SHORT])[0]
     assert tokenizer.decode(row.target) == f"{SHORT.target}<|im_end|>\n"
     assert tokenizer.decode(row.source).endswith("<think>\n\n</think>\n\n")
+
+
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|head|>final{% endif %}<|/head|>"
+    "{{ m.content }}{{ '<|eot|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+"""The way of gpt-oss: the generation prompt ends ahead of the channel."""
+
+
+def test_a_channel_ahead_of_the_answer_belongs_to_the_prompt() -> None:
+    tokenizer = chat_tokenizer(CHANNELS)
+    collate = collator(tokenizer, max_target_tokens=4)
+    for example in (SHORT, LONG):
+        (row,) = collator(tokenizer, learn=Learn.last_answer).rows([example])
+        assert [*row.source, *row.target] == templated(tokenizer, example.conversation)
+        assert tokenizer.decode(row.target, skip_special_tokens=True) == example.target
+    assert tokenizer.decode(collate.prompts([SHORT])["input_ids"][0]).endswith(
+        "<|im_start|>assistant<|head|>final<|/head|>"
+    )
+    label = Example("l", "x", "a", ("a",))
+    (row,) = collate.rows([label])
+    assert tokenizer.decode(row.target) == "a<|eot|>" and len(row.target) == 2
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA, "<|eot|>"), (CHANNELS, "<|eot|>")])
+def test_an_answer_ends_where_the_template_ends_a_turn(template: str, end: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    number, other = tokenizer.convert_tokens_to_ids([end, "<pad>"])
+    for own, wanted in ((None, [number]), (other, [other, number]), ([other, number], None), (number, None)):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+        assert collator(tokenizer).stopping(model).get("eos_token_id") == wanted
+        assert Collator(tokenizer, 9, 9, Causal("decoder")).stopping(model) == {}

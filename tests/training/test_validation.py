@@ -70,3 +70,12 @@ def test_a_generation_shows_what_the_loss_does_not(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match=r"Logits or loss of 4 of 7 validation examples are NaN or infinite"):
         validated(model)
     assert validated(model, predicts=False)["loss"] > 0
+
+
+def test_answers_stop_where_the_collator_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = pregated_model(**SHALLOW), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **options: asked.append(options) or generate(**options))
+    monkeypatch.setattr(Collator, "stopping", lambda *_: {"eos_token_id": [1, 5]})
+    assert 0 < validated(model)["loss"] < 10
+    assert asked and all(options["eos_token_id"] == [1, 5] for options in asked)
