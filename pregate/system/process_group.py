@@ -114,6 +114,27 @@ def main_only(work: Callable[[], object], what: str) -> None:
         group.store.set(key, outcome)
 
 
+def each_machine(work: Callable[[], object], what: str) -> None:
+    """Let one process of each machine do `work`, called `what`, rank 0 first, while the others wait, however long it
+    takes: machines that share a disk find it done. Raises as `main_only`."""
+    main_only(work, what)
+    group = process_exit.group
+    assert group is not None
+    if group.store is None:
+        return
+    group.calls += 1
+    key = f"machines/{group.calls}"
+    try:
+        if group.rank and join().local_process_index <= 0:  # -1 where the launcher does not say
+            work()
+    except BaseException:
+        group.store.set(key, "failed")
+        raise
+    if group.store.add(f"{key}/ready", 1) == group.size:
+        group.store.set(key, "done")
+    _wait_for(group.store, key, f"process {group.rank} waits for another machine, which is {what}")
+
+
 def _wait_for(store: Any, key: str, sentence: str) -> None:
     pause_s, longest_s = WAIT_S
     began, told = time.monotonic(), False

@@ -28,7 +28,7 @@ from pregate.config import Run, UsageError
 from pregate.models.objectives import Row
 from pregate.system.console import reason_of, say
 from pregate.system.durable import clear_abandoned, discard, partial_beside, put, read_object, refusal, write_json
-from pregate.system.process_group import main_only
+from pregate.system.process_group import each_machine
 from pregate.tasks.base import Example, Task
 from pregate.tasks.tokens import Collator
 
@@ -79,8 +79,8 @@ class TokenRows(Sequence[Row]):
 def token_rows(run: Run, task: Task, split: str, fingerprint: str, limit: int | None, collate: Collator) -> TokenRows:
     """The first `limit` examples (None: all) of `split`, whose content has `fingerprint`, as `collate` makes rows.
 
-    They are tokenized if no run has done so before with this content, tokenizer and settings; the main process goes
-    first. Raises `UsageError` as `Task.stream` does, and for a directory that cannot be written.
+    They are tokenized if no run has done so before with this content, tokenizer and settings, by one process of each
+    machine. Raises `UsageError` as `Task.stream` does, and for a directory that cannot be written.
     """
     folder = cache_folder(run)
     depends_on = json.dumps(identity(run, split, fingerprint, limit, collate), sort_keys=True)
@@ -98,8 +98,7 @@ def token_rows(run: Run, task: Task, split: str, fingerprint: str, limit: int | 
                     "data.cache=DIR."
                 ) from error
 
-    main_only(make, f"tokenizing split {split!r}")
-    make()  # on another machine of the same run
+    each_machine(make, f"tokenizing split {split!r}")
     return TokenRows(target)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,30 @@ def test_the_others_end_with_a_main_process_that_takes_the_store_along(monkeypat
     with pytest.raises(process_exit.PeerFailedError):
         process_group.main_only(lambda: None, "converting")
     assert not process_exit.may_tell()
+
+
+@pytest.mark.parametrize(("local", "works"), [(0, True), (-1, True), (1, False)])
+def test_one_process_of_each_machine_works_and_all_wait(
+    local: int, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looks, done = HashStore(), iter(range(9)), []
+    state = SimpleNamespace(num_processes=3, process_index=1, local_process_index=local)
+    monkeypatch.setattr(process_group, "PartialState", lambda: state)
+    as_one_of_two(1, store, monkeypatch)
+    store.set("main/1", "done")
+    store.set("main/3", "done")
+    store.set("machines/4", "failed")  # by another machine, later on
+    monkeypatch.setattr(process_group.time, "sleep", lambda _: next(looks) == 5 and store.set("machines/2", "done"))
+    process_group.each_machine(lambda: done.append("made"), "making")
+    assert next(looks) == 6, "it did not wait for the other machine"
+    assert done == ["made"] * works and store.add("machines/2/ready", 0) == 1
+    with pytest.raises(process_exit.PeerFailedError):
+        process_group.each_machine(lambda: None, "making")
+    if works:
+        store.set("main/5", "done")
+        with pytest.raises(OSError, match="disk full"):
+            process_group.each_machine(full_disk, "making")
+        assert store.get("machines/6") == b"failed"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -17,6 +17,7 @@ from pregate.tasks.token_cache import TokenRows, token_rows
 from pregate.tasks.tokens import Collator
 from tests.tiny import SEQ2SEQ
 from tests.training.copying import WORDS, word_tokenizer
+from tests.training.test_loop import in_two_processes
 
 
 def write(path: Path, count: int = 9, words: int = 3, answer: str = "w1") -> Path:
@@ -111,6 +112,42 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(UsageError, match=r"tokens of split 'train' cannot be kept in .*cache .*set data\.cache=DIR\.$"):
         rows(tmp_path, write(tmp_path / "a.jsonl"))
+
+
+TWO_MACHINES = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from pregate.tasks import token_cache
+from tests.tasks.test_token_cache import rows, write
+
+rank, place = os.environ["RANK"], Path(sys.argv[1])
+os.environ["LOCAL_RANK"] = "0"
+PartialState(cpu=True, timeout=timedelta(seconds=2))
+honest = token_cache._record_batch
+
+def slow(*given):
+    time.sleep(4 if rank == "1" else 0)
+    return honest(*given)
+
+token_cache._record_batch = slow
+kept = rows(place / rank, place / "a.jsonl")
+total = torch.tensor([float(len(kept))])
+torch.distributed.all_reduce(total)
+assert total.item() == 18 and len(list((place / rank / "cache").iterdir())) == 1
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_machines_with_disks_of_their_own_wait_for_each_other(tmp_path: Path) -> None:
+    """Longer than a collective would."""
+    write(tmp_path / "a.jsonl")
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    in_two_processes(tmp_path, TWO_MACHINES, [str(tmp_path)], 0)
 
 
 def test_a_set_larger_than_memory_is_never_all_in_memory(tmp_path: Path) -> None:
