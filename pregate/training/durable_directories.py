@@ -13,9 +13,12 @@ from typing import Any
 
 from pregate.config import UsageError
 from pregate.system.console import silent_bars
-from pregate.system.durable import flush_file, flush_tree, make_directory, refusal, remove
+from pregate.system.durable import flush_file, flush_tree, make_directory, read_object, refusal, remove, write_json
 from pregate.training.lora import is_adapted, merged_state, plain_state, save_adapters
 from pregate.training.weights_without_experts import lacks_experts, write_learnt
+
+STEP_FILE = "train_step.json"
+"""In a model that training keeps: the step that it is of. The state to resume from may be of an earlier one."""
 
 
 @contextmanager
@@ -79,11 +82,24 @@ def place_to_fill(directory: Path) -> Path:
     return _beside(directory, "new")
 
 
-def save_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = ()) -> None:
-    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`. What
-    adapters add is part of its weights."""
+def save_model(
+    directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = (), step: int | None = None
+) -> None:
+    """Replace `directory` by a Hugging Face directory with model, tokenizer and copies of the files in `carry`, and the
+    `step` that the model is of. What adapters add is part of its weights."""
     with replaced(directory) as fresh:
         write_model(fresh, model, tokenizer, carry, merged=True)
+        write_step(fresh, step)
+
+
+def write_step(directory: Path, step: int | None) -> None:
+    if step is not None:
+        write_json(directory / STEP_FILE, {"step": step})
+
+
+def step_of(directory: Path) -> int | None:
+    """The step that the model in `directory` is of; None if that is unknown."""
+    return (read_object(directory / STEP_FILE) or {}).get("step")
 
 
 def write_model(directory: Path, model: Any, tokenizer: Any, carry: Sequence[Path] = (), merged: bool = False) -> None:

@@ -250,7 +250,7 @@ def evaluate(session: Session) -> str:
         def write() -> None:
             make_room(session.out_dir / LAST, saved_bytes(session.model))
             kept = KEPT if session.offloaded else CHECKPOINT
-            save_model(session.out_dir / kept, session.model, session.tokenizer, session.carry)
+            save_model(session.out_dir / kept, session.model, session.tokenizer, session.carry, state.step)
 
         if session.sharded:
             save_sharded_checkpoint(session)
@@ -300,9 +300,10 @@ def save_parts(session: Session, random_states: list[dict[str, Any]]) -> None:
 
 def save_sharded_checkpoint(session: Session) -> None:
     assert session.sharded
-    model, layers = session.model, session.sharded.layers
+    model, layers, step = session.model, session.sharded.layers, session.state.step
     main_only(lambda: make_room(session.out_dir / LAST, model_bytes(model)), "looking for space on the disk")
-    sharded_saved_state.save_checkpoint(session.out_dir / CHECKPOINT, model, layers, session.tokenizer, session.carry)
+    place = session.out_dir / CHECKPOINT
+    sharded_saved_state.save_checkpoint(place, model, layers, session.tokenizer, session.carry, step)
 
 
 def finish(session: Session) -> TrainSummary:

@@ -30,7 +30,7 @@ from pregate.tracking import Tracker
 from pregate.training.batch_order import Batching, derive_batching
 from pregate.training.disk_space import check_space
 from pregate.training.distill import Distillation, load_distillation
-from pregate.training.durable_directories import recover
+from pregate.training.durable_directories import recover, step_of
 from pregate.training.feeds import ExampleFeed, Feed, Share, build_feed, sequence_tokens
 from pregate.training.lora import add_adapters
 from pregate.training.offloaded import Offloaded
@@ -218,7 +218,9 @@ def restore(
     main_only(lambda: check_space(out_dir, model, optimizer, saves, checkpoint_bytes), "looking for space on the disk")
     if found is None:
         return state
-    if train.keep == Keep.best and not any((out_dir / kept).is_dir() for kept in (CHECKPOINT, KEPT)):
+    kept = next((out_dir / name for name in (KEPT, CHECKPOINT) if (out_dir / name).is_dir()), None)
+    # of a later step it is that of an attempt that did not save its state, and the steps may come out otherwise now
+    if train.keep == Keep.best and (kept is None or (step_of(kept) or 0) > state.step):
         state.best_score = state.best_loss = state.best_step = None
     if accelerator.process_index < len(random_states):
         set_random_state(random_states[accelerator.process_index])

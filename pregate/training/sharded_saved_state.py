@@ -32,7 +32,7 @@ from pregate.models.loading import in_own_layout, open_model
 from pregate.system.console import silent_bars
 from pregate.system.process_exit import PeerFailedError
 from pregate.system.process_group import join, main_only
-from pregate.training.durable_directories import place_to_fill, replaced, write_side_files
+from pregate.training.durable_directories import place_to_fill, replaced, write_side_files, write_step
 from pregate.training.saved_state import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -233,7 +233,12 @@ def _like(target: Tensor, tensor: Tensor) -> Tensor:
 
 
 def save_checkpoint(
-    directory: Path, model: Any, layers: Iterable[nn.Module], tokenizer: Any, carry: Sequence[Path] = ()
+    directory: Path,
+    model: Any,
+    layers: Iterable[nn.Module],
+    tokenizer: Any,
+    carry: Sequence[Path] = (),
+    step: int | None = None,
 ) -> None:
     """As `save_model`, of a sharded model: every process calls it, and the main one gathers and writes layer by layer.
 
@@ -246,6 +251,7 @@ def save_checkpoint(
             with silent_bars():
                 model.save_pretrained(fresh, state_dict={})  # configs, and a file without weights
             write_side_files(fresh, tokenizer, carry)
+            write_step(fresh, step)
         for group in _by_layer(model, layers):
             gathered = {}
             for name, tensor in group.items():

@@ -239,6 +239,26 @@ def test_the_best_checkpoint_is_kept_and_carries_files(tmp_path: Path) -> None:
     assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
 
 
+def test_the_best_of_a_discarded_attempt_does_not_stay(tmp_path: Path) -> None:
+    """A resume that takes other steps than the attempt whose checkpoint is newer than its state."""
+    settings, run = {"eval_every": 1, "save_every": 1}, tmp_path / "run"
+    train_tiny(run, steps=2, task=FirstWords(scripted=[10.0, 30.0]), **settings)
+    shutil.rmtree(run / "last")
+    (run / "previous").rename(run / "last")
+    discarded = AutoModelForSeq2SeqLM.from_pretrained(run / "checkpoint")
+    task, settings = FirstWords(scripted=[7.0, 5.0]), {**settings, "learning_rate": 3e-3}
+    _, _, summary = train_tiny(run, steps=3, task=task, resume=True, **settings)
+    assert (summary.best_score, summary.best_step) == (7.0, 2)
+    kept = AutoModelForSeq2SeqLM.from_pretrained(run / "checkpoint")
+    assert steps_done(run / "previous") == 2
+    assert_same_parameters(kept, AutoModelForSeq2SeqLM.from_pretrained(run / "previous"))
+    assert not torch.equal(kept.shared.weight, discarded.shared.weight)
+    # one that is no newer stays
+    _, _, summary = train_tiny(run, steps=4, task=FirstWords(scripted=[6.0]), resume=True, **settings)
+    assert (summary.best_score, summary.best_step) == (7.0, 2)
+    assert_same_parameters(kept, AutoModelForSeq2SeqLM.from_pretrained(run / "checkpoint"))
+
+
 def test_the_last_checkpoint_is_kept_where_validation_must_not_choose(tmp_path: Path) -> None:
     settings = {"keep": "last", "eval_every": 1, "save_every": 1, "steps": 3}
     scores = [30.0, 10.0, 20.0]
