@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message
 
 QUESTION, ANSWERS = Message(USER, "a"), (Message(ASSISTANT, "b"), Message(ASSISTANT, "0"))
 """A probe: what the template writes alike for both answers stands around an answer."""
+UNDATED = "{% macro strftime_now(form) %}{{ form }}{% endmacro %}"
+"""Ahead of a template: what it asks the date with gives the form of the date."""
 OTHER = "set task.chat_template=FILE to one that can, or task.chat_template=null for plain prompts"
 
 
@@ -51,6 +54,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, max_source_tokens: int, max_target_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.max_source_tokens, self.max_target_tokens = max_source_tokens, max_target_tokens
+        # a template that knows no thinking takes no notice of it
+        self._options: dict[str, Any] = {"enable_thinking": False}
         try:
             prompt = self._text((QUESTION,), answering=True)
             whole, other = (self._text((QUESTION, answer)) for answer in ANSWERS)
@@ -70,6 +75,12 @@ class ChatTemplate:
         self._lead = lead if lead.strip() else ""
         added = tokenizer.added_tokens_decoder
         self.end = next((token for token in self._ids(ending) if token in added and added[token].special), None)
+
+    def undated(self) -> ChatTemplate:
+        """The same where a template that writes today's date does not."""
+        other = copy(self)
+        other._options = {**self._options, "chat_template": UNDATED + self.tokenizer.get_chat_template()}
+        return other
 
     def write(self, example: Example, earlier_answers: bool) -> Written:
         """`example` in tokens. Turns ahead of the last answer are left out, the earliest first, until
@@ -147,9 +158,8 @@ class ChatTemplate:
 
     def _text(self, messages: Sequence[Message], answering: bool = False) -> str:
         turns = [message._asdict() for message in messages]
-        # a template that knows no thinking takes no notice of it
         return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
+            turns, tokenize=False, add_generation_prompt=answering, **self._options
         )
 
     def _ids(self, text: str) -> list[int]:

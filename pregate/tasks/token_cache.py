@@ -32,7 +32,9 @@ from pregate.system.process_group import each_machine
 from pregate.tasks.base import Example, Task
 from pregate.tasks.tokens import Collator
 
-FORMAT = 1
+FORMAT = 2
+PROBE = Example("probe", "Who wrote it, and when?\nSay both.", "Ada Bell, 1843", ())
+"""Its tokens are part of the identity, which so changes with the code that writes them."""
 CHUNK_EXAMPLES = 512
 LARGE = 10_000
 """Examples from which on it is told that they are tokenized, as it takes a while."""
@@ -121,7 +123,15 @@ def identity(run: Run, split: str, fingerprint: str, limit: int | None, collate:
         "objective": type(collate.objective).__name__,
         "chat": collate.chat is not None,
         "task": settings,
+        "written": _written(collate),
     }
+
+
+def _written(collate: Collator) -> list[Any] | str:
+    try:
+        return collate.rendering(PROBE)
+    except UsageError as error:  # limits without room for it
+        return str(error)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

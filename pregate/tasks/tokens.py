@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,15 @@ class Collator:
         """`input_ids` and `attention_mask` (B, S) of the sources alone, int64, for `generate`."""
         return self.objective.prompts(self._prompts(examples), self.padding)
 
-    def stopping(self, model: Any) -> dict[str, list[int]]:
+    def rendering(self, example: Example) -> list[Any]:
+        """How `example` is written, on whatever day: plain numbers. Nothing is told or kept. Raises as `rows`."""
+        quiet = copy(self)
+        quiet._kept, quiet._told, quiet.chat = {}, True, self.chat and self.chat.undated()
+        (row,) = quiet.rows([example])
+        learnt = [[part.start, part.stop] for part in row.learnt]
+        return [quiet.source_lengths([example]), row.source.tolist(), row.target.tolist(), learnt]
+
+    def stopping(self, model: Any) -> dict[str, Any]:
         """Options by which `generate` of `model` stops where the chat template ends an answer; none if it does so."""
         own = model.generation_config.eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else [*own]

@@ -272,3 +272,13 @@ def test_an_answer_ends_where_the_template_ends_a_turn(template: str, end: str) 
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
         assert collator(tokenizer).stopping(model).get("eos_token_id") == wanted
         assert Collator(tokenizer, 9, 9, Causal("decoder")).stopping(model) == {}
+
+
+def test_how_a_template_writes_does_not_depend_on_the_day(capsys: pytest.CaptureFixture[str]) -> None:
+    dated = "Today is {{ strftime_now('%d') if strftime_now is defined else '?' }}." + CHATML
+    collate = collator(chat_tokenizer(dated), max_target_tokens=4)
+    lengths, source, target, learnt = collate.rendering(SHORT)
+    assert collate.tokenizer.decode(source).startswith("Today is %d.<|im_start|>user") and lengths == [len(source)]
+    assert "%d" not in collate.tokenizer.decode(collate.rows([SHORT])[0].source)
+    assert 0 < len(target) <= 4 and learnt == []
+    assert capsys.readouterr().err.count("are cut") == 1, "the rendering told of its cut"

@@ -73,6 +73,15 @@ def test_only_what_changes_the_tokens_makes_a_new_entry(tmp_path: Path, monkeypa
     assert entries(tmp_path) == 4
 
 
+def test_another_rendering_makes_a_new_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.jsonl")
+    before, honest = rows(tmp_path, file), Collator._tokenize
+    monkeypatch.setattr(Collator, "_tokenize", lambda *given: [row[::-1] for row in honest(*given)])
+    after = rows(tmp_path, file)
+    assert entries(tmp_path) == 2 and after.directory != before.directory
+    assert after[0].source == before[0].source[::-1] != before[0].source
+
+
 def test_what_is_half_written_or_damaged_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.jsonl")
     honest = token_cache._record_batch
