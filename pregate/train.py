@@ -50,7 +50,7 @@ def main(run: Run) -> None:
     is_main = state.is_main_process
     if is_main and run.train.steps:
         assert state.device is not None
-        print(needs_of(run, *trained, state.device).line(state.device), flush=True)
+        print(needs_of(run, *checks.trained_config(run, tokenizer), state.device).line(state.device), flush=True)
     with open_tracker(run, run_dir, is_main) as tracker:
         source = stages.get_source(run, run_dir, task, tokenizer, tracker)
         converted = stages.get_converted(run, run_dir, source, task, tokenizer)

@@ -152,12 +152,13 @@ def check_teachers(run: Run, tokenizer: Any) -> None:
             check_routing_loss(train, family_named(student.model_type))
 
 
-def trained_config(run: Run) -> tuple[Any, torch.dtype]:
-    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Raises
-    `UsageError` for a source that cannot be read."""
+def trained_config(run: Run, tokenizer: Any = None) -> tuple[Any, torch.dtype]:
+    """The config that the run's checkpoint will have, gates ahead included, and the dtype of its experts. Without the
+    `tokenizer` the vocabulary of a model from scratch is a small one. Raises `UsageError` for a source that cannot be
+    read."""
     source, revision, gating = run.model.source, run.model.revision, PreGating.of_config(run.pregate)
     if source is None:
-        return geometry_config(run, gating, vocab_size=128), torch.float32
+        return geometry_config(run, gating, 128 if tokenizer is None else vocabulary_size(tokenizer)), torch.float32
     opened = open_model(source, revision)
     config, family = config_of(opened.config), family_of(opened.config)
     if not family.is_pregated(opened.config) and gating.lookahead:

@@ -31,6 +31,12 @@ OPEN = ("model.geometry.", "task.columns.", "task.files.")
 """Sections with keys of the user's own: one that is missing was left out."""
 PROCESSES, DATA = "processes", "data"
 MOST_TOLD = 8
+SOURCES = {
+    "files": ("from files", "come from files"),
+    "hub": ("from the hub", "come from the hub"),
+    "generated": ("that were generated", "are generated"),
+}
+"""In words what a fingerprint of data begins with, see `tasks.records.fingerprint`."""
 
 
 def check_changes(run: Run, config: Path, processes: tuple[int | None, int], begun: bool) -> None:
@@ -62,7 +68,14 @@ def check_data(run: Run, where: Path, before: str, now: str) -> None:
     """
     if before in ("", now):
         return
-    told = f"{where} was trained on examples with other content than split {run.task.train_split!r} has now"
+    split = f"split {run.task.train_split!r}"
+    told = f"{where} was trained on examples with other content than {split} has now"
+    was, is_now = (SOURCES.get(said.partition(" ")[0]) for said in (before, now))
+    if was and is_now and was != is_now:
+        told = (
+            f"{where} was trained on examples {was[0]}, while those of {split} now {is_now[1]}, and the two cannot be "
+            "compared"
+        )
     if not _within(DATA, run.allow_changes):
         raise UsageError(
             f"{told}: put the data back, choose another run_dir=DIR, or go on all the same with "

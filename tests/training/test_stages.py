@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from pregate.conversion.write import convert
 from pregate.models.checkpoint import open_checkpoint, read_config
 from pregate.models.pregating import PreGating
 from pregate.tracking import flatten
-from pregate.training.checks import check_model, check_teachers
+from pregate.training.checks import check_model, check_teachers, trained_config
 from pregate.training.from_scratch import geometry_config, special_tokens, vocabulary_size
-from pregate.training.resume_changes import OTHER_RESULT, SAME_RESULT
+from pregate.training.memory_needs import needs_of
+from pregate.training.resume_changes import OTHER_RESULT, SAME_RESULT, check_data
 from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, claim_run_dir
 from pregate.training.saved_state import steps_done
 from pregate.training.stages import get_converted, get_source, train_converted
@@ -415,7 +417,36 @@ def test_data_that_changed_between_two_stages_are_refused(tmp_path: Path) -> Non
         patch.setattr(FirstWords, "fingerprint", lambda self, split: "other")
         with pytest.raises(UsageError, match="was trained on examples with other content"):
             train_converted(*given)  # type: ignore[arg-type]
+    for before, now, said in (
+        ("hub 1", "hub 2", "was trained on examples with other content"),
+        (
+            "hub 1",
+            "files 1",
+            "was trained on examples from the hub, while those .* now come from files, .* cannot be compared:",
+        ),
+        (
+            "files 1",
+            "generated 1",
+            "was trained on examples from files, while those .* now are generated, .* cannot be comp",
+        ),
+    ):
+        with pytest.raises(UsageError, match=rf"{said}.*'allow_changes=\[data\]'"):
+            check_data(run, tmp_path, before, now)
+        check_data(replace(run, allow_changes=["data"]), tmp_path, before, now)
+        check_data(run, tmp_path, now, now)
     assert train_converted(*given).steps == 1  # type: ignore[arg-type]
+
+
+def test_what_a_model_from_scratch_needs_counts_its_vocabulary(tmp_path: Path) -> None:
+    shape = {name: value for name, value in geometry().items() if not name.endswith("_id") and name != "vocab_size"}
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(300)])
+    run = Run(model=ModelConfig(geometry=shape), pregate=PreGateConfig(lookahead=0))
+    made = SwitchTransformersForConditionalGeneration.from_pretrained(
+        get_source(run, tmp_path, FirstWords(), tokenizer, Recorder())
+    )
+    needs = needs_of(run, *trained_config(run, tokenizer), torch.device("cpu"))
+    assert needs.device["weights"] == sum(p.nbytes for p in made.parameters()) > 4 * 300 * made.config.d_model
 
 
 def test_a_model_from_scratch_ends_and_pads_as_its_tokenizer_does(tmp_path: Path) -> None:
