@@ -36,7 +36,7 @@ class Run:
     """Everything one command needs; built once by `entry_point`, never changed. `overrides`: the command line.
 
     `allow_changes`: what a resumed run may have otherwise than before although its result changes: names of settings or
-    of sections, and `processes`.
+    of sections, and `processes`, `data` and `source`.
     """
 
     name: str = field(default="run", metadata=NAMED)

@@ -81,13 +81,15 @@ def convert(
     made_from |= {"seed": seed} if plan.made else {}
     bar = "converting", source_bytes + output_bytes, DownloadColumn()
     with _appearing(output, made_from) as unfinished, progress(*bar) as advance:
-        with Unchanged(checkpoint):
+        with Unchanged(checkpoint) as signs:
             hashes = write_shards(files, unfinished, advance)
         for file in sides:
             shutil.copyfile(file, unfinished.folder / file.name)
         tokens = {name: checkpoint.config[name] for name in SPECIAL_TOKENS if name in checkpoint.config}
         _write_json(unfinished.folder / CONFIG, target.json | tokens)
-        origin = {"source": source, "revision": revision, "source_sha256": hashes}
+        origin: dict[str, Any] = {"source": source, "revision": revision, "source_sha256": hashes}
+        # after a write that was just now, another one may leave the same signs: content decides then
+        origin["source_identity"] = signs.identity if signs.settled else None
         _write_json(unfinished.folder / MANIFEST, origin | provenance(target, seed) | account)
     return ConversionReport(
         output=output,

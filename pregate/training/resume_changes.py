@@ -29,7 +29,8 @@ OTHER_RESULT = ("eval.batch_size", "engine.slab_dtype")
 """Those in a section of `SAME_RESULT` that do: validation pads its batches, and calibration may run through slabs."""
 OPEN = ("model.geometry.", "task.columns.", "task.files.")
 """Sections with keys of the user's own: one that is missing was left out."""
-PROCESSES, DATA = "processes", "data"
+PROCESSES, DATA, CONTENT = "processes", "data", "source"
+"""Names of changes beside settings: the number of processes, the content of the examples and that of the source."""
 MOST_TOLD = 8
 SOURCES = {
     "files": ("from files", "come from files"),
@@ -76,10 +77,16 @@ def check_data(run: Run, where: Path, before: str, now: str) -> None:
             f"{where} was trained on examples {was[0]}, while those of {split} now {is_now[1]}, and the two cannot be "
             "compared"
         )
-    if not _within(DATA, run.allow_changes):
+    permit(run, DATA, told, "put the data back")
+
+
+def permit(run: Run, name: str, told: str, back: str) -> None:
+    """Print `told`, if `run.allow_changes` has the `name` of this change; else raise `UsageError`. `back`: the way to
+    undo it."""
+    if not _within(name, run.allow_changes):
         raise UsageError(
-            f"{told}: put the data back, choose another run_dir=DIR, or go on all the same with "
-            f"'allow_changes=[{','.join([*run.allow_changes, DATA])}]'."
+            f"{told}: {back}, choose another run_dir=DIR, or go on all the same with "
+            f"'allow_changes=[{','.join([*run.allow_changes, name])}]'."
         )
     say(f"{told}.")
 

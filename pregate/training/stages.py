@@ -36,6 +36,7 @@ from pregate.training.from_scratch import geometry_config, special_tokens, vocab
 from pregate.training.loop import TrainSummary, fine_tune
 from pregate.training.offloaded import Offloaded, complete, hand_on_pack, open_offloaded
 from pregate.training.run_dir_lock import CHECKPOINT, CONVERTED, INITIAL, LAST, SOURCE, SUMMARY
+from pregate.training.same_source import check_converted, check_experts
 from pregate.training.saved_state import steps_done
 from pregate.training.session import prepare
 from pregate.training.sharded_saved_state import Weights
@@ -88,9 +89,12 @@ def _get_initial(run: Run, run_dir: Path, tokenizer: Any) -> str:
 def get_converted(run: Run, run_dir: Path, source: str, task: Task | TextStream, tokenizer: Any) -> str:
     """The checkpoint to fine-tune: the source itself if nothing moves or it is pre-gated already, else converted.
 
-    Gates are calibrated on the run's training examples, by one process.
+    Gates are calibrated on the run's training examples, by one process. Raises `UsageError` where a resumed run would
+    mix what it made of the source with a source that has changed.
     """
     config = read_config(source, run.model.revision)
+    if run.train.experts is Experts.offloaded and run.train.steps:
+        check_experts(run, run_dir, open_model(source, run.model.revision), begun=steps_done(run_dir / LAST) > 0)
     if run.pregate.lookahead == 0 or family_of(config).is_pregated(config):
         return source
     directory = run_dir / CONVERTED
@@ -98,6 +102,7 @@ def get_converted(run: Run, run_dir: Path, source: str, task: Task | TextStream,
     def create() -> None:
         if (directory / MANIFEST).is_file():
             _refuse_other_gating(run, directory)
+            check_converted(run, source, directory)
         elif run.pregate.init is Init.calibrated:
             assert not isinstance(task, TextStream), "pre-training starts at random"
             _, calibration = calibrate(run, source, directory, task, tokenizer, join().device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pregate.cli import compose_run
@@ -140,6 +142,25 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(source: str, tmp_path: P
     assert all(torch.equal(t, whole[name]) for name, t in tensors_of(tmp_path / "straight" / CHECKPOINT).items())
     again, _ = trained(run_of(source, resume=True, **settings), tmp_path / "cut")
     assert again.at == {}, "a finished run has nothing left to do"
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_state_is_not_gone_on_with_on_other_experts(source: str, tmp_path: Path, lookahead: int) -> None:
+    shutil.copytree(source, moved := tmp_path / "source")
+    settings = {**OFFLOADED, "lookahead": lookahead}
+    with pytest.raises(OSError, match="killed"):
+        trained(run_of(str(moved), **settings), tmp_path / "run", Killed(at=3))
+    resumed = run_of(str(moved), resume=True, **settings)
+    kept = {path: path.read_bytes() for path in moved.glob("*.safetensors")}
+    for path, content in kept.items():
+        other = load_file(path)
+        save_file({name: -tensor for name, tensor in other.items()}, path, {"format": "pt"})
+        assert path.stat().st_size == len(content)
+    with pytest.raises(UsageError, match=r"experts of other weights than .*source has now.*allow_changes=\[source\]"):
+        trained(resumed, tmp_path / "run")
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert trained(resumed, tmp_path / "run")[1].steps == 4
 
 
 class Killed(Recorder):

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -58,6 +58,28 @@ def test_a_conversion_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> N
     for other in (PreGateConfig(lookahead=2), PreGateConfig(stacks=["decoder"])):
         with pytest.raises(UsageError, match="was converted with other pregate settings"):
             get_converted(Run(pregate=other), tmp_path, source, nothing, nothing)
+
+
+def test_a_conversion_of_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    source, converted, nothing = str(tmp_path / "source"), tmp_path / CONVERTED, cast(Any, None)
+    upstream_model(0).save_pretrained(source)
+    run = Run(pregate=PreGateConfig(lookahead=1))
+    given = tmp_path, source, nothing, nothing
+    assert get_converted(run, *given) == str(converted)
+    made = (converted / "model.safetensors").read_bytes()
+    os.utime(tmp_path / "source" / "model.safetensors", (0, 0))  # a copy
+    assert get_converted(run, *given) == str(converted)
+    upstream_model(1).save_pretrained(source)
+    with pytest.raises(
+        UsageError, match=r"was made from other weights than .*source has now.*allow_changes=\[source\]"
+    ):
+        get_converted(run, *given)
+    get_converted(replace(run, allow_changes=["source"]), *given)
+    manifest = json.loads((converted / MANIFEST).read_text())
+    assert "files" in (manifest.pop("source_identity") or {"files": "written just before"})
+    (converted / MANIFEST).write_text(json.dumps(manifest))  # as earlier versions wrote it
+    get_converted(run, *given)
+    assert (converted / "model.safetensors").read_bytes() == made
 
 
 def test_a_conversion_of_one_stack_is_not_gone_on_with_for_all_stacks(tmp_path: Path) -> None:
