@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,8 @@ class Reader:
         """A text that Hydra reads as a number or as a truth value, and that would not be spelt as it was written."""
         raw, value = override.get_value_string().strip(), override.value()
         if isinstance(value, list):
-            if all(str(leaf) in raw for leaf in value if isinstance(leaf, bool | int | float)):
+            written = re.split(r"[\[\]{}:,\s]+", raw)
+            if all(str(leaf) in written for leaf in value if isinstance(leaf, bool | int | float)):
                 return []
             became = ",".join(str(leaf) for leaf in value)
             advice = "put each text in quotes, and all of it in the shell's"

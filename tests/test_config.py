@@ -157,6 +157,8 @@ def saved_and_read(run: Run, path: Path) -> Any:
         ("trian.steps=a=b", "no setting 'trian.steps'; did you mean train.steps?"),
         ("model.revision=1234e5", "would become 123400000.0: write 'model.revision=\"1234e5\"'."),
         ("task.labels=[true,false]", "would become True,False: put each text in quotes"),
+        ("task.labels=[+1,-1]", "would become 1,-1: put each text in quotes"),
+        ("task.labels=[1.50,2]", "would become 1.5,2: put each text in quotes"),
         ("seed=${nothing}", "Interpolation key 'nothing' not found"),
     ],
 )
