@@ -16,22 +16,27 @@ def main(run: Run) -> None:
     check_alone("bench")
     refuse_ignored(run, "bench", ADVICE)
     from pregate.engine.storage.pack import refuse_output
+    from pregate.measure.bench.results import Results
     from pregate.measure.bench.run import Benchmark, measure
-    from pregate.system.directory_lock import hold
+    from pregate.system.directory_lock import held, refuse_unwritable
+    from pregate.system.durable import make_directory
     from pregate.tracking import open_tracker
 
     refuse_output("run_dir", Path(run.run_dir))
     benchmark = Benchmark.checked(run)
     out_dir = Path(run.run_dir)
-    hold(out_dir, "run_dir")
     if run.plan:
         from pregate.measure.bench.plan_report import write_plan
 
+        refuse_unwritable(out_dir, "run_dir")
+        make_directory(out_dir)
         write_plan(run, benchmark.rows, benchmark.device, benchmark.reading, out_dir)
         print(f"Plan: {out_dir / 'plan.md'}, {out_dir / 'plan.json'}")
         return
-    with open_tracker(run, out_dir) as tracker:
-        measure(benchmark, tracker)
+    with held(out_dir, "run_dir"):
+        Results.mark(out_dir)
+        with open_tracker(run, out_dir) as tracker:
+            measure(benchmark, tracker)
     print(f"Rows: {out_dir / 'bench.jsonl'}\nTables: {out_dir / 'bench.md'}\nPlots: {out_dir / 'plots'}")
 
 

@@ -16,15 +16,14 @@ def main(run: Run) -> None:
     refuse_ignored(run, "eval", ADVICE)
     from pregate.engine.storage.pack import refuse_output
     from pregate.measure.evaluation import evaluate, prepare
-    from pregate.system.directory_lock import hold
+    from pregate.system.directory_lock import held
     from pregate.tracking import open_tracker
 
     checkpoint, reference, out_dir = subjects(run)
     setting = "output" if run.output or run.checkpoint else "run_dir"
     refuse_output(setting, out_dir)
     bench = prepare(run, checkpoint, reference)
-    hold(out_dir, setting)
-    with open_tracker(run, out_dir) as tracker:
+    with held(out_dir, setting), open_tracker(run, out_dir) as tracker:
         evaluate(bench, out_dir, tracker)
     print(f"Report: {out_dir / 'report.html'}" if run.eval.report else f"Results: {out_dir / 'eval.json'}")
 

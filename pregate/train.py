@@ -28,7 +28,7 @@ def main(run: Run) -> None:
     from pregate.training import checks, stages
     from pregate.training.memory_needs import needs_of
     from pregate.training.offloaded import check_offloaded
-    from pregate.training.run_dir_lock import CHECKPOINT, claim_run_dir
+    from pregate.training.run_dir_lock import CHECKPOINT, claimed_run_dir
 
     refuse_ignored(run, "train", ADVICE)
     state = join()
@@ -46,28 +46,28 @@ def main(run: Run) -> None:
     check_reference(run, run.reference if run.then_eval else None, trained[0].to_dict(), tokenizer)
     checks.check_inputs(run, tokenizer)
     task.check(tokenizer, splits_read(run))
-    run_dir = claim_run_dir(run)
     is_main = state.is_main_process
-    if is_main and run.train.steps:
-        assert state.device is not None
-        print(needs_of(run, *checks.trained_config(run, tokenizer), state.device).line(state.device), flush=True)
-    with open_tracker(run, run_dir, is_main) as tracker:
-        source = stages.get_source(run, run_dir, task, tokenizer, tracker)
-        converted = stages.get_converted(run, run_dir, source, task, tokenizer)
-        tuned = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
-        leave()
+    with claimed_run_dir(run) as run_dir:
+        if is_main and run.train.steps:
+            assert state.device is not None
+            print(needs_of(run, *checks.trained_config(run, tokenizer), state.device).line(state.device), flush=True)
+        with open_tracker(run, run_dir, is_main) as tracker:
+            source = stages.get_source(run, run_dir, task, tokenizer, tracker)
+            converted = stages.get_converted(run, run_dir, source, task, tokenizer)
+            tuned = stages.train_converted(run, run_dir, converted, task, tokenizer, tracker)
+            leave()
 
-        def hand_over() -> None:
-            evaluation = None
-            if run.then_eval:
-                reference = run.reference or (source if run.source_train is not None else None)
-                evaluation = evaluate(prepare(run, tuned.checkpoint, reference), run_dir, tracker)
-            stages.finish(run, run_dir, source, tuned, evaluation)
-            if run.tracking.log_checkpoint:
-                tracker.artifact(run_dir / CHECKPOINT)
+            def hand_over() -> None:
+                evaluation = None
+                if run.then_eval:
+                    reference = run.reference or (source if run.source_train is not None else None)
+                    evaluation = evaluate(prepare(run, tuned.checkpoint, reference), run_dir, tracker)
+                stages.finish(run, run_dir, source, tuned, evaluation)
+                if run.tracking.log_checkpoint:
+                    tracker.artifact(run_dir / CHECKPOINT)
 
-        main_only(hand_over, "evaluating")
-    part()
+            main_only(hand_over, "evaluating")
+        part()
     if is_main:
         print(f"Run: {run_dir}")
 

@@ -78,7 +78,8 @@ def run() -> int:
     if not os.environ.get("PREGATE_DATA") and (SIZES[study.size].pretraining or SIZES[study.size].make_source):
         raise UsageError("Set PREGATE_DATA to a directory with the tasks' parquet files, corpus/ and t5_tokenizer/.")
     make, source = SIZES[study.size].make_source, study.source
-    for start in (start_of(cell, study.size, source) for cell in study.wanted) if make and source else ():
+    pending = [cell for cell in study.wanted if cell.name not in known]
+    for start in (start_of(cell, study.size, source) for cell in pending) if make and source else ():
         if not Path(start).is_dir():
             raise UsageError(f"There is no source in {start}: make it with `{make}`, or name one with SOURCE=DIR.")
     study.seconds_left, jobs = seconds_left(), number_of_jobs()

@@ -19,7 +19,7 @@ _locked: dict[Path, int] = {}
 
 
 def hold(directory: Path, setting: str) -> None:
-    """Make `directory`, and keep every other process out of it until this one ends, however it ends.
+    """Make `directory`, and keep every other process out of it until `let_go`, or until this one ends, however it ends.
 
     Raises `UsageError` where another process works in it or it cannot be written; `setting` names another one.
     """
@@ -27,6 +27,23 @@ def hold(directory: Path, setting: str) -> None:
     with refusing_unwritable(directory, setting):
         make_directory(directory)
         _lock(directory, setting)
+
+
+def let_go(directory: Path) -> None:
+    """Let others work in a directory that this process has held."""
+    handle = _locked.pop(directory.resolve(), None)
+    if handle is not None:
+        os.close(handle)
+
+
+@contextmanager
+def held(directory: Path, setting: str) -> Iterator[None]:
+    """Hold a directory for as long as the work lasts. Raises `UsageError` as `hold` does."""
+    hold(directory, setting)
+    try:
+        yield
+    finally:
+        let_go(directory)
 
 
 def refuse_unwritable(directory: Path, setting: str) -> None:
@@ -52,13 +69,13 @@ def refusing_unwritable(directory: Path, setting: str) -> Iterator[None]:
         raise UsageError(f"{directory} cannot be written ({error.strerror}): {way}.") from error
 
 
-def _let_go() -> None:
+def _after_fork() -> None:
     """In a forked process: a loader's worker that outlives its killed parent must not keep the directory locked."""
     while _locked:
         os.close(_locked.popitem()[1])
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _lock(directory: Path, setting: str) -> None:

@@ -72,7 +72,7 @@ class ChatTemplate:
         lead = whole[len(prompt) : _in_common(whole, other)]
         ending = whole[len(whole) - _in_common(whole[::-1], other[::-1]) :]
         # as the channel of gpt-oss; white space is the answer's, as a token may join it with the text
-        self._lead = lead if lead.strip() else ""
+        self._lead = lead.rstrip()
         added = tokenizer.added_tokens_decoder
         self.end = next((token for token in self._ids(ending) if token in added and added[token].special), None)
 
@@ -100,10 +100,11 @@ class ChatTemplate:
             raise UsageError(f"Example {example.id!r}: {error}") from error
         except Exception as error:
             raise UsageError(f"The chat template refuses example {example.id!r}: {reason_of(error)}.") from error
-        if not text.startswith(prompt):
+        start = self._start(asked, text)
+        if not text.startswith(start):
             raise UsageError(f"The chat template cannot be cut at the last answer of example {example.id!r}: {OTHER}.")
         # a token that joins the end of the prompt and the beginning of the answer counts as the answer's
-        begin = _in_common(prompt_ids, whole)
+        begin = _in_common(self._ids(start), whole)
         row = Row(array("i", whole[:begin]), array("i", whole[begin:]), learnt)
         return Written(array("i", prompt_ids), row, cut)
 
@@ -112,7 +113,7 @@ class ChatTemplate:
         found = []
         for turn, message in enumerate(asked):
             if message.role == ASSISTANT:
-                before, behind = self._prompt(asked[:turn]), self._text(asked[: turn + 1])
+                before, behind = self._start(asked[:turn], text), self._text(asked[: turn + 1])
                 if not (text.startswith(before) and text.startswith(behind)):
                     raise UsageError(
                         "the chat template writes an earlier answer in another way than the last one: set "
@@ -153,8 +154,13 @@ class ChatTemplate:
         return message._replace(content=message.content[: min(end, len(message.content) - 1)])
 
     def _prompt(self, asked: Sequence[Message]) -> str:
-        """Everything ahead of the text of the answer to `asked`."""
+        """Everything ahead of the text of the answer to `asked`, but white space."""
         return self._text(asked, answering=True) + self._lead
+
+    def _start(self, asked: Sequence[Message], text: str) -> str:
+        """The same in `text`, which may write some answers, such as those with a thought, without the lead."""
+        prompt = self._prompt(asked)
+        return prompt if text.startswith(prompt) else self._text(asked, answering=True)
 
     def _text(self, messages: Sequence[Message], answering: bool = False) -> str:
         turns = [message._asdict() for message in messages]

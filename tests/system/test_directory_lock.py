@@ -10,7 +10,7 @@ import pytest
 
 from pregate.config import UsageError
 from pregate.system import directory_lock
-from pregate.system.directory_lock import hold, refuse_unwritable
+from pregate.system.directory_lock import held, hold, refuse_unwritable
 
 
 def test_a_directory_is_held_against_others_and_not_against_oneself(tmp_path: Path) -> None:
@@ -20,6 +20,16 @@ def test_a_directory_is_held_against_others_and_not_against_oneself(tmp_path: Pa
     with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
+
+
+def test_a_directory_is_free_when_the_work_in_it_is_done(tmp_path: Path) -> None:
+    """One process may do several jobs of a sweep, or the cells of a notebook."""
+    for _ in range(2):
+        other = os.open(tmp_path, os.O_RDONLY)
+        with held(tmp_path, "output"), pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
 
 
 @pytest.mark.parametrize("name", ["there", "there/new/below"])

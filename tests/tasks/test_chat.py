@@ -282,3 +282,28 @@ def test_how_a_template_writes_does_not_depend_on_the_day(capsys: pytest.Capture
     assert "%d" not in collate.tokenizer.decode(collate.rows([SHORT])[0].source)
     assert 0 < len(target) <= 4 and learnt == []
     assert capsys.readouterr().err.count("are cut") == 1, "the rendering told of its cut"
+
+
+SPOKEN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} In {% endif %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+)
+"""The way of Vicuna: no generation prompt, and words with a space ahead of an answer."""
+SOMETIMES = CHATML.replace("{{ m.content }}", "{% if 'year' not in m.content %}<|head|>{% endif %}{{ m.content }}", 1)
+
+
+@pytest.mark.parametrize("template", [SPOKEN, SOMETIMES])
+def test_an_answer_is_asked_for_as_it_was_learnt(template: str) -> None:
+    """White space ahead of the text is the answer's, because a token may join them."""
+    tokenizer = chat_tokenizer(template)
+    example = Example("q", "What is it?", "short book.", ("short book.",))
+    written = collator(tokenizer).rows([example])[0]
+    assert [*written.source, *written.target] == templated(tokenizer, example.conversation)
+    assert collator(tokenizer).prompts([example])["input_ids"][0].tolist() == [*written.source]
+    assert tokenizer.decode(written.target, skip_special_tokens=True).strip() == example.target
+
+
+def test_an_answer_without_the_lead_begins_at_the_generation_prompt() -> None:
+    tokenizer = chat_tokenizer(SOMETIMES)
+    (row,) = collator(tokenizer, learn=Learn.last_answer).rows([LONG])
+    assert tokenizer.decode(row.target) == f"{LONG.target}<|im_end|>\n"

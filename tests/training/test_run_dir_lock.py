@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pregate.config import Run, TrainConfig, UsageError
-from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, LAST, SUMMARY, claim_run_dir
+from pregate.training.run_dir_lock import CHECKPOINT, CONFIG, CONVERTED, LAST, SUMMARY, claim_run_dir, claimed_run_dir
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -42,6 +44,18 @@ def test_a_finished_run_without_its_state_does_not_begin_again(tmp_path: Path) -
     claim_run_dir(run)
     (tmp_path / LAST).rename(tmp_path / "previous")
     claim_run_dir(run)
+    (tmp_path / "previous").rename(tmp_path / f".{LAST}.old")  # killed as a newer state took its place
+    claim_run_dir(run)
+    assert (tmp_path / LAST).is_dir()
+
+
+def test_a_directory_is_free_when_its_run_is_over(tmp_path: Path) -> None:
+    run = Run(run_dir=str(tmp_path))
+    other = os.open(tmp_path, os.O_RDONLY)
+    with claimed_run_dir(run), pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
 
 
 def test_a_finished_run_of_no_steps_has_no_state(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from pregate.system.durable import append_line, read_lines, to_jsonable, write_l
 from pregate.tracking import Tracker
 
 ROWS = "bench.jsonl"
-PLAN = ("plan.md", "plan.json")
+SCRATCH = "scratch"
+REPLACED = ("config.yaml", "bench.md", SCRATCH, "plots", "traces", "checkpoint")
+"""What a benchmark writes anew, or removes at its end, and a model."""
 FIGURES = ("ttft_ms", "tpot_ms", "tokens_per_s", "block_ms", "exposed_ms_per_token", "over_floor", "peak_device_bytes")
 
 
@@ -34,6 +36,11 @@ class Results:
     def begin(self) -> None:
         """Write the file without a torn last line; empty at first, which marks the directory as a benchmark's."""
         write_lines(self.path, self.rows)
+
+    @staticmethod
+    def mark(run_dir: Path) -> None:
+        """Make a directory a benchmark's, so that one that is stopped before its first row is resumed."""
+        (run_dir / ROWS).touch()
 
     def find(self, spec: RowSpec) -> dict[str, Any] | None:
         return next((row for row in self.rows if RowSpec.of(row) == spec), None)
@@ -53,8 +60,9 @@ def earlier_rows(run_dir: Path, resume: bool) -> list[dict[str, Any]]:
     """The rows that lie in the run directory. Raises `UsageError` unless they, or nothing, may lie there."""
     path = run_dir / ROWS
     if not path.is_file():
-        if run_dir.is_dir() and any(place.name not in PLAN for place in run_dir.iterdir()):
-            raise UsageError(f"{run_dir} holds something else than a benchmark: choose name=NAME or run_dir=DIR.")
+        taken = next((name for name in REPLACED if (run_dir / name).exists()), None)
+        if taken is not None:
+            raise UsageError(f"{run_dir} holds a {taken} that is no benchmark's: choose name=NAME or run_dir=DIR.")
         return []
     rows = read_lines(path)
     if rows and not resume:

@@ -25,7 +25,7 @@ from pregate.measure.bench.models import BenchModel, bench_models, check_models
 from pregate.measure.bench.plots import plot_bench
 from pregate.measure.bench.references import References
 from pregate.measure.bench.requests import Effort
-from pregate.measure.bench.results import ROWS, Results, earlier_rows, refuse_not_finite, refuse_other_rows
+from pregate.measure.bench.results import ROWS, SCRATCH, Results, earlier_rows, refuse_not_finite, refuse_other_rows
 from pregate.measure.bench.table import command, print_bench, write_bench
 from pregate.measure.bench.transfer_speed import Reading
 from pregate.system.byte_sizes import human_bytes
@@ -33,8 +33,6 @@ from pregate.system.console import console
 from pregate.system.durable import flush_folders, free_bytes
 from pregate.system.machine import environment, pick_device, set_seed
 from pregate.tracking import Tracker
-
-SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)

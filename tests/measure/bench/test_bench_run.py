@@ -18,6 +18,7 @@ from pregate.measure.bench import engines, transfer_speed
 from pregate.measure.bench import run as bench
 from pregate.measure.bench.grid import ACCELERATE, ACCELERATE_WARM, RESIDENT, RowSpec, grid
 from pregate.measure.bench.models import bench_models
+from pregate.system.directory_lock import hold
 from tests.tiny import GEOMETRY, pregated_model
 
 MOE_BLOCKS = 3
@@ -255,14 +256,28 @@ def test_the_directory_of_another_run_is_not_overwritten(tmp_path: Path) -> None
     thesis = tmp_path / "scratch" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("all")
-    with pytest.raises(UsageError, match="holds something else than a benchmark: choose name=NAME or run_dir=DIR"):
+    with pytest.raises(UsageError, match="holds a scratch that is no benchmark's: choose name=NAME or run_dir=DIR"):
         command.main(tiny_run(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and thesis.read_text() == "all"
 
 
-def test_a_benchmark_follows_its_plan_in_the_same_directory(tmp_path: Path) -> None:
-    (tmp_path / "plan.md").write_text("| a plan |\n")
+@pytest.mark.parametrize("name", ["plan.md", "plan-scratch", "slurm-1.out"])
+def test_a_benchmark_follows_its_plan_in_the_same_directory(name: str, tmp_path: Path) -> None:
+    """Or a job scheduler that has opened its log there."""
+    (tmp_path / name).mkdir()
     assert bench.Benchmark.checked(tiny_run(tmp_path)).measured == []
+
+
+def test_a_benchmark_that_is_stopped_before_its_first_row_is_resumed(tmp_path: Path, monkeypatch: Any) -> None:
+    def stopped(*_: Any) -> None:
+        (tmp_path / "traces").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(tiny_run(tmp_path))
+    hold(tmp_path, "run_dir")  # which it has let go
+    assert bench.Benchmark.checked(tiny_run(tmp_path, "resume=true")).measured == []
 
 
 def test_the_grid_holds_each_sensible_combination_once() -> None:
