@@ -127,7 +127,8 @@ class _OwnGate(Gate):
 def _precision(in_float32: bool, states: Tensor) -> AbstractContextManager[Any]:
     """For a router's own arithmetic. Autocast would put the short dtype in the place of the float32 that a rule asks
     for."""
-    return torch.autocast(states.device.type, enabled=False) if in_float32 else nullcontext()
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if in_float32 and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:

@@ -29,6 +29,10 @@ def hold(directory: Path, setting: str) -> None:
         _lock(directory, setting)
 
 
+def is_held(directory: Path) -> bool:
+    return directory.resolve() in _locked
+
+
 def let_go(directory: Path) -> None:
     """Let others work in a directory that this process has held."""
     handle = _locked.pop(directory.resolve(), None)

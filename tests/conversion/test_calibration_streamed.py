@@ -306,6 +306,19 @@ def test_a_work_directory_belongs_to_one_process(sources: dict[str, Path], tmp_p
     assert not work_of(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("batch_size", "goes_on"), [(4, True), (9, True), (3, False)])
+def test_batches_that_no_longer_fit_begin_anew(batch_size: int, goes_on: bool, tmp_path: Path, capsys: Any) -> None:
+    """What is finished lies in files of whole batches, and the slots are counted for batches that fit."""
+    first = WorkDir(tmp_path / "work", {"made": "from"}, batch_size=4)
+    first.finish_step({})
+    first.close()
+    capsys.readouterr()
+    again = WorkDir(tmp_path / "work", {"made": "from"}, batch_size)
+    assert (again.num_done, again.batch_size) == ((1, 4) if goes_on else (0, 3))
+    assert ("too large for the memory" in capsys.readouterr().err) is not goes_on
+    again.close()
+
+
 def test_little_memory_is_few_slots(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer slots than a block has experts these are read several times, and the gates stay the same."""
     few, source = {"tokens": 1000}, sources["olmoe"]

@@ -52,11 +52,13 @@ class WorkDir:
         except OSError:  # a file system without locks
             pass
         begun = read_object(folder / MADE_FROM)
-        if begun != to_jsonable(made_from):
-            if begun is not None:
-                say(f"{folder} was begun with other weights, examples or settings: it is removed, and begins anew.")
+        if begun is None:
             self._clear()
-            write_json(folder / MADE_FROM, made_from)
+        elif begun != to_jsonable(made_from):
+            self._begin_anew("other weights, examples or settings")
+        elif self._kept_batch_size() > batch_size:
+            self._begin_anew("batches that are too large for the memory that is given now")
+        write_json(folder / MADE_FROM, made_from)
         self.num_done = max(self._steps(), default=0)
         self.progress: dict[str, Any] = {}
         for path in folder.iterdir():
@@ -68,6 +70,15 @@ class WorkDir:
             say(f"the calibration in {folder} goes on after step {self.num_done}.")
         self.batch_size = batch_size
         self._begin()
+
+    def _begin_anew(self, other: str) -> None:
+        say(f"{self._folder} was begun with {other}: it is removed, and begins anew.")
+        self._clear()
+
+    def _kept_batch_size(self) -> int:
+        """That of the finished steps, 0 if there are none."""
+        last = max(self._steps(), default=0)
+        return torch.load(self._step(last) / PROGRESS)["batch_size"] if last else 0
 
     def load(self, name: str, device: torch.device) -> Any:
         """What the last step saved under `name`; None if it saved nothing."""

@@ -6,10 +6,11 @@ Knows checkpoints and files; knows nothing about movers.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
+from pregate.system.directory_lock import is_held
 from pregate.system.durable import (
     MARKS,
     clear_abandoned,
@@ -47,6 +49,9 @@ SLABS, INDEX = "slabs.bin", "index.json"
 FORMAT = 4
 RECORDED_BYTES = 10**9
 """So much is written between two points from which an interrupted packing goes on."""
+PUT_WAIT_S = 10.0
+"""How long another process is waited for that puts a pack into the same folder, which takes it milliseconds."""
+_put_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -193,21 +198,37 @@ def _put_in_place(
             if pack_dir.exists():
                 pack_dir.rename(aside / pack_dir.name)
             put(scratch, pack_dir)
-        except OSError:  # where nothing can be locked, another may have come in between
+        except OSError:  # where nothing was locked, another may have come in between
             if _mismatch(pack_dir, checkpoint, family, layout) is not None:
                 raise
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """While no other process, or thread, that asks for the same is here too; where the file system has such locks."""
+    """While no other thread that asks for the same is here too, and no other process, where the file system has locks.
+
+    A command may hold the folder to its end. Then no other process is waited for, or not for long.
+    """
+    limit = time.monotonic() + (0.0 if is_held(folder) else PUT_WAIT_S)
     opened = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
+        with _put_lock:
+            while not _locked(opened) and time.monotonic() < limit:
+                time.sleep(0.01)
+            yield
     finally:
         os.close(opened)
+
+
+def _locked(opened: int) -> bool:
+    """Whether a folder is this one's now, or cannot be locked at all."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_pack(folder: Path) -> bool:

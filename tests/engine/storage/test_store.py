@@ -26,6 +26,7 @@ from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import DiskStore, DramStore
 from pregate.models.checkpoint import open_checkpoint
 from pregate.models.family import experts_of
+from pregate.system.directory_lock import held
 from tests.tiny import pregated_model
 
 
@@ -38,6 +39,14 @@ def packed(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     layout = SlabLayout.of(family, request.param)
     where = pack(checkpoint, family, layout, directory / "experts")
     return {"model": model, "checkpoint": checkpoint, "family": family, "layout": layout, "where": where}
+
+
+@pytest.mark.timeout(60)
+def test_a_pack_is_put_into_a_directory_that_the_command_holds(packed: dict[str, Any], tmp_path: Path) -> None:
+    with held(tmp_path, "run_dir"):
+        where = pack(packed["checkpoint"], packed["family"], packed["layout"], tmp_path / "experts")
+        assert (where / "slabs.bin").read_bytes() == (packed["where"] / "slabs.bin").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["experts"]
 
 
 @pytest.mark.parametrize("tier", ["dram", "disk"])
