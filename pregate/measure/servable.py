@@ -66,15 +66,14 @@ def check_config(run: Run, config: Any, dtype: torch.dtype, generation: Generati
 
 
 def check_engine(run: Run, config: Any, dtype: torch.dtype) -> None:
-    """Refuse, before any training, what `then_eval` could not serve: reference, device, budget. Raises `UsageError`.
+    """Refuse, before any training, what `then_eval` could not serve: device, budget. Raises `UsageError`. The
+    reference is `check_reference`'s.
 
     `config` and `dtype` (of experts) are those that the trained checkpoint will have.
     """
     pick_device(run.engine.device)
     if not run.then_eval:
         return
-    if run.reference is not None:
-        check_servable(run, run.reference)
     source, revision = run.model.source, run.model.revision
     settings = generation_config(open_model(source, revision)) if source else GenerationConfig.from_model_config(config)
     check_config(run, config, dtype, settings)

@@ -87,15 +87,22 @@ def _lock(directory: Path, setting: str) -> None:
     if place in _locked:
         return
     handle = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(handle):
         os.close(handle)
         raise UsageError(
             f"Another process works in {directory}: wait for its end, or choose another {setting}=DIR (a launcher "
             "starts several processes of one run, see the README)."
-        ) from error
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return
+        )
     _locked[place] = handle
+
+
+def try_lock(opened: int) -> bool:
+    """Lock an open file or folder against other processes, without waiting. Whether none has it: also where the file
+    system has no locks."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

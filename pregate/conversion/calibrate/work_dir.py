@@ -6,7 +6,6 @@ and steps; knows nothing about models.
 
 from __future__ import annotations
 
-import fcntl
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from pregate.config import UsageError
 from pregate.system.console import say
+from pregate.system.directory_lock import try_lock
 from pregate.system.durable import (
     LOCK,
     flush_file,
@@ -42,15 +42,9 @@ class WorkDir:
         self._folder = folder
         make_directory(folder)
         self._lock = (folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(self._lock.fileno()):
             self._lock.close()
-            raise UsageError(
-                f"Another process calibrates in {folder}: wait for it, or choose another output."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+            raise UsageError(f"Another process calibrates in {folder}: wait for it, or choose another output.")
         begun = read_object(folder / MADE_FROM)
         if begun is None:
             self._clear()

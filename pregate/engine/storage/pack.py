@@ -6,7 +6,6 @@ Knows checkpoints and files; knows nothing about movers.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -31,7 +30,7 @@ from pregate.models.checkpoint import CONFIG, SourceCheckpoint
 from pregate.models.experts import ExpertKey, ExpertSpec
 from pregate.system.byte_sizes import human_bytes
 from pregate.system.console import say
-from pregate.system.directory_lock import is_held
+from pregate.system.directory_lock import is_held, try_lock
 from pregate.system.durable import (
     MARKS,
     clear_abandoned,
@@ -213,22 +212,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
     opened = os.open(folder, os.O_RDONLY)
     try:
         with _put_lock:
-            while not _locked(opened) and time.monotonic() < limit:
+            while not try_lock(opened) and time.monotonic() < limit:
                 time.sleep(0.01)
             yield
     finally:
         os.close(opened)
-
-
-def _locked(opened: int) -> bool:
-    """Whether a folder is this one's now, or cannot be locked at all."""
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _is_pack(folder: Path) -> bool:

@@ -50,8 +50,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """What the whole model decodes, by load and weights, kept in `folder`. `fingerprint`: of the
-    model; after it has changed, what is kept is of another."""
+    """What the whole model decodes, by load and weights, kept in `folder`. `fingerprint`: of the model; after it has
+    changed, what is kept is of another."""
 
     folder: Path
     repeats: int

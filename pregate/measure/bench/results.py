@@ -34,7 +34,7 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Write the file without a torn last line; empty at first, which marks the directory as a benchmark's."""
+        """Write the file without a torn last line."""
         write_lines(self.path, self.rows)
 
     @staticmethod
