@@ -131,7 +131,7 @@ def test_an_evaluation_that_fails_ends_all_in_one_sentence(settings: list[str], 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("torchrun --nproc_per_node 2", "holds a run already: continue it with resume=true"),
+        ("torchrun --nproc_per_node 2", "holds files but no run: choose another run_dir=DIR."),
         ("accelerate launch --use_fsdp --num_processes 2", "FSDP was asked for (ACCELERATE_USE_FSDP=true)"),
         ("accelerate launch --cpu --num_processes 2", "was asked for several processes"),
     ],

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pregate.models.expert_math import combine, group_by_expert
-from pregate.models.linear import ROWS
+from pregate.models.linear import ROWS, autocast_dtype
 from pregate.models.routing import DROPPED
 
 GROUPED = "grouped_mm"
@@ -29,8 +29,7 @@ GROUPED = "grouped_mm"
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with `x`: autocast's, where that is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 class SortedRows:
