@@ -21,7 +21,7 @@ from pregate.engine.fetch_order import by_use
 from pregate.engine.offloaded_experts import Arithmetic, OffloadedExperts
 from pregate.models.expert_math import Factor, Grouping, group_by_expert, in_dtype
 from pregate.models.experts import ExpertKey
-from pregate.models.linear import autocast_dtype
+from pregate.models.linear import active_autocast_dtype
 
 
 class BackwardOrder:
@@ -79,7 +79,7 @@ class DifferentiableExperts(OffloadedExperts):
         rate = self.dropout.p if self.dropout is not None and self.training else 0.0
         seed = int(torch.randint(2**62, ())) if rate else 0
         kind = self._matrices.device.type
-        dtype = autocast_dtype(kind)
+        dtype = active_autocast_dtype(kind)
 
         def result(key: ExpertKey, matrices: Sequence[Factor], hidden_ND: Tensor) -> Tensor:
             factors = [in_dtype(matrix, dtype or hidden_ND.dtype) for matrix in matrices]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pregate.models.dropout import LEVELS, draw_dropped, dropped_levels
-from pregate.models.linear import autocast_dtype
+from pregate.models.linear import active_autocast_dtype
 
 SIGN_SHIFT = 15
 """From the lowest to the highest of 16 bits."""
@@ -34,7 +34,7 @@ def biased_attention(
     All on a CPU. `mask` is added, (B, 1, 1 or T, S), and has no gradient. Under autocast the products are in its
     dtype; softmax and the gradient of the bias are in fp32.
     """
-    dtype = autocast_dtype("cpu") or query_BHTD.dtype
+    dtype = active_autocast_dtype("cpu") or query_BHTD.dtype
     if bias_1HTS is not None and not bias_1HTS.requires_grad and not bias_1HTS.any():
         bias_1HTS = None
     with torch.autocast("cpu", enabled=False):

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from pregate.models.family import MoEBlock, family_named
-from pregate.models.linear import autocast_dtype
+from pregate.models.linear import active_autocast_dtype
 from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate, PreGatedModel, ServedModel, experts_elsewhere
 from pregate.models.pregating import PreGating
@@ -129,7 +129,7 @@ def _precision(in_float32: bool, states: Tensor) -> AbstractContextManager[Any]:
     """For a router's own arithmetic. Autocast would put the short dtype in the place of the float32 that a rule asks
     for."""
     kind = states.device.type
-    return torch.autocast(kind, enabled=False) if in_float32 and autocast_dtype(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if in_float32 and active_autocast_dtype(kind) else nullcontext()
 
 
 def _routing(router: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Routing:

@@ -18,7 +18,7 @@ are first met, which takes longer than most products do, and other numbers of ro
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
+def active_autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of matrix products under the autocast that is in force, `None` where none is. Some kinds of device have
     no autocast, the meta device among them; asking torch whether theirs is on raises an error."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pregate.models.expert_math import combine, group_by_expert
-from pregate.models.linear import ROWS, autocast_dtype
+from pregate.models.linear import ROWS, active_autocast_dtype
 from pregate.models.routing import DROPPED
 
 GROUPED = "grouped_mm"
@@ -29,7 +29,7 @@ GROUPED = "grouped_mm"
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with `x`: autocast's, where that is on."""
-    return autocast_dtype(x.device.type) or x.dtype
+    return active_autocast_dtype(x.device.type) or x.dtype
 
 
 class SortedRows:

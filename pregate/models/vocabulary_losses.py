@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pregate.models.linear import ROWS, autocast_dtype, is_plain
+from pregate.models.linear import ROWS, active_autocast_dtype, is_plain
 
 IGNORED = -100
 """Label of a position that carries no target token."""
@@ -89,7 +89,7 @@ class _LinearLosses(torch.autograd.Function):
         ctx: Any, states_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, lesson: Lesson | None
     ) -> tuple[Tensor, Tensor]:
         kind = states_ND.device.type
-        dtype = autocast_dtype(kind) or states_ND.dtype
+        dtype = active_autocast_dtype(kind) or states_ND.dtype
         need_states, need_weight = ctx.needs_input_grad[:2]
         terms = torch.zeros(2, device=states_ND.device)
         grad_ND = torch.empty_like(states_ND) if need_states else None
