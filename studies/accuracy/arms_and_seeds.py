@@ -90,7 +90,8 @@ class Size:
     `make_source`: the command that makes that. `dense`: the directory beside `source` with the dense model that it was
     made from, in the source's form. `threads`: on a CPU, those of pre-training and of the other cells, since the sums,
     and so the scores, depend on it. `repeated`: the arms of the second and third seed. `others`: the seeds of lookahead
-    2 and 3, controls and `changes`, none for a study of the arms alone.
+    2 and 3, controls and `changes`, none for a study of the arms alone. `changes` are of the first task. `candidates`:
+    those that may be the best recipe, which are run like an arm: on every task, with every seed.
     """
 
     tasks: tuple[str, ...]
@@ -104,6 +105,7 @@ class Size:
     repeated: tuple[str, ...] = ARMS
     others: tuple[int, ...] = (1, 2, 3)
     changes: tuple[tuple[str, str], ...] = SWITCH_CHANGES
+    candidates: tuple[tuple[str, str], ...] = ()
 
 
 SIZES = {
@@ -128,6 +130,7 @@ SIZES = {
         repeated=(CONVENTIONAL, "pre_gated", "distilled"),
         others=(1,),
         changes=DECODER_ONLY_CHANGES,
+        candidates=(("pre_gated", "init_calibrated"),),
     ),
 }
 
@@ -170,15 +173,20 @@ def all_cells(size: Size) -> list[Cell]:
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )
     first, others = SEEDS
-    cells += [_arm(size, arm, task, seed) for task in size.tasks for seed in first for arm in size.arms]
+    for task in size.tasks:
+        for seed in first:
+            cells += [_arm(size, arm, task, seed) for arm in size.arms]
+            cells += [_change(size, key, task, seed) for key in size.candidates]
     if size.dense:
         cells += [_untouched(size, task, 1, variant, ()) for task in size.tasks for variant in AS_IT_IS]
-    changes = [_change(size, key, size.tasks[0], seed) for key in size.changes for seed in size.others]
+    single = [key for key in size.changes if key not in size.candidates]
+    changes = [_change(size, key, size.tasks[0], seed) for key in single for seed in size.others]
     all_seeds = (*first, *others)
     cells += changes if size.others != all_seeds else []
-    cells += [
-        _arm(size, arm, t, seed) for t in size.tasks for seed in others for arm in size.arms if arm in size.repeated
-    ]
+    for task in size.tasks:
+        for seed in others:
+            cells += [_arm(size, arm, task, seed) for arm in size.arms if arm in size.repeated]
+            cells += [_change(size, key, task, seed) for key in size.candidates]
     for task in size.tasks:
         cells += [_variant(size, "pre_gated", task, s, f"n{n}", {"lookahead": n}) for n in (2, 3) for s in size.others]
     if "distilled" in size.arms:

@@ -39,6 +39,17 @@ def test_the_plan_holds_the_main_comparison_and_goes_by_worth() -> None:
     assert {c.variant for c in cells} == {"", *others}
 
 
+def test_a_candidate_runs_on_every_task_with_every_seed_and_once() -> None:
+    size = SIZES["smollm2_moe"]
+    names = [cell.name for cell in all_cells(size)]
+    assert len(set(names)) == len(names)
+    for arm, variant in size.candidates:
+        wanted = {f"{task}_{arm}_{variant}_s{seed}" for task in size.tasks for seed in (1, 2, 3)}
+        assert {name for name in names if f"_{arm}_{variant}_s" in name} == wanted
+    once = {f"web_questions_{arm}_{variant}_s1" for arm, variant in size.changes}
+    assert once <= set(names) and "sst2_gates_only_lora_s1" not in names
+
+
 def test_what_a_cell_needs_comes_before_it() -> None:
     for size in SIZES.values():
         seen: set[str] = set()
