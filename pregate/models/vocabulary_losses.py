@@ -22,6 +22,9 @@ IGNORED = -100
 """Label of a position that carries no target token."""
 BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are in memory together. On a CPU 16 MB, which stay in its cache."""
+BLOCKS_A_PRODUCT = 8
+"""In a short dtype on a CPU, blocks whose part of the weight's gradient is one product. Each product writes a matrix of
+the weight's size, which is then added to the sum; in float32 a product adds to the sum by itself."""
 
 
 class Lesson(NamedTuple):
@@ -93,7 +96,7 @@ class _LinearLosses(torch.autograd.Function):
         need_states, need_weight = ctx.needs_input_grad[:2]
         terms = torch.zeros(2, device=states_ND.device)
         grad_ND = torch.empty_like(states_ND) if need_states else None
-        grad_VD: Tensor | None = None
+        grad = _WeightGradient(BLOCKS_A_PRODUCT if kind == "cpu" and dtype.itemsize < 4 else 1) if need_weight else None
         block = max(1, BLOCK_NUMBERS.get(kind, BLOCK_NUMBERS["cuda"]) // weight_VD.shape[0])
         block = block // ROWS * ROWS or block
         with torch.autocast(kind, enabled=False):
@@ -117,14 +120,9 @@ class _LinearLosses(torch.autograd.Function):
                 slope_BV = _filled_up(logits_BV.to(dtype))
                 if grad_ND is not None:
                     grad_ND[part] = (slope_BV @ factor_VD)[:count].to(grad_ND.dtype)
-                if need_weight and grad_VD is None:
-                    grad_VD = (slope_BV.t() @ states_BD).float()
-                elif grad_VD is not None and dtype == torch.float32:
-                    grad_VD.addmm_(slope_BV.t(), states_BD)
-                elif grad_VD is not None:
-                    grad_VD += slope_BV.t() @ states_BD
-        if need_weight and grad_VD is None:
-            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+                if grad is not None:
+                    grad.add(slope_BV, states_BD)
+            grad_VD = None if grad is None else grad.total(weight_VD)
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(terms)
@@ -141,6 +139,36 @@ class _LinearLosses(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _WeightGradient:
+    """The gradient of the head's weight in fp32, from several blocks of rows at a time."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._sum_VD: Tensor | None = None
+
+    def add(self, slope_BV: Tensor, states_BD: Tensor) -> None:
+        self._held.append((slope_BV, states_BD))
+        if len(self._held) == self._blocks:
+            self._multiply()
+
+    def total(self, weight_VD: Tensor) -> Tensor:
+        if self._held:
+            self._multiply()
+        return torch.zeros_like(weight_VD, dtype=torch.float32) if self._sum_VD is None else self._sum_VD
+
+    def _multiply(self) -> None:
+        slopes, states = zip(*self._held, strict=True)
+        self._held.clear()
+        slope_NV, states_ND = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (slopes, states))
+        if self._sum_VD is None:
+            self._sum_VD = (slope_NV.t() @ states_ND).float()
+        elif slope_NV.dtype == torch.float32:
+            self._sum_VD.addmm_(slope_NV.t(), states_ND)
+        else:
+            self._sum_VD += slope_NV.t() @ states_ND
 
 
 def _divergence(logits_BV: Tensor, lesson: Lesson, part: slice, terms: Tensor) -> Tensor:

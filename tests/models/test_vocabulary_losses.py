@@ -33,6 +33,24 @@ def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_a_block: int,
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("num_rows", [7, 8, 21])
+def test_gradients_in_a_short_dtype(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """There several blocks make one product: less than one product here, just one, two and a part."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(vocabulary_losses.BLOCK_NUMBERS, "cpu", 37)
+    monkeypatch.setattr(vocabulary_losses, "BLOCKS_A_PRODUCT", 8)
+    labels = torch.randint(37, (num_rows,))
+    states, weight = torch.randn(num_rows, 6, requires_grad=True), torch.randn(37, 6, requires_grad=True)
+    F.cross_entropy(F.linear(states, weight), labels, reduction="sum").backward()
+    expected = [states.grad, weight.grad]
+    states.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        vocabulary_losses.linear_losses(states, weight, labels)[0].backward()
+    for found, exact in zip((states.grad, weight.grad), expected, strict=True):
+        error = ((found - exact).norm() / exact.norm()).item()
+        assert 0 < error < 0.01, error
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("rows_a_block", [1, 5, 100])
 @pytest.mark.parametrize("biased", [False, True])
