@@ -105,7 +105,7 @@ def study_markdown(
     parts += ["## Verdict", *(part for task in arms for part in verdicts(task, arms[task]))]
     parts.append(how_to_repeat(records, size, place if missing else None, source))
     for task, found in arms.items():
-        parts += task_section(task, found, baselines.get(task, {}))
+        parts += task_section(task, found, baselines.get(task, {}), SIZES[size].candidates)
     for name in plots:
         parts.append(f"![{PLOTS[name]}](plots/{name}.png)")
     parts += [pretraining_line(records), NOTES, machine(records)]
@@ -125,7 +125,13 @@ def verdicts(task: str, arms: Sequence[ArmSummary]) -> list[str]:
     return [f"**{TASK_LABELS.get(task, task)}**", "\n".join(lines)] if lines else []
 
 
-def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Mapping[str, float]]) -> list[str]:
+def task_section(
+    task: str,
+    arms: Sequence[ArmSummary],
+    trivial: Mapping[str, Mapping[str, float]],
+    candidates: Sequence[tuple[str, str]],
+) -> list[str]:
+    """`candidates`: changes that stand beside the arms, see `Size`."""
     named = {(arm.arm, arm.variant): arm for arm in arms}
     first = arms[0].records[0]
     parts = [
@@ -140,7 +146,7 @@ def task_section(task: str, arms: Sequence[ArmSummary], trivial: Mapping[str, Ma
     def present(*keys: tuple[str, str]) -> list[ArmSummary]:
         return [named[key] for key in keys if key in named]
 
-    main = [*main, *present(*((CONVENTIONAL, variant) for variant in AS_IT_IS))]
+    main = [*main, *present(*candidates, *((CONVENTIONAL, variant) for variant in AS_IT_IS))]
     parts.append(score_table(main, present(conventional), trivial))
     if any(arm.variant for arm in ahead):
         parts += ["How far ahead:", score_table(ahead, present(conventional), first="lookahead")]

@@ -156,3 +156,20 @@ def test_nothing_at_all(tmp_path: Path) -> None:
     tmp_path.joinpath("cells.jsonl").touch()
     render(tmp_path, "nano", CELLS)
     assert f"0 of {len(CELLS)} cells." in (tmp_path / "README.md").read_text()
+
+
+def test_a_candidate_for_the_best_recipe_stands_beside_the_arms(tmp_path: Path) -> None:
+    """With its difference from (a), and among the changes with that from (d)."""
+    for record in synthetic_records():
+        append_record(tmp_path, record)
+    candidate = "(d) pre-gated, calibrated gates"
+    tables = {}
+    for size in ("nano", "smollm2_moe"):
+        render(tmp_path, size, all_cells(SIZES[size]))
+        text = (tmp_path / "README.md").read_text()
+        tables[size] = [rows_of(text, "examples of the"), rows_of(text, "One change to (d)")]
+    (head, *arms), (changes_head, *changes) = tables["smollm2_moe"]
+    assert any("difference from (a)" in cell for cell in head)
+    assert any("difference from (d)" in cell for cell in changes_head)
+    assert candidate in [row[0] for row in arms] and candidate in [row[0] for row in changes]
+    assert candidate not in [row[0] for row in tables["nano"][0]]
