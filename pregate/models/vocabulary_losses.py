@@ -3,7 +3,8 @@ divergence from a teacher's logits.
 
 With a vocabulary of 32,000 the logits of a training batch, their softmax and their gradient are each larger than the
 rest of a small model's memory traffic, and on a CPU they leave every cache. Here a block of rows is projected, its
-loss taken and its gradient multiplied back before the next block takes its place. Knows nothing about models.
+loss taken and its gradient multiplied back before the next block takes its place. The weight's gradient may wait for
+a few blocks. Knows nothing about models.
 
 Letters: N positions, D model width, V vocabulary, B rows of a block.
 """
@@ -21,7 +22,8 @@ from pregate.models.linear import ROWS, active_autocast_dtype, is_plain
 IGNORED = -100
 """Label of a position that carries no target token."""
 BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
-"""Logits that are in memory together. On a CPU 16 MB, which stay in its cache."""
+"""Logits that are in memory together. On a CPU 16 MB, which stay in its cache. In a short dtype the gradients of
+`BLOCKS_A_PRODUCT` blocks are held."""
 BLOCKS_A_PRODUCT = 8
 """In a short dtype on a CPU, blocks whose part of the weight's gradient is one product. Each product writes a matrix of
 the weight's size, which is then added to the sum; in float32 a product adds to the sum by itself."""

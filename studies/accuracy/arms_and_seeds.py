@@ -123,7 +123,7 @@ SIZES = {
     "smollm2_moe": Size(
         ("web_questions", "sst2", "squad"),
         source="runs/smollm2_moe/checkpoint",
-        make_source="python -m studies.dense_to_moe runs/smollm2_moe --teach",
+        make_source="python -m studies.dense_to_moe runs/smollm2_moe --teach --steps 120",
         dense="dense_as_moe",
         threads=(2, 1),
         stacks=("decoder",),
@@ -166,9 +166,9 @@ class Cell:
 
 
 def all_cells(size: Size) -> list[Cell]:
-    """All cells, most valuable first: pre-training, the arms of one seed, what the source gives as it is, changes to
-    arms where most are of one seed, the other seeds, lookahead, what the teacher of arm (e) gives without pre-gating,
-    how far apart the routes of two seeds are, changes to arms where they have all seeds."""
+    """All cells, most valuable first: pre-training, the arms and candidates of one seed, what the source gives as it
+    is, changes to arms where most are of one seed, the other seeds, lookahead, what the teacher of arm (e) gives
+    without pre-gating, how far apart the routes of two seeds are, changes to arms where they have all seeds."""
     cells = (
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )

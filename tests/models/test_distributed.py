@@ -48,6 +48,9 @@ def gradients_of_one_process(rank: int, folder: str, family: str) -> None:
     model = DistributedDataParallel(model_of(family), find_unused_parameters=True)
     model(**halves_of_a_batch(family)[rank]).loss.backward()
     torch.save({n: p.grad for n, p in model.module.named_parameters()}, f"{folder}/gradients_{rank}.pt")
+    # the group must outlive the model: where the model is its last owner, torch ends gloo's threads while it holds the
+    # interpreter's lock, for which such a thread may wait
+    del model
     torch.distributed.destroy_process_group()
 
 
