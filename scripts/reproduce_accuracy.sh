@@ -3,8 +3,8 @@
 # is recorded is skipped, what was cut short goes on. Tables and plots go to results/accuracy_SIZE_DATE/.
 #   PREGATE_DATA=DIR JOBS=2 ./scripts/reproduce_accuracy.sh nano
 #                          nano, nano_olmoe (decoder-only), smollm2_moe (a model that knows a language, made by
-#                          `python -m studies.dense_to_moe runs/smollm2_moe --teach --steps 120`): two CPU cores; mini: one GPU;
-#                          switch_base_8: a large one
+#                          `python -m studies.dense_to_moe runs/smollm2_moe --teach --steps 120`): two CPU cores;
+#                          mini: one GPU; switch_base_8: a large one
 #   ONLY='sst2_*_s1' PREGATE_DATA=DIR ./scripts/reproduce_accuracy.sh nano     only these cells and what they need
 #   SECONDS_LEFT=560 …     begin no cell after so many seconds, and stop the running one then; the next call goes on
 #   JOBS=2 …               so many cells at a time: on two cores, or on a GPU that one cell does not fill

@@ -5,6 +5,7 @@ Knows names of tasks, arms and settings; knows nothing about how a cell is run o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -173,26 +174,29 @@ def all_cells(size: Size) -> list[Cell]:
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )
     first, others = SEEDS
-    for task in size.tasks:
-        for seed in first:
-            cells += [_arm(size, arm, task, seed) for arm in size.arms]
-            cells += [_change(size, key, task, seed) for key in size.candidates]
+    cells += [cell for task in size.tasks for seed in first for cell in _recipes(size, size.arms, task, seed)]
     if size.dense:
         cells += [_untouched(size, task, 1, variant, ()) for task in size.tasks for variant in AS_IT_IS]
     single = [key for key in size.changes if key not in size.candidates]
     changes = [_change(size, key, size.tasks[0], seed) for key in single for seed in size.others]
     all_seeds = (*first, *others)
     cells += changes if size.others != all_seeds else []
-    for task in size.tasks:
-        for seed in others:
-            cells += [_arm(size, arm, task, seed) for arm in size.arms if arm in size.repeated]
-            cells += [_change(size, key, task, seed) for key in size.candidates]
+    repeated = [arm for arm in size.arms if arm in size.repeated]
+    cells += [cell for task in size.tasks for seed in others for cell in _recipes(size, repeated, task, seed)]
     for task in size.tasks:
         cells += [_variant(size, "pre_gated", task, s, f"n{n}", {"lookahead": n}) for n in (2, 3) for s in size.others]
     if "distilled" in size.arms:
         cells += [_taught(size, task, seed) for task in size.tasks for seed in size.others]
     cells += [_other_seed(size, task, seed, all_seeds) for task in size.tasks for seed in size.others]
     return cells + (changes if size.others == all_seeds else [])
+
+
+def _recipes(size: Size, arms: Sequence[str], task: str, seed: int) -> list[Cell]:
+    """`arms`, and the candidates beside them."""
+    return [
+        *(_arm(size, arm, task, seed) for arm in arms),
+        *(_change(size, key, task, seed) for key in size.candidates),
+    ]
 
 
 def _arm(size: Size, arm: str, task: str, seed: int) -> Cell:

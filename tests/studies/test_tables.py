@@ -10,7 +10,8 @@ import pytest
 from pregate.system.durable import write_json
 from studies.accuracy.arms_and_seeds import SIZES, all_cells
 from studies.accuracy.records import STUDY, add_baselines, append_record
-from studies.accuracy.tables import command_of, render
+from studies.accuracy.statistics import summaries
+from studies.accuracy.tables import command_of, render, study_markdown
 from tests.studies.synthetic import synthetic_records
 
 CELLS = all_cells(SIZES["nano"])
@@ -158,15 +159,15 @@ def test_nothing_at_all(tmp_path: Path) -> None:
     assert f"0 of {len(CELLS)} cells." in (tmp_path / "README.md").read_text()
 
 
-def test_a_candidate_for_the_best_recipe_stands_beside_the_arms(tmp_path: Path) -> None:
+def test_a_candidate_for_the_best_recipe_stands_beside_the_arms() -> None:
     """With its difference from (a), and among the changes with that from (d)."""
-    for record in synthetic_records():
-        append_record(tmp_path, record)
+    wanted = [("conventional", ""), ("pre_gated", ""), ("pre_gated", "init_calibrated")]
+    records = [r for r in synthetic_records() if r["task"] == "sst2" and (r["arm"], r["variant"]) in wanted]
+    arms_of = {"sst2": summaries(records, "sst2")}
     candidate = "(d) pre-gated, calibrated gates"
     tables = {}
     for size in ("nano", "smollm2_moe"):
-        render(tmp_path, size, all_cells(SIZES[size]))
-        text = (tmp_path / "README.md").read_text()
+        text = study_markdown(records, arms_of, {}, size, all_cells(SIZES[size]))
         tables[size] = [rows_of(text, "examples of the"), rows_of(text, "One change to (d)")]
     (head, *arms), (changes_head, *changes) = tables["smollm2_moe"]
     assert any("difference from (a)" in cell for cell in head)
