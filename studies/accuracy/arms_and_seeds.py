@@ -92,7 +92,8 @@ class Size:
     made from, in the source's form. `threads`: on a CPU, those of pre-training and of the other cells, since the sums,
     and so the scores, depend on it. `repeated`: the arms of the second and third seed. `others`: the seeds of lookahead
     2 and 3, controls and `changes`, none for a study of the arms alone. `changes` are of the first task. `candidates`:
-    those that may be the best recipe, which are run like an arm: on every task, with every seed.
+    those that may be the best recipe, which are run like an arm: on every task, with every seed. `single`: the tasks
+    with one seed, and with neither other lookaheads nor controls.
     """
 
     tasks: tuple[str, ...]
@@ -107,6 +108,7 @@ class Size:
     others: tuple[int, ...] = (1, 2, 3)
     changes: tuple[tuple[str, str], ...] = SWITCH_CHANGES
     candidates: tuple[tuple[str, str], ...] = ()
+    single: tuple[str, ...] = ()
 
 
 SIZES = {
@@ -122,7 +124,7 @@ SIZES = {
     "mini": Size(("squad", "dialogsum", "sst2"), pretraining="pretrain_mini"),
     "switch_base_8": Size(("squad", "xsum", "web_questions"), source="google/switch-base-8"),
     "smollm2_moe": Size(
-        ("web_questions", "sst2", "squad"),
+        ("web_questions", "sst2", "squad", "dialogsum"),
         source="runs/smollm2_moe/checkpoint",
         make_source="python -m studies.dense_to_moe runs/smollm2_moe --teach --steps 120",
         dense="dense_as_moe",
@@ -132,6 +134,7 @@ SIZES = {
         others=(1,),
         changes=DECODER_ONLY_CHANGES,
         candidates=(("pre_gated", "init_calibrated"),),
+        single=("squad", "dialogsum"),
     ),
 }
 
@@ -168,7 +171,7 @@ class Cell:
 
 def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms and candidates of one seed, what the source gives as it
-    is, changes to arms where most are of one seed, the other seeds, lookahead, what the teacher of arm (e) gives
+    is, changes to arms where most are of one seed; of tasks with all seeds the other seeds, lookahead, what the teacher of arm (e) gives
     without pre-gating, how far apart the routes of two seeds are, changes to arms where they have all seeds."""
     cells = (
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
@@ -182,12 +185,13 @@ def all_cells(size: Size) -> list[Cell]:
     all_seeds = (*first, *others)
     cells += changes if size.others != all_seeds else []
     repeated = [arm for arm in size.arms if arm in size.repeated]
-    cells += [cell for task in size.tasks for seed in others for cell in _recipes(size, repeated, task, seed)]
-    for task in size.tasks:
+    tasks = [task for task in size.tasks if task not in size.single]
+    cells += [cell for task in tasks for seed in others for cell in _recipes(size, repeated, task, seed)]
+    for task in tasks:
         cells += [_variant(size, "pre_gated", task, s, f"n{n}", {"lookahead": n}) for n in (2, 3) for s in size.others]
     if "distilled" in size.arms:
-        cells += [_taught(size, task, seed) for task in size.tasks for seed in size.others]
-    cells += [_other_seed(size, task, seed, all_seeds) for task in size.tasks for seed in size.others]
+        cells += [_taught(size, task, seed) for task in tasks for seed in size.others]
+    cells += [_other_seed(size, task, seed, all_seeds) for task in tasks for seed in size.others]
     return cells + (changes if size.others == all_seeds else [])
 
 
