@@ -171,8 +171,9 @@ class Cell:
 
 def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms and candidates of one seed, what the source gives as it
-    is, changes to arms where most are of one seed; of tasks with all seeds the other seeds, lookahead, what the teacher of arm (e) gives
-    without pre-gating, how far apart the routes of two seeds are, changes to arms where they have all seeds."""
+    is, changes to arms where most are of one seed. Then, of tasks with all seeds: the other seeds, lookahead, what the
+    teacher of arm (e) gives without pre-gating, how far apart the routes of two seeds are. At the end changes to arms
+    where they have all seeds."""
     cells = (
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )
