@@ -45,7 +45,8 @@ def record_routes(
     name: str = "the model",
 ) -> dict[str, list[BlockRoutes]]:
     """The routes of every unpadded token of `examples`, with the targets as the decoder's input. Raises `UsageError` as
-    `predict` does for logits that are not finite.
+    `predict` does for logits of target tokens that are not finite; others are not computed, which would need memory
+    for the whole vocabulary at each token.
 
     Two models given the same examples and batch size list the same tokens in the same order.
     """
@@ -55,8 +56,10 @@ def record_routes(
     done = 0
     for batch in length_sorted_batches(examples, batch_size):
         inputs = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in batch]).items()}
-        output = engine.forward(**inputs, output_router_logits=True, use_cache=False)
-        broken = (~output.logits.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        asked = objective.target_rows(engine.model, inputs)
+        output = engine.forward(**objective.inputs(inputs), **asked, output_router_logits=True, use_cache=False)
+        rows_N = asked["logits_at"].nonzero()[:, 0]
+        broken = rows_N[~output.logits.isfinite().all(-1)].unique().tolist()
         refuse_not_finite(broken, [examples[i] for i in batch], name, engine)
         masks, chosen = objective.real_tokens(inputs), objective.expert_ids(output)
         for stack, blocks in objective.router_logits(output).items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pregate.config import UsageError
 from pregate.engine.engine import OffloadEngine
 from pregate.measure.routing_figures import (
     BlockRoutes,
@@ -86,25 +87,45 @@ def test_what_cannot_be_compared_is_absent() -> None:
     assert "agreement" in other_experts and "gate_mass" not in other_experts
 
 
+EXAMPLES = [Example(str(row), "x" * row, "", ("",)) for row in range(3)]
+INPUTS = batch(8, size=3)
+
+
+def collate(chosen: list[Example]) -> dict[str, torch.Tensor]:
+    rows = [int(example.id) for example in chosen]
+    return {name: tensor[rows] for name, tensor in INPUTS.items()}
+
+
 def test_recorded_routes_are_those_of_real_tokens(tmp_path: Path) -> None:
-    """Through the engine, over padded batches of any size, the routes equal one resident pass with a mask."""
+    """Through the engine, over padded batches of any size, the routes equal one resident pass with a mask. The head
+    computes for target tokens alone."""
     model = pregated_model(6, 1)
     model.save_pretrained(tmp_path)
-    inputs = batch(8, size=3)
-    examples = [Example(str(row), "x" * row, "", ("",)) for row in range(3)]
-
-    def collate(chosen: list[Example]) -> dict[str, torch.Tensor]:
-        rows = [int(example.id) for example in chosen]
-        return {name: tensor[rows] for name, tensor in inputs.items()}
-
     with torch.inference_mode():
-        output = model(**inputs, output_router_logits=True)
-    masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
+        output = model(**INPUTS, output_router_logits=True)
+    masks = {"encoder": INPUTS["attention_mask"].bool(), "decoder": INPUTS["labels"] != -100}
     with OffloadEngine.open(tmp_path) as engine:
+        heads: list[int] = []
+        engine.model.lm_head.register_forward_pre_hook(lambda _, states: heads.append(states[0].shape[:-1].numel()))
         for size in (3, 1):
-            found = record_routes(engine, examples, collate, size)  # type: ignore[arg-type]
+            found = record_routes(engine, EXAMPLES, collate, size)  # type: ignore[arg-type]
             for stack, mask in masks.items():
                 for block, logits in zip(found[stack], getattr(output, f"{stack}_router_logits"), strict=True):
                     assert torch.equal(block.choices_TK[:, 0], logits.argmax(-1)[mask])
                     assert torch.allclose(block.probabilities_TE, logits.softmax(-1)[mask], atol=1e-5)
                     assert torch.equal(block.sequences_T, mask.nonzero()[:, 0])
+        targets = masks["decoder"].sum(1).tolist()
+        assert heads == [sum(targets), *targets] and sum(targets) < masks["decoder"].numel()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_logits_that_are_not_finite_name_their_example(size: int, tmp_path: Path) -> None:
+    """A token that only one example has gives it NaN; in a batch the others stay finite."""
+    model = pregated_model(6, 1, tie_word_embeddings=False)
+    rows = [set(row.tolist()) for row in INPUTS["input_ids"]]
+    only = min(rows[1] - rows[0] - rows[2] - set(INPUTS["labels"].flatten().tolist()))
+    with torch.no_grad():
+        model.encoder.embed_tokens.weight[only] = torch.nan
+    model.save_pretrained(tmp_path)
+    with OffloadEngine.open(tmp_path) as engine, pytest.raises(UsageError, match=r"its logits for example '1' are NaN"):
+        record_routes(engine, EXAMPLES, collate, size)  # type: ignore[arg-type]
