@@ -20,7 +20,7 @@ import torch
 from pregate.config import CacheRule, Policy, SlabDtype, Tier
 from pregate.engine.base import Engine
 from pregate.engine.budget import host_buffers_within, slabs_within
-from pregate.engine.differentiable_experts import BackwardOrder, DifferentiableExperts
+from pregate.engine.offloaded_backward import BackwardOrder, DifferentiableExperts
 from pregate.engine.opening import Opened
 from pregate.engine.storage.slabs import SlabLayout
 from pregate.engine.storage.store import Store

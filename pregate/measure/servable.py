@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 from pregate.config import Drive, Policy, Run, UsageError
 from pregate.engine.budget import host_buffers_within, slots_within
 from pregate.engine.device.device_engine import DeviceEngine
+from pregate.engine.device.generation_settings import read_request
 from pregate.engine.device.limits import refuse_settings, slots_for
 from pregate.engine.device.ops.language import require_triton
-from pregate.engine.device.request import read_request
 from pregate.engine.device.steps.registry import step_of
 from pregate.engine.opening import serving_dtype
 from pregate.engine.storage.slabs import SlabLayout

@@ -60,15 +60,6 @@ def jitter(hidden_BTD: Tensor, noise: float, in_place: bool = False) -> Tensor:
     return hidden_BTD.mul_(factor_BTD) if in_place else hidden_BTD * factor_BTD
 
 
-def choose_experts(probabilities_BTE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The `top_k` most probable experts: (expert_ids_BTK, weights_BTK), most probable first."""
-    if top_k == 1:
-        # argmax and max, not topk: on equal probabilities the first expert wins, as in the Switch family
-        return probabilities_BTE.argmax(-1, keepdim=True), probabilities_BTE.max(-1, keepdim=True).values
-    chosen = probabilities_BTE.topk(top_k, dim=-1)
-    return chosen.indices, chosen.values
-
-
 def weights_of(logits_BTE: Tensor, expert_ids_BTK: Tensor, dtype: torch.dtype) -> Tensor:
     """The combine weights (B, T, K) that `route` gives to experts that were chosen elsewhere. Those of `DROPPED` are
     arbitrary."""
@@ -99,7 +90,7 @@ Choose = Callable[[Tensor], Tensor]
 
 def first_choice(logits_TE: Tensor) -> Tensor:
     """The expert (T, 1) with the largest logit."""
-    return choose_experts(logits_TE, 1)[0]
+    return logits_TE.argmax(-1, keepdim=True)
 
 
 def logits_agreement(logits_TE: Tensor, reference_TE: Tensor, choose: Choose) -> float:
@@ -107,23 +98,10 @@ def logits_agreement(logits_TE: Tensor, reference_TE: Tensor, choose: Choose) ->
     return slot_agreement(choose(logits_TE), choose(reference_TE))
 
 
-def apply_capacity(expert_ids_BTK: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """Mark with `DROPPED` every choice beyond the first `capacity` that a sequence makes of one expert.
-
-    Capacity counts per sequence and in token order, as Switch does.
-    """
-    B, T, K = expert_ids_BTK.shape
-    if capacity >= T * K:
-        return expert_ids_BTK
-    ids = expert_ids_BTK.reshape(B, T * K)
-    position = torch.nn.functional.one_hot(ids, num_experts).cumsum(dim=1).gather(2, ids[..., None])[..., 0]
-    return ids.masked_fill(position > capacity, DROPPED).view(B, T, K)
-
-
-def route(logits_BTE: Tensor, *, top_k: int, capacity: int | None, dtype: torch.dtype) -> Routing:
-    """The whole rule: softmax in the logits' dtype, cast to `dtype` (that of the hidden states), top-k, capacity."""
+def route(logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
+    """The most probable expert of each token, weighed by its probability: softmax in the logits' dtype, then cast to
+    `dtype`, that of the hidden states. On equal probabilities the first expert wins, as in the Switch family."""
     probabilities_BTE = torch.softmax(logits_BTE, dim=-1).to(dtype)
-    expert_ids_BTK, weights_BTK = choose_experts(probabilities_BTE, top_k)
-    if capacity is not None:
-        expert_ids_BTK = apply_capacity(expert_ids_BTK, logits_BTE.shape[-1], capacity)
-    return Routing(expert_ids_BTK, weights_BTK, logits_BTE)
+    # argmax, not topk: topk may give any of equal ones
+    chosen_BT1 = probabilities_BTE.argmax(-1, keepdim=True)
+    return Routing(chosen_BT1, probabilities_BTE.max(-1, keepdim=True).values, logits_BTE)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pregate.config import RoutingLoss, TrainConfig, UsageError
 from pregate.models.family import Family, family_named, family_of, family_of_model
 from pregate.models.loading import load_resident, open_model
 from pregate.models.objectives import Objective, TokenCounts
+from pregate.models.router_losses import binary_kl_sum, rank_sum
 from pregate.models.routing import ScoreFunction
 from pregate.models.vocabulary_losses import Lesson, kl_sum
 from pregate.training.sharding import shard
@@ -35,36 +35,6 @@ class DistillShare:
 
     total: Tensor
     parts: dict[str, Tensor]
-
-
-def binary_kl_sum(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
-    """Sum over rows and experts of p log(p / q) + (1 - p) log((1 - p) / (1 - q)), in fp32, with p = sigmoid(teacher)
-    and q = sigmoid(student); the arguments are logits.
-
-    Where a router scores each expert by itself, the scores of a token are E distributions of two outcomes. This is the
-    KL of all of them together. A softmax would not see a constant that is added to a token's logits, but such a router
-    gives other scores for it, and with a correction bias other experts. As for the softmax, the gradient to a logit is
-    q - p.
-    """
-    student, teacher = student_NE.float(), teacher_NE.float()
-    p = teacher.sigmoid()
-    yes = F.logsigmoid(teacher) - F.logsigmoid(student)
-    no = F.logsigmoid(-teacher) - F.logsigmoid(-student)
-    return (p * yes + (1 - p) * no).sum()
-
-
-def rank_sum(student_NE: Tensor, chosen_NK: Tensor) -> Tensor:
-    """Sum over rows of the mean over the chosen experts c of log(1 + sum over the rest r of exp(s_r - s_c)), in fp32,
-    with s the logits `student_NE`.
-
-    Each chosen expert is told from the rest by a softmax of its own. So the order among the chosen, which changes no
-    route, is free. With one chosen expert it is the cross-entropy with the teacher's choice.
-    """
-    student_NE = student_NE.float()
-    if chosen_NK.shape[-1] == student_NE.shape[-1]:
-        return student_NE.sum() * 0.0  # there is no rest
-    rest_N1 = student_NE.scatter(1, chosen_NK, -torch.inf).logsumexp(-1, keepdim=True)
-    return F.softplus(rest_N1 - student_NE.gather(1, chosen_NK)).mean(-1).sum()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
+from pregate.conversion.calibrate.gate_fit import Tokens, fit_gate
 from pregate.measure.table_format import Table, text
 from pregate.models.routing import logits_agreement
 from studies.dense_to_moe.healing_text import packed_rows, read_texts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
+from pregate.conversion.calibrate.gate_fit import Tokens, fit_gate
 from studies.dense_to_moe.clusters import experts_of_neurons, shared_neurons
 from studies.dense_to_moe.moe import Form, empty_moe, fill_split
 

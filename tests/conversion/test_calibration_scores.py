@@ -15,7 +15,7 @@ from pregate.config import CalibrationConfig, Init, PreGateConfig, Run, Through
 from pregate.conversion.calibrate import through_engine
 from pregate.conversion.calibrate.examples import Batches
 from pregate.conversion.calibrate.flow import calibrate
-from pregate.conversion.calibrate.ridge_fit import Regression
+from pregate.conversion.calibrate.gate_fit import Regression
 from pregate.models.family import family_of_model
 from pregate.models.loading import load_resident
 from pregate.models.routing import ScoreFunction

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pregate.config import SlabDtype, Tier, UsageError
-from pregate.engine.differentiable_experts import DifferentiableExperts
 from pregate.engine.io.base import Move
+from pregate.engine.offloaded_backward import DifferentiableExperts
 from pregate.engine.offloaded_experts import Arithmetic
 from pregate.engine.training_engine import TrainingEngine
 from pregate.models.expert_math import Factor

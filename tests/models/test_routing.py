@@ -8,20 +8,15 @@ import pytest
 import torch
 
 from pregate.models.expert_math import group_by_expert, grouped_experts, reference_experts
+from pregate.models.families.switch_router import apply_capacity
 from pregate.models.router_losses import balance_loss, z_loss
-from pregate.models.routing import DROPPED, ScoreFunction, apply_capacity, choose_experts, route
+from pregate.models.routing import DROPPED, ScoreFunction, route
 
 
 def test_equal_probabilities_choose_the_first_expert() -> None:
-    ids, weights = choose_experts(torch.full((1, 2, 4), 0.25), 1)
-    assert ids.flatten().tolist() == [0, 0]
-    assert weights.flatten().tolist() == [0.25, 0.25]
-
-
-def test_top_2_is_ordered_by_probability() -> None:
-    ids, weights = choose_experts(torch.tensor([[[0.1, 0.6, 0.3]]]), 2)
-    assert ids.tolist() == [[[1, 2]]]
-    torch.testing.assert_close(weights, torch.tensor([[[0.6, 0.3]]]))
+    routing = route(torch.zeros(1, 2, 4), torch.float32)
+    assert routing.expert_ids_BTK.flatten().tolist() == [0, 0]
+    assert routing.weights_BTK.flatten().tolist() == [0.25, 0.25]
 
 
 def test_capacity_counts_per_sequence_in_token_order() -> None:
@@ -44,7 +39,7 @@ def test_capacity_equals_a_naive_count(seed: int) -> None:
 
 def test_route_keeps_logits_and_casts_weights() -> None:
     logits = torch.randn(2, 3, 4)
-    routing = route(logits, top_k=1, capacity=None, dtype=torch.bfloat16)
+    routing = route(logits, torch.bfloat16)
     assert routing.logits_BTE is logits
     assert routing.weights_BTK.dtype == torch.bfloat16
     assert torch.equal(routing.expert_ids_BTK[..., 0], logits.softmax(-1).bfloat16().argmax(-1))

@@ -16,11 +16,11 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from pregate.config import PreGateConfig, TrainConfig, UsageError
 from pregate.conversion.write import convert
 from pregate.models.loading import load_resident
+from pregate.models.router_losses import binary_kl_sum
 from pregate.models.routing import ScoreFunction
 from pregate.models.vocabulary_losses import Lesson, kl_sum
 from pregate.training.distill import (
     Distillation,
-    binary_kl_sum,
     check_teacher,
     load_distillation,
     routing_share,

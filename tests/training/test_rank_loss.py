@@ -12,7 +12,8 @@ from torch import Tensor
 from pregate.cli import compose_run
 from pregate.config import RoutingLoss, TrainConfig, UsageError
 from pregate.models.family import family_named
-from pregate.training.distill import check_routing_loss, rank_sum, routing_share
+from pregate.models.router_losses import rank_sum
+from pregate.training.distill import check_routing_loss, routing_share
 from tests.tiny import SEQ2SEQ, pregated_model, upstream_model
 from tests.tiny import batch as random_batch
 from tests.training.copying import SHALLOW, train_tiny

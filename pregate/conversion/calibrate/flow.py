@@ -2,7 +2,7 @@
 
 Each gate is fitted on the states that the pre-gated model itself will hand it, towards what the source decides for the
 same tokens with the targets as input. The steps: draw `examples`, catch the `states` that gates read, fit one gate
-after the other (`ridge_fit`), give the `outcome`; `conversion.write` writes the result. Holds the whole model in
+after the other (`gate_fit`), give the `outcome`; `conversion.write` writes the result. Holds the whole model in
 memory, once.
 
 Letters: T tokens, D model width, E experts.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pregate.config import CalibrationData, GateKind, Init, Run, Through, UsageError
 from pregate.conversion.calibrate.examples import Batches, answered_rows, rows_of, within_budget
+from pregate.conversion.calibrate.gate_fit import Tokens, fit_gate
 from pregate.conversion.calibrate.outcome import Calibration, FittedGate, outcome
-from pregate.conversion.calibrate.ridge_fit import Tokens, fit_gate
 from pregate.conversion.calibrate.states import (
     GateToFit,
     Reached,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pregate.config import CalibrationConfig
 from pregate.conversion.calibrate.examples import Batches
-from pregate.conversion.calibrate.ridge_fit import GateFit
+from pregate.conversion.calibrate.gate_fit import GateFit
 from pregate.conversion.calibrate.states import (
     Agreement,
 )

@@ -21,9 +21,9 @@ from rich.progress import TaskProgressColumn
 from torch import Tensor
 
 from pregate.conversion.calibrate.examples import Batches
+from pregate.conversion.calibrate.gate_fit import GateFit, Tokens, fit_gate
 from pregate.conversion.calibrate.gates_alone import GatesAlone
 from pregate.conversion.calibrate.one_layer import GateListener, run_end, run_layer
-from pregate.conversion.calibrate.ridge_fit import GateFit, Tokens, fit_gate
 from pregate.conversion.calibrate.states import GateToFit, rules_of
 from pregate.conversion.calibrate.work_dir import WorkDir
 from pregate.engine.engine import OffloadEngine

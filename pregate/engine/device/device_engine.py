@@ -22,11 +22,11 @@ from pregate.config import CacheRule, Policy, SlabDtype, Tier, UsageError
 from pregate.engine.base import Engine
 from pregate.engine.device.device_addresses import device_addresses
 from pregate.engine.device.fetching import BlockShape, SlabMemory, make_experts
+from pregate.engine.device.generation_settings import Request, read_request
 from pregate.engine.device.graph import STEPS_AT_ONCE, StepGraphs, side_stream
 from pregate.engine.device.limits import refuse_settings, slots_for
 from pregate.engine.device.ops.expert_forms import into_and_out
 from pregate.engine.device.ops.language import require_triton
-from pregate.engine.device.request import Request, read_request
 from pregate.engine.device.sampler_state import Sampling, StepKind
 from pregate.engine.device.slots import ERRORS, EVICTIONS, HITS, MISSES, DeviceSlots
 from pregate.engine.device.steps.registry import step_of

@@ -9,22 +9,11 @@ from torch import Tensor
 
 from pregate.engine.io.base import Mover
 from pregate.engine.io.cuda import CudaMover
-from pregate.engine.io.read_pool import PART_BYTES
 from pregate.engine.io.ring import RingUnavailableError
 from pregate.engine.io.threads import ThreadMover
-from pregate.engine.io.uring import UringMover
+from pregate.engine.io.uring import UringMover, reads_in_flight
 from pregate.engine.storage.store import DiskStore, Store
 from pregate.engine.trace import Counters, Trace
-
-MOST_READS = 64
-"""At most so many at a time: a larger ring gains nothing."""
-
-
-def reads_in_flight(io_threads: int, slots_NB: Tensor) -> int:
-    """How many slabs the kernel reads at a time: `io_threads`, and of small ones more, so that as many bytes are under
-    way as with threads. The end of a read is noticed when the engine asks, and the disk must have work until then."""
-    num_slots, slab_bytes = slots_NB.shape
-    return max(io_threads, min(num_slots, io_threads * PART_BYTES // slab_bytes, MOST_READS))
 
 
 def make_mover(

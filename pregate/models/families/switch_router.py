@@ -13,7 +13,20 @@ from pregate.models.families.switch_config import PreGatedSwitchTransformersConf
 from pregate.models.linear import linear_in
 from pregate.models.nonlinear import Nonlinear
 from pregate.models.pregated_models import Gate
-from pregate.models.routing import Routing, first_choice, jitter, route, weights_of
+from pregate.models.routing import DROPPED, Routing, first_choice, jitter, route, weights_of
+
+
+def apply_capacity(expert_ids_BTK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """Mark with `DROPPED` every choice beyond the first `capacity` that a sequence makes of one expert.
+
+    Capacity counts per sequence and in token order, as Switch does.
+    """
+    B, T, K = expert_ids_BTK.shape
+    if capacity >= T * K:
+        return expert_ids_BTK
+    ids = expert_ids_BTK.reshape(B, T * K)
+    position = torch.nn.functional.one_hot(ids, num_experts).cumsum(dim=1).gather(2, ids[..., None])[..., 0]
+    return ids.masked_fill(position > capacity, DROPPED).view(B, T, K)
 
 
 class SwitchGate(Gate):
@@ -60,7 +73,9 @@ class SwitchGate(Gate):
 
     def choose(self, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
         """The family's rule."""
-        return route(logits_BTE, top_k=1, capacity=self.capacity, dtype=dtype)
+        routing = route(logits_BTE, dtype)
+        ids_BTK = apply_capacity(routing.expert_ids_BTK, logits_BTE.shape[-1], self.capacity)
+        return routing._replace(expert_ids_BTK=ids_BTK)
 
     def choices(self, logits_TE: Tensor) -> Tensor:
         return first_choice(logits_TE)

@@ -23,7 +23,7 @@ def _no_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def first_choice(logits_B1E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The most probable expert of each token and its probability in `dtype`: (expert_ids_B11, weights_B11). On equal
     probabilities the first expert wins."""
-    chosen = route(logits_B1E, top_k=1, capacity=None, dtype=dtype)
+    chosen = route(logits_B1E, dtype)
     return chosen.expert_ids_BTK, chosen.weights_BTK
 
 

@@ -15,7 +15,7 @@ from pregate.engine.device.ops.first_choice import first_choice
 from pregate.engine.device.ops.gate_logits import gate_logits
 from pregate.models.families.switch_router import EmbeddingGate, SwitchGate
 from pregate.models.linear import has_hooks, is_plain
-from pregate.models.routing import Routing, route, router_logits
+from pregate.models.routing import Routing, router_logits
 
 
 def decide(gate: Any, hidden_B1D: Tensor) -> Routing:
@@ -63,5 +63,5 @@ def _score(gate: SwitchGate, seen_BTD: Tensor) -> Tensor:
 
 def _choose(gate: SwitchGate, logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
     if logits_BTE.shape[1] > 1 or gate.capacity < 1:
-        return route(logits_BTE, top_k=1, capacity=gate.capacity, dtype=dtype)
+        return SwitchGate.choose(gate, logits_BTE, dtype)
     return Routing(*first_choice(logits_BTE, dtype), logits_BTE)

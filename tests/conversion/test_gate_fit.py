@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.conversion.calibrate import ridge_fit
-from pregate.conversion.calibrate.ridge_fit import Regression, Tokens, fit_gate
+from pregate.conversion.calibrate import gate_fit
+from pregate.conversion.calibrate.gate_fit import Regression, Tokens, fit_gate
 from pregate.models.routing import first_choice
 
 D, E = 12, 5
@@ -125,7 +125,7 @@ def test_parts_of_the_tokens_give_what_all_of_them_give(monkeypatch: pytest.Monk
     logits_TE = torch.tanh(states_TD @ normal(2, E, D).T)
     found = []
     for most in (50, 7):
-        monkeypatch.setattr(ridge_fit, "CHUNK_TOKENS", most)
+        monkeypatch.setattr(gate_fit, "CHUNK_TOKENS", most)
         regression = Regression(start_ED.double(), states_TD, logits_TE)
         ridge_ED = regression.ridge(1e-2)
         found.append((ridge_ED, regression.refine(ridge_ED, 0.5, 1e-2, 5)))

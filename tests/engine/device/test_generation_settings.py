@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from pregate.config import UsageError
-from pregate.engine.device.request import Request, read_request
+from pregate.engine.device.generation_settings import Request, read_request
 from pregate.engine.device.sampler_state import Sampling, StepKind
 
 START: dict[str, Any] = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
