@@ -48,6 +48,7 @@ class Change:
 
 
 LATE = Change("weights of the block's own router", {"weights": "late"})
+START = Change("first block conventional", {"start": 1})
 MLP = Change("gates with a small network", {"gate": "mlp"})
 RANK = Change("a routing loss that ranks", others=("train.distill_routing_loss=rank",))
 OWN_ANSWERS = Change("on the teacher's answers", others=("train.distill_data=generations",))
@@ -58,10 +59,11 @@ CHANGES: dict[tuple[str, str], Change] = {
     ("pre_gated", "encoder"): Change("encoder only", {"stacks": ("encoder",)}),
     ("pre_gated", "decoder"): Change("decoder only", {"stacks": ("decoder",)}),
     ("pre_gated", "late"): LATE,
-    ("pre_gated", "start"): Change("first block conventional", {"start": 1}),
+    ("pre_gated", "start"): START,
     ("pre_gated", "mlp"): MLP,
     ("shifted", "late"): LATE,
     ("calibrated", "late"): LATE,
+    ("calibrated", "start"): START,
     ("calibrated", "own_answers"): Change(
         "calibrated on the model's own answers", others=("calibration.data=generations",)
     ),
@@ -79,7 +81,10 @@ CHANGES: dict[tuple[str, str], Change] = {
 """(arm, variant) of every change to an arm, one at a time, in the order of worth."""
 SWITCH_CHANGES = tuple(key for key in CHANGES if key[0] == "pre_gated" or key[1] == "own_answers")
 DECODER_ONLY_CHANGES = tuple(
-    key for key in CHANGES if key[0] != "pre_gated" or key[1] in ("late", "start", "mlp", "init_calibrated")
+    key
+    for key in CHANGES
+    if key != ("calibrated", "start")
+    and (key[0] != "pre_gated" or key[1] in ("late", "start", "mlp", "init_calibrated"))
 )
 
 
@@ -93,7 +98,8 @@ class Size:
     and so the scores, depend on it. `repeated`: the arms of the second and third seed. `others`: the seeds of lookahead
     2 and 3, controls and `changes`, none for a study of the arms alone. `changes` are of the first task. `candidates`:
     those that may be the best recipe, which are run like an arm: on every task, with every seed. `single`: the tasks
-    with one seed, and with neither other lookaheads nor controls.
+    with one seed, and with neither other lookaheads nor controls. `tried`: changes by task, tried with one seed against
+    a loss that the arms of the task leave.
     """
 
     tasks: tuple[str, ...]
@@ -109,6 +115,7 @@ class Size:
     changes: tuple[tuple[str, str], ...] = SWITCH_CHANGES
     candidates: tuple[tuple[str, str], ...] = ()
     single: tuple[str, ...] = ()
+    tried: tuple[tuple[str, tuple[str, str]], ...] = ()
 
 
 SIZES = {
@@ -135,6 +142,7 @@ SIZES = {
         changes=DECODER_ONLY_CHANGES,
         candidates=(("pre_gated", "init_calibrated"),),
         single=("squad", "dialogsum"),
+        tried=(("squad", ("calibrated", "start")),),
     ),
 }
 
@@ -171,9 +179,9 @@ class Cell:
 
 def all_cells(size: Size) -> list[Cell]:
     """All cells, most valuable first: pre-training, the arms and candidates of one seed, what the source gives as it
-    is, changes to arms where most are of one seed. Then, of tasks with all seeds: the other seeds, lookahead, what the
-    teacher of arm (e) gives without pre-gating, how far apart the routes of two seeds are. At the end changes to arms
-    where they have all seeds."""
+    is, changes to arms where most are of one seed, and those tried on another task. Then, of tasks with all seeds: the
+    other seeds, lookahead, what the teacher of arm (e) gives without pre-gating, how far apart the routes of two seeds
+    are. At the end changes to arms where they have all seeds."""
     cells = (
         [Cell(PRETRAINING, PRETRAINING, PRETRAINING, 0, lookahead=0, stacks=size.stacks)] if size.pretraining else []
     )
@@ -185,6 +193,7 @@ def all_cells(size: Size) -> list[Cell]:
     changes = [_change(size, key, size.tasks[0], seed) for key in single for seed in size.others]
     all_seeds = (*first, *others)
     cells += changes if size.others != all_seeds else []
+    cells += [_change(size, key, task, 1) for task, key in size.tried]
     repeated = [arm for arm in size.arms if arm in size.repeated]
     tasks = [task for task in size.tasks if task not in size.single]
     cells += [cell for task in tasks for seed in others for cell in _recipes(size, repeated, task, seed)]

@@ -47,6 +47,8 @@ def test_a_candidate_runs_like_an_arm_and_once() -> None:
         wanted = {f"{task}_{arm}_{variant}_s{seed}" for task in ("web_questions", "sst2") for seed in (1, 2, 3)}
         wanted |= {f"{task}_{arm}_{variant}_s1" for task in ("squad", "dialogsum")}
         assert {name for name in names if f"_{arm}_{variant}_s" in name} == wanted
+    tried = {f"{task}_{arm}_{variant}_s1" for task, (arm, variant) in size.tried}
+    assert tried == {"squad_calibrated_start_s1"} < set(names) and "web_questions_calibrated_start_s1" not in names
     once = {f"web_questions_{arm}_{variant}_s1" for arm, variant in size.changes}
     assert once <= set(names) and "sst2_gates_only_lora_s1" not in names
 
