@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.config import UsageError
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.system.console import reason_of
 from pregate.tasks.base import ASSISTANT, SYSTEM, USER, Example, Message
 

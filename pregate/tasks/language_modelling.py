@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.models.objectives import document_batch
+from pregate.models.packing_and_padding import document_batch
 from pregate.tasks.text_stream import TextStream
 from pregate.tasks.tokens import opening_tokens
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pregate.models.objectives import Row, until_end
+from pregate.models.objectives import until_end
+from pregate.models.packing_and_padding import Row
 from pregate.tasks.tokens import Collator
 
 

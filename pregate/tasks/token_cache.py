@@ -25,7 +25,7 @@ import transformers
 import xxhash
 
 from pregate.config import Run, UsageError
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.system.console import reason_of, say
 from pregate.system.durable import clear_abandoned, discard, partial_beside, put, read_object, refusal, write_json
 from pregate.system.process_group import each_machine

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from pregate.config import Learn, Run, TaskConfig, TaskKind, UsageError
 from pregate.config.task import OWN_TEMPLATE
-from pregate.models.objectives import Objective, Row
+from pregate.models.objectives import Objective
+from pregate.models.packing_and_padding import Row
 from pregate.system.console import say
 from pregate.tasks.base import Example
 from pregate.tasks.conversation_tokens import ChatTemplate, Written, read_template

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.system.console import say
 from pregate.system.durable import append_line, make_directory, read_lines, write_lines
 from pregate.system.process_group import main_only

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pregate.config import Run
 from pregate.models.family import family_named
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.models.pregating import PreGating
 from pregate.system.machine import set_seed
 from pregate.tasks.base import Task

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pregate.models.objectives import Causal, Row, document_batch, predicting
+from pregate.models.objectives import Causal, predicting
+from pregate.models.packing_and_padding import Row, document_batch
 from pregate.training.losses import loss_share
 from tests.test_made_up_family import model
 

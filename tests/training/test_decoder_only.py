@@ -17,7 +17,8 @@ from pregate.config import GeneratedConfig, UsageError
 from pregate.conversion.manifest import MANIFEST
 from pregate.models.families.olmoe import FAMILY
 from pregate.models.loading import load_resident
-from pregate.models.objectives import Causal, Row
+from pregate.models.objectives import Causal
+from pregate.models.packing_and_padding import Row
 from pregate.models.vocabulary_losses import kl_sum
 from pregate.tasks.generated import generated_tokenizer
 from pregate.train import main as train

@@ -15,7 +15,8 @@ import torch
 from pregate.cli import compose_run
 from pregate.config import DistillData, UsageError
 from pregate.models.loading import load_resident
-from pregate.models.objectives import Row, until_end
+from pregate.models.objectives import until_end
+from pregate.models.packing_and_padding import Row
 from pregate.tasks import own_answers
 from pregate.tasks.base import Example
 from pregate.tasks.tokens import Collator

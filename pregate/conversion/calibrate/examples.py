@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pregate.config import CalibrationConfig, CalibrationData, Run, UsageError
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.tasks.base import Example, Task
 from pregate.tasks.own_answers import answers
 from pregate.tasks.tokens import Collator

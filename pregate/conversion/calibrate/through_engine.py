@@ -29,7 +29,7 @@ from pregate.engine.engine import OffloadEngine
 from pregate.engine.opening import Opened
 from pregate.models.checkpoint import SourceCheckpoint
 from pregate.models.family import dtype_name
-from pregate.models.objectives import Row
+from pregate.models.packing_and_padding import Row
 from pregate.system.machine import fast_dtype
 from pregate.system.memory import PeakMemory, bytes_in_use
 from pregate.system.stopping import going_on
