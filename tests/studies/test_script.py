@@ -150,7 +150,7 @@ def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
     assert call(tmp_path, "smollm2_moe").stderr.startswith("Set PREGATE_DATA to a directory")
     assert not any(tmp_path.iterdir()), "nothing is left behind"
     listed = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*").stdout.split()
-    assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad")]
+    assert listed == [f"{task}_conventional_dense_s1" for task in ("web_questions", "sst2", "squad", "dialogsum")]
     other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe")
     assert other.returncode == 2 and "is no cell" in other.stderr, "what another source was made from is not known"
     dense = next(record for record in synthetic_records("smollm2_moe") if record["variant"] == "dense")
