@@ -156,7 +156,7 @@ def test_a_source_that_is_not_made_yet_is_asked_for(tmp_path: Path) -> None:
     dense = next(record for record in synthetic_records("smollm2_moe") if record["variant"] == "dense")
     append_record(tmp_path / "out", dense)
     other = call(tmp_path, "smollm2_moe", "--list", ONLY="*_dense_*", SOURCE="my/moe", OUT="out")
-    assert other.stdout.splitlines()[0] == f"done {dense['cell']}" and other.stdout.count("\n") == 3, "unless it ran"
+    assert other.stdout.splitlines()[0] == f"done {dense['cell']}" and other.stdout.count("\n") == 4, "unless it ran"
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "runs" / "smollm2_moe" / "checkpoint").mkdir(parents=True)
     half = call(tmp_path, "smollm2_moe", PREGATE_DATA=str(tmp_path))
