@@ -45,8 +45,8 @@ def record_routes(
     name: str = "the model",
 ) -> dict[str, list[BlockRoutes]]:
     """The routes of every unpadded token of `examples`, with the targets as the decoder's input. Raises `UsageError` as
-    `predict` does for logits of target tokens that are not finite; others are not computed, which would need memory
-    for the whole vocabulary at each token.
+    `predict` does for logits of target tokens that are not finite. Logits of other tokens are not computed: each would
+    need memory for the whole vocabulary.
 
     Two models given the same examples and batch size list the same tokens in the same order.
     """

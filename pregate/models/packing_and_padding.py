@@ -71,7 +71,7 @@ def end_to_end(rows: Sequence[Row]) -> Row:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in as many bins as the longest first and the first bin with room for each need."""
+    """Bins of indices of `lengths`: the longest comes first, and each goes into the first bin that has room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -89,7 +89,8 @@ Choose = Callable[[Tensor], Tensor]
 
 
 def first_choice(logits_TE: Tensor) -> Tensor:
-    """The expert (T, 1) with the largest logit."""
+    """The expert (T, 1) with the largest logit or probability, the first of equal ones."""
+    # not topk, which may give any of equal ones
     return logits_TE.argmax(-1, keepdim=True)
 
 
@@ -102,6 +103,5 @@ def route(logits_BTE: Tensor, dtype: torch.dtype) -> Routing:
     """The most probable expert of each token, weighed by its probability: softmax in the logits' dtype, then cast to
     `dtype`, that of the hidden states. On equal probabilities the first expert wins, as in the Switch family."""
     probabilities_BTE = torch.softmax(logits_BTE, dim=-1).to(dtype)
-    # argmax, not topk: topk may give any of equal ones
-    chosen_BT1 = probabilities_BTE.argmax(-1, keepdim=True)
-    return Routing(chosen_BT1, probabilities_BTE.max(-1, keepdim=True).values, logits_BTE)
+    weights_BT1 = probabilities_BTE.max(-1, keepdim=True).values
+    return Routing(first_choice(probabilities_BTE), weights_BT1, logits_BTE)

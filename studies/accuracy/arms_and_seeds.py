@@ -80,12 +80,8 @@ CHANGES: dict[tuple[str, str], Change] = {
 }
 """(arm, variant) of every change to an arm, one at a time, in the order of worth."""
 SWITCH_CHANGES = tuple(key for key in CHANGES if key[0] == "pre_gated" or key[1] == "own_answers")
-DECODER_ONLY_CHANGES = tuple(
-    key
-    for key in CHANGES
-    if key != ("calibrated", "start")
-    and (key[0] != "pre_gated" or key[1] in ("late", "start", "mlp", "init_calibrated"))
-)
+NOT_DECODER_ONLY = {("pre_gated", name) for name in ("init_random", "entry_embedding", "encoder", "decoder")}
+DECODER_ONLY_CHANGES = tuple(key for key in CHANGES if key not in NOT_DECODER_ONLY | {("calibrated", "start")})
 
 
 @dataclass(frozen=True)
@@ -97,9 +93,9 @@ class Size:
     made from, in the source's form. `threads`: on a CPU, those of pre-training and of the other cells, since the sums,
     and so the scores, depend on it. `repeated`: the arms of the second and third seed. `others`: the seeds of lookahead
     2 and 3, controls and `changes`, none for a study of the arms alone. `changes` are of the first task. `candidates`:
-    those that may be the best recipe, which are run like an arm: on every task, with every seed. `single`: the tasks
-    with one seed, and with neither other lookaheads nor controls. `tried`: changes by task, tried with one seed against
-    a loss that the arms of the task leave.
+    those that may be the best recipe, which are run like an arm: on every task, with every seed. `one_seed`: the
+    tasks with one seed, and with neither other lookaheads nor controls. `tried`: changes by task, tried with one seed
+    against a loss that the arms of the task leave.
     """
 
     tasks: tuple[str, ...]
@@ -114,7 +110,7 @@ class Size:
     others: tuple[int, ...] = (1, 2, 3)
     changes: tuple[tuple[str, str], ...] = SWITCH_CHANGES
     candidates: tuple[tuple[str, str], ...] = ()
-    single: tuple[str, ...] = ()
+    one_seed: tuple[str, ...] = ()
     tried: tuple[tuple[str, tuple[str, str]], ...] = ()
 
 
@@ -141,7 +137,7 @@ SIZES = {
         others=(1,),
         changes=DECODER_ONLY_CHANGES,
         candidates=(("pre_gated", "init_calibrated"),),
-        single=("squad", "dialogsum"),
+        one_seed=("squad", "dialogsum"),
         tried=(("squad", ("calibrated", "start")),),
     ),
 }
@@ -195,7 +191,7 @@ def all_cells(size: Size) -> list[Cell]:
     cells += changes if size.others != all_seeds else []
     cells += [_change(size, key, task, 1) for task, key in size.tried]
     repeated = [arm for arm in size.arms if arm in size.repeated]
-    tasks = [task for task in size.tasks if task not in size.single]
+    tasks = [task for task in size.tasks if task not in size.one_seed]
     cells += [cell for task in tasks for seed in others for cell in _recipes(size, repeated, task, seed)]
     for task in tasks:
         cells += [_variant(size, "pre_gated", task, s, f"n{n}", {"lookahead": n}) for n in (2, 3) for s in size.others]
